@@ -1,0 +1,1 @@
+"""The contract, on the wire and at rest: records, topics, encoding, archive tables, exports."""

@@ -1,0 +1,246 @@
+"""The archive: one Delta table a topic, and reading them.
+
+A table holds every Kafka record as it was (`kafka_…` columns) and, beside it, the record's own
+fields in columns, null where the value could not be decoded or deletes. The table of `journal`
+tells which steps a value holds instead; `journal()` reads the values themselves.
+
+Tables lie at `{url}/{topic}`, the topic without its prefix. Any engine that reads Delta Lake can
+read them; here it is Polars. Rows stand in no order in a table, so readers sort.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from numpy.typing import NDArray
+
+from schemas.codec import decode
+from schemas.exceptions import ContractError, UnreachableError
+from schemas.journal import Transaction, decode_all
+from schemas.journal import decode as decode_journal
+from schemas.records import Record
+from schemas.topics import BY_NAME, TOPICS, Topic
+
+JOURNAL_CHUNK = 256  # journal values in memory at once, half a megabyte each at most
+
+_TIME = pa.timestamp("us", "UTC")  # Delta Lake knows no milliseconds
+_KAFKA_FIELDS = [
+    pa.field("kafka_partition", pa.int32(), nullable=False),
+    pa.field("kafka_offset", pa.int64(), nullable=False),
+    pa.field("kafka_timestamp", _TIME),
+    pa.field("kafka_key", pa.binary()),
+    pa.field("kafka_value", pa.binary()),
+    pa.field("kafka_headers", pa.list_(pa.struct({"key": pa.string(), "value": pa.binary()}))),
+]
+_JOURNAL_FIELDS = [pa.field(name, pa.int64()) for name in ("rows", "first_step", "last_step")]
+_ORDER = ["kafka_partition", "kafka_offset"]
+
+
+class Row(NamedTuple):
+    """A Kafka record to be archived; the timestamp in milliseconds since 1970, or none."""
+
+    partition: int
+    offset: int
+    timestamp: int | None
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]] = ()
+
+
+@cache
+def schema(topic: str) -> pa.Schema:
+    """The Arrow schema of a topic's table."""
+    record = BY_NAME[topic].record
+    if record is None:
+        return pa.schema([*_KAFKA_FIELDS, *_JOURNAL_FIELDS])
+    fields = record.model_fields.items()
+    return pa.schema(
+        [*_KAFKA_FIELDS, *(pa.field(name, _arrow_type(info.annotation)) for name, info in fields)]
+    )
+
+
+def table(topic: str, rows: Sequence[Row]) -> pa.Table:
+    """The rows of a topic as its table holds them, decoded, sorted by partition and offset."""
+    rows = sorted(rows, key=lambda row: (row.partition, row.offset))
+    columns: list[Any] = [
+        pa.array([row.partition for row in rows], pa.int32()),
+        pa.array([row.offset for row in rows], pa.int64()),
+        pa.array([row.timestamp for row in rows], pa.timestamp("ms", "UTC")).cast(_TIME),
+        pa.array([row.key for row in rows], pa.binary()),
+        pa.array([row.value for row in rows], pa.binary()),
+        pa.array(
+            [[{"key": key, "value": value} for key, value in row.headers] or None for row in rows],
+            schema(topic).field("kafka_headers").type,
+        ),
+    ]
+    decoded = (
+        _journal_columns(rows)
+        if BY_NAME[topic].record is None
+        else _record_columns(BY_NAME[topic], rows)
+    )
+    return pa.table([*columns, *decoded], schema=schema(topic))
+
+
+def table_url(url: str, topic: str) -> str:
+    """Where the table of a topic lies."""
+    return f"{url.rstrip('/')}/{topic}"
+
+
+def open_table(url: str, topic: str, options: Mapping[str, str] | None = None) -> DeltaTable | None:
+    """The newest version of a topic's table; none when nothing of it is archived yet."""
+    where = table_url(url, topic)
+    with reached(where):
+        storage = dict(options or {})
+        if not DeltaTable.is_deltatable(where, storage_options=storage):
+            return None
+        return DeltaTable(where, storage_options=storage)
+
+
+def tables(url: str, options: Mapping[str, str] | None = None) -> list[str]:
+    """The topics that have a table, in the order of the contract."""
+    return [topic.name for topic in TOPICS if open_table(url, topic.name, options) is not None]
+
+
+def read(
+    url: str,
+    topic: str,
+    options: Mapping[str, str] | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+    partitions: Sequence[int] | None = None,
+    since: datetime | None = None,
+) -> pl.LazyFrame:
+    """The archived rows of a topic by (partition, offset), no rows when nothing is archived.
+
+    `since` keeps rows with a Kafka timestamp from then on; filters reach the files' statistics.
+    """
+    found = open_table(url, topic, options)
+    if found is None:
+        frame = cast(pl.DataFrame, pl.from_arrow(schema(topic).empty_table())).lazy()
+    else:
+        with reached(table_url(url, topic)):
+            frame = pl.scan_delta(found)
+    if partitions is not None:
+        frame = frame.filter(pl.col("kafka_partition").is_in(list(partitions)))
+    if since is not None:
+        frame = frame.filter(pl.col("kafka_timestamp") >= since)
+    frame = frame.sort(_ORDER)
+    return frame if columns is None else frame.select(columns)
+
+
+def positions(url: str, topic: str, options: Mapping[str, str] | None = None) -> dict[int, int]:
+    """The offset after the last archived row of each partition that has one."""
+    last = (
+        read(url, topic, options)
+        .group_by("kafka_partition")
+        .agg(pl.col("kafka_offset").max())
+        .collect()
+    )
+    return {partition: offset + 1 for partition, offset in last.iter_rows()}
+
+
+def journal(
+    url: str, partition: int, options: Mapping[str, str] | None = None, *, start: int = 0
+) -> Iterator[Transaction]:
+    """The archived journal of a user partition, from offset `start`, which begins a transaction.
+
+    Raises ContractError when part of a transaction is missing.
+    """
+    frame = read(url, "journal", options, partitions=[partition])
+    offsets = frame.select("kafka_offset").filter(pl.col("kafka_offset") >= start).collect()
+
+    def values() -> Iterator[tuple[int, bytes]]:
+        for at in range(0, len(offsets), JOURNAL_CHUNK):
+            chunk = offsets["kafka_offset"][at : at + JOURNAL_CHUNK]
+            span = pl.col("kafka_offset").is_between(chunk[0], chunk[-1])
+            yield from (
+                frame.filter(span).select("kafka_offset", "kafka_value").collect().iter_rows()
+            )
+
+    return decode_all(values())
+
+
+@contextmanager
+def reached(where: str) -> Generator[None]:
+    """Turns what Delta Lake raises when storage does not answer into one clear error."""
+    try:
+        yield
+    except (DeltaError, OSError) as error:
+        raise UnreachableError(
+            f"the archive at {where} cannot be used: {str(error).splitlines()[0][:300]}; "
+            "check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
+        ) from error
+
+
+def _arrow_type(annotation: Any) -> pa.DataType:
+    """The Arrow type of a field of a record."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _arrow_type(arguments[0])
+    if origin in (Union, UnionType):
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return _arrow_type(inner)
+    if origin is Literal:
+        return pa.string()
+    if origin is list:
+        return pa.list_(_arrow_type(arguments[0]))
+    if origin is dict:
+        return pa.map_(pa.string(), _arrow_type(arguments[1]))
+    if issubclass(annotation, Record):
+        fields = annotation.model_fields.items()
+        return pa.struct({name: _arrow_type(info.annotation) for name, info in fields})
+    return {
+        str: pa.string(),
+        int: pa.int64(),
+        float: pa.float64(),
+        bool: pa.bool_(),
+        datetime: _TIME,
+    }[annotation]
+
+
+def _record_columns(topic: Topic, rows: Sequence[Row]) -> list[pa.Array]:
+    records = decode(
+        topic, [row.value for row in rows], [(row.partition, row.offset) for row in rows]
+    ).records
+    columns: list[pa.Array] = []
+    for field in schema(topic.name):
+        if field.name.startswith("kafka_"):
+            continue
+        cells = [None if record is None else getattr(record, field.name) for record in records]
+        if pa.types.is_nested(field.type):
+            cells = [_plain(cell) for cell in cells]
+        columns.append(pa.array(cells, field.type))
+    return columns
+
+
+def _plain(value: Any) -> Any:
+    """What pyarrow takes for a list, map or struct."""
+    if isinstance(value, Record):
+        return {name: _plain(cell) for name, cell in vars(value).items()}
+    if isinstance(value, dict):
+        return [(key, _plain(cell)) for key, cell in cast(dict[str, Any], value).items()]
+    if isinstance(value, list):
+        return [_plain(cell) for cell in cast(list[Any], value)]
+    return value
+
+
+def _journal_columns(rows: Sequence[Row]) -> list[pa.Array]:
+    steps: list[NDArray[np.uint64] | None] = []
+    for row in rows:
+        try:
+            steps.append(decode_journal(row.value or b"").journal.steps)
+        except ContractError:
+            steps.append(None)
+    return [
+        pa.array([None if found is None else len(found) for found in steps], pa.int64()),
+        pa.array([int(found[0]) if found is not None and len(found) else None for found in steps]),
+        pa.array([int(found[-1]) if found is not None and len(found) else None for found in steps]),
+    ]

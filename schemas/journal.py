@@ -1,0 +1,248 @@
+"""The journal: what a transaction applied to one user partition, in order, as Arrow.
+
+A Kafka value is two Arrow IPC streams, one after the other: `rows`, one row an event, and
+`recents`, the versions read of the users' recent items. A transaction whose rows do not fit into
+512 KB is cut into pieces; each can be read alone, and says which of how many it is.
+
+Arrays hold what `model` calls an event, a header of a partition and a feature row; here they are
+bytes and numbers, since `schemas` knows no model.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from schemas.exceptions import ContractError
+
+TOPICS = ("reviews", "behavior", "text-features")  # `topics` holds indices into this
+LARGEST_PIECE = 512 * 1024  # bytes before compression; half of what Kafka takes unasked
+FORMAT = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The rows of one transaction and user partition, n events in the order they were applied.
+
+    Row columns are (n,), features (n, F). Versions tell what was read for the row's own item and
+    user, 0 when there was nothing. `recents` has a row for each distinct recent item of the
+    batch: item hash, hash of the text whose vector was read, version of its attributes.
+    """
+
+    topics: NDArray[np.uint8]
+    offsets: NDArray[np.int64]  # of the source record, in the partition of the journal's number
+    steps: NDArray[np.uint64]  # dense over all rows of the partition
+    seqs: NDArray[np.uint64]  # dense over predictions; 0 for text features
+    events: NDArray[np.void]  # raw bytes: `.view(EVENT)`
+    duplicates: NDArray[np.bool_]
+    features: NDArray[np.float32]
+    item_versions: NDArray[np.uint64]
+    item_attributes_versions: NDArray[np.uint64]
+    user_attributes_versions: NDArray[np.uint64]
+    item_vectors: NDArray[np.uint64]  # hash of the item's text whose vector was read
+    recents: NDArray[np.uint64]  # (m, 3)
+    feature_hash: str
+    layout_hash: str
+    encoder: str  # hash of the text encoder, empty for none
+    partition_state: bytes  # the partition's header as the batch began
+    ends: tuple[int, ...]  # by TOPICS: next offset to read after this transaction; -1: none read
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The `index`-th of `count` pieces of a transaction's journal."""
+
+    index: int
+    count: int
+    journal: Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """A transaction's journal, and the offsets of its first and last piece."""
+
+    first_offset: int
+    last_offset: int
+    journal: Journal
+
+
+_ROW_TYPES: dict[str, pa.DataType] = {
+    "topics": pa.uint8(),
+    "offsets": pa.int64(),
+    "steps": pa.uint64(),
+    "seqs": pa.uint64(),
+    "duplicates": pa.bool_(),
+    "item_versions": pa.uint64(),
+    "item_attributes_versions": pa.uint64(),
+    "user_attributes_versions": pa.uint64(),
+    "item_vectors": pa.uint64(),
+}
+_ROW_ARRAYS = (*_ROW_TYPES, "events", "features")
+_RECENTS = pa.schema([(name, pa.uint64()) for name in ("item", "text", "attributes")])
+# Level 1: features compress as well as at level 3, in half of the time.
+_OPTIONS = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
+
+
+def encode(journal: Journal) -> list[bytes]:
+    """Kafka values of a transaction's rows, in order; one at least."""
+    row_bytes = sum(_row_bytes(getattr(journal, name)) for name in _ROW_ARRAYS)
+    whole = len(journal) * row_bytes + journal.recents.nbytes
+    count = max(1, ceil(whole / LARGEST_PIECE))
+    row_cuts = np.linspace(0, len(journal), count + 1).astype(int).tolist()
+    recent_cuts = np.linspace(0, len(journal.recents), count + 1).astype(int).tolist()
+    return [
+        _encode_piece(
+            Piece(
+                index,
+                count,
+                replace(
+                    journal,
+                    **{
+                        name: getattr(journal, name)[row_cuts[index] : row_cuts[index + 1]]
+                        for name in _ROW_ARRAYS
+                    },
+                    recents=journal.recents[recent_cuts[index] : recent_cuts[index + 1]],
+                ),
+            )
+        )
+        for index in range(count)
+    ]
+
+
+def decode(value: bytes) -> Piece:
+    """The piece that a Kafka value holds. Raises ContractError when it holds none."""
+    try:
+        source = pa.BufferReader(value)
+        rows = pa.ipc.open_stream(source).read_all()
+        recents = pa.ipc.open_stream(source).read_all()
+        metadata = {
+            key.decode(): found.decode() for key, found in (rows.schema.metadata or {}).items()
+        }
+        if metadata.get("format") != FORMAT:
+            raise ContractError(
+                f"a journal value has format {metadata.get('format')}, this version reads {FORMAT}"
+            )
+        return Piece(
+            int(metadata["piece"]),
+            int(metadata["pieces"]),
+            Journal(
+                **{name: _to_numpy(rows[name]) for name in _ROW_TYPES},
+                events=_fixed_bytes(rows["events"]),
+                features=_matrix(rows["features"]),
+                recents=np.stack([_to_numpy(recents[name]) for name in _RECENTS.names], axis=1),
+                feature_hash=metadata["feature_hash"],
+                layout_hash=metadata["layout_hash"],
+                encoder=metadata["encoder"],
+                partition_state=bytes.fromhex(metadata["partition_state"]),
+                ends=tuple(map(int, metadata["ends"].split())),
+            ),
+        )
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+        raise ContractError(
+            f"a journal value of {len(value)} bytes is not the Arrow that was written: {error}"
+        ) from error
+
+
+def join(pieces: Sequence[Journal]) -> Journal:
+    """One journal of consecutive pieces of one transaction."""
+    return replace(
+        pieces[0],
+        **{
+            name: np.concatenate([getattr(piece, name) for piece in pieces])
+            for name in (*_ROW_ARRAYS, "recents")
+        },
+    )
+
+
+def decode_all(values: Iterable[tuple[int, bytes]]) -> Iterator[Transaction]:
+    """The transactions of consecutive values of one journal partition, each with its offset.
+
+    Raises ContractError when a piece is missing: pieces of a transaction stand together, since
+    one transaction wrote them.
+    """
+    offsets: list[int] = []
+    pieces: list[Journal] = []
+    for offset, value in values:
+        piece = decode(value)
+        if piece.index != len(pieces):
+            raise ContractError(
+                f"the journal has piece {piece.index} of {piece.count} at offset {offset} where "
+                f"piece {len(pieces)} was due: part of a transaction is missing"
+            )
+        offsets.append(offset)
+        pieces.append(piece.journal)
+        if len(pieces) == piece.count:
+            yield Transaction(offsets[0], offsets[-1], join(pieces))
+            offsets, pieces = [], []
+    if pieces:
+        raise ContractError(
+            f"the journal ends at offset {offsets[-1]}, after {len(pieces)} pieces of a "
+            "transaction that has more"
+        )
+
+
+def _encode_piece(piece: Piece) -> bytes:
+    journal = piece.journal
+    n = len(journal)
+    columns = [pa.array(getattr(journal, name), kind) for name, kind in _ROW_TYPES.items()]
+    event_type = pa.binary(journal.events.dtype.itemsize)
+    events = pa.py_buffer(np.ascontiguousarray(journal.events))
+    columns.append(pa.FixedSizeBinaryArray.from_buffers(event_type, n, [None, events]))
+    width = journal.features.shape[1]
+    features = pa.array(np.ascontiguousarray(journal.features, np.float32).reshape(-1))
+    columns.append(pa.FixedSizeListArray.from_arrays(features, width))
+    rows = pa.record_batch(
+        columns,
+        schema=pa.schema(
+            [
+                *_ROW_TYPES.items(),
+                ("events", event_type),
+                ("features", pa.list_(pa.float32(), width)),
+            ],
+            metadata={
+                "format": FORMAT,
+                "piece": str(piece.index),
+                "pieces": str(piece.count),
+                "feature_hash": journal.feature_hash,
+                "layout_hash": journal.layout_hash,
+                "encoder": journal.encoder,
+                "partition_state": journal.partition_state.hex(),
+                "ends": " ".join(map(str, journal.ends)),
+            },
+        ),
+    )
+    recents = pa.record_batch(
+        [pa.array(np.ascontiguousarray(column)) for column in journal.recents.T], schema=_RECENTS
+    )
+    sink = pa.BufferOutputStream()
+    for batch in (rows, recents):
+        with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as stream:
+            stream.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _row_bytes(array: NDArray[Any]) -> int:
+    return array.itemsize * (array.shape[1] if array.ndim == 2 else 1)
+
+
+def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
+    return column.combine_chunks().to_numpy(zero_copy_only=False)
+
+
+def _fixed_bytes(column: pa.ChunkedArray) -> NDArray[np.void]:
+    array = column.combine_chunks()
+    width = array.type.byte_width
+    data = array.buffers()[1] if len(array) else pa.py_buffer(b"")
+    return np.frombuffer(data, np.dtype(f"V{width}"), len(array), array.offset * width)
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    array = column.combine_chunks()
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)

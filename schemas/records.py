@@ -1,0 +1,302 @@
+"""Every record of the contract (the table in DESIGN), as pydantic models.
+
+Values are JSON in UTF-8 and times are RFC 3339 with an offset. Unknown fields are left out, never
+an error, so that a producer may be ahead of us. An absent field and an explicit `null` of an
+optional field mean the same (`docs/decisions/0002-contract.md`).
+"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+EARLIEST_TIME = datetime(1990, 1, 1, tzinfo=UTC)  # no shop's log starts before the web
+LATEST_TIME = datetime(2100, 1, 1, tzinfo=UTC)  # a clock in microseconds read as milliseconds
+LONGEST_TEXT = 65_536  # characters; longer ones are dumps, not reviews
+LONGEST_ID = 256  # characters
+MOST_ITEMS = 1_000  # items in one score request
+
+_TIME_EXPECTED = (
+    "Input should be an RFC 3339 time with an offset, from 1990 to 2100, as 2026-11-24T10:15:00Z"
+)
+_RFC3339 = r"^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)$"
+
+
+class _Rfc3339:
+    """An aware time written as an RFC 3339 string; numbers are refused.
+
+    The whole check runs inside pydantic's core: a Python validator would cost more than the rest
+    of a record.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        text = core_schema.str_schema(strict=True, pattern=_RFC3339)
+        time = core_schema.datetime_schema(
+            tz_constraint="aware",
+            ge=EARLIEST_TIME,
+            le=LATEST_TIME,
+            microseconds_precision="truncate",
+        )
+        instance = core_schema.datetime_schema(
+            tz_constraint="aware", ge=EARLIEST_TIME, le=LATEST_TIME, strict=True
+        )
+        # Decoded JSON arrives as strings, and that choice is tried first; our own code builds
+        # records from datetimes.
+        return core_schema.union_schema(
+            [core_schema.chain_schema([text, time]), instance],
+            mode="left_to_right",
+            custom_error_type="time",
+            custom_error_message=_TIME_EXPECTED,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                format_time, when_used="json", return_schema=core_schema.str_schema()
+            ),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"type": "string", "format": "date-time"}
+
+
+def format_time(time: datetime) -> str:
+    """RFC 3339 in UTC with milliseconds, as all our records carry it."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+Time = Annotated[datetime, _Rfc3339]
+# NUL is legal JSON, but ends a string for C libraries, terminals and columns downstream.
+Identifier = Annotated[
+    str, Field(strict=True, min_length=1, max_length=LONGEST_ID, pattern=r"^[^\x00]*$")
+]
+Text = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT)]
+Stars = Annotated[float, Field(strict=True, ge=1, le=5, allow_inf_nan=False)]
+Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Distribution = Annotated[list[Real], Field(min_length=5, max_length=5)]
+Interval = Annotated[list[Real], Field(min_length=2, max_length=2)]
+
+Action = Literal["view", "click", "wishlist", "share", "cart", "remove_from_cart", "purchase"]
+Kind = Literal["interaction", "review", "request"]
+Tier = Literal["global", "item_text", "item_state", "user_state", "full"]
+Stage = Literal["stable", "canary", "shadow", "retired"]
+
+
+class Record(BaseModel):
+    """The base of all records: unknown fields left out, values never changed after decoding."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Source(Record):
+    """The position of an input record in Kafka."""
+
+    topic: str
+    partition: Count
+    offset: Count
+
+
+class Review(Record):
+    """A shopper's review of an item; it may carry stars, words, or both."""
+
+    event_id: Identifier
+    user_id: Identifier
+    item_id: Identifier
+    event_time: Time
+    rating: Stars | None = None
+    title: Text | None = None
+    text: Text | None = None
+
+
+class Behavior(Record):
+    """One thing that a shopper did with an item."""
+
+    event_id: Identifier
+    user_id: Identifier
+    item_id: Identifier
+    event_time: Time
+    action: Action
+    price: Price | None = None
+    quantity: Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    session_id: Identifier | None = None
+
+
+class ScoreRequest(Record):
+    """Items to be scored and ranked for a user; answered until `deadline_ms` after `event_time`."""
+
+    request_id: Identifier
+    user_id: Identifier
+    item_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MOST_ITEMS)]
+    event_time: Time
+    deadline_ms: Annotated[int, Field(strict=True, gt=0, le=3_600_000)] | None = None
+
+
+class Item(Record):
+    """What is known of an item. The category is a path, widest first."""
+
+    item_id: Identifier
+    event_time: Time
+    title: Text | None = None
+    brand: Identifier | None = None
+    category: Annotated[list[Identifier], Field(max_length=16)] | None = None
+    price: Price | None = None
+    description: Text | None = None
+
+
+class User(Record):
+    """What is known of a user beside their events."""
+
+    user_id: Identifier
+    event_time: Time
+    gender: Identifier | None = None
+    age: Annotated[float, Field(strict=True, ge=0, le=150, allow_inf_nan=False)] | None = None
+    region: Identifier | None = None
+
+
+class PredictedRating(Record):
+    """A predicted rating: of an interaction, of a review's text, or of a requested item."""
+
+    event_id: Identifier | None = None
+    request_id: Identifier | None = None
+    user_id: Identifier
+    item_id: Identifier
+    event_time: Time
+    predicted_at: Time
+    kind: Kind
+    rating: Stars | None = None  # absent when a request expired
+    distribution: Distribution | None = None
+    interval: Interval | None = None
+    tier: Tier | None = None  # absent when predicted from the review's own text
+    model_version: str
+    source: Source
+    seq: Count | None = None  # interaction: position in the user partition's row of predictions
+    rank: Count | None = None  # request: 1 is the best of `of` items
+    of: Count | None = None
+    status: Literal["ok", "expired"] | None = None
+
+
+class TextFeatures(Record):
+    """What a review's text says of its stars, for the user's state."""
+
+    event_id: Identifier
+    user_id: Identifier
+    item_id: Identifier
+    event_time: Time
+    distribution: Distribution
+    encoder: str
+
+
+class UpdateSource(Record):
+    """The span of input records that an item update sums up."""
+
+    topic: str
+    partition: Count
+    first_offset: Count
+    last_offset: Count
+
+
+class ItemUpdate(Record):
+    """What one batch did to one item. Sums are differences: an edited review replaces its stars."""
+
+    item_id: Identifier
+    source: UpdateSource
+    counts: dict[str, int]  # by action, "review" among them
+    rating_count: int = 0
+    rating_sum: Real = 0.0
+    rating_square_sum: Real = 0.0
+    rating_histogram: Annotated[list[int], Field(min_length=5, max_length=5)] = [0, 0, 0, 0, 0]
+    price_count: int = 0
+    price_log_sum: Real = 0.0
+    sessions: int = 0
+    first_event_time: Time
+    last_event_time: Time
+
+
+class ErrorSums(Record):
+    """Sums over predictions whose true rating was seen."""
+
+    count: int = 0
+    squared: float = 0.0
+    absolute: float = 0.0
+    rating: float = 0.0  # true
+    predicted: float = 0.0
+
+
+class ScoreDigest(Record):
+    """What one worker scored in one window with one model."""
+
+    worker: str
+    digest_id: str
+    window_start: Time
+    window_end: Time
+    model_version: str
+    kinds: dict[str, int]
+    tiers: dict[str, int]
+    actions: dict[str, int]
+    stars: Annotated[list[int], Field(min_length=5, max_length=5)]  # predicted, rounded
+    predicted_sum: float
+    errors: ErrorSums
+    errors_by_tier: dict[str, ErrorSums]
+    top_items: dict[str, int]
+    top_categories: dict[str, int]
+    lag: Count
+    latency_ms: str | None = None  # a KLL sketch of event to prediction, base64
+
+
+class Alert(Record):
+    """A threshold in settings that a window crossed."""
+
+    alert_id: str
+    rule: str
+    severity: Literal["info", "warning", "critical"]
+    window_start: Time
+    window_end: Time
+    value: float
+    threshold: float
+    subject: str
+    text: str
+
+
+class ModelUpdate(Record):
+    """A nudge: the registry has changed. The registry is the truth."""
+
+    version: str
+    sha256: str
+    stage: Stage
+    share: Annotated[float, Field(ge=0, le=1)]
+    at: Time
+    by: str
+    reason: str
+
+
+class Header(Record):
+    """One Kafka header of a dead letter, its value in base64."""
+
+    key: str
+    value: str | None = None
+
+
+class DeadLetter(Record):
+    """A record that could not be decoded, validated or scored, with all needed to send it again."""
+
+    key: str | None = None  # base64
+    value: str | None = None  # base64
+    headers: list[Header] = []
+    source: Source
+    processor: str
+    reason: str
+    field: str | None = None
+    first_failed_at: Time
+    attempts: Annotated[int, Field(ge=1)] = 1
