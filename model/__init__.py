@@ -1,0 +1,1 @@
+"""What a rating is predicted from, and how."""

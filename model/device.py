@@ -1,0 +1,22 @@
+"""Where tensors live."""
+
+import torch
+
+from model.exceptions import StarcastError
+
+
+class DeviceError(StarcastError):
+    """A device was asked for that this machine or this build of torch lacks."""
+
+
+def find(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` is cuda when present, otherwise the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"device {name!r} cannot be used: {reason}; set auto or cpu") from error
+    return device

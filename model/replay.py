@@ -1,0 +1,230 @@
+"""The one function from events to features and states: scoring, recovery, verification, training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model import features
+from model.events import TEXT, Rows, blank, opaque
+from model.exceptions import GapError
+from model.ids import Hashes
+from model.lookups import Lookups, Store, Table, empty, table
+from model.state import (
+    ITEM,
+    ITEM_ATTRIBUTES,
+    PARTITION,
+    RATING_STEPS,
+    USER,
+    USER_ATTRIBUTES,
+    advance,
+    advance_partition,
+    apply_items,
+    item_deltas,
+)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that a prediction is made from, of n events (or n items asked for)."""
+
+    features: NDArray[np.float32]  # (n, F): columns as in features.FEATURES; nan: missing
+    recents: Hashes  # (n, 16): the user's recent distinct items, newest first; 0: none
+    recent_ratings: NDArray[np.float32]  # (n, 16): stars given to them; nan: none
+    recent_actions: NDArray[np.uint8]  # (n, 16): bit k: ACTIONS[k] was done with the item
+    item_attributes: Rows  # ITEM_ATTRIBUTES (n)
+    item_vectors: NDArray[np.intp]  # (n): rows of lookups.vectors.rows; its last (zero): none
+    recent_vectors: NDArray[np.intp]  # (n, 16): likewise
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch of n events of u users gives."""
+
+    observation: Observation
+    duplicate: NDArray[np.bool_]  # (n): repeated; predicted, not applied
+    step: NDArray[np.uint64]  # (n): number of each journal row
+    seq: NDArray[np.uint64]  # (n): number of each prediction; 0 for text rows, which have none
+    states: Rows  # USER (u)
+    partition: Rows  # PARTITION, shape ()
+    deltas: Rows  # ITEM_DELTA, one for each item and source topic
+
+
+def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Observation:
+    """What predictions for `events` EVENT (n) are made from; changes nothing.
+
+    `users` USER (n): the state that each event meets; `partition`: PARTITION, shape ().
+    """
+    recents = users["recent"]["item"].copy()
+    ratings = users["recent"]["rating"]
+    attributes = lookups.item_attributes.take(events["item"])
+    recent_attributes = lookups.item_attributes.take(recents)
+    vectors = lookups.vectors
+    if vectors is None:
+        item_vectors, recent_vectors = (
+            np.zeros(len(events), np.intp),
+            np.zeros(recents.shape, np.intp),
+        )
+        text_known = similarity = None
+    else:
+        item_vectors = vectors.find(attributes["text"])
+        recent_vectors = vectors.find(recent_attributes["text"])
+        text_known = item_vectors < len(vectors.hashes)
+        similarity = _similarity(vectors, item_vectors, recent_vectors)
+    rows = features.compute(
+        users,
+        lookups.items.take(events["item"]),
+        lookups.user_attributes.take(events["user"]),
+        attributes,
+        recent_attributes,
+        partition,
+        events,
+        text_known,
+        similarity,
+    )
+    return Observation(
+        rows,
+        recents,
+        np.where(ratings > 0, ratings / np.float32(RATING_STEPS), np.float32(np.nan)),
+        users["recent"]["actions"].copy(),
+        attributes,
+        item_vectors,
+        recent_vectors,
+    )
+
+
+def run_batch(
+    states: Rows, user_index: NDArray[np.intp], partition: Rows, events: Rows, lookups: Lookups
+) -> BatchResult:
+    """Observe and apply n events of one user partition in the order of its journal.
+
+    `states` USER (u), distinct users; `user_index` (n): each event's row in it; `partition`:
+    PARTITION, shape (). Users' states are as each event met them; `lookups` and the running mean
+    as the batch began. Nothing given is changed.
+    """
+    step = partition["step"] + np.arange(len(events), dtype=np.uint64)
+    predicted = events["action"] != TEXT
+    seq = partition["seq"] + np.cumsum(predicted).astype(np.uint64) - np.uint64(1)
+    global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partition)
+    change = advance(states, user_index, events, item_bias, global_mean, step)
+    return BatchResult(
+        observe(change.before, partition, events, lookups),
+        change.duplicate,
+        step,
+        np.where(predicted, seq, np.uint64(0)),
+        change.states,
+        advance_partition(partition, events, change.duplicate),
+        item_deltas(events, change),
+    )
+
+
+def recover(
+    states: Rows,
+    user_index: NDArray[np.intp],
+    partition: Rows,
+    events: Rows,
+    rows: NDArray[np.float32],
+    duplicate: NDArray[np.bool_],
+    step: NDArray[np.uint64],
+) -> tuple[Rows, Rows]:
+    """States and partition after n journal rows, skipping what each has applied already.
+
+    Bit for bit what `run_batch` gave when the rows were written. Feature `rows` (n, F),
+    `duplicate` and `step` (n) as journalled, in the order of the journal; any number of batches
+    at once. Raises GapError when rows between the partition's and these are missing.
+    """
+    new = step >= partition["step"]
+    if not np.array_equal(step[new], partition["step"] + np.arange(new.sum(), dtype=np.uint64)):
+        raise GapError(
+            f"The journal does not go on where the store ends: row {partition['step']} is missing"
+            " or out of order. Read the journal from the position in the partition's header, or"
+            " rebuild the partition from the archive."
+        )
+    fresh = step >= states["step"][user_index]
+    change = advance(
+        states,
+        user_index[fresh],
+        events.compress(fresh),
+        rows[fresh, features.INDEX["item_bias"]],
+        rows[fresh, features.INDEX["global_mean"]],
+        step[fresh],
+        duplicate[fresh],
+    )
+    return change.states, advance_partition(partition, events[new], duplicate[new])
+
+
+def _similarity(
+    vectors: Table, items: NDArray[np.intp], recents: NDArray[np.intp]
+) -> NDArray[np.float32]:
+    """Cosines, shape (n, 16), of each item's vector with the recents'; nan where either is none."""
+    none = len(vectors.hashes)
+    row, slot = np.nonzero((items[:, None] < none) & (recents < none))
+    cosines = np.full(recents.shape, np.nan, np.float32)
+    for begin in range(0, len(row), _PAIRS):
+        pairs = row[begin : begin + _PAIRS], slot[begin : begin + _PAIRS]
+        left, right = vectors.rows[items[pairs[0]]], vectors.rows[recents[pairs]]
+        cosines[pairs] = np.einsum("pd,pd->p", left, right)
+    return cosines
+
+
+_PAIRS = 4096  # pairs of vectors at once: as many as a core's cache holds
+
+
+@dataclass(frozen=True)
+class HistoryBatch:
+    """A slice of a replayed history and what it gave."""
+
+    rows: slice  # of the events given to `History.run`
+    lookups: Lookups
+    result: BatchResult
+
+
+class History:
+    """Replays events of many users as one partition, as the live scorer would have met them.
+
+    Item states follow after each batch, as they do live at best. Attributes and vectors may be
+    replaced between two calls of `run`.
+    """
+
+    def __init__(
+        self,
+        item_attributes: Table | None = None,
+        user_attributes: Table | None = None,
+        vectors: Table | None = None,
+        batch_events: int = 512,
+    ) -> None:
+        self.item_attributes = item_attributes or empty(ITEM_ATTRIBUTES)
+        self.user_attributes = user_attributes or empty(USER_ATTRIBUTES)
+        self.vectors = vectors
+        self.batch_events = batch_events
+        self.users = Store(USER)
+        self.items = Store(ITEM)
+        self.partition = blank(PARTITION, ())
+
+    def run(self, events: Rows) -> Iterator[HistoryBatch]:
+        """Observe and apply `events` EVENT (n), in order, batch by batch."""
+        for begin in range(0, len(events), self.batch_events):
+            rows = slice(begin, min(begin + self.batch_events, len(events)))
+            batch = events[rows]
+            users, user_index = np.unique(batch["user"], return_inverse=True)
+            user_rows = self.users.place(users)
+            items = np.unique(batch["item"])
+            item_rows = self.items.place(items)
+            lookups = Lookups(
+                table(items, self.items.rows.take(item_rows)),
+                self.item_attributes,
+                self.user_attributes,
+                self.vectors,
+            )
+            result = run_batch(
+                self.users.rows.take(user_rows), user_index, self.partition, batch, lookups
+            )
+            opaque(self.users.rows)[user_rows] = opaque(result.states)
+            self.partition = result.partition
+            deltas = result.deltas
+            item_index = np.searchsorted(items, deltas["item"])
+            offsets = np.full(len(deltas), result.step[0], np.uint64)
+            followed = apply_items(self.items.rows.take(item_rows), item_index, deltas, offsets)
+            opaque(self.items.rows)[item_rows] = opaque(followed)
+            yield HistoryBatch(rows, lookups, result)

@@ -1,0 +1,117 @@
+"""The models folder: a local directory, or anything that fsspec reaches by URL."""
+
+import contextlib
+import fcntl
+import importlib
+import os
+import tempfile
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.exceptions import UnreachableError
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder of files that are read, replaced and copied whole."""
+
+    url: str
+    filesystem: Any  # fsspec's AbstractFileSystem, which is not typed
+    root: str
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, when it is on this machine."""
+        return Path(self.root) if "file" in self.filesystem.protocol else None
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None when there is no such file."""
+        with self._reaching(name):
+            try:
+                return self.filesystem.cat_file(f"{self.root}/{name}")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Put a file's new content in place of the old, so that a reader sees one or the other."""
+        with self._reaching(name):
+            if self.local is None:
+                self.filesystem.pipe_file(f"{self.root}/{name}", content)  # one put
+                return
+            self.local.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.local, prefix=f".{name}-")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, self.local / name)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+
+    def folders(self) -> list[str]:
+        """Sorted names of the folders inside."""
+        with self._reaching(""):
+            self.filesystem.invalidate_cache()
+            try:
+                entries = self.filesystem.ls(self.root, detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(e["name"].rsplit("/", 1)[1] for e in entries if e["type"] == "directory")
+
+    def upload(self, folder: Path, name: str, last: str) -> None:
+        """Copy a folder's files to the folder `name`, the file `last` at the end."""
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        with self._reaching(name):
+            for path in sorted(paths, key=lambda path: path == folder / last):
+                target = f"{self.root}/{name}/{path.relative_to(folder).as_posix()}"
+                self.filesystem.put_file(str(path), target)
+
+    def download(self, name: str, folder: Path) -> None:
+        """Copy the files of the folder `name` to a local folder."""
+        with self._reaching(name):
+            base = f"{self.root}/{name}"
+            for path in self.filesystem.find(base):
+                target = folder / path[path.index(base) + len(base) + 1 :]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.filesystem.get_file(path, str(target))
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Generator[None]:
+        """Hold a lock among processes of this machine; object stores have none."""
+        if self.local is None:
+            yield
+            return
+        with self._reaching(name):
+            self.local.mkdir(parents=True, exist_ok=True)
+            file = (self.local / name).open("w")
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when its holder ends, however it ends
+            yield
+
+    @contextlib.contextmanager
+    def _reaching(self, name: str) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:  # object stores raise what their client libraries raise
+            place = f"{self.url.rstrip('/')}/{name}"
+            raise UnreachableError(
+                f"the models folder does not answer at {place}: {error}; "
+                "check models.url and the right to read and write there"
+            ) from error
+
+
+def locate(url: str) -> Storage:
+    """The folder at a path or fsspec URL; raises UnreachableError for an unknown kind of URL."""
+    fsspec: Any = importlib.import_module("fsspec")  # it has no types
+    try:
+        filesystem, root = fsspec.url_to_fs(os.path.expanduser(url))
+    except (ValueError, ImportError) as error:
+        raise UnreachableError(
+            f"models.url {url!r} is of no kind that fsspec reaches here: {error}"
+        ) from error
+    return Storage(url, filesystem, root.rstrip("/"))

@@ -1,0 +1,100 @@
+"""Records become rows; times and absent values are kept."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.events import (
+    CART,
+    EVENT,
+    REVIEW,
+    TEXT,
+    blank,
+    duplicated,
+    from_behavior,
+    from_request,
+    from_reviews,
+    from_text_features,
+    milliseconds,
+    opaque,
+)
+from model.ids import hash_ids
+from model.state import ITEM_ATTRIBUTES, USER
+from schemas.records import Behavior, Review, TextFeatures
+
+NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
+IDS = {"event_id": "e1", "user_id": "u1", "item_id": "i1", "event_time": NOON}
+
+
+def test_reviews_become_rows() -> None:
+    rows = from_reviews([Review(**IDS, rating=4.5, text="fine"), Review(**IDS)])
+    assert rows.dtype == EVENT
+    assert rows["action"].tolist() == [REVIEW, REVIEW]
+    assert rows["rating"][0] == 4.5
+    assert np.isnan(rows["rating"][1])
+    assert rows["time"].tolist() == [1_714_564_800_000] * 2
+    assert [rows[name][0] for name in ("user", "item", "event_id")] == hash_ids(
+        ["u1", "i1", "e1"]
+    ).tolist()
+
+
+def test_behavior_becomes_rows() -> None:
+    rows = from_behavior(
+        [
+            Behavior(**IDS, action="cart", price=2.5, quantity=3, session_id="s"),
+            Behavior(**IDS, action="view"),
+        ]
+    )
+    assert rows["action"][0] == CART
+    assert rows["price"][0] == 2.5
+    assert rows["quantity"][0] == 3
+    assert rows["session"].tolist() == [int(hash_ids(["s"])[0]), 0]
+    assert np.isnan(rows["price"][1])
+    assert np.isnan(rows["rating"]).all()
+
+
+def test_a_text_is_no_repetition_of_its_review() -> None:
+    text = TextFeatures(**IDS, distribution=[0, 0, 0.5, 0.5, 0], encoder="e")
+    rows = np.concatenate([from_text_features([text]), from_reviews([Review(**IDS)])])
+    assert rows["action"].tolist() == [TEXT, REVIEW]
+    assert rows["text_stars"][0] == 3.5
+    assert rows["event_id"][0] != rows["event_id"][1]
+    assert rows["item"][0] == rows["item"][1]
+
+
+def test_no_records_give_no_rows() -> None:
+    assert [len(make([])) for make in (from_reviews, from_behavior, from_text_features)] == [0] * 3
+
+
+def test_a_request_asks_for_each_item() -> None:
+    rows = from_request(7, np.array([1, 2], np.uint64), 99)
+    assert rows["user"].tolist() == [7, 7]
+    assert rows["item"].tolist() == [1, 2]
+    assert rows["time"].tolist() == [99, 99]
+    assert np.isnan(rows["rating"]).all()
+
+
+@given(st.integers(631_152_000_000, 4_102_444_800_000), st.integers(0, 999), st.integers(-720, 720))
+def test_times_are_exact_to_the_millisecond(time: int, micro: int, offset: int) -> None:
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time, microseconds=micro)
+    elsewhere = moment.astimezone(timezone(timedelta(minutes=offset)))
+    assert milliseconds([elsewhere]).tolist() == [time]
+
+
+def test_blank_rows_know_nothing() -> None:
+    rows = blank(ITEM_ATTRIBUTES, 2)
+    assert np.isnan(rows["price"]).all()
+    assert np.isnan(rows["price_rank"]).all()
+    assert not rows["version"].any()
+    assert not any(blank(USER, 1).tobytes())
+
+
+def test_a_copy_is_apart() -> None:
+    rows = blank(EVENT, 2)
+    copy = duplicated(rows)
+    copy["item"] = 3
+    assert rows["item"].tolist() == [0, 0]
+    opaque(rows)[[1]] = opaque(copy)[[0]]
+    assert rows["item"].tolist() == [0, 3]

@@ -1,0 +1,47 @@
+"""Tables find what is in them, and give blank rows for what is not."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.lookups import Store, empty, table
+from model.state import ITEM_ATTRIBUTES, USER
+
+HASHES = st.integers(1, 2**64 - 1) | st.integers(1, 40) | st.integers(2**64 - 40, 2**64 - 1)
+
+
+@given(st.lists(HASHES, unique=True), st.lists(st.lists(HASHES, min_size=2, max_size=2)))
+def test_table_finds_as_a_dictionary_does(known: list[int], wanted: list[list[int]]) -> None:
+    rows = np.arange(len(known), dtype=np.float32)[:, None] + [1, 2]
+    found = table(np.array(known, np.uint64), rows)
+    asked = [*wanted, *([key, key] for key in known)]
+    got = found.take(np.array(asked, np.uint64).reshape(-1, 2))
+    expected = dict(zip(known, rows.tolist(), strict=True))
+    nothing = [0, 0]
+    np.testing.assert_array_equal(
+        got,
+        np.array([[expected.get(k, nothing) for k in keys] for keys in asked]).reshape(got.shape),
+    )
+
+
+def test_a_missing_hash_gets_a_blank_row() -> None:
+    for nothing in (
+        empty(ITEM_ATTRIBUTES),
+        table(np.array([5], np.uint64), np.ones(1, ITEM_ATTRIBUTES)),
+    ):
+        row = nothing.take(np.array([0, 7], np.uint64))
+        assert row["version"].tolist() == [0, 0]
+        assert np.isnan(row["price"]).all()
+
+
+@given(st.lists(st.lists(HASHES)))
+def test_store_keeps_rows_as_it_grows(batches: list[list[int]]) -> None:
+    store, expected = Store(USER, 1), dict[int, int]()
+    for number, batch in enumerate(batches):
+        positions = store.place(np.array(batch, np.uint64))
+        store.rows["sessions"][positions] = number + 1
+        expected |= dict.fromkeys(batch, number + 1)
+    assert (
+        dict(zip(store.hashes.tolist(), store.rows["sessions"].tolist(), strict=True)) == expected
+    )
+    assert list(expected) == store.hashes.tolist()
