@@ -1,0 +1,352 @@
+"""Kafka's administration: client configuration, the broker's reachability, and our topics.
+
+`client_config` is the one place where the configuration of a Kafka client is put together.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import structlog
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import (  # its stubs export the client alone
+    AdminClient,
+    AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
+    ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
+    ConfigResource,  # pyright: ignore[reportPrivateImportUsage]
+    NewTopic,  # pyright: ignore[reportPrivateImportUsage]
+    OffsetSpec,  # pyright: ignore[reportPrivateImportUsage]
+    ResourceType,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from schemas.exceptions import StarcastError, UnreachableError
+from schemas.topics import TOPICS, Topic
+from streams.config import KafkaConfig
+from streams.exceptions import BrokerError
+
+REACH_SECONDS = 10.0  # a wrong address, a firewall or a wrong security protocol would wait for ever
+REQUEST_SECONDS = 30.0  # a controller that is being elected would leave a request unanswered
+VISIBLE_SECONDS = 30.0  # a producer would meet a broker that has not heard of a new topic
+REPEAT_SECONDS = 30.0  # a broker that is down would fill the log, ten lines a second
+
+_NOT_MAPPED = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "on_commit", "on_delivery")
+_LOG = structlog.get_logger(__name__)
+_Answer = TypeVar("_Answer")
+
+
+class KafkaOptionError(StarcastError):
+    """A librdkafka option that does not exist, or a value that it does not take."""
+
+
+class TopicError(BrokerError):
+    """Topics that are not as the table of topics says, and cannot be made so."""
+
+
+def option_name(name: str) -> str:
+    """librdkafka's name of an option: `SECURITY_PROTOCOL`, `security_protocol`, `ssl.ca.location`.
+
+    No public librdkafka option has an underscore; environment variables cannot have dots.
+    """
+    return name if name in _NOT_MAPPED else name.lower().replace("_", ".")
+
+
+def topic_name(kafka: KafkaConfig, name: str) -> str:
+    """A topic's name on the cluster."""
+    return kafka.topic_prefix + name
+
+
+def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
+    """The configuration of one consumer, producer or administrative client.
+
+    `options` are what the caller's correctness rests on (`group_id`, `transactional_id`,
+    `isolation_level`, …): they win over the options in settings, which win over what stands here.
+    Names may be written with underscores or as librdkafka writes them.
+    """
+    defaults: dict[str, Any] = {
+        "client.id": kafka.group_id,
+        "log_level": 2,  # failures reach `error_cb`, which says them once
+        "error_cb": _report_error(),
+    }
+    settings = {option_name(name): value for name, value in kafka.options.items()}
+    wanted = {option_name(name): value for name, value in options.items()}
+    return defaults | settings | {"bootstrap.servers": kafka.bootstrap_servers} | wanted
+
+
+def reach(kafka: KafkaConfig, seconds: float = REACH_SECONDS) -> AdminClient:
+    """An administrative client whose broker has answered.
+
+    Raises UnreachableError when no broker answers within `seconds`, and KafkaOptionError when
+    librdkafka refuses an option.
+    """
+    failures: dict[str, None] = {}
+
+    def keep(error: KafkaError) -> None:
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # pyright: ignore[reportPrivateUsage]
+            failures[error.str().split(" (after ")[0].split(": ", 1)[-1]] = None
+
+    try:
+        admin = AdminClient(client_config(kafka, error_cb=keep))
+    except KafkaException as problem:
+        raise refused_option(problem) from None
+    try:
+        admin.list_topics(timeout=seconds)
+    except KafkaException as problem:
+        admin.poll(0)
+        raise unreachable(kafka, "; ".join(failures) or problem.args[0].str(), seconds) from None
+    return admin
+
+
+def refused_option(problem: KafkaException) -> KafkaOptionError:
+    """What librdkafka says of an option, and where options are set."""
+    return KafkaOptionError(
+        f"Kafka client: {problem.args[0].str()}. Options come from kafka.options in settings "
+        "(STARCAST_KAFKA__OPTIONS__…); `starcast config` shows their values and sources."
+    )
+
+
+def unreachable(kafka: KafkaConfig, reason: str, seconds: float) -> UnreachableError:
+    """The error of a broker that does not answer."""
+    protocol = client_config(kafka).get("security.protocol", "PLAINTEXT")
+    return UnreachableError(
+        f"No Kafka broker answers at {kafka.bootstrap_servers} within {seconds:g} s ({reason}). "
+        "Start it, or set STARCAST_KAFKA__BOOTSTRAP_SERVERS to its host:port; the security "
+        f"protocol tried is {protocol} (STARCAST_KAFKA__OPTIONS__SECURITY_PROTOCOL)."
+    )
+
+
+@dataclass(frozen=True)
+class TopicReport:
+    """One topic of the contract as the cluster has it; `partitions` is 0 when it has not."""
+
+    name: str
+    topic: Topic
+    wanted_partitions: int
+    partitions: int = 0
+    replication: int = 0
+    records: int | None = None  # between the first and the last offset; None when not told
+    differences: Mapping[str, tuple[str, str]] = field(
+        default_factory=dict[str, tuple[str, str]]
+    )  # setting → (as found, as wanted)
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the topic, empty when nothing is."""
+        if not self.partitions:
+            return "missing"
+        if self.partitions != self.wanted_partitions:
+            return f"has {self.partitions} partitions, settings say {self.wanted_partitions}"
+        return ", ".join(
+            f"{name} is {found}, wanted {wanted}"
+            for name, (found, wanted) in self.differences.items()
+        )
+
+
+Change = Literal["created", "altered", "unchanged"]
+
+
+def show_topics(kafka: KafkaConfig) -> list[TopicReport]:
+    """Every topic of the contract as the cluster has it, in the table's order."""
+    admin = reach(kafka)
+    found = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
+    names = [topic_name(kafka, topic.name) for topic in TOPICS]
+    present = [name for name in names if name in found and found[name].partitions]
+    configs = _configs(kafka, admin, present)
+    counts = _counts(
+        kafka, admin, [TopicPartition(name, p) for name in present for p in found[name].partitions]
+    )
+    reports: list[TopicReport] = []
+    for name, topic in zip(names, TOPICS, strict=True):
+        wanted = kafka.partitions if topic.keyed else 1
+        if name not in present:
+            reports.append(TopicReport(name, topic, wanted))
+            continue
+        partitions = found[name].partitions
+        config = configs[name]
+        differences = {
+            key: (config[key], value)
+            for key, value in topic.config().items()
+            if key in config and config[key] != value
+        }
+        reports.append(
+            TopicReport(
+                name,
+                topic,
+                wanted,
+                len(partitions),
+                min(len(partition.replicas) for partition in partitions.values()),
+                counts.get(name),
+                differences,
+            )
+        )
+    return reports
+
+
+def apply_topics(kafka: KafkaConfig) -> list[tuple[TopicReport, Change]]:
+    """Makes the cluster's topics as the table says; each topic as it was, and what was done.
+
+    Raises TopicError, before anything is changed, when a topic has another partition count: the
+    count decides where a user's events lie, so it is fixed at birth.
+    """
+    reports = show_topics(kafka)
+    wrong = [r for r in reports if r.partitions and r.partitions != r.wanted_partitions]
+    if wrong:
+        counts = ", ".join(f"{r.name} ({r.partitions}, not {r.wanted_partitions})" for r in wrong)
+        raise TopicError(
+            f"Topics of other partition counts than settings say: {counts}. Counts are fixed at "
+            "birth: set STARCAST_KAFKA__PARTITIONS to what exists, or take another "
+            "STARCAST_KAFKA__TOPIC_PREFIX and rebuild."
+        )
+    admin = reach(kafka)
+    _create(kafka, admin, [report for report in reports if not report.partitions])
+    _alter(kafka, admin, [report for report in reports if report.differences])
+    return [(report, _change(report)) for report in reports]
+
+
+def _change(report: TopicReport) -> Change:
+    if not report.partitions:
+        return "created"
+    return "altered" if report.differences else "unchanged"
+
+
+def _create(kafka: KafkaConfig, admin: AdminClient, missing: list[TopicReport]) -> None:
+    if not missing:
+        return
+    futures = admin.create_topics(
+        [
+            NewTopic(
+                report.name,
+                num_partitions=report.wanted_partitions,
+                replication_factor=kafka.replication,
+                config=report.topic.config(),
+            )
+            for report in missing
+        ],
+        operation_timeout=REQUEST_SECONDS,
+        request_timeout=REQUEST_SECONDS,
+    )
+    for name, future in futures.items():
+        try:
+            future.result()
+        except KafkaException as problem:
+            error: KafkaError = problem.args[0]
+            if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another worker was faster
+                raise TopicError(
+                    f"Kafka refused to create topic {name}: {error.str()}. Replication "
+                    f"{kafka.replication} (STARCAST_KAFKA__REPLICATION) needs as many brokers, "
+                    "and the principal needs the Create permission."
+                ) from None
+    _wait_until_visible(kafka, admin, missing)
+
+
+def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[TopicReport]) -> None:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        found = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
+        waiting = [
+            report.name
+            for report in made
+            if report.name not in found
+            or len(found[report.name].partitions) < report.wanted_partitions
+            or any(partition.leader < 0 for partition in found[report.name].partitions.values())
+        ]
+        if not waiting:
+            return
+        if time.monotonic() > deadline:
+            raise TopicError(
+                f"Topics {', '.join(waiting)} were created but have no leader after "
+                f"{VISIBLE_SECONDS:g} s. Look at the brokers' logs, then apply again."
+            )
+        time.sleep(0.1)
+
+
+def _alter(kafka: KafkaConfig, admin: AdminClient, changed: list[TopicReport]) -> None:
+    if not changed:
+        return
+    futures = admin.incremental_alter_configs(
+        [
+            ConfigResource(
+                ResourceType.TOPIC,
+                report.name,
+                incremental_configs=[
+                    ConfigEntry(key, wanted, incremental_operation=AlterConfigOpType.SET)
+                    for key, (_, wanted) in report.differences.items()
+                ],
+            )
+            for report in changed
+        ],
+        request_timeout=REQUEST_SECONDS,
+    )
+    for resource, future in futures.items():
+        try:
+            future.result()
+        except KafkaException as problem:
+            raise TopicError(
+                f"Kafka refused to alter topic {resource.name}: {problem.args[0].str()}. "
+                "The principal needs the AlterConfigs permission."
+            ) from None
+
+
+def _configs(kafka: KafkaConfig, admin: AdminClient, names: list[str]) -> dict[str, dict[str, str]]:
+    """The configuration of each topic; without an entry that the broker does not tell."""
+    if not names:
+        return {}
+    futures = admin.describe_configs(
+        [ConfigResource(ResourceType.TOPIC, name) for name in names],
+        request_timeout=REQUEST_SECONDS,
+    )
+    return {
+        resource.name: {
+            key: entry.value
+            for key, entry in _request(kafka, future.result).items()
+            if entry.value is not None
+        }
+        for resource, future in futures.items()
+    }
+
+
+def _counts(
+    kafka: KafkaConfig, admin: AdminClient, partitions: list[TopicPartition]
+) -> dict[str, int]:
+    """The span of offsets of each topic."""
+    counts: dict[str, int] = {}
+    if not partitions:
+        return counts
+    for sign, spec in ((-1, OffsetSpec.earliest()), (1, OffsetSpec.latest())):
+        asked: dict[TopicPartition, Any] = dict.fromkeys(partitions, spec)
+        futures = admin.list_offsets(asked, request_timeout=REQUEST_SECONDS)
+        for partition, future in futures.items():
+            place = _request(kafka, future.result).offset
+            counts[partition.topic] = counts.get(partition.topic, 0) + sign * max(place, 0)
+    return counts
+
+
+def _request(kafka: KafkaConfig, ask: Callable[[], _Answer]) -> _Answer:
+    """The answer to an administrative request, its failure as one of our errors."""
+    try:
+        return ask()
+    except KafkaException as problem:
+        error: KafkaError = problem.args[0]
+        if error.code() in (
+            KafkaError._TRANSPORT,  # pyright: ignore[reportPrivateUsage]
+            KafkaError._TIMED_OUT,  # pyright: ignore[reportPrivateUsage]
+        ):
+            raise unreachable(kafka, error.str(), REQUEST_SECONDS) from None
+        raise TopicError(
+            f"Kafka at {kafka.bootstrap_servers} refused a request: {error.str()}. "
+            "The principal needs the Describe and DescribeConfigs permissions."
+        ) from None
+
+
+def _report_error() -> Callable[[KafkaError], None]:
+    """An error callback that logs each distinct failure at most once in REPEAT_SECONDS."""
+    last_logged: dict[str, float] = {}
+
+    def report(error: KafkaError) -> None:
+        text = error.str().split(" (after ")[0]
+        now = time.monotonic()
+        if now - last_logged.get(text, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+            last_logged[text] = now
+            _LOG.warning("kafka client", error=text, code=error.name(), fatal=error.fatal())
+
+    return report

@@ -1,0 +1,221 @@
+"""Answers: score requests to ranked predicted ratings, from states as they are.
+
+It has a group of its own and reads states from the store, so a request passes the backlog of
+events; it changes nothing.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from confluent_kafka import Message
+from numpy.typing import NDArray
+
+from model.events import EVENT, Rows, blank, from_request
+from model.ids import hash_ids, partitions_of
+from model.predict import Predictions
+from model.replay import Observation, observe
+from model.state import USER
+from schemas.codec import encode_columns, format_times, time_ms
+from schemas.records import ScoreRequest
+from streams.config import ScorerConfig
+from model.ladder import TIERS
+from streams.digests import Digests, Scored
+from streams.inputs import split
+from streams.loop import Outcome, OutputBatch, Position
+from streams.metrics import Metrics
+from streams.models import Models, vector_width
+from streams.reader import USER_STATE, Reader
+from streams.predictions import prediction_columns, select
+from streams.store import Store
+from streams.user_states import decode_header
+
+BATCH = 200  # requests in one transaction: each may ask for a thousand items
+LINGER_SECONDS = 0.005  # a shopper waits for this
+HEADER_SECONDS = 1.0  # a partition's running mean moves slowly
+
+
+class Answers:
+    """One worker's answers, a processor of `streams.loop`."""
+
+    name = "answers"
+    topics = ("score-requests",)
+    together = False
+    transactional = True
+    batch_size = BATCH
+    linger_seconds = LINGER_SECONDS
+
+    def __init__(
+        self,
+        config: ScorerConfig,
+        prefix: str,
+        store: Store,
+        reader: Reader,
+        models: Models,
+        metrics: Metrics,
+        worker: str,
+    ) -> None:
+        self._prefix = prefix
+        self._store = store
+        self._reader = reader
+        self._models = models
+        self._metrics = metrics
+        self._digests = Digests(worker, "request", config.digest_seconds)
+        self._headers: dict[int, tuple[float, Rows]] = {}
+        self.lag = 0
+
+    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        """Nothing is claimed; read on from the committed offset."""
+        return committed
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Nothing is held."""
+
+    def idle(self) -> Outcome | None:
+        """Digests that are due."""
+        digests = self._digests.due(self.lag)
+        return Outcome(outputs=digests) if digests else None
+
+    def process(self, messages: list[Message]) -> Outcome:
+        """Answer one batch of requests; those past their deadline are answered as expired."""
+        inputs, letters = split(messages, self._prefix, self.name)
+        for _ in letters:
+            self._metrics.dead_letters.labels(self.name, "contract").inc()
+        asked = inputs["score-requests"]
+        now = int(time.time() * 1_000)
+        late = [_late(request, now) for request in asked.records]
+        batches: list[OutputBatch] = []
+        counted: list[Scored] = []
+        for expired in (False, True):
+            rows = [at for at, each in enumerate(late) if each == expired]
+            if rows:
+                requests = [asked.records[at] for at in rows]
+                sources = [
+                    {
+                        "topic": "score-requests",
+                        "partition": asked.messages[at].partition(),
+                        "offset": asked.messages[at].offset(),
+                    }
+                    for at in rows
+                ]
+                stamps = asked.timestamps()[rows]
+                batch, scored = self._answer(requests, sources, stamps, expired)
+                batches.append(batch)
+                counted += [scored] if scored else []
+
+        def finish(_: dict[Position, int]) -> None:
+            self._metrics.events.labels(self.name, "request").inc(len(late))
+            for scored in counted:
+                self._count(scored)
+
+        return Outcome(batches=batches, outputs=letters, finish=finish)
+
+    def _answer(
+        self,
+        requests: list[ScoreRequest],
+        sources: list[dict[str, Any]],
+        stamps: NDArray[np.int64],
+        expired: bool,
+    ) -> tuple[OutputBatch, Scored | None]:
+        request = np.repeat(
+            np.arange(len(requests)), [len(each.item_ids) for each in requests]
+        )  # (m)
+        items = [item for each in requests for item in each.item_ids]
+        columns: dict[str, list[Any]] = {
+            "request_id": [requests[at].request_id for at in request],
+            "user_id": [requests[at].user_id for at in request],
+            "item_id": items,
+            "event_time": format_times(
+                np.array([time_ms(each.event_time) for each in requests])[request]
+            ),
+            "kind": ["request"] * len(items),
+            "source": [sources[at] for at in request],
+            "of": [len(requests[at].item_ids) for at in request],
+        }
+        scored: Scored | None = None
+        if expired:
+            columns |= {
+                "status": ["expired"] * len(items),
+                "tier": [TIERS[0]] * len(items),
+                "model_version": [self._models.serving.predictor.version] * len(items),
+            }
+        else:
+            predictions = self._predict(requests, request, items)
+            columns |= prediction_columns(predictions)
+            columns |= {
+                "status": ["ok"] * len(items),
+                "rank": _ranks(predictions.rating, request).tolist(),
+            }
+            scored = Scored(
+                version=predictions.version,
+                ratings=predictions.rating,
+                truths=np.full(len(items), np.nan, np.float32),
+                tiers=predictions.tier,
+                items=items,
+                actions=Counter(),
+                latencies_ms=(time.time() * 1_000 - stamps[request]).astype(np.float32),
+            )
+        columns["predicted_at"] = format_times(np.full(len(items), int(time.time() * 1_000)))
+        values = encode_columns(columns)
+        return OutputBatch(
+            "predicted-ratings",
+            [
+                {"key": user.encode(), "value": value}
+                for user, value in zip(columns["user_id"], values, strict=True)
+            ],
+        ), scored
+
+    def _predict(
+        self, requests: list[ScoreRequest], request: NDArray[np.intp], items: list[str]
+    ) -> Predictions:
+        users = hash_ids([each.user_id for each in requests])
+        hashes = hash_ids(items)
+        events = blank(EVENT, len(items))
+        for at, each in enumerate(requests):
+            mine = request == at
+            events[mine] = from_request(int(users[at]), hashes[mine], time_ms(each.event_time))
+        serving = self._models.serving
+        self._reader.use_encoder(serving.encoder_hash, vector_width(serving))
+        distinct, index = np.unique(users, return_inverse=True)
+        states = self._reader.states(USER_STATE, distinct, USER)
+        lookups = self._reader.lookups(events, states)
+        partitions = partitions_of(users, self._store.partitions)[request]
+        met = states[index[request]]
+        observations: list[Observation] = []
+        order: list[NDArray[np.intp]] = []
+        for partition in np.unique(partitions):
+            rows = np.flatnonzero(partitions == partition)
+            header = self._header(int(partition))
+            observations.append(observe(met[rows], header["partition"], events[rows], lookups))
+            order.append(rows)
+        observation = select(observations, np.argsort(np.concatenate(order)))
+        return serving.predictor.predict(events, observation, lookups)
+
+    def _header(self, partition: int) -> Rows:
+        until, header = self._headers.get(partition, (0.0, None))
+        if header is None or until < time.monotonic():
+            header = decode_header(self._store.header(USER_STATE, partition))
+            self._headers[partition] = time.monotonic() + HEADER_SECONDS, header
+        return header
+
+    def _count(self, scored: Scored) -> None:
+        for tier, count in zip(*np.unique(scored.tiers, return_counts=True), strict=True):
+            self._metrics.predictions.labels("request", TIERS[tier], scored.version).inc(int(count))
+        self._digests.add(scored)
+
+
+def _late(request: ScoreRequest, now: int) -> bool:
+    return (
+        request.deadline_ms is not None and now > time_ms(request.event_time) + request.deadline_ms
+    )
+
+
+def _ranks(ratings: NDArray[np.float32], request: NDArray[np.intp]) -> NDArray[np.int64]:
+    """1 for a request's best item, then 2, and so on; equal ratings keep the asked order. (m)"""
+    order = np.lexsort((np.arange(len(ratings)), -ratings, request))
+    first = np.searchsorted(request, request)  # where each item's request begins
+    ranks = np.empty(len(ratings), np.int64)
+    ranks[order] = np.arange(len(ratings))
+    return ranks - first + 1

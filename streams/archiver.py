@@ -1,0 +1,272 @@
+"""Every topic of the contract into Delta Lake, each row once.
+
+The rows of a commit and the offset after them (a Delta application transaction for each topic
+and partition) become visible together, so the archive itself knows where to go on: a consumer
+starts at `positions`, not at its group's committed offsets. delta-rs does not refuse an
+application transaction that it has seen, so the recorded offset is compared here before each
+commit, and rows below it are left out. Two archivers that own the same partition for a moment
+(one wakes up late) can therefore not double a row: the later commit conflicts, looks again, and
+finds its rows there.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import stamina
+import structlog
+from confluent_kafka import OFFSET_BEGINNING, Message, TopicPartition
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError
+
+from schemas import archive
+from schemas.archive import Row
+from schemas.exceptions import ContractError
+from schemas.topics import BY_NAME
+from streams.config import ArchiveConfig
+
+FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
+COMPACTED_BYTES = 128 * 1024 * 1024  # files are merged up to this size
+# A reader that opened a version may go on reading it for this long after a compaction.
+VACUUM_HOURS = 24
+# A compaction that was killed blocks others for this long; none may take longer.
+COMPACTION_SECONDS = 3_600
+# Archivers of other partitions of the same topic may commit in between, each a few times a second.
+COMMIT_ATTEMPTS = 10
+
+_COMPACTION = "compaction"  # the application whose version says until when a table is claimed
+_WRITER = WriterProperties(compression="ZSTD", compression_level=1)
+_log = structlog.get_logger(__name__)
+
+
+class Archive:
+    """The Delta tables of an archive, being written.
+
+    `append` collects rows, `commit` writes one Delta commit a topic. Not for several threads.
+    """
+
+    def __init__(
+        self, url: str, options: Mapping[str, str] | None = None, compact_every: int = 50
+    ) -> None:
+        self.url = url
+        self._options = dict(options or {})
+        self._compact_every = compact_every
+        self._commits: dict[str, int] = {}
+        self._pending: dict[str, list[Row]] = {}
+        self._recorded: dict[tuple[str, int], int] = {}  # the position when last looked at
+        self._next: dict[tuple[str, int], int] = {}  # the offset after the last row taken
+
+    def position(self, topic: str, partition: int) -> int | None:
+        """The offset after the last archived row of a partition, as recorded; none if none is.
+
+        Rows below it are left out from now on; rows taken but not committed are dropped.
+        """
+        self.drop(topic, partition)
+        table = archive.open_table(self.url, topic, self._options)
+        recorded = None if table is None else _recorded(table, topic, partition)
+        self._recorded[topic, partition] = self._next[topic, partition] = recorded or 0
+        return recorded
+
+    def append(self, topic: str, rows: Iterable[Row]) -> int:
+        """Takes rows of a topic in offset order for the next commit; how many were new.
+
+        Raises ContractError for a topic that the contract does not have.
+        """
+        if topic not in BY_NAME:
+            raise ContractError(f"topic {topic!r} is not in the contract, so it has no table")
+        taken: list[Row] = []
+        for row in rows:
+            place = (topic, row.partition)
+            if place not in self._next:
+                self.position(topic, row.partition)
+            if row.offset >= self._next[place]:
+                taken.append(row)
+                self._next[place] = row.offset + 1
+        self._pending.setdefault(topic, []).extend(taken)
+        return len(taken)
+
+    def drop(self, topic: str, partition: int) -> None:
+        """Forgets the rows of a partition that are not committed, and its position."""
+        self._next.pop((topic, partition), None)
+        self._pending[topic] = [
+            row for row in self._pending.get(topic, []) if row.partition != partition
+        ]
+
+    def commit(self) -> int:
+        """Writes all rows taken; how many. Raises UnreachableError when storage does not answer.
+
+        After an error, what was not written is still held: call again, or `drop` it.
+        """
+        written = 0
+        for topic in [topic for topic, rows in self._pending.items() if rows]:
+            with archive.reached(archive.table_url(self.url, topic)):
+                written += self._commit_topic(topic)
+            self._pending[topic] = []
+            self._commits[topic] = self._commits.get(topic, 0) + 1
+            if self._commits[topic] % self._compact_every == 0:
+                self.compact(topic)
+        return written
+
+    def compact(self, topic: str) -> None:
+        """Merges small files of a topic, and deletes those that no reader can still be reading.
+
+        delta-rs (1.6) lets two compactions of the same files both succeed, which doubles their
+        rows. So a compaction first claims the table by an application transaction of its own,
+        for which a second claim does conflict, and is left to another archiver that holds it.
+        """
+        where = archive.table_url(self.url, topic)
+        with archive.reached(where):
+            table = archive.open_table(self.url, topic, self._options)
+            if table is None or (table.transaction_version(_COMPACTION) or 0) > time.time():
+                return
+            try:
+                _record(table, _COMPACTION, int(time.time() + COMPACTION_SECONDS))
+                table.update_incremental()
+                table.optimize.compact(target_size=COMPACTED_BYTES, writer_properties=_WRITER)
+                table.vacuum(
+                    retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
+                )
+                table.cleanup_metadata()
+                _record(table, _COMPACTION, 0)
+            except CommitFailedError as error:
+                _log.info("compaction left to another archiver", table=where, reason=str(error))
+
+    @stamina.retry(on=CommitFailedError, attempts=COMMIT_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
+    def _commit_topic(self, topic: str) -> int:
+        """One look at the recorded offsets and one commit on the version looked at."""
+        table = self._table(topic)
+        recorded: dict[int, int] = {}
+        for partition in {row.partition for row in self._pending[topic]}:
+            recorded[partition] = _recorded(table, topic, partition) or 0
+            if recorded[partition] < self._recorded[topic, partition]:
+                raise ContractError(
+                    f"{archive.table_url(self.url, topic)} went back: partition {partition} stood "
+                    f"at offset {self._recorded[topic, partition]} and now stands at "
+                    f"{recorded[partition]}. Was the table deleted or restored? Start the archiver "
+                    "again to archive from there."
+                )
+        rows = [row for row in self._pending[topic] if row.offset >= recorded[row.partition]]
+        if not rows:
+            return 0
+        after = {row.partition: row.offset + 1 for row in rows}  # rows are in offset order
+        # Committed on the version whose transactions were just read: where another commit has
+        # recorded one of these partitions meanwhile, delta-rs refuses this one.
+        write_deltalake(
+            table,
+            archive.table(topic, rows),
+            mode="append",
+            writer_properties=_WRITER,
+            commit_properties=CommitProperties(
+                app_transactions=[
+                    Transaction(_application(topic, partition), offset)
+                    for partition, offset in after.items()
+                ]
+            ),
+        )
+        self._recorded |= {(topic, partition): offset for partition, offset in after.items()}
+        return len(rows)
+
+    def _table(self, topic: str) -> DeltaTable:
+        found = archive.open_table(self.url, topic, self._options)
+        if found is not None:
+            return found
+        return DeltaTable.create(
+            archive.table_url(self.url, topic),
+            archive.schema(topic),
+            mode="ignore",
+            name=topic,
+            description=BY_NAME[topic].meaning,
+            storage_options=self._options,
+        )
+
+
+class Archiver:
+    """What the Kafka loop calls: messages in, commits when one is due.
+
+    On assignment ask `positions` and seek there; on revocation `flush`, or `drop` what is lost.
+    """
+
+    def __init__(self, config: ArchiveConfig, topic_prefix: str = "") -> None:
+        options = {name: value.get_secret_value() for name, value in config.options.items()}
+        self._archive = Archive(config.url, options, config.compact_every)
+        self._config = config
+        self._prefix = topic_prefix
+        self._rows = 0
+        self._bytes = 0
+        self._since: float | None = None  # when the oldest row that waits was taken
+
+    def positions(self, partitions: Sequence[TopicPartition]) -> list[TopicPartition]:
+        """Where to start reading each partition: after its last archived row."""
+        return [
+            TopicPartition(
+                place.topic,
+                place.partition,
+                OFFSET_BEGINNING if (at := self._position(place)) is None else at,
+            )
+            for place in partitions
+        ]
+
+    def add(self, messages: Sequence[Message]) -> None:
+        """Takes the messages of a poll, errors among them left out by the caller."""
+        rows: dict[str, list[Row]] = {}
+        for message in messages:
+            key, value = message.key(), message.value()
+            kind, timestamp = message.timestamp()
+            rows.setdefault(message.topic() or "", []).append(
+                Row(
+                    message.partition() or 0,
+                    message.offset() or 0,
+                    timestamp if kind else None,
+                    _bytes(key),
+                    _bytes(value),
+                    [(name, _bytes(found)) for name, found in message.headers() or []],
+                )
+            )
+            self._bytes += len(key or b"") + len(value or b"")
+        for topic, found in rows.items():
+            self._rows += self._archive.append(topic.removeprefix(self._prefix), found)
+        if self._rows and self._since is None:
+            self._since = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether enough rows wait, or one has waited long enough, for a commit."""
+        return self._since is not None and (
+            self._rows >= self._config.flush_rows
+            or self._bytes >= FLUSH_BYTES
+            or time.monotonic() - self._since >= self._config.flush_seconds
+        )
+
+    def flush(self) -> int:
+        """Commits what waits; how many rows. Raises UnreachableError; nothing is lost then."""
+        written = self._archive.commit()
+        self._rows, self._bytes, self._since = 0, 0, None
+        return written
+
+    def drop(self, partitions: Iterable[TopicPartition]) -> None:
+        """Forgets what waits of partitions that were lost; their new owner reads it again."""
+        for place in partitions:
+            self._archive.drop(place.topic.removeprefix(self._prefix), place.partition)
+
+    def _position(self, place: TopicPartition) -> int | None:
+        return self._archive.position(place.topic.removeprefix(self._prefix), place.partition)
+
+
+def _application(topic: str, partition: int) -> str:
+    return f"{topic}/{partition}"
+
+
+def _record(table: DeltaTable, application: str, version: int) -> None:
+    """A commit of nothing but an application transaction."""
+    table.create_write_transaction(
+        [],
+        "append",
+        table.schema(),
+        commit_properties=CommitProperties(app_transactions=[Transaction(application, version)]),
+    )
+
+
+def _recorded(table: DeltaTable, topic: str, partition: int) -> int | None:
+    return table.transaction_version(_application(topic, partition))
+
+
+def _bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value

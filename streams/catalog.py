@@ -1,0 +1,149 @@
+"""Catalog: records of items and users to attributes in the store; a tombstone deletes.
+
+An item's attributes carry its title after the fixed row, for whoever shows predictions.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from confluent_kafka import Message
+
+from model.catalog import describe_items, describe_users, forget_items
+from model.events import Rows
+from model.ids import hash_ids
+from model.lookups import Table, table
+from model.state import CATEGORY, ITEM_ATTRIBUTES, from_bytes, to_bytes
+from schemas.records import Item, User
+from streams.inputs import Inputs, split
+from streams.items import header_data, header_offset
+from streams.loop import Outcome, Position
+from streams.metrics import Metrics
+from streams.reader import ITEM_KIND, USER_KIND, partition_keys
+from streams.store import Claim, Store
+
+BATCH = 2_000  # records in one turn
+LINGER_SECONDS = 0.05
+PRICES = b"c"  # kind of the running prices of a partition's categories, all under one key
+PRICE_ROW = np.dtype([("category", "<u8"), ("prices", CATEGORY)])
+LONGEST_TITLE = 120  # characters kept beside an item's attributes
+
+
+class Catalog:
+    """One worker's share of the catalogue, a processor of `streams.loop`."""
+
+    name = "catalog"
+    topics = ("items", "users")
+    together = True
+    transactional = False
+    batch_size = BATCH
+    linger_seconds = LINGER_SECONDS
+
+    def __init__(self, store: Store, prefix: str, metrics: Metrics) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._metrics = metrics
+        self.lag = 0
+        self._claims: dict[tuple[bytes, int], Claim] = {}
+
+    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        """Claim both kinds of attributes and read on where their headers stand."""
+        starts: dict[str, int] = {}
+        for kind, topic in ((ITEM_KIND, "items"), (USER_KIND, "users")):
+            claim = self._claims[kind, partition] = self._store.claim(kind, partition)
+            starts[topic] = header_offset(claim.data)
+        return starts
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Forget partitions."""
+        gone = set(partitions)
+        self._claims = {key: claim for key, claim in self._claims.items() if key[1] not in gone}
+
+    def idle(self) -> Outcome | None:
+        """Nothing."""
+        return None
+
+    def process(self, messages: list[Message]) -> Outcome:
+        """Describe the items and users of one batch; only the newest record of each counts."""
+        inputs, letters = split(messages, self._prefix, self.name)
+        for _ in letters:
+            self._metrics.dead_letters.labels(self.name, "contract").inc()
+        writes: list[tuple[Claim, list[bytes], list[bytes], int]] = []
+        for topic, each in inputs.items():
+            kind = ITEM_KIND if topic == "items" else USER_KIND
+            for partition, end in _ends(messages, self._prefix + topic).items():
+                keys, values = self._describe(each, kind, partition)
+                writes.append((self._claims[kind, partition], keys, values, end))
+            self._metrics.events.labels(self.name, topic).inc(len(each.messages))
+
+        def finish(_: dict[Position, int]) -> None:
+            for claim, keys, values, end in writes:
+                self._store.write(claim, keys, values, header_data(end))
+                self._metrics.state_writes.labels(self.name, "written").inc(len(keys))
+
+        return Outcome(outputs=letters, finish=finish)
+
+    def _describe(
+        self, inputs: Inputs, kind: bytes, partition: int
+    ) -> tuple[list[bytes], list[bytes]]:
+        """Keys and values to write for one partition; an empty value deletes."""
+        newest: dict[str, tuple[Any, int]] = {}
+        for message, record in zip(inputs.messages, inputs.records, strict=True):
+            if message.partition() == partition:
+                newest[_id(message, record)] = record, (message.offset() or 0) + 1
+        kept = {name: each for name, each in newest.items() if each[0] is not None}
+        gone = [name for name in newest if name not in kept]
+        records = [record for record, _ in kept.values()]
+        versions = [version for _, version in kept.values()]
+        keys = partition_keys(self._store, kind, partition, hash_ids([*kept, *gone]))
+        deleted = [b""] * len(gone)
+        if kind == USER_KIND:
+            return keys, to_bytes(describe_users(records, versions)) + deleted
+        previous = attributes_of(self._store.read(keys))
+        price_key = self._store.key(PRICES, partition, b"")
+        prices = _price_table(self._store.read([price_key])[0])
+        prices = forget_items(previous[len(kept) :], prices)
+        rows, prices = describe_items(records, versions, previous[: len(kept)], prices)
+        values = [
+            row.tobytes() + (item.title or "")[:LONGEST_TITLE].encode()
+            for row, item in zip(rows, records, strict=True)
+        ]
+        return [*keys, price_key], values + deleted + [_price_data(prices)]
+
+
+def _id(message: Message, record: Item | User | None) -> str:
+    """Whom a record is about; a tombstone has only its key."""
+    if record is not None:
+        return record.item_id if isinstance(record, Item) else record.user_id
+    key = message.key() or b""
+    return key if isinstance(key, str) else key.decode(errors="replace")
+
+
+def _price_table(data: bytes | None) -> Table:
+    rows = np.frombuffer(data or b"", PRICE_ROW)
+    return table(rows["category"].copy(), rows["prices"].copy())
+
+
+def _price_data(prices: Table) -> bytes:
+    rows = np.zeros(len(prices.hashes), PRICE_ROW)
+    rows["category"], rows["prices"] = prices.hashes, prices.rows[:-1]
+    return rows.tobytes()
+
+
+def title_of(value: bytes | None) -> str:
+    """The title in a stored item's attributes; empty when there is none."""
+    return (value or b"")[ITEM_ATTRIBUTES.itemsize :].decode(errors="replace")
+
+
+def attributes_of(values: Sequence[bytes | None]) -> Rows:
+    """ITEM_ATTRIBUTES rows (n) of stored values."""
+    size = ITEM_ATTRIBUTES.itemsize
+    return from_bytes([each and each[:size] for each in values], ITEM_ATTRIBUTES)
+
+
+def _ends(messages: Iterable[Message], topic: str) -> dict[int, int]:
+    return {
+        message.partition() or 0: (message.offset() or 0) + 1
+        for message in messages
+        if message.topic() == topic
+    }

@@ -1,0 +1,153 @@
+"""Settings of the stream processors; `starcast config` prints them."""
+
+from pydantic import BaseModel, Field, SecretStr
+
+
+class KafkaConfig(BaseModel):
+    """How to reach Kafka, and under which names."""
+
+    bootstrap_servers: str = Field(
+        default="127.0.0.1:9092", description="host:port, comma separated"
+    )
+    group_id: str = Field(default="starcast", description="prefix of our consumer groups")
+    topic_prefix: str = Field(default="", description="put before every topic's name")
+    partitions: int = Field(default=8, ge=1, le=4096, description="of keyed topics, fixed at birth")
+    replication: int = Field(default=1, ge=1, le=16, description="replication factor of new topics")
+    exactly_once: bool = Field(default=True, description="one transaction for outputs and offsets")
+    group_protocol: str = Field(
+        default="classic",
+        pattern="^(classic|consumer)$",
+        description="classic, or consumer (KIP-848)",
+    )
+    session_timeout_ms: int = Field(
+        default=6_000, ge=1_000, description="a silent worker loses its partitions after this"
+    )
+    options: dict[str, str] = Field(
+        default_factory=dict[str, str],
+        repr=False,  # may hold passwords
+        description="any librdkafka option: STARCAST_KAFKA__OPTIONS__SECURITY_PROTOCOL=SSL",
+    )
+
+
+class RedisConfig(BaseModel):
+    """How to reach Redis or Valkey."""
+
+    url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"), description="redis://, rediss:// or unix://"
+    )
+    cluster: bool = Field(default=False, description="the URL names a node of a Redis Cluster")
+    key_prefix: str = Field(default="starcast", description="put before every key")
+
+
+class ArchiveConfig(BaseModel):
+    """Where the archived topics lie."""
+
+    url: str = Field(default=".starcast/archive", description="a folder or an object store URL")
+    options: dict[str, SecretStr] = Field(
+        default_factory=dict[str, SecretStr], description="storage options, as deltalake names them"
+    )
+    flush_seconds: float = Field(
+        default=5.0, gt=0, description="longest wait before rows are committed"
+    )
+    flush_rows: int = Field(default=50_000, ge=1, description="most rows in one commit")
+    compact_every: int = Field(
+        default=50, ge=2, description="commits between two compactions of a table"
+    )
+
+
+class ModelsConfig(BaseModel):
+    """Where bundles and the registry lie, and which text encoder a first bundle starts from."""
+
+    url: str = Field(default=".starcast/models", description="a folder or an object store URL")
+    encoder: str = Field(
+        default="auto",
+        description="a Hugging Face directory; auto: the packaged MiniLM; none: no texts",
+    )
+    device: str = Field(default="auto", description="auto, cpu or cuda")
+    poll_seconds: float = Field(
+        default=2.0, gt=0, description="how often the registry is looked at"
+    )
+    threads: int = Field(
+        default=0, ge=0, description="torch threads a process; 0: as torch decides"
+    )
+
+
+class StatesConfig(BaseModel):
+    """How long states live, and how many a worker keeps at hand."""
+
+    expire_after_days: float = Field(
+        default=0, ge=0, description="drop states this long after their last event; 0: never"
+    )
+    cache_users: int = Field(
+        default=200_000, ge=0, description="user states a worker keeps in memory"
+    )
+
+
+class ScorerConfig(BaseModel):
+    """The scorer's micro-batches."""
+
+    batch_events: int = Field(
+        default=2_000, ge=1, le=100_000, description="most events in a transaction"
+    )
+    linger_ms: int = Field(default=20, ge=0, description="longest wait for a fuller batch")
+    digest_seconds: float = Field(default=1.0, gt=0, description="window of one score digest")
+    longest_future_seconds: float = Field(
+        default=86_400, gt=0, description="an event further in the future is a dead letter"
+    )
+
+
+class TextsConfig(BaseModel):
+    """The text lane."""
+
+    token_budget: int = Field(default=4_096, ge=64, description="tokens in one micro-batch")
+    longest_tokens: int = Field(default=256, ge=8, description="a text is cut here")
+    age_limit_days: float = Field(
+        default=0, ge=0, description="older texts are skipped; 0: none is"
+    )
+    batch_texts: int = Field(default=64, ge=1, description="most texts in a transaction")
+
+
+class InsightsConfig(BaseModel):
+    """Sliding windows and the thresholds of alerts."""
+
+    window_seconds: float = Field(default=60, gt=0, description="length of a sliding window")
+    step_seconds: float = Field(default=5, gt=0, description="a window is written this often")
+    grace_seconds: float = Field(
+        default=2, ge=0, description="a step stays open this long for digests that come late"
+    )
+    keep_windows: int = Field(default=720, ge=1, description="windows kept for the dashboard")
+    top: int = Field(
+        default=10, ge=1, le=100, description="most items and categories listed in a window"
+    )
+    highest_rmse: float = Field(
+        default=1.5, gt=0, description="alert above this root mean squared error"
+    )
+    least_rated: int = Field(default=50, ge=1, description="fewest rated events for an error alert")
+    highest_lag: int = Field(
+        default=100_000, ge=1, description="alert above this many events of lag"
+    )
+    largest_drift: float = Field(
+        default=0.75, gt=0, description="alert when mean predicted and true rating differ by more"
+    )
+    clear_ratio: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="an alert may come again once below this part of its threshold",
+    )
+
+
+class WebConfig(BaseModel):
+    """The dashboard, and each processor's health and metrics."""
+
+    host: str = Field(default="127.0.0.1", description="address that the dashboard listens on")
+    port: int = Field(
+        default=8080, ge=0, le=65535, description="the dashboard's port; 0: any free one"
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="address of health and metrics")
+    metrics_port: int = Field(
+        default=9100,
+        ge=0,
+        le=65535,
+        description="port of health and metrics of processors; 0: none",
+    )

@@ -1,0 +1,122 @@
+"""What a worker scored, summed up for insights and the dashboard."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.ladder import TIERS
+from schemas.codec import encode
+from schemas.records import ErrorSums, Kind, ScoreDigest
+from streams.loop import Output
+from streams.windows import encode_latency
+
+NO_TIER = 255  # of predictions from a review's text, which stand on no ladder
+TOP_ITEMS = 20  # items named in a digest
+TOP_CATEGORIES = 10
+QUIET_SECONDS = 10.0  # with nothing scored and no lag, a worker is heard of this often
+LATENCIES = 100_000  # kept of one window; more say nothing new of its quantiles
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Predictions of one kind, all arrays (n)."""
+
+    version: str
+    ratings: NDArray[np.float32]
+    truths: NDArray[np.float32]  # NaN where the true rating is not in the event
+    tiers: NDArray[np.uint8]  # positions in TIERS, or NO_TIER
+    items: Sequence[str]
+    actions: Counter[str]
+    latencies_ms: NDArray[np.float32]
+    categories: Counter[str] = field(default_factory=Counter[str])
+
+
+class Digests:
+    """Collects what was scored and gives one digest a window and model version."""
+
+    def __init__(self, worker: str, kind: Kind, seconds: float) -> None:
+        self._worker = worker
+        self._kind = kind
+        self._seconds = seconds
+        self._start = datetime.now(UTC)
+        self._since = time.monotonic()
+        self._scored: dict[str, list[Scored]] = {}
+        self._version = "ladder"
+
+    def add(self, scored: Scored) -> None:
+        """Count predictions in; call it only after their commit."""
+        self._scored.setdefault(scored.version, []).append(scored)
+        self._version = scored.version
+
+    def due(self, lag: int) -> list[Output]:
+        """The digests of the window that has ended, if it has."""
+        age = time.monotonic() - self._since
+        wait = self._seconds if self._scored or lag else QUIET_SECONDS
+        if age < wait:
+            return []
+        end = datetime.now(UTC)
+        versions = self._scored or {self._version: []}
+        outputs = [
+            Output(
+                "score-digests",
+                self._worker.encode(),
+                encode(self._digest(version, parts, end, lag)),
+            )
+            for version, parts in versions.items()
+        ]
+        self._scored, self._start, self._since = {}, end, time.monotonic()
+        return outputs
+
+    def _digest(
+        self, version: str, parts: list[Scored], end: datetime, lag: int
+    ) -> ScoreDigest:
+        empty = np.zeros(0, np.float32)
+        ratings = np.concatenate([empty, *(part.ratings for part in parts)])
+        truths = np.concatenate([empty, *(part.truths for part in parts)])
+        tiers = np.concatenate([empty.astype(np.uint8), *(part.tiers for part in parts)])
+        latencies = np.concatenate([empty, *(part.latencies_ms for part in parts)])[:LATENCIES]
+        stars = np.bincount(np.clip(np.rint(ratings), 1, 5).astype(int), minlength=6)[1:]
+        items = sum((Counter(part.items) for part in parts), Counter[str]())
+        actions = sum((part.actions for part in parts), Counter[str]())
+        categories = sum((part.categories for part in parts), Counter[str]())
+        present = np.unique(tiers[tiers != NO_TIER])
+        return ScoreDigest(
+            worker=self._worker,
+            digest_id=f"{self._worker}-{self._kind}-{int(end.timestamp() * 1000)}-{version}",
+            window_start=self._start,
+            window_end=end,
+            model_version=version,
+            kinds={self._kind: len(ratings)},
+            tiers={TIERS[tier]: int((tiers == tier).sum()) for tier in present},
+            actions=dict(actions),
+            stars=stars.tolist(),
+            predicted_sum=float(ratings.sum(dtype=np.float64)),
+            errors=error_sums(ratings, truths),
+            errors_by_tier={
+                TIERS[tier]: error_sums(ratings[tiers == tier], truths[tiers == tier])
+                for tier in present
+            },
+            top_items=dict(items.most_common(TOP_ITEMS)),
+            top_categories=dict(categories.most_common(TOP_CATEGORIES)),
+            lag=lag,
+            latency_ms=encode_latency(latencies) if len(latencies) else None,
+        )
+
+
+def error_sums(ratings: NDArray[np.float32], truths: NDArray[np.float32]) -> ErrorSums:
+    """Sums over the predictions whose truth is known; both (n), truths NaN where unknown."""
+    known = ~np.isnan(truths)
+    predicted, true = ratings[known].astype(np.float64), truths[known].astype(np.float64)
+    error = predicted - true
+    return ErrorSums(
+        count=int(known.sum()),
+        squared=float((error**2).sum()),
+        absolute=float(np.abs(error).sum()),
+        rating=float(true.sum()),
+        predicted=float(predicted.sum()),
+    )

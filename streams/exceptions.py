@@ -1,0 +1,23 @@
+"""Errors of the stream processors."""
+
+from schemas.exceptions import StarcastError
+
+
+class BrokerError(StarcastError):
+    """Kafka refused something in a way that retrying does not mend."""
+
+
+class StoreError(StarcastError):
+    """The store does not answer, or answers with an error; the loop pauses and tries again."""
+
+
+class FencedError(StoreError):
+    """A newer owner has claimed the partition; the write changed nothing."""
+
+
+class StoreAheadError(StarcastError):
+    """The store has applied more of a partition than Kafka holds."""
+
+
+class JournalGapError(StarcastError):
+    """The journal no longer reaches back to where the store stands."""

@@ -1,0 +1,400 @@
+"""Insights: score digests to sliding windows in the store, and to alerts.
+
+A thin Faust app reads `score-digests`; all arithmetic is in `streams/windows.py`. A digest is
+acknowledged only when no later window needs it. So after a restart the open steps are read from
+Kafka again, and windows written before are not written twice: each has its end as its id in the
+store's stream. Digests come at least once and uncommitted; one that was counted is discarded.
+"""
+
+import asyncio
+import ssl
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import faust
+import redis as redis_client
+import structlog
+from confluent_kafka import Message
+from faust.auth import SASLCredentials, SSLCredentials
+
+from schemas.codec import decode, encode
+from schemas.exceptions import ContractError, StarcastError, UnreachableError
+from schemas.records import Alert, ScoreDigest
+from schemas.topics import BY_NAME
+from streams import windows
+from streams.admin import KafkaOptionError, option_name, reach, topic_name
+from streams.config import InsightsConfig, KafkaConfig, RedisConfig
+from streams.dead_letters import dead_letter
+from streams.loop import Output
+from streams.metrics import Metrics, make_metrics
+from streams.store import connect
+from streams.windows import Steps, Window
+
+WINDOWS_KEY = "insights:windows"  # after the key prefix; a Redis stream, its ids are window ends
+WINDOW_FIELD = b"window"
+
+REACH_SECONDS = 3.0  # a broker that is down must not hold back the end
+STOP_SECONDS = 6.0  # a Faust service that does not end is left to the end of its event loop
+FIRST_PAUSE_SECONDS = 0.5  # a broker or store that is gone is asked again this soon,
+LAST_PAUSE_SECONDS = 5.0  # and later this often
+SETTLED_SECONDS = 60.0  # a run of this length was no failed start: pauses begin anew
+QUIET_SECONDS = 3.0  # digests come each second; after this long there are none to catch up with
+TICK_SECONDS = 0.25
+COMMIT_SECONDS = 1.0
+REBALANCE_SECONDS = 6.0  # the embedded broker waits half of this for others to join
+
+_LOG = structlog.get_logger(__name__)
+
+
+def run_insights(
+    kafka: KafkaConfig,
+    redis: RedisConfig,
+    insights: InsightsConfig,
+    stop: threading.Event,
+    metrics: Metrics | None = None,
+) -> None:
+    """Write windows and alerts until `stop` is set; waits for broker, topics and store.
+
+    Runs an event loop of its own in the calling thread and touches no signal handler. Raises
+    KafkaOptionError or UnreachableError only for settings that no waiting mends.
+    """
+    client = connect(redis)
+    try:
+        broker_credentials(kafka)
+        with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder:
+            run = _Run(insights, client, f"{redis.key_prefix}:{WINDOWS_KEY}")
+            asyncio.run(_supervise(kafka, run, stop, metrics or make_metrics(), folder))
+    finally:
+        client.close()
+
+
+@dataclass
+class _Run:
+    """What insights holds in memory. `steps` is None until the store has told where we were."""
+
+    config: InsightsConfig
+    client: Any
+    key: str
+    owned: bool = False
+    steps: Steps | None = None
+    firing: list[str] = field(default_factory=list[str])
+    last_arrival: float = 0.0  # of a digest or of the partition, monotonic
+    unwritten: deque[Window] = field(default_factory=deque[Window])
+    pending: deque[tuple[int, Any]] = field(default_factory=deque[tuple[int, Any]])
+
+    def reset(self, owned: bool) -> None:
+        """Forget everything: the partition has come or gone."""
+        self.owned = owned
+        self.steps = None
+        self.firing = []
+        self.last_arrival = time.monotonic()
+        self.unwritten.clear()
+        self.pending.clear()
+
+
+def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
+    """A Faust app without web server, leader topic, tables or topics of its own."""
+    return faust.App(
+        f"{kafka.group_id}-insights",
+        broker=[f"kafka://{server}" for server in kafka.bootstrap_servers.split(",")],
+        broker_client_id=f"{kafka.group_id}-insights",
+        broker_credentials=broker_credentials(kafka),
+        broker_session_timeout=kafka.session_timeout_ms / 1_000,
+        broker_rebalance_timeout=REBALANCE_SECONDS,
+        broker_heartbeat_interval=kafka.session_timeout_ms / 3_000,
+        broker_commit_interval=COMMIT_SECONDS,
+        consumer_auto_offset_reset="earliest",
+        store="memory://",
+        datadir=folder,
+        autodiscover=False,
+        stream_wait_empty=False,  # digests wait for their window to pass; they are read again
+        web_enabled=False,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        key_serializer="raw",
+        value_serializer="raw",
+    )
+
+
+def broker_credentials(kafka: KafkaConfig) -> SASLCredentials | SSLCredentials | None:
+    """librdkafka's security options as Faust takes them; None for plain text.
+
+    Raises KafkaOptionError for what cannot be expressed: insights alone reads through aiokafka.
+    """
+    options = {option_name(name): value for name, value in kafka.options.items()}
+    protocol = options.get("security.protocol", "plaintext").upper()
+    context = _ssl_context(options) if protocol in ("SSL", "SASL_SSL") else None
+    if protocol == "PLAINTEXT":
+        return None
+    if protocol == "SSL":
+        return SSLCredentials(context=context)
+    mechanism = options.get("sasl.mechanism", options.get("sasl.mechanisms", "GSSAPI"))
+    if protocol not in ("SASL_PLAINTEXT", "SASL_SSL"):
+        raise KafkaOptionError(f"Kafka has no security.protocol {protocol}.")
+    if mechanism not in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
+        raise KafkaOptionError(
+            f"insights cannot log in by sasl.mechanism {mechanism}; it can by PLAIN, SCRAM-SHA-256 "
+            "and SCRAM-SHA-512. Give it such a user, or leave insights out."
+        )
+    return SASLCredentials(
+        username=options.get("sasl.username"),
+        password=options.get("sasl.password"),
+        mechanism=mechanism,
+        ssl_context=context,
+    )
+
+
+def _ssl_context(options: dict[str, str]) -> ssl.SSLContext:
+    unsupported = {"ssl.certificate.pem", "ssl.key.pem", "ssl.keystore.location"} & set(options)
+    if unsupported:
+        raise KafkaOptionError(
+            f"insights cannot use {', '.join(sorted(unsupported))}: give the certificate and key "
+            "as files (ssl.certificate.location, ssl.key.location)."
+        )
+    authorities = options.get("ssl.ca.location")
+    try:
+        context = ssl.create_default_context(
+            cafile=None if authorities == "probe" else authorities,
+            cadata=options.get("ssl.ca.pem"),
+        )
+        if options.get("enable.ssl.certificate.verification") == "false":
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if options.get("ssl.endpoint.identification.algorithm") == "none":
+            context.check_hostname = False
+        if certificate := options.get("ssl.certificate.location"):
+            key, password = options.get("ssl.key.location"), options.get("ssl.key.password")
+            context.load_cert_chain(certificate, key, password)
+    except OSError as error:  # ssl.SSLError is one
+        raise KafkaOptionError(
+            f"A TLS file in kafka.options cannot be used: {error}. ssl.ca.location is "
+            f"{authorities}, ssl.certificate.location {options.get('ssl.certificate.location')}."
+        ) from error
+    return context
+
+
+async def _supervise(
+    kafka: KafkaConfig, run: _Run, stop: threading.Event, metrics: Metrics, folder: str
+) -> None:
+    """Keep an app running; a new one after a failure, with longer and longer pauses."""
+    pause = FIRST_PAUSE_SECONDS
+    while not stop.is_set():
+        started = time.monotonic()
+        try:
+            await asyncio.to_thread(_find_topics, kafka)
+            await _serve(_insights_app(kafka, run, metrics, folder), stop)
+        except KafkaOptionError:
+            raise
+        except StarcastError as error:
+            _LOG.warning("insights waits", reason=str(error))
+        except Exception as error:  # noqa: BLE001  aiokafka's and Faust's failures have no base
+            _LOG.warning("insights starts again", reason=f"{type(error).__name__}: {error}")
+        if time.monotonic() - started > SETTLED_SECONDS:
+            pause = FIRST_PAUSE_SECONDS
+        await _sleep(pause, stop)
+        pause = min(pause * 2, LAST_PAUSE_SECONDS)
+
+
+def _find_topics(kafka: KafkaConfig) -> None:
+    """Raise UnreachableError unless the broker answers and has our topics."""
+    topics = reach(kafka, REACH_SECONDS).list_topics(timeout=REACH_SECONDS).topics
+    wanted = [topic_name(kafka, name) for name in ("score-digests", "alerts", "dead-letters")]
+    missing = [name for name in wanted if name not in topics]
+    if missing:
+        raise UnreachableError(
+            f"Kafka at {kafka.bootstrap_servers} has no topic {', '.join(missing)}. Make them "
+            "with `starcast topics apply`; insights goes on when they are there."
+        )
+
+
+async def _serve(app: faust.App, stop: threading.Event) -> None:
+    """Run the app until `stop`, or until it fails: then raise what it failed of."""
+    service = cast(Any, app)
+    try:
+        await service.start()
+        while not stop.is_set() and not service.crashed:
+            await _sleep(TICK_SECONDS, stop)
+        if service.crashed:
+            raise service.crash_reason or RuntimeError("Faust stopped without a reason")
+    finally:
+        _, left = await asyncio.wait([asyncio.create_task(service.stop())], timeout=STOP_SECONDS)
+        if left:
+            _LOG.warning("insights left Faust behind", seconds=STOP_SECONDS)
+
+
+async def _sleep(seconds: float, stop: threading.Event) -> None:
+    deadline = time.monotonic() + seconds
+    while not stop.is_set() and time.monotonic() < deadline:
+        await asyncio.sleep(min(TICK_SECONDS, seconds))
+
+
+def _insights_app(kafka: KafkaConfig, run: _Run, metrics: Metrics, folder: str) -> faust.App:
+    """The app with its one agent, its clock, and what a partition's coming and going does."""
+    app = cast(Any, make_app(kafka, folder))
+    digests = topic_name(kafka, "score-digests")
+    topics = {name: app.topic(topic_name(kafka, name)) for name in ("alerts", "dead-letters")}
+
+    async def send(output: Output) -> None:
+        await (await topics[output.topic].send(key=output.key, value=output.value))
+
+    @app.agent(app.topic(digests), name="score-digests")
+    async def count(stream: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        async for event in stream.noack().events():
+            while run.steps is None:
+                await asyncio.sleep(TICK_SECONDS)
+            run.last_arrival = time.monotonic()
+            metrics.events.labels("insights", "digest").inc()
+            place, letter = _count(run.steps, event.message, metrics)
+            if letter is not None:
+                await send(letter)
+            run.pending.append((place, event))
+
+    @app.timer(TICK_SECONDS)
+    async def tick() -> None:  # pyright: ignore[reportUnusedFunction]
+        if not run.owned:
+            return
+        if run.steps is None:
+            await _resume(run)
+            return
+        for alert in _close_due(run, run.steps):
+            await send(Output("alerts", alert.rule.encode(), encode(alert)))
+        if await _write(run, metrics):
+            _acknowledge(run, run.steps)
+
+    @app.on_partitions_assigned.connect
+    async def assigned(sender: Any, partitions: Any, **_: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        metrics.rebalances.labels("insights").inc()
+        run.reset(owned=any(partition.topic == digests for partition in partitions))
+
+    @app.on_partitions_revoked.connect
+    async def revoked(sender: Any, partitions: Any, **_: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        run.reset(owned=False)
+
+    run.reset(owned=False)
+    app.finalize()
+    return app
+
+
+def _count(steps: Steps, message: Any, metrics: Metrics) -> tuple[int, Output | None]:
+    """Count one digest: the step that it belongs to, or 0 and a dead letter."""
+    read = decode(
+        BY_NAME["score-digests"],
+        [message.value],
+        [(message.partition, message.offset)],
+        message.topic,
+    )
+    problem, wrong_field = "", None
+    if read.rejections:
+        problem, wrong_field = read.rejections[0].reason, read.rejections[0].field
+    else:
+        try:
+            outcome, place = windows.add(
+                steps, cast(ScoreDigest, read.records[0]), round(time.time() * 1_000)
+            )
+        except ContractError as error:
+            problem = str(error)
+        else:
+            if outcome == "duplicate":
+                metrics.duplicates.labels("insights").inc()
+            elif outcome == "late":
+                metrics.events.labels("insights", "late").inc()
+            return place, None
+    metrics.dead_letters.labels("insights", "contract").inc()
+    source = cast(Message, _Source(message))
+    return 0, dead_letter(source, "score-digests", "insights", problem, wrong_field)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """aiokafka's message with the accessors of confluent-kafka's."""
+
+    message: Any
+
+    def key(self) -> bytes | None:
+        return self.message.key
+
+    def value(self) -> bytes | None:
+        return self.message.value
+
+    def headers(self) -> list[tuple[str, bytes | None]]:
+        headers: Any = self.message.headers or ()
+        return list(headers.items() if hasattr(headers, "items") else headers)
+
+    def partition(self) -> int:
+        return self.message.partition
+
+    def offset(self) -> int:
+        return self.message.offset
+
+
+async def _resume(run: _Run) -> None:
+    """Take up where the last window in the store ends; try again later if it does not answer."""
+    try:
+        rows: Any = await asyncio.to_thread(run.client.xrevrange, run.key, count=1)
+    except (redis_client.RedisError, OSError) as error:
+        _LOG.warning("insights waits for the store", reason=str(error))
+        await asyncio.sleep(FIRST_PAUSE_SECONDS)
+        return
+    last = Window.model_validate_json(rows[0][1][WINDOW_FIELD]) if rows else None
+    run.firing = last.firing if last else []
+    run.steps = windows.make_steps(run.config, last.end_ms if last else None)
+    run.last_arrival = time.monotonic()
+
+
+def _close_due(run: _Run, steps: Steps) -> list[Alert]:
+    """Close the steps that are over; their windows wait in `unwritten`."""
+    raised: list[Alert] = []
+    quiet = time.monotonic() - run.last_arrival > QUIET_SECONDS
+    for end in windows.due(steps, round(time.time() * 1_000), quiet):
+        window = windows.close(steps, end, run.config)
+        if window is not None:
+            raised += windows.alerts(window, run.firing, run.config)
+            run.firing = window.firing
+            run.unwritten.append(window)
+    while len(run.unwritten) > run.config.keep_windows:
+        run.unwritten.popleft()  # the store would not keep it either
+    return raised
+
+
+async def _write(run: _Run, metrics: Metrics) -> bool:
+    """Write the windows that wait, oldest first; whether none waits any more."""
+    while run.unwritten:
+        window = run.unwritten[0]
+        fields = {WINDOW_FIELD: window.model_dump_json(exclude_none=True).encode()}
+        try:
+            await asyncio.to_thread(
+                run.client.xadd,
+                run.key,
+                fields,
+                id=f"{window.end_ms}-0",
+                maxlen=run.config.keep_windows,
+                approximate=False,
+            )
+            metrics.state_writes.labels("insights", "written").inc()
+        except redis_client.ResponseError as error:
+            if "equal or smaller" not in str(error):
+                raise
+            # A newer window is there: another process has taken over, or a clock went back.
+            metrics.state_writes.labels("insights", "fenced").inc()
+            _LOG.warning("the store has a newer window", end_ms=window.end_ms)
+        except (redis_client.RedisError, OSError) as error:
+            metrics.state_writes.labels("insights", "failed").inc()
+            _LOG.warning("insights waits for the store", reason=str(error))
+            await asyncio.sleep(FIRST_PAUSE_SECONDS)
+            return False
+        if run.unwritten and run.unwritten[0] is window:  # else the partition went meanwhile
+            run.unwritten.popleft()
+    return True
+
+
+def _acknowledge(run: _Run, steps: Steps) -> None:
+    """Acknowledge, in their order, the digests that no later window needs."""
+    if steps.closed is None:
+        return
+    last = steps.closed + steps.step_ms - steps.window_ms
+    while run.pending and run.pending[0][0] <= last:
+        run.pending.popleft()[1].ack()

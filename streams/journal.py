@@ -1,0 +1,87 @@
+"""Reading a partition's journal back, from Kafka and, before that, from the archive."""
+
+from collections.abc import Iterator
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from schemas import archive, journal
+from schemas.journal import Transaction
+from streams.admin import client_config
+from streams.config import ArchiveConfig, KafkaConfig
+from streams.exceptions import JournalGapError
+
+TOPIC = "journal"
+END_SECONDS = 20.0  # a partition leader that is being elected answers within this
+MESSAGES = 500  # journal messages, of at most 512 KB each, taken at once
+
+
+def read_journal(
+    kafka: KafkaConfig, archived: ArchiveConfig, partition: int, start: int
+) -> Iterator[Transaction]:
+    """The transactions of one partition from offset `start` to the stable end, in order.
+
+    What retention has taken from Kafka is read from the archive. Raises `JournalGapError` when
+    neither reaches back to `start`.
+    """
+    topic = kafka.topic_prefix + TOPIC
+    consumer = Consumer(
+        client_config(
+            kafka,
+            **{
+                "group.id": f"{kafka.group_id}-journal-reader",  # required, never joined
+                "isolation.level": "read_committed",
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "auto.offset.reset": "error",
+            },
+        )
+    )
+    try:
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), END_SECONDS)
+        if start < low:
+            yield from _archived(archived, partition, start, low)
+            start = low
+        if start >= high:
+            return
+        consumer.assign([TopicPartition(topic, partition, start)])
+        yield from journal.decode_all(_messages(consumer))
+    finally:
+        consumer.close()
+
+
+def _messages(consumer: Consumer) -> Iterator[tuple[int, bytes]]:
+    """Offset and value of each message up to the stable end."""
+    while True:
+        messages = consumer.consume(MESSAGES, END_SECONDS)
+        if not messages:
+            raise KafkaException(
+                KafkaError(
+                    KafkaError._TIMED_OUT, f"the journal gave nothing for {END_SECONDS:.0f} s"
+                )
+            )
+        for message in messages:
+            error = message.error()
+            if error is None:
+                yield message.offset() or 0, message.value() or b""
+            elif error.code() == KafkaError._PARTITION_EOF:
+                return
+            else:
+                raise KafkaException(error)
+
+
+def _archived(
+    archived: ArchiveConfig, partition: int, start: int, low: int
+) -> Iterator[Transaction]:
+    options = {name: value.get_secret_value() for name, value in archived.options.items()}
+    reached = start
+    for transaction in archive.journal(archived.url, partition, options, start=start):
+        if transaction.first_offset >= low:
+            break
+        reached = transaction.last_offset + 1
+        yield transaction
+    if reached == start:
+        raise JournalGapError(
+            f"Journal partition {partition} begins at offset {low} in Kafka, the store stands at "
+            f"{start}, and the archive at {archived.url} has nothing between. Point "
+            "STARCAST_ARCHIVE__URL at the archive of this shop."
+        )

@@ -1,0 +1,526 @@
+"""The one Kafka loop that every processor shares.
+
+A turn of the loop: poll a batch, let the processor turn it into records and state writes, send the
+records and the input offsets in one transaction, and only then write the states. A partition is
+worked on when all topics of the processor own it and the processor has claimed and recovered it
+("live"). Whatever goes wrong in between (a lost partition, an aborted transaction, a store that
+does not answer) has one answer: drop what is in memory, claim again, recover, and go on from the
+committed offsets.
+"""
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from socket import gethostname
+from typing import Any, Protocol
+
+import structlog
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
+
+from streams.admin import client_config
+from streams.config import KafkaConfig
+from streams.exceptions import BrokerError, FencedError, StoreError
+from streams.metrics import Metrics
+
+IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
+TRANSACTION_SECONDS = 10.0  # a dead worker's open transaction blocks readers no longer than this
+COMMIT_SECONDS = 30.0  # a broker that is failing over may answer a commit late
+CONTROL_SECONDS = 10.0  # a coordinator that moves is found again within this
+INIT_SECONDS = 60.0  # a new transactional producer waits for the old one's transaction to end
+FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again this soon,
+LAST_BACK_OFF_SECONDS = 5.0  # and later this often
+LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
+FETCH_KILOBYTES = 32_768  # prefetched input a worker holds at most
+OUTPUT_MESSAGES = 200_000  # outputs in flight; more than the largest transaction makes
+
+Position = tuple[str, int]  # topic (with the prefix taken off), partition
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One record to send. Without `partition` the key decides, as Java's partitioner does."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    partition: int = -1
+    headers: list[tuple[str, str | bytes | None]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBatch:
+    """Many records for one topic: dicts of `key`, `value` and perhaps `partition`."""
+
+    topic: str
+    messages: list[dict[str, Any]]
+
+
+@dataclass
+class Outcome:
+    """What a processor makes of one batch."""
+
+    batches: list[OutputBatch] = field(default_factory=list[OutputBatch])
+    outputs: list[Output] = field(default_factory=list[Output])
+    tracked: frozenset[str] = frozenset()  # topics of `outputs` whose offsets `finish` needs
+    finish: Callable[[dict[Position, int]], None] | None = None  # after the commit
+
+
+class Processor(Protocol):
+    """What the loop asks of a processor. All calls come from the loop's own thread."""
+
+    @property
+    def name(self) -> str:
+        """Its name in groups, metrics and on the command line."""
+        ...
+
+    @property
+    def topics(self) -> Sequence[str]:
+        """The topics it reads; all of a partition number are worked on together."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """Whether a partition number is worked on only when all its topics are owned."""
+        ...
+
+    @property
+    def transactional(self) -> bool:
+        """Whether its outputs and offsets belong in one transaction."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Most records in one turn."""
+        ...
+
+    lag: int  # the loop sets it: records waiting in all its partitions
+
+    @property
+    def linger_seconds(self) -> float:
+        """Longest wait for a fuller batch once there is a record."""
+        ...
+
+    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        """Take a partition over and recover its states; where each topic is to be read from.
+
+        `committed` has the group's committed offset of each topic, -1 where there is none: of all
+        topics, or of those owned when the processor does not want them together.
+        """
+        ...
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Forget all that is held in memory of these partitions."""
+        ...
+
+    def process(self, messages: list[Message]) -> Outcome:
+        """One batch. Nothing outside this process may change before the commit."""
+        ...
+
+    def idle(self) -> Outcome | None:
+        """Called when there is nothing to read and after each batch, for timed work."""
+        ...
+
+
+class Loop:
+    """Runs one processor until `stop` is set; ends within a batch."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        config: KafkaConfig,
+        metrics: Metrics,
+        stop: threading.Event,
+        slot: int = 0,
+    ) -> None:
+        self._processor = processor
+        self._config = config
+        self._metrics = metrics
+        self._stop = stop
+        self._log = structlog.get_logger().bind(processor=processor.name)
+        self._exactly_once = config.exactly_once and processor.transactional
+        self._group = f"{config.group_id}-{processor.name}"
+        self._transactional_id = f"{config.topic_prefix}{self._group}-{gethostname()}-{slot}"
+        self._owned: set[Position] = set()
+        self._live: set[Position] = set()  # claimed and recovered, of those owned
+        self._retry_at = 0.0
+        self._back_off = FIRST_BACK_OFF_SECONDS
+        self._lag_at = 0.0
+        self._consumer = Consumer(self._consumer_config())
+        self._producer = Producer(self._producer_config())
+
+    @property
+    def live(self) -> frozenset[Position]:
+        """What is being worked on."""
+        return frozenset(self._live)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something that could be worked on is not yet."""
+        return bool(self._claimable()) or not self._owned
+
+    def run(self) -> None:
+        """Work until stopped. Raises `BrokerError` when Kafka fences this worker for good."""
+        if self._exactly_once:
+            self._init_transactions()
+        self._consumer.subscribe(
+            [self._config.topic_prefix + topic for topic in self._processor.topics],
+            on_assign=self._on_assign,
+            on_revoke=self._on_revoke,
+            on_lost=self._on_revoke,
+        )
+        try:
+            while not self._stop.is_set():
+                self._turn()
+        finally:
+            self._processor.drop({partition for _, partition in self._live})
+            self._consumer.close()
+            self._producer.flush(CONTROL_SECONDS)
+
+    def _turn(self) -> None:
+        self._claim_pending()
+        waiting = FIRST_BACK_OFF_SECONDS if self._claimable() else IDLE_SECONDS
+        messages = self._consumer.consume(1, waiting)
+        if messages and self._processor.batch_size > 1:
+            messages += self._consumer.consume(
+                self._processor.batch_size - 1, self._processor.linger_seconds
+            )
+        # Read straight after the poll: a later read could carry a newer generation than the batch.
+        metadata = self._consumer.consumer_group_metadata()
+        batch = [message for message in messages if self._usable(message)]
+        try:
+            if batch:
+                with self._phase("process"):
+                    outcome = self._processor.process(batch)
+                self._finish(outcome, batch, metadata)
+                self._back_off = FIRST_BACK_OFF_SECONDS
+            if (extra := self._processor.idle()) is not None:
+                self._finish(extra, [], metadata)
+        except FencedError as error:
+            self._log.warning("fenced", reason=str(error))
+            self._restart(error)
+        except StoreError as error:
+            self._restart(error)
+        self._measure_lag()
+
+    # -- ownership ---------------------------------------------------------------------------
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._metrics.rebalances.labels(self._processor.name).inc()
+        if self._config.group_protocol == "consumer":
+            consumer.incremental_assign(partitions)
+        else:
+            consumer.assign(partitions)
+        consumer.pause(partitions)
+        self._owned |= {self._position(each) for each in partitions}
+        self._retry_at = 0.0
+        self._log.info("assigned", partitions=sorted({each.partition for each in partitions}))
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        # Classic groups call this after an overrun too, so revoked and lost are treated alike.
+        gone = {each.partition for each in partitions}
+        self._owned -= {self._position(each) for each in partitions}
+        self._stop_work({position for position in self._live if position[1] in gone})
+        if self._config.group_protocol == "consumer":
+            consumer.incremental_unassign(partitions)
+        else:
+            consumer.unassign()
+        self._log.info("revoked", partitions=sorted(gone))
+
+    def _claimable(self) -> dict[int, list[str]]:
+        """Topics to claim, by partition."""
+        idle: dict[int, list[str]] = {}
+        for topic, partition in sorted(self._owned - self._live):
+            idle.setdefault(partition, []).append(topic)
+        if self._processor.together:
+            return {
+                partition: topics
+                for partition, topics in idle.items()
+                if len(topics) == len(self._processor.topics)
+            }
+        return idle
+
+    def _claim_pending(self) -> None:
+        """Claim, recover and resume what is owned but not live yet."""
+        if time.monotonic() < self._retry_at:
+            return
+        for partition, topics in self._claimable().items():
+            inputs = [self._topic_partition(topic, partition) for topic in topics]
+            try:
+                committed = {
+                    self._position(each)[0]: max(each.offset, -1)
+                    for each in self._consumer.committed(inputs, CONTROL_SECONDS)
+                    if _raise(each.error)
+                }
+                starts = self._processor.claim(partition, committed)
+                for each, topic in zip(inputs, topics, strict=True):
+                    each.offset = starts[topic] if starts[topic] >= 0 else OFFSET_BEGINNING
+                    self._consumer.seek(each)
+            except (StoreError, KafkaException) as error:
+                self._wait_longer(error)
+                return
+            self._consumer.resume(inputs)
+            self._live |= {(topic, partition) for topic in topics}
+
+    def _stop_work(self, positions: set[Position]) -> None:
+        """Drop what is in memory of these; those still owned are claimed again."""
+        self._processor.drop({partition for _, partition in positions})
+        self._live -= positions
+        self._consumer.pause(
+            [self._topic_partition(*position) for position in positions & self._owned]
+        )
+
+    def _restart(self, reason: Exception) -> None:
+        """Begin again from the committed offsets."""
+        self._stop_work(set(self._live))
+        self._wait_longer(reason)
+
+    def _wait_longer(self, reason: Exception) -> None:
+        fetching = isinstance(reason, KafkaException) and _code(reason) == KafkaError._STATE
+        if not fetching:  # a seek just after an assignment only has to be repeated
+            self._log.warning("paused", reason=str(reason), seconds=self._back_off)
+            self._back_off = min(self._back_off * 2, LAST_BACK_OFF_SECONDS)
+        self._retry_at = time.monotonic() + (0.02 if fetching else self._back_off)
+
+    def _usable(self, message: Message) -> bool:
+        """Whether a polled message may be worked on; errors are logged or raised."""
+        error = message.error()
+        if error is None:
+            # A rebalance inside the poll leaves messages of partitions that are not live now;
+            # they are read again after the claim.
+            topic = str(message.topic()).removeprefix(self._config.topic_prefix)
+            return (topic, message.partition() or 0) in self._live
+        if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            self._log.warning(
+                "topic missing", reason=error.str(), do="run `starcast topics apply`, once"
+            )
+        elif error.fatal():
+            raise BrokerError(f"Kafka ended this consumer: {error.str()}. Start the worker again.")
+        elif error.code() != KafkaError._PARTITION_EOF:
+            self._log.warning("poll", reason=error.str())
+        return False
+
+    # -- output ------------------------------------------------------------------------------
+
+    def _finish(self, outcome: Outcome, batch: list[Message], metadata: Any) -> None:
+        """Outputs and offsets in one transaction, then the states."""
+        ends = {
+            (message.topic(), message.partition()): message.offset() + 1 for message in batch
+        }
+        offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
+        with self._phase("commit"):
+            delivered = (
+                self._transact(outcome, offsets, metadata)
+                if self._exactly_once
+                else self._deliver(outcome, offsets)
+            )
+        if delivered is None:
+            return
+        if outcome.finish is not None:
+            with self._phase("write"):
+                outcome.finish(delivered)
+        if not self._exactly_once and offsets:
+            self._commit_plain(offsets)
+
+    def _transact(
+        self, outcome: Outcome, offsets: list[TopicPartition], metadata: Any
+    ) -> dict[Position, int] | None:
+        """The offsets of tracked outputs, or None when the transaction was aborted."""
+        if offsets and _generation(metadata) < 1:
+            self._restart(BrokerError("The batch was polled outside a group generation."))
+            return None
+        try:
+            self._producer.begin_transaction()
+            delivered = self._send(outcome)
+            if offsets:
+                self._producer.send_offsets_to_transaction(offsets, metadata, COMMIT_SECONDS)
+            while True:
+                try:
+                    self._producer.commit_transaction(COMMIT_SECONDS)
+                    return delivered
+                except KafkaException as error:
+                    if not _error(error).retriable():
+                        raise
+        except KafkaException as error:
+            if _error(error).fatal():
+                raise BrokerError(
+                    f"Kafka fenced this worker: {error}. Another worker uses the transactional "
+                    f"id {self._transactional_id}; give each its own slot and start again."
+                ) from error
+            if _error(error).txn_requires_abort() or _error(error).retriable():
+                self._producer.abort_transaction(COMMIT_SECONDS)
+            self._restart(error)
+            return None
+
+    def _deliver(
+        self, outcome: Outcome, offsets: list[TopicPartition]
+    ) -> dict[Position, int] | None:
+        """Outputs without a transaction; what was not delivered is worked on again."""
+        failed: list[KafkaError] = []
+        delivered = self._send(outcome, failed)
+        if self._producer.flush(COMMIT_SECONDS) or failed:
+            self._restart(
+                KafkaException(failed[0]) if failed else StoreError("Kafka took no output in time.")
+            )
+            return None
+        return delivered
+
+    def _commit_plain(self, offsets: list[TopicPartition]) -> None:
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=False)
+        except KafkaException as error:
+            self._log.warning("offsets not committed", reason=str(error))
+
+    def _send(
+        self, outcome: Outcome, failed: list[KafkaError] | None = None
+    ) -> dict[Position, int]:
+        delivered: dict[Position, int] = {}
+
+        def track(error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                if failed is not None:
+                    failed.append(error)
+                return
+            topic = str(message.topic()).removeprefix(self._config.topic_prefix)
+            if topic in outcome.tracked:
+                position = (topic, int(message.partition() or 0))
+                end = int(message.offset() or 0) + 1
+                delivered[position] = max(delivered.get(position, 0), end)
+
+        for batch in outcome.batches:
+            self._send_batch(batch, track if failed is not None else None)
+        for output in outcome.outputs:
+            while True:
+                try:
+                    self._producer.produce(
+                        self._config.topic_prefix + output.topic,
+                        key=output.key,
+                        value=output.value,
+                        partition=output.partition,
+                        headers=output.headers,
+                        on_delivery=track,
+                    )
+                    break
+                except BufferError:
+                    self._producer.poll(0.1)
+        self._producer.poll(0)
+        return delivered
+
+    def _send_batch(self, batch: OutputBatch, track: Any) -> None:
+        topic = self._config.topic_prefix + batch.topic
+        messages = batch.messages
+        while messages:
+            arguments = {} if track is None else {"on_delivery": track}
+            queued = self._producer.produce_batch(topic, messages, **arguments)
+            if queued == len(messages):
+                return
+            messages = [message for message in messages if message.pop("_error", None)]
+            self._producer.poll(0.1)
+
+    def _init_transactions(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._producer.init_transactions(INIT_SECONDS)
+                return
+            except KafkaException as error:
+                if not _error(error).retriable():
+                    raise BrokerError(
+                        f"Kafka gives no transactions to {self._transactional_id}: {error}. Set "
+                        "STARCAST_KAFKA__EXACTLY_ONCE=false for a broker without them."
+                    ) from error
+                self._log.warning("waiting for transactions", reason=str(error))
+
+    def _phase(self, phase: str) -> AbstractContextManager[Any]:
+        return self._metrics.batch_seconds.labels(self._processor.name, phase).time()
+
+    # -- set-up ------------------------------------------------------------------------------
+
+    def _measure_lag(self) -> None:
+        if time.monotonic() < self._lag_at:
+            return
+        self._lag_at = time.monotonic() + LAG_SECONDS
+        total = 0
+        for topic, partition in self._live:
+            lag = self.lag(topic, partition)
+            total += lag
+            self._metrics.lag.labels(self._processor.name, topic, str(partition)).set(lag)
+        self._processor.lag = total
+
+    def lag(self, topic: str, partition: int) -> int:
+        """Records of one input partition that are not read yet, as of the last fetch."""
+        where = self._topic_partition(topic, partition)
+        _, high = self._consumer.get_watermark_offsets(where, cached=True)
+        position = self._consumer.position([where])[0].offset
+        return max(high - position, 0) if high >= 0 and position >= 0 else 0
+
+    def _topic_partition(self, topic: str, partition: int) -> TopicPartition:
+        return TopicPartition(self._config.topic_prefix + topic, partition)
+
+    def _position(self, each: TopicPartition) -> Position:
+        return each.topic.removeprefix(self._config.topic_prefix), each.partition
+
+    def _consumer_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "group.id": self._group,
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+            "client.id": self._group,
+            "isolation.level": "read_committed",
+            "queued.max.messages.kbytes": FETCH_KILOBYTES,
+            "fetch.wait.max.ms": 20,
+        }
+        if self._config.group_protocol == "consumer":
+            config |= {"group.protocol": "consumer", "group.remote.assignor": "range"}
+        else:
+            config |= {
+                "partition.assignment.strategy": "range",
+                "session.timeout.ms": self._config.session_timeout_ms,
+                "heartbeat.interval.ms": max(self._config.session_timeout_ms // 3, 100),
+            }
+        return client_config(self._config, **config)
+
+    def _producer_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "client.id": self._group,
+            "partitioner": "murmur2_random",
+            "enable.idempotence": True,
+            "linger.ms": 1,
+            "compression.type": "lz4",
+            "queue.buffering.max.messages": OUTPUT_MESSAGES,
+            "message.max.bytes": 1_048_576,
+        }
+        if self._exactly_once:
+            config |= {
+                "transactional.id": self._transactional_id,
+                "transaction.timeout.ms": int(TRANSACTION_SECONDS * 1_000),
+            }
+        return client_config(self._config, **config)
+
+
+def _generation(metadata: bytes) -> int:
+    """The group generation inside librdkafka's serialized metadata ("CGMDv2:", int32, ...)."""
+    return struct.unpack_from("=i", metadata, len(b"CGMDv2:"))[0]
+
+
+def _error(exception: KafkaException) -> KafkaError:
+    return exception.args[0]
+
+
+def _code(exception: KafkaException) -> int:
+    return _error(exception).code()
+
+
+def _raise(error: KafkaError | None) -> bool:
+    if error is not None:
+        raise KafkaException(error)
+    return True

@@ -1,0 +1,89 @@
+"""What processors count and time, for Prometheus. All metrics are declared here."""
+
+from dataclasses import dataclass
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+BATCH_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics of one process; every processor in it names itself in the `processor` label."""
+
+    registry: CollectorRegistry
+    events: Counter  # processor, kind
+    batch_seconds: Histogram  # processor, phase
+    lag: Gauge  # processor, topic, partition
+    dead_letters: Counter  # processor, reason
+    predictions: Counter  # kind, tier, model_version
+    state_writes: Counter  # processor, outcome
+    rebalances: Counter  # processor
+    duplicates: Counter  # processor
+
+
+def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
+    """Metrics on `registry`, or on a fresh one that also tells of the process and the platform."""
+    if registry is None:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+    return Metrics(
+        registry=registry,
+        events=Counter(
+            "starcast_events",
+            "Events that were processed.",
+            ("processor", "kind"),
+            registry=registry,
+        ),
+        batch_seconds=Histogram(
+            "starcast_batch_seconds",
+            "Seconds that a batch took, by phase.",
+            ("processor", "phase"),
+            buckets=BATCH_SECONDS,
+            registry=registry,
+        ),
+        lag=Gauge(
+            "starcast_lag",
+            "Records between a processor's position and the end of its partition.",
+            ("processor", "topic", "partition"),
+            registry=registry,
+        ),
+        dead_letters=Counter(
+            "starcast_dead_letters",
+            "Records that were sent to dead-letters.",
+            ("processor", "reason"),
+            registry=registry,
+        ),
+        predictions=Counter(
+            "starcast_predictions",
+            "Predicted ratings that were published.",
+            ("kind", "tier", "model_version"),
+            registry=registry,
+        ),
+        state_writes=Counter(
+            "starcast_state_writes",
+            "Keys of guarded writes to the store, by outcome: written, fenced or failed.",
+            ("processor", "outcome"),
+            registry=registry,
+        ),
+        rebalances=Counter(
+            "starcast_rebalances",
+            "Times that partitions were assigned, revoked or lost.",
+            ("processor",),
+            registry=registry,
+        ),
+        duplicates=Counter(
+            "starcast_duplicates",
+            "Records that had been seen before and were not applied again.",
+            ("processor",),
+            registry=registry,
+        ),
+    )

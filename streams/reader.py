@@ -1,0 +1,164 @@
+"""What a batch reads from the store beside its users' states, with short-lived copies at hand."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.events import Rows
+from model.ids import NONE, Hashes, partitions_of
+from model.lookups import Lookups, Table, table
+from model.lookups import Store as Rowstore
+from model.state import ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES, from_bytes
+from streams.store import Store
+
+USER_STATE, ITEM_STATE, ITEM_KIND, USER_KIND, VECTOR = b"u", b"i", b"a", b"b", b"v"
+
+ATTRIBUTES_SECONDS = 10.0  # a new price or title reaches predictions within this
+FOUND_VECTOR_SECONDS = 3_600.0  # a vector never changes under its key; this only renews memory
+MISSING_SECONDS = 2.0  # a text that has just been encoded reaches predictions within this
+MOST_ROWS = 500_000  # rows a copy keeps; then it starts anew
+VECTOR_DTYPE = "<f2"  # in the store: halves memory and wire, moves a cosine by under 0.001
+
+
+def store_keys(store: Store, kind: bytes, hashes: Hashes) -> list[bytes]:
+    """The keys of hashed ids: the hash says the partition, and the partition the tag."""
+    partitions = partitions_of(hashes, store.partitions).tolist()
+    data = hashes.astype("<u8").tobytes()
+    prefixes = [store.prefix(kind, partition) for partition in range(store.partitions)]
+    return [
+        prefixes[partition] + data[at : at + 8]
+        for partition, at in zip(partitions, range(0, len(data), 8), strict=True)
+    ]
+
+
+def partition_keys(store: Store, kind: bytes, partition: int, hashes: Hashes) -> list[bytes]:
+    """The keys of hashed ids that lie in one partition, whatever their hash says of it."""
+    prefix, data = store.prefix(kind, partition), hashes.astype("<u8").tobytes()
+    return [prefix + data[at : at + 8] for at in range(0, len(data), 8)]
+
+
+def vector_keys(store: Store, encoder: str, texts: Hashes) -> list[bytes]:
+    """The keys of the vectors of hashed texts under one encoder."""
+    prefix, data = store.plain_key(f"v:{encoder}:"), texts.astype("<u8").tobytes()
+    return [prefix + data[at : at + 8] for at in range(0, len(data), 8)]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What was read of n hashes; rows that were not there are blank."""
+
+    rows: NDArray[Any]  # (n, ...)
+    found: NDArray[np.bool_]  # (n)
+
+
+class Copy:
+    """Rows read from the store, kept for `seconds` (and, where none was found, `missing_seconds`)."""
+
+    def __init__(
+        self,
+        dtype: np.dtype[Any],
+        fetch: Callable[[Hashes], Fetched],
+        seconds: float,
+        missing_seconds: float,
+    ) -> None:
+        self._dtype = np.dtype([("until", "<f8"), ("found", "?"), ("row", dtype)])
+        self._fetch = fetch
+        self._seconds = seconds
+        self._missing = missing_seconds
+        self._rows = Rowstore(self._dtype)
+
+    def take(self, hashes: Hashes) -> Rows:
+        """For distinct hashes (n), their `row` and whether it was `found`."""
+        now = time.monotonic()
+        if len(self._rows.rows) > MOST_ROWS:
+            self._rows = Rowstore(self._dtype)
+        places = self._rows.place(hashes)
+        rows = self._rows.rows
+        stale = rows["until"][places] < now
+        if stale.any():
+            read = self._fetch(hashes[stale])
+            rows["row"][places[stale]] = read.rows
+            rows["found"][places[stale]] = read.found
+            rows["until"][places[stale]] = now + np.where(read.found, self._seconds, self._missing)
+        return rows[places]
+
+
+class Reader:
+    """Reads lookups for batches. `encoder`: hash of the encoder whose vectors are wanted."""
+
+    def __init__(self, store: Store, seconds: float = ATTRIBUTES_SECONDS) -> None:
+        self._store = store
+        self._encoder = ""
+        self._vectors: Copy | None = None
+        self._item_attributes = Copy(
+            ITEM_ATTRIBUTES, self._fetcher(ITEM_KIND, ITEM_ATTRIBUTES), seconds, MISSING_SECONDS
+        )
+        self._user_attributes = Copy(
+            USER_ATTRIBUTES, self._fetcher(USER_KIND, USER_ATTRIBUTES), seconds, seconds
+        )
+
+    def use_encoder(self, encoder: str, width: int) -> None:
+        """Read vectors of this encoder, `width` numbers each; "" for none."""
+        if encoder == self._encoder:
+            return
+        self._encoder = encoder
+        self._vectors = (
+            Copy(
+                np.dtype((VECTOR_DTYPE, (width,))),
+                lambda texts: self._fetch_vectors(texts, width),
+                FOUND_VECTOR_SECONDS,
+                MISSING_SECONDS,
+            )
+            if encoder
+            else None
+        )
+
+    def states(self, kind: bytes, hashes: Hashes, dtype: np.dtype[Any]) -> Rows:
+        """State rows (n) of hashed ids, blank where there is none."""
+        return from_bytes(self._store.read(store_keys(self._store, kind, hashes)), dtype)
+
+    def lookups(self, events: Rows, states: Rows) -> Lookups:
+        """What EVENT rows (n) of users with USER rows (u) are predicted from."""
+        items = np.unique(events["item"])
+        known = np.unique(np.concatenate([items, states["recent"]["item"].ravel()]))
+        known = known[known != NONE]
+        attributes = self._item_attributes.take(known)["row"]
+        users = np.unique(events["user"])
+        return Lookups(
+            items=table(items, self.states(ITEM_STATE, items, ITEM)),
+            item_attributes=table(known, attributes),
+            user_attributes=table(users, self._user_attributes.take(users)["row"]),
+            vectors=self._vector_table(attributes["text"]),
+        )
+
+    def _vector_table(self, texts: Hashes) -> Table | None:
+        if self._vectors is None:
+            return None
+        wanted = np.unique(texts[texts != NONE])
+        read = self._vectors.take(wanted)
+        found = read["found"]
+        vectors = read["row"][found].astype(np.float32)
+        return table(wanted[found], vectors)
+
+    def _fetcher(self, kind: bytes, dtype: np.dtype[Any]) -> Callable[[Hashes], Fetched]:
+        size = dtype.itemsize
+
+        def fetch(hashes: Hashes) -> Fetched:
+            values = self._store.read(store_keys(self._store, kind, hashes))
+            rows = from_bytes([None if each is None else each[:size] for each in values], dtype)
+            return Fetched(rows, np.array([each is not None for each in values], bool))
+
+        return fetch
+
+    def _fetch_vectors(self, texts: Hashes, width: int) -> Fetched:
+        values = self._store.read(vector_keys(self._store, self._encoder, texts))
+        missing = bytes(np.dtype(VECTOR_DTYPE).itemsize * width)
+        data = b"".join(missing if each is None else each for each in values)
+        return Fetched(
+            np.frombuffer(data, VECTOR_DTYPE).reshape(len(values), width),
+            np.array([each is not None for each in values], bool),
+        )

@@ -1,0 +1,204 @@
+"""Runs processors in one process: a thread each, one store, one model, one set of metrics."""
+
+import fcntl
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from model.state import LAYOUT_HASH
+from schemas.exceptions import StarcastError
+from streams.admin import reach
+from streams.answers import Answers
+from streams.archiver import Archiver
+from streams.catalog import Catalog
+from streams.config import (
+    ArchiveConfig,
+    InsightsConfig,
+    KafkaConfig,
+    ModelsConfig,
+    RedisConfig,
+    ScorerConfig,
+    StatesConfig,
+    TextsConfig,
+    WebConfig,
+)
+from streams.dashboard import run_dashboard
+from streams.health import serve_health
+from streams.insights import run_insights
+from streams.items import Items
+from streams.loop import Loop, Processor
+from streams.metrics import Metrics, make_metrics
+from streams.models import Models
+from streams.reader import Reader
+from streams.scorer import Scorer
+from streams.store import Store
+from streams.texts import Texts
+from streams.user_states import UserStates
+
+LOOPS = ("scorer", "answers", "items", "catalog", "texts", "archiver")
+PROCESSORS = (*LOOPS, "insights", "dashboard")
+STOP_SECONDS = 10.0  # a processor that hangs must not keep the process from ending
+SLOTS = 1_000  # workers of one processor on one host
+
+
+class Settings(Protocol):
+    """The part of the settings tree that processors read."""
+
+    kafka: KafkaConfig
+    redis: RedisConfig
+    archive: ArchiveConfig
+    models: ModelsConfig
+    states: StatesConfig
+    scorer: ScorerConfig
+    texts: TextsConfig
+    insights: InsightsConfig
+    web: WebConfig
+
+
+@dataclass
+class _Shared:
+    """What the processors of one process have in common."""
+
+    settings: Settings
+    store: Store
+    models: Models
+    metrics: Metrics
+
+
+def run_processors(names: Sequence[str], settings: Settings, stop: threading.Event) -> None:
+    """Run processors until `stop` is set or one of them fails; its error is raised.
+
+    Raises `UnreachableError` when the broker does not answer at the start. A store that is gone
+    is waited for.
+    """
+    unknown = [name for name in names if name not in PROCESSORS]
+    if unknown:
+        raise StarcastError(
+            f"There is no processor {', '.join(unknown)}. Choose from {', '.join(PROCESSORS)}."
+        )
+    if set(names) - {"dashboard"}:
+        reach(settings.kafka)
+    metrics = make_metrics()
+    failures: list[BaseException] = []
+    checks: dict[str, Callable[[], str | None]] = {}
+    with ExitStack() as stack:
+        tasks: dict[str, Callable[[], None]] = {}
+        if set(names) & set(LOOPS):
+            store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
+            stack.callback(store.close)
+            models = Models(settings.models).start()
+            stack.callback(models.close)
+            shared = _Shared(settings, store, models, metrics)
+            for name in names:
+                if name in LOOPS:
+                    slot = stack.enter_context(worker_slot(settings.kafka, name))
+                    loop = Loop(_make(name, shared, slot), settings.kafka, metrics, stop, slot)
+                    tasks[name] = loop.run
+                    checks[name] = _readiness(loop)
+        if "insights" in names:
+            tasks["insights"] = lambda: run_insights(
+                settings.kafka, settings.redis, settings.insights, stop, metrics
+            )
+        if "dashboard" in names:
+            tasks["dashboard"] = lambda: run_dashboard(
+                settings.kafka, settings.redis, settings.web, settings.models.url, stop, metrics
+            )
+        if settings.web.metrics_port and set(names) != {"dashboard"}:
+            stack.enter_context(
+                serve_health(
+                    settings.web.metrics_host,
+                    settings.web.metrics_port,
+                    metrics.registry,
+                    checks,
+                )
+            )
+        _run_threads(tasks, stop, failures)
+    if failures:
+        raise failures[0]
+
+
+def _run_threads(
+    tasks: Mapping[str, Callable[[], None]],
+    stop: threading.Event,
+    failures: list[BaseException],
+) -> None:
+    def guarded(name: str, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:  # whatever ends one processor ends the process
+            structlog.get_logger(__name__).error("failed", processor=name, reason=str(error))
+            failures.append(error)
+            stop.set()
+
+    threads = [
+        threading.Thread(target=guarded, args=(name, task), name=name, daemon=True)
+        for name, task in tasks.items()
+    ]
+    for thread in threads:
+        thread.start()
+    stop.wait()
+    for thread in threads:
+        thread.join(STOP_SECONDS)
+
+
+def _make(name: str, shared: _Shared, slot: int) -> Processor:
+    settings, store, metrics = shared.settings, shared.store, shared.metrics
+    prefix, worker = settings.kafka.topic_prefix, f"{name}-{slot}"
+    match name:
+        case "scorer":
+            states = UserStates(store, settings.kafka, settings.archive, settings.states)
+            return Scorer(
+                settings.scorer, prefix, states, Reader(store), shared.models, metrics, worker
+            )
+        case "answers":
+            return Answers(
+                settings.scorer, prefix, store, Reader(store), shared.models, metrics, worker
+            )
+        case "items":
+            return Items(store, prefix, metrics)
+        case "catalog":
+            return Catalog(store, prefix, metrics)
+        case "texts":
+            return Texts(
+                settings.texts,
+                settings.models,
+                prefix,
+                store,
+                shared.models,
+                metrics,
+                worker,
+                settings.scorer.digest_seconds,
+            )
+        case _:
+            return Archiver(settings.archive, prefix, metrics)
+
+
+def _readiness(loop: Loop) -> Callable[[], str | None]:
+    return lambda: "no partition yet, or one that is being recovered" if loop.waiting else None
+
+
+@contextmanager
+def worker_slot(kafka: KafkaConfig, name: str) -> Iterator[int]:
+    """The lowest number that no other worker of this processor on this host has.
+
+    It makes the transactional id stable over restarts and different for each worker.
+    """
+    folder = Path(tempfile.gettempdir()) / f"starcast-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for slot in range(SLOTS):
+        path = folder / f"{kafka.topic_prefix}{kafka.group_id}-{name}-{slot}.lock"
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield slot
+            return
+    raise StarcastError(f"{SLOTS} workers of {name} run on this host already; stop some first.")

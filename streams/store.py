@@ -1,0 +1,181 @@
+"""The store: states, attributes, vectors and partition headers in Redis or Valkey.
+
+A partition's keys share a hash tag. Only the worker that claimed the partition last may write
+them: each write carries the claim's token, and the store refuses an older one (`store.lua`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import redis
+from redis.cluster import RedisCluster
+
+from schemas.exceptions import UnreachableError
+from streams.config import RedisConfig
+from streams.exceptions import FencedError, StoreError
+from streams.partitions import hash_tags
+
+WRITE_KEYS = 500  # keys in one guarded write: 2,000 block the server for 8 ms
+READ_KEYS = 2_000  # keys in one MGET
+ANSWER_SECONDS = 5.0  # a store that hangs must not hold a worker past its session
+CONNECT_SECONDS = 3.0  # a host that drops packets is told from one that is slow
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's right to write one partition, until a newer claim."""
+
+    kind: bytes
+    partition: int
+    token: int
+    data: bytes | None  # the header that the last owner left
+
+
+def connect(config: RedisConfig) -> Any:
+    """A client that answers bytes; it connects when first used."""
+    options: dict[str, Any] = {
+        "socket_timeout": ANSWER_SECONDS,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "health_check_interval": 10,
+    }
+    url = config.url.get_secret_value()
+    try:
+        if config.cluster:
+            return RedisCluster.from_url(url, **options)
+        return redis.Redis.from_url(url, **options)
+    except (redis.RedisError, ValueError, OSError) as error:
+        raise UnreachableError(
+            f"The store's address is no good: {error}. Set STARCAST_REDIS__URL."
+        ) from error
+
+
+class Store:
+    """Reads and guarded writes of one shop's keys.
+
+    `layout` stands in each key, so that a new layout of states is built beside the old one.
+    Every method raises `StoreError` when the store does not answer.
+    """
+
+    def __init__(self, config: RedisConfig, layout: str, partitions: int) -> None:
+        self.client = connect(config)
+        self.partitions = partitions
+        self._cluster = config.cluster
+        self._stem = f"{config.key_prefix}:{layout}:".encode()
+        self._plain = config.key_prefix.encode()
+        self._tags = hash_tags(partitions)
+
+    def key(self, kind: bytes, partition: int, id: bytes) -> bytes:
+        """The key of one state, attributes row or title."""
+        return b"%b%b:{%b}:%b" % (self._stem, kind, self._tags[partition], id)
+
+    def prefix(self, kind: bytes, partition: int) -> bytes:
+        """What all keys of a kind and partition begin with."""
+        return b"%b%b:{%b}:" % (self._stem, kind, self._tags[partition])
+
+    def plain_key(self, name: str) -> bytes:
+        """A key outside the layout: vectors, windows of insights."""
+        return b"%b:%b" % (self._plain, name.encode())
+
+    def header_key(self, kind: bytes, partition: int) -> bytes:
+        """The key of a partition's header."""
+        return b"%bh:{%b}:%b" % (self._stem, self._tags[partition], kind)
+
+    def ping(self) -> None:
+        """Raise `StoreError` unless the store answers."""
+        with _answering():
+            self.client.ping()
+
+    def claim(self, kind: bytes, partition: int) -> Claim:
+        """Take a partition over from whoever had it, and read the header that they left."""
+        with _answering():
+            token, data = self._call("starcast_claim", [self.header_key(kind, partition)], [])
+        return Claim(kind, partition, int(token), data)
+
+    def header(self, kind: bytes, partition: int) -> bytes | None:
+        """A partition's header, without claiming it."""
+        with _answering():
+            return self.client.hget(self.header_key(kind, partition), "data")
+
+    def write(self, claim: Claim, keys: Sequence[bytes], values: Sequence[bytes], data: bytes) -> None:
+        """Write states in chunks and the header last; an empty value deletes its key.
+
+        Raises `FencedError` when a newer owner has claimed the partition.
+        """
+        header = self.header_key(claim.kind, claim.partition)
+        with _answering():
+            starts = range(0, max(len(keys), 1), WRITE_KEYS)
+            for start in starts:
+                last = start + WRITE_KEYS >= len(keys)
+                done = self._call(
+                    "starcast_write",
+                    [header, *keys[start : start + WRITE_KEYS]],
+                    [claim.token, data if last else b"", *values[start : start + WRITE_KEYS]],
+                )
+                if not done:
+                    raise FencedError(
+                        f"A newer worker has claimed {claim.kind.decode()} partition "
+                        f"{claim.partition}; this one's states were not written."
+                    )
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of keys, None where there is none."""
+        values: list[bytes | None] = []
+        with _answering():
+            for start in range(0, len(keys), READ_KEYS):
+                part = keys[start : start + READ_KEYS]
+                if self._cluster:
+                    values += self.client.mget_nonatomic(part)
+                else:
+                    values += self.client.mget(part)
+        return values
+
+    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """Write values that never change under their key, and so need no claim."""
+        with _answering():
+            for start in range(0, len(keys), WRITE_KEYS):
+                part = slice(start, start + WRITE_KEYS)
+                pairs = dict(zip(keys[part], values[part], strict=True))
+                if self._cluster:
+                    self.client.mset_nonatomic(pairs)
+                else:
+                    self.client.mset(pairs)
+
+    def scan(self, kind: bytes, partition: int) -> Iterator[bytes]:
+        """All keys of a kind and partition; walks the whole store, so for checks only."""
+        pattern = self.prefix(kind, partition).replace(b"[", rb"\[") + b"*"
+        with _answering():
+            yield from self.client.scan_iter(match=pattern, count=1_000)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.client.close()
+
+    def _call(self, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
+        """Call a store function; load the library where it is not there yet."""
+        try:
+            return self.client.fcall(function, len(keys), *keys, *arguments)
+        except redis.ResponseError as error:
+            if "unction not found" not in str(error):
+                raise
+        library = files("streams").joinpath("store.lua").read_text()
+        self.client.function_load(library, replace=True)
+        return self.client.fcall(function, len(keys), *keys, *arguments)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except redis.OutOfMemoryError as error:
+        raise StoreError(
+            f"The store is full and, as it must, evicts nothing: {error}. Give it more memory "
+            "(maxmemory) or set STARCAST_STATES__EXPIRE_AFTER_DAYS."
+        ) from error
+    except (redis.RedisError, OSError) as error:
+        raise StoreError(
+            f"The store does not answer: {error}. Check that Redis or Valkey runs where "
+            "STARCAST_REDIS__URL says; work goes on when it is back."
+        ) from error

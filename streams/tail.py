@@ -1,0 +1,107 @@
+"""Reading a topic outside any consumer group: to its end, or for as long as it grows."""
+
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Literal
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+
+from streams.admin import (
+    REQUEST_SECONDS,
+    TopicError,
+    client_config,
+    reach,
+    topic_name,
+    unreachable,
+)
+from streams.config import KafkaConfig
+
+WAIT_SECONDS = 0.2  # a stop, or the end of a silent topic, is noticed this soon
+STALL_SECONDS = 60.0  # a broker that goes away meanwhile would leave a reader waiting for the end
+BATCH = 1_000
+
+Start = Literal["beginning", "end"] | datetime
+
+
+def read_topic(
+    kafka: KafkaConfig,
+    topic: str,
+    *,
+    start: Start = "beginning",
+    follow: bool = False,
+    stop: threading.Event | None = None,
+) -> Iterator[list[Message]]:
+    """Batches of a topic's committed messages; of one partition they come in order.
+
+    `topic` is without the prefix in settings. Ends when every partition has once been read
+    to its end, or, when it is to `follow`, only with `stop`; then batches may be empty. Raises
+    UnreachableError when no broker answers and TopicError when there is no such topic.
+    """
+    stop = stop or threading.Event()
+    name = topic_name(kafka, topic)
+    found = reach(kafka).list_topics(timeout=REQUEST_SECONDS).topics.get(name)
+    if found is None or not found.partitions:
+        raise TopicError(
+            f"Topic {name} does not exist at {kafka.bootstrap_servers}. "
+            "Make all topics with `starcast topics apply`."
+        )
+    consumer = Consumer(
+        client_config(
+            kafka,
+            group_id=f"{kafka.group_id}-reader",  # never joined: partitions are assigned
+            enable_auto_commit=False,
+            enable_partition_eof=True,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+        )
+    )
+    try:
+        left = set(found.partitions)
+        moved = time.monotonic()
+        consumer.assign(_positions(consumer, name, sorted(left), start))
+        while (left or follow) and not stop.is_set():
+            batch: list[Message] = []
+            for message in consumer.consume(BATCH, WAIT_SECONDS):
+                moved = time.monotonic()
+                error = message.error()
+                if error is None:
+                    batch.append(message)
+                elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
+                    left.discard(message.partition() or 0)
+                elif error.fatal() or not error.retriable():
+                    raise TopicError(f"Topic {name} cannot be read: {error.str()}.")
+            if not follow and time.monotonic() - moved > STALL_SECONDS:
+                reason = f"nothing came of topic {name}, which has not ended"
+                raise unreachable(kafka, reason, STALL_SECONDS)
+            if batch or follow:
+                yield batch
+    finally:
+        consumer.close()
+
+
+def _positions(
+    consumer: Consumer, name: str, partitions: list[int], start: Start
+) -> list[TopicPartition]:
+    if start == "beginning":
+        return [TopicPartition(name, partition, OFFSET_BEGINNING) for partition in partitions]
+    if start == "end":
+        return [TopicPartition(name, partition, OFFSET_END) for partition in partitions]
+    time_ms = int(start.timestamp() * 1000)
+    asked = [TopicPartition(name, partition, time_ms) for partition in partitions]
+    try:
+        return consumer.offsets_for_times(asked, timeout=REQUEST_SECONDS)
+    except KafkaException as problem:
+        raise TopicError(
+            f"Kafka does not tell where {start.isoformat()} lies in topic {name}: "
+            f"{problem.args[0].str()}. Read it from the beginning."
+        ) from None

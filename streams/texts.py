@@ -1,0 +1,237 @@
+"""Texts: the transformer over new item and review texts.
+
+An item's text becomes a vector in the store, kept under encoder and text hash for good. A review's
+text becomes a distribution over stars: a predicted rating of kind `review` and text features for
+its user. It has a group of its own, so however slow it is, the scorer never waits for it.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from confluent_kafka import Message
+from numpy.typing import NDArray
+
+from model import encoder
+from model.catalog import item_text
+from model.encoder import TextEncoder, review_text
+from model.engine import Engine
+from model.ids import hash_ids
+from schemas.codec import encode_columns, format_times, time_ms
+from schemas.records import Review
+from streams.config import ModelsConfig, TextsConfig
+from streams.digests import NO_TIER, Digests, Scored
+from streams.inputs import Inputs, split
+from streams.loop import Outcome, OutputBatch, Position
+from streams.metrics import Metrics
+from streams.models import Models, Serving
+from streams.predictions import rounded
+from streams.reader import VECTOR_DTYPE, vector_keys
+from streams.store import Store
+
+LINGER_SECONDS = 0.02
+NORMAL_80 = 1.2816  # deviations around the mean that hold 80% of a normal distribution
+MILLISECONDS_A_DAY = 86_400_000
+STARS = np.arange(1.0, 6.0)
+
+
+class Texts:
+    """One worker's text lane, a processor of `streams.loop`."""
+
+    name = "texts"
+    topics = ("items", "reviews")
+    together = False
+    transactional = True
+    linger_seconds = LINGER_SECONDS
+
+    def __init__(
+        self,
+        config: TextsConfig,
+        models_config: ModelsConfig,
+        prefix: str,
+        store: Store,
+        models: Models,
+        metrics: Metrics,
+        worker: str,
+        digest_seconds: float,
+    ) -> None:
+        self.batch_size = config.batch_texts
+        self._config = config
+        self._device = models_config.device
+        self._prefix = prefix
+        self._store = store
+        self._models = models
+        self._metrics = metrics
+        self._digests = Digests(worker, "review", digest_seconds)
+        self._loaded: tuple[Serving, TextEncoder] | None = None
+        self._engine: Engine[str, NDArray[np.float32]] | None = None
+        self.lag = 0
+
+    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        """Nothing is claimed: a vector never changes under its key."""
+        return committed
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Nothing is held."""
+
+    def idle(self) -> Outcome | None:
+        """Digests that are due."""
+        digests = self._digests.due(self.lag)
+        return Outcome(outputs=digests) if digests else None
+
+    def process(self, messages: list[Message]) -> Outcome:
+        """Encode the new texts of one batch, items before reviews.
+
+        Bad records are left to the processors that own their topics, which make them dead letters.
+        """
+        inputs, _ = split(messages, self._prefix, self.name)
+        serving = self._models.serving
+        text_encoder = self._encoder(serving)
+        if text_encoder is None:
+            self._skip("no encoder", len(messages))
+            return Outcome()
+        vectors = self._encode_items(text_encoder, inputs.get("items"))
+        batches, scored = self._encode_reviews(serving, text_encoder, inputs.get("reviews"))
+
+        def finish(_: dict[Position, int]) -> None:
+            self._store.put(*vectors)
+            if scored is not None:
+                self._digests.add(scored)
+
+        return Outcome(batches=batches, finish=finish)
+
+    def _encoder(self, serving: Serving) -> TextEncoder | None:
+        """The serving model's encoder, loaded when it has changed."""
+        if serving.encoder_folder is None:
+            return None
+        if self._loaded is None or self._loaded[0] is not serving:
+            loaded = encoder.load(
+                serving.encoder_folder,
+                self._device,
+                serving.star_head,
+                self._config.longest_tokens,
+            )
+            if self._engine is not None:
+                self._engine.close()
+            self._loaded = serving, loaded
+            self._engine = Engine(
+                lambda texts: list(loaded.encode(texts, self._config.token_budget)),
+                self._config.token_budget,
+                "texts",
+            )
+        return self._loaded[1]
+
+    def _vectors(self, text_encoder: TextEncoder, texts: list[str]) -> NDArray[np.float32]:
+        """Hidden vectors, (n, hidden), through the micro-batching engine."""
+        assert self._engine is not None  # made with the encoder
+        futures: list[Future[NDArray[np.float32]]] = [
+            self._engine.submit(text, cost)
+            for text, cost in zip(texts, text_encoder.count_tokens(texts), strict=True)
+        ]
+        return np.stack([future.result() for future in futures])
+
+    def _encode_items(
+        self, text_encoder: TextEncoder, inputs: Inputs | None
+    ) -> tuple[list[bytes], list[bytes]]:
+        """Keys and values of the vectors that the store does not have yet."""
+        texts = sorted({item_text(each) for each in inputs.records if each} if inputs else set())
+        texts = [text for text in texts if text]
+        keys = vector_keys(self._store, text_encoder.hash, hash_ids(texts))
+        known = self._store.read(keys)
+        new = [at for at, value in enumerate(known) if value is None]
+        if not new:
+            return [], []
+        hidden = self._vectors(text_encoder, [texts[at] for at in new])
+        vectors = text_encoder.project(hidden).astype(VECTOR_DTYPE)
+        self._metrics.events.labels(self.name, "item").inc(len(new))
+        return [keys[at] for at in new], [vector.tobytes() for vector in vectors]
+
+    def _encode_reviews(
+        self, serving: Serving, text_encoder: TextEncoder, inputs: Inputs | None
+    ) -> tuple[list[OutputBatch], Scored | None]:
+        if inputs is None:
+            return [], None
+        if serving.star_head is None:
+            self._skip("no star head", len(inputs.records))
+            return [], None
+        oldest = self._oldest()
+        rows = [
+            at
+            for at, review in enumerate(inputs.records)
+            if (review.title or review.text) and time_ms(review.event_time) >= oldest
+        ]
+        self._skip("too old or no text", len(inputs.records) - len(rows))
+        if not rows:
+            return [], None
+        reviews: list[Review] = [inputs.records[at] for at in rows]
+        stars = text_encoder.stars(
+            self._vectors(text_encoder, [review_text(each.title, each.text) for each in reviews])
+        ).astype(np.float64)  # (n, 5)
+        mean = stars @ STARS
+        deviation = np.sqrt(np.maximum(stars @ STARS**2 - mean**2, 0))
+        count = len(reviews)
+        now = int(time.time() * 1_000)
+        shared: dict[str, list[Any]] = {
+            "event_id": [each.event_id for each in reviews],
+            "user_id": [each.user_id for each in reviews],
+            "item_id": [each.item_id for each in reviews],
+            "event_time": format_times(
+                np.array([time_ms(each.event_time) for each in reviews], np.int64)
+            ),
+            "distribution": rounded(stars.astype(np.float32)),
+        }
+        low = np.clip(mean - NORMAL_80 * deviation, 1, 5).astype(np.float32)
+        high = np.clip(mean + NORMAL_80 * deviation, 1, 5).astype(np.float32)
+        predicted = encode_columns(
+            shared
+            | {
+                "predicted_at": format_times(np.full(count, now, np.int64)),
+                "kind": ["review"] * count,
+                "rating": rounded(np.clip(mean, 1, 5).astype(np.float32)),
+                "interval": rounded(np.stack([low, high], axis=1)),
+                "model_version": [serving.predictor.version] * count,
+                "source": [
+                    {
+                        "topic": "reviews",
+                        "partition": inputs.messages[at].partition(),
+                        "offset": inputs.messages[at].offset(),
+                    }
+                    for at in rows
+                ],
+            }
+        )
+        features = encode_columns(shared | {"encoder": [text_encoder.hash] * count})
+        self._metrics.events.labels(self.name, "review").inc(count)
+        scored = Scored(
+            version=serving.predictor.version,
+            ratings=mean.astype(np.float32),
+            truths=np.array([each.rating for each in reviews], np.float32),
+            tiers=np.full(count, NO_TIER, np.uint8),
+            items=shared["item_id"],
+            actions=Counter({"review": count}),
+            latencies_ms=(now - inputs.timestamps()[rows]).astype(np.float32),
+        )
+        # A user's text features go where the user's events came from.
+        places = [inputs.messages[at].partition() or 0 for at in rows]
+        return [
+            OutputBatch(topic, _keyed(shared["user_id"], values, places))
+            for topic, values in (("predicted-ratings", predicted), ("text-features", features))
+        ], scored
+
+    def _oldest(self) -> float:
+        days = self._config.age_limit_days
+        return time.time() * 1_000 - days * MILLISECONDS_A_DAY if days else -np.inf
+
+    def _skip(self, why: str, count: int) -> None:
+        if count:
+            self._metrics.events.labels(self.name, f"skipped: {why}").inc(count)
+
+
+def _keyed(users: list[str], values: list[bytes], partitions: list[int]) -> list[dict[str, Any]]:
+    return [
+        {"key": user.encode(), "value": value, "partition": partition}
+        for user, value, partition in zip(users, values, partitions, strict=True)
+    ]

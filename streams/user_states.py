@@ -1,0 +1,216 @@
+"""The user states of the partitions that this worker owns: claimed, recovered, cached, written.
+
+The store is a view of the journal. A partition's header there says up to which journal offset its
+states stand; on a claim, the journal from there to its stable end is applied and written before
+anything is scored.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from model.events import EVENT, Rows, blank
+from model.exceptions import LayoutError
+from model.features import FEATURE_HASH
+from model.ids import Hashes
+from model.lookups import Store as Rowstore
+from model.replay import recover
+from model.state import LAYOUT_HASH, PARTITION, USER, from_bytes, to_bytes
+from schemas.journal import TOPICS, Journal, Transaction
+from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
+from streams.exceptions import JournalGapError, StoreAheadError
+from streams.journal import read_journal
+from streams.reader import USER_STATE, partition_keys
+from streams.store import Claim, Store
+
+RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
+MILLISECONDS_A_DAY = 86_400_000
+
+HEADER = np.dtype(
+    [
+        ("journal", "<u8"),  # next journal offset to apply
+        ("ends", "<i8", len(TOPICS)),  # next offset of each input topic; -1: nothing was read
+        ("partition", PARTITION),
+    ]
+)
+
+
+@dataclass
+class Held:
+    """A partition that this worker owns."""
+
+    claim: Claim
+    header: Rows  # HEADER, shape ()
+    users: Rowstore = field(default_factory=lambda: Rowstore(USER))
+
+
+class UserStates:
+    """All that the worker knows of its partitions' users. One thread uses it."""
+
+    def __init__(
+        self, store: Store, kafka: KafkaConfig, archived: ArchiveConfig, config: StatesConfig
+    ) -> None:
+        self._store = store
+        self._kafka = kafka
+        self._archive = archived
+        self._config = config
+        self._held: dict[int, Held] = {}
+        self._log = structlog.get_logger(__name__)
+
+    def __getitem__(self, partition: int) -> Held:
+        return self._held[partition]
+
+    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        """Take a partition over, bring its states up to the journal's end, say where to read on.
+
+        Raises `StoreAheadError` or `JournalGapError` when store, journal and committed offsets do
+        not belong together, `StoreError` when the store does not answer.
+        """
+        claim = self._store.claim(USER_STATE, partition)
+        held = Held(claim, decode_header(claim.data))
+        self._held[partition] = held
+        rows = 0
+        entries = read_journal(
+            self._kafka, self._archive, partition, int(held.header["journal"])
+        )
+        for several in _in_portions(entries):
+            rows += self._apply(partition, held, several)
+        if rows:
+            self._log.info("recovered", partition=partition, journal_rows=rows)
+        ends = dict(zip(TOPICS, held.header["ends"].tolist(), strict=True))
+        if not self._kafka.exactly_once:
+            # Without transactions the journal may be ahead of the committed offsets; it is exact.
+            return ends
+        for topic in TOPICS:
+            _compare(topic, partition, ends[topic], committed[topic])
+        return committed
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Forget partitions; their next owner reads them from the store."""
+        for partition in partitions:
+            self._held.pop(partition, None)
+
+    def read(self, partition: int, users: Hashes) -> Rows:
+        """USER rows (n) of distinct users, as they are now."""
+        cache = self._held[partition].users
+        if len(cache.rows) + len(users) > self._config.cache_users:
+            cache = self._held[partition].users = Rowstore(USER)
+        known = len(cache.rows)
+        places = cache.place(users)
+        new = places >= known
+        if new.any():
+            keys = partition_keys(self._store, USER_STATE, partition, users[new])
+            cache.rows[places[new]] = from_bytes(self._store.read(keys), USER)
+        return cache.rows[places]
+
+    def write(self, partition: int, users: Hashes, rows: Rows, header: Rows) -> None:
+        """Write states and then the header, guarded by the claim."""
+        held = self._held[partition]
+        keys = partition_keys(self._store, USER_STATE, partition, users)
+        self._store.write(held.claim, keys, to_bytes(rows), header.tobytes())
+        held.users.rows[held.users.place(users)] = rows
+        held.header = header
+
+    def expire(self, partition: int, watermark: int) -> int:
+        """Delete states whose last event is too old; how many.
+
+        Age is told by event time alone, against `watermark` (ms), the latest event seen.
+        """
+        days = self._config.expire_after_days
+        if not days or not watermark:
+            return 0
+        held = self._held[partition]
+        oldest = watermark - int(days * MILLISECONDS_A_DAY)
+        keys = list(self._store.scan(USER_STATE, partition))
+        rows = from_bytes(self._store.read(keys), USER)
+        old = [
+            key
+            for key, last in zip(keys, rows["last_time"].tolist(), strict=True)
+            if 0 < last < oldest
+        ]
+        if old:
+            self._store.write(held.claim, old, [b""] * len(old), held.header.tobytes())
+            held.users = Rowstore(USER)
+        return len(old)
+
+    def _apply(self, partition: int, held: Held, entries: list[Transaction]) -> int:
+        journals = [entry.journal for entry in entries]
+        header = held.header.copy()
+        header["journal"] = entries[-1].last_offset + 1
+        for journal in journals:
+            _check_layout(journal, partition)
+            read = np.array(journal.ends)
+            header["ends"] = np.where(read >= 0, read, header["ends"])
+        events = _joined([journal.events for journal in journals]).view(EVENT)
+        users, user_index = np.unique(events["user"], return_inverse=True)
+        states, header["partition"] = recover(
+            self.read(partition, users),
+            user_index,
+            header["partition"].copy(),
+            events,
+            _joined([journal.features for journal in journals]),
+            _joined([journal.duplicates for journal in journals]),
+            _joined([journal.steps for journal in journals]),
+        )
+        self.write(partition, users, states, header)
+        return len(events)
+
+
+def decode_header(data: bytes | None) -> Rows:
+    """The HEADER row, shape (), that the store keeps; that of an empty partition for None."""
+    if data is None:
+        header = blank(HEADER, ())
+        header["ends"] = -1
+        return header
+    if len(data) != HEADER.itemsize:
+        raise LayoutError(
+            f"A partition's header in the store has {len(data)} bytes, this version's has "
+            f"{HEADER.itemsize}. Empty the store's keys; they are rebuilt from the journal."
+        )
+    return np.frombuffer(data, HEADER).copy().reshape(())
+
+
+def _in_portions(entries: Iterator[Transaction]) -> Iterator[list[Transaction]]:
+    portion: list[Transaction] = []
+    rows = 0
+    for entry in entries:
+        portion.append(entry)
+        rows += len(entry.journal)
+        if rows >= RECOVERY_ROWS:
+            yield portion
+            portion, rows = [], 0
+    if portion:
+        yield portion
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(arrays)
+
+
+def _check_layout(journal: Journal, partition: int) -> None:
+    if (journal.layout_hash, journal.feature_hash) != (LAYOUT_HASH, FEATURE_HASH):
+        raise JournalGapError(
+            f"Journal partition {partition} was written under layout {journal.layout_hash} and "
+            f"features {journal.feature_hash}; this version has {LAYOUT_HASH} and {FEATURE_HASH}. "
+            "Start the version that wrote it, or begin a new topic prefix with `starcast backfill`."
+        )
+
+
+def _compare(topic: str, partition: int, applied: int, committed: int) -> None:
+    if applied == committed:
+        return
+    if applied > committed:
+        raise StoreAheadError(
+            f"States of partition {partition} have applied {topic} up to offset {applied}, but the "
+            f"group's committed offset is {max(committed, 0)}: the offsets or topics were reset. "
+            "Put the offsets back, or empty the store's keys and start with a new topic prefix."
+        )
+    raise JournalGapError(
+        f"The group's committed offset of {topic} partition {partition} is {committed}, but the "
+        f"journal ends at {applied}: its records were lost or the offsets were moved by hand. "
+        "Put the offsets back to the journal's."
+    )

@@ -1,0 +1,481 @@
+"""Replay of the archive: every feature row, prediction, item update and stored state once more.
+
+Inputs come from the archived topics, item states from the archived item updates up to the version
+that was read then, attributes from the archived records of that version. What results is compared
+with what was written: the journal's feature rows, predicted ratings, item updates and the states
+in the store. The journal alone decides order and versions; it is never compared with itself.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model import bundle, encoder, ladder
+from model.catalog import describe_items, describe_users, item_text
+from model.events import EVENT, TEXT, Rows, from_behavior, from_reviews, from_text_features
+from model.exceptions import BundleError
+from model.features import FEATURES
+from model.ids import hash_ids
+from model.lookups import Lookups, Table, empty, table
+from model.lookups import Store as Rowstore
+from model.predict import Predictor, predictor
+from model.replay import BatchResult, run_batch
+from model.state import (
+    CATEGORY,
+    ITEM,
+    ITEM_ATTRIBUTES,
+    PARTITION,
+    SOURCES,
+    USER,
+    USER_ATTRIBUTES,
+    apply_items,
+    from_bytes,
+)
+from model.updates import from_updates
+from schemas import archive
+from schemas.codec import decode
+from schemas.exceptions import StarcastError
+from schemas.journal import TOPICS, Journal
+from schemas.topics import BY_NAME
+from streams.config import ArchiveConfig, ModelsConfig
+from streams.predictions import select
+from streams.reader import (
+    ITEM_STATE,
+    USER_STATE,
+    VECTOR_DTYPE,
+    partition_keys,
+    store_keys,
+    vector_keys,
+)
+from streams.store import Store
+from streams.user_states import decode_header
+
+FROM_RECORDS: tuple[Callable[[Sequence[Any]], Rows], ...] = (
+    from_reviews,
+    from_behavior,
+    from_text_features,
+)
+ROUNDED = 1.5e-4  # predictions are written with four decimals
+COSINE = 1e-5  # a matrix product may add in another order
+EXAMPLES = 20  # differences that are told in full
+
+
+@dataclass
+class Verification:
+    """What was compared, and what did not agree."""
+
+    compared: Counter[str] = field(default_factory=Counter[str])
+    differences: Counter[str] = field(default_factory=Counter[str])
+    examples: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def clean(self) -> bool:
+        """Whether everything agreed and there was something to compare."""
+        return not self.differences and bool(self.compared)
+
+    def check(self, what: str, same: NDArray[np.bool_], name: Callable[[int], str]) -> None:
+        """Count n comparisons; `name` tells of the one at a position."""
+        self.compared[what] += len(same)
+        wrong = np.flatnonzero(~same)
+        if len(wrong):
+            self.differences[what] += len(wrong)
+            room = max(EXAMPLES - len(self.examples), 0)
+            self.examples += [f"{what}: {name(int(at))}" for at in wrong[:room]]
+
+
+def verify_replay(
+    archived: ArchiveConfig,
+    models: ModelsConfig,
+    store: Store,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Verification:
+    """Replay all that is archived and compare; `progress` is told of the rows replayed.
+
+    Raises `StarcastError` when the archive holds no journal.
+    """
+    report = Verification()
+    replay = _Replay(archived, models, store, report)
+    journalled = archive.positions(archived.url, "journal", replay.options)
+    if not journalled:
+        raise StarcastError(
+            f"The archive at {archived.url} holds no journal. Run the archiver, or point "
+            "STARCAST_ARCHIVE__URL at this shop's archive."
+        )
+    for number in sorted(journalled):
+        partition = _Partition(number, replay)
+        for transaction in archive.journal(archived.url, number, replay.options):
+            partition.replay(transaction.journal)
+            progress(len(transaction.journal))
+        partition.compare_states()
+    replay.compare_items()
+    return report
+
+
+class _Replay:
+    """What all partitions share: archived item updates, attributes, predictions, models."""
+
+    def __init__(
+        self, archived: ArchiveConfig, models: ModelsConfig, store: Store, report: Verification
+    ) -> None:
+        self.options = {name: each.get_secret_value() for name, each in archived.options.items()}
+        self.url = archived.url
+        self.models = models
+        self.store = store
+        self.report = report
+        self.item_attributes, self.texts = self._items()
+        self.user_attributes = self._users()
+        self._vectors: dict[str, dict[int, NDArray[np.float32] | None]] = {}
+        self._predictors: dict[str, Predictor | None] = {}
+        self.predictions = self._predictions()
+        self.updates, self.update_offsets, self.update_spans = self._updates()
+
+    def records(self, topic: str, partition: int | None = None) -> Iterator[tuple[int, int, Any]]:
+        """Partition, offset and record (None for a tombstone) of all good archived rows."""
+        chosen = None if partition is None else [partition]
+        frame = archive.read(
+            self.url,
+            topic,
+            self.options,
+            columns=["kafka_partition", "kafka_offset", "kafka_value"],
+            partitions=chosen,
+        ).collect()
+        places = list(zip(frame["kafka_partition"], frame["kafka_offset"], strict=True))
+        decoded = decode(BY_NAME[topic], frame["kafka_value"].to_list(), places)
+        bad = {rejection.index for rejection in decoded.rejections}
+        for at, ((part, offset), record) in enumerate(zip(places, decoded.records, strict=True)):
+            if at not in bad:
+                yield part, offset, record
+
+    def _items(self) -> tuple[dict[tuple[int, int], Rows], dict[int, str]]:
+        """Attribute rows by item hash and version, and texts by hash, one record after another."""
+        rows: dict[tuple[int, int], Rows] = {}
+        texts: dict[int, str] = {}
+        newest: dict[int, Rows] = {}
+        categories: dict[int, Table] = {}
+        for partition, offset, record in self.records("items"):
+            if record is None:
+                continue
+            item = int(hash_ids([record.item_id])[0])
+            previous = newest.get(item)
+            before = from_bytes([None], ITEM_ATTRIBUTES) if previous is None else previous
+            known = categories.get(partition, empty(CATEGORY))
+            described, categories[partition] = describe_items(
+                [record], [offset + 1], before, known
+            )
+            newest[item] = rows[item, offset + 1] = described
+            text = item_text(record)
+            if text:
+                texts[int(hash_ids([text])[0])] = text
+        return rows, texts
+
+    def _users(self) -> dict[tuple[int, int], Rows]:
+        rows: dict[tuple[int, int], Rows] = {}
+        for _, offset, record in self.records("users"):
+            if record is not None:
+                user = int(hash_ids([record.user_id])[0])
+                rows[user, offset + 1] = describe_users([record], [offset + 1])
+        return rows
+
+    def _predictions(self) -> dict[tuple[str, int, int], Any]:
+        found: dict[tuple[str, int, int], Any] = {}
+        for _, _, record in self.records("predicted-ratings"):
+            if record.kind == "interaction":
+                place = (record.source.topic, record.source.partition, record.source.offset)
+                self.report.check(
+                    "one prediction a position",
+                    np.array([place not in found]),
+                    lambda _: f"{place} is predicted twice",  # noqa: B023 - called at once
+                )
+                found[place] = record
+        return found
+
+    def _updates(self) -> tuple[Rows, NDArray[np.uint64], dict[tuple[int, str, int, int], Rows]]:
+        """Deltas sorted by item and offset, their offsets, and each by item and source span."""
+        places, records = [], []
+        for _, offset, record in self.records("item-updates"):
+            places.append(offset)
+            records.append(record)
+        deltas = from_updates(records)
+        offsets = np.array(places, np.uint64)
+        spans = {
+            (int(delta["item"]), record.source.topic, record.source.partition,
+             record.source.last_offset): delta
+            for delta, record in zip(deltas, records, strict=True)
+        }
+        order = np.lexsort((offsets, deltas["item"]))
+        return deltas[order], offsets[order], spans
+
+    def item_states(self, states: Rowstore, items: NDArray[np.uint64], versions: NDArray[np.uint64]) -> Rows:
+        """ITEM rows (m) of distinct items as of their versions; `states` keeps them for the next."""
+        places = states.place(items)
+        known = states.rows[places]
+        low = np.searchsorted(self.updates["item"], items, "left")
+        high = np.searchsorted(self.updates["item"], items, "right")
+        chosen: list[NDArray[np.intp]] = []
+        index: list[NDArray[np.intp]] = []
+        for at in np.flatnonzero(versions > known["offset"]):
+            span = np.arange(low[at], high[at])
+            offsets = self.update_offsets[span]
+            span = span[(offsets >= known["offset"][at]) & (offsets < versions[at])]
+            chosen.append(span)
+            index.append(np.full(len(span), at))
+        if chosen:
+            rows = np.concatenate(chosen)
+            known = apply_items(
+                known, np.concatenate(index), self.updates[rows], self.update_offsets[rows]
+            )
+            states.rows[places] = known
+        return known
+
+    def vectors(self, encoder_hash: str, texts: NDArray[np.uint64]) -> Table | None:
+        """Vectors of texts under an encoder: the store's, which never change, else encoded anew."""
+        if not encoder_hash:
+            return None
+        known = self._vectors.setdefault(encoder_hash, {})
+        wanted = np.unique(texts[texts != 0])
+        new = np.array([text for text in wanted.tolist() if text not in known], np.uint64)
+        values = self.store.read(vector_keys(self.store, encoder_hash, new))
+        for text, value in zip(new.tolist(), values, strict=True):
+            known[text] = (
+                self._encode(encoder_hash, text)
+                if value is None
+                else np.frombuffer(value, VECTOR_DTYPE).astype(np.float32)
+            )
+        rows = [known[text] for text in wanted.tolist()]
+        found = np.array([row is not None for row in rows], bool)
+        width = next((len(row) for row in rows if row is not None), encoder.WIDTH)
+        vectors = np.array([row for row in rows if row is not None], np.float32).reshape(-1, width)
+        return table(wanted[found], vectors)
+
+    def _encode(self, encoder_hash: str, text: int) -> NDArray[np.float32] | None:
+        folder = encoder.locate(self.models.encoder)
+        if folder is None or encoder.folder_hash(folder) != encoder_hash or text not in self.texts:
+            return None
+        loaded = encoder.load(folder, self.models.device)
+        vector = loaded.project(loaded.encode([self.texts[text]]))[0]
+        return vector.astype(VECTOR_DTYPE).astype(np.float32)
+
+    def predictor(self, version: str) -> Predictor | None:
+        """The predictor of a version; None when its bundle is gone."""
+        if version not in self._predictors:
+            try:
+                loaded = (
+                    None if version == ladder.VERSION else bundle.load(self.models.url, version)
+                )
+                self._predictors[version] = predictor(loaded, self.models.device)
+            except BundleError as error:
+                self._predictors[version] = None
+                self.report.notes.append(f"predictions of {version} were not compared: {error}")
+        return self._predictors[version]
+
+    def compare_items(self) -> None:
+        """Compare the stored item states with a recount of all archived updates."""
+        items = np.unique(self.updates["item"])
+        stored = from_bytes(self.store.read(store_keys(self.store, ITEM_STATE, items)), ITEM)
+        states = self.item_states(Rowstore(ITEM), items, stored["offset"])
+        self.report.check(
+            "item state", states == stored, lambda at: f"item hash {items[at]:#x} in the store"
+        )
+
+
+class _Partition:
+    """The replay of one user partition."""
+
+    def __init__(self, partition: int, shared: _Replay) -> None:
+        self._partition = partition
+        self._shared = shared
+        self._report = shared.report
+        self._users = Rowstore(USER)
+        self._items = Rowstore(ITEM)
+        self._state = from_bytes([None], PARTITION)[0]
+        self._inputs: list[dict[int, Any]] = [
+            {offset: record for _, offset, record in shared.records(topic, partition)}
+            for topic in TOPICS
+        ]
+
+    def replay(self, entry: Journal) -> None:
+        """Replay one transaction's rows and compare them."""
+        if not len(entry):
+            return
+        events = self._events(entry)
+        if events is None:
+            return
+        users, index = np.unique(events["user"], return_inverse=True)
+        places = self._users.place(users)
+        lookups = self._lookups(entry, events, users)
+        result = run_batch(
+            self._users.rows[places].copy(), index, self._state.copy(), events, lookups
+        )
+        self._users.rows[places] = result.states
+        self._state = result.partition
+        self._compare(entry, events, result, lookups)
+
+    def _events(self, entry: Journal) -> Rows | None:
+        """The entry's events, from the archived inputs alone."""
+        events = np.zeros(len(entry), EVENT)
+        there = np.array(
+            [
+                offset in self._inputs[topic]
+                for topic, offset in zip(entry.topics.tolist(), entry.offsets.tolist(), strict=True)
+            ]
+        )
+        self._report.check("archived input", there, lambda at: self._place(entry, at))
+        if not there.all():
+            self._report.notes.append(
+                f"partition {self._partition}: a transaction was skipped, its inputs are missing"
+            )
+            return None
+        for topic, read in enumerate(FROM_RECORDS):
+            rows = np.flatnonzero(entry.topics == topic)
+            if len(rows):
+                events[rows] = read(
+                    [self._inputs[topic][offset] for offset in entry.offsets[rows].tolist()]
+                )
+        return events
+
+    def _lookups(self, entry: Journal, events: Rows, users: NDArray[np.uint64]) -> Lookups:
+        items, first = np.unique(events["item"], return_index=True)
+        versions = entry.item_versions[first]
+        shared = self._shared
+        recents = entry.recents
+        return Lookups(
+            items=table(items, shared.item_states(self._items, items, versions)),
+            item_attributes=_versions(
+                shared.item_attributes, recents[:, 0], recents[:, 2], ITEM_ATTRIBUTES
+            ),
+            user_attributes=_versions(
+                shared.user_attributes,
+                users,
+                entry.user_attributes_versions[np.unique(events["user"], return_index=True)[1]],
+                USER_ATTRIBUTES,
+            ),
+            vectors=shared.vectors(entry.encoder, recents[:, 1]),
+        )
+
+    def _compare(
+        self, entry: Journal, events: Rows, result: BatchResult, lookups: Lookups
+    ) -> None:
+        report, place = self._report, lambda at: self._place(entry, at)
+        written, replayed = entry.features, result.observation.features
+        both_missing = np.isnan(written) & np.isnan(replayed)
+        text = np.array([feature.group == "text" for feature in FEATURES])
+        near = np.where(text, np.abs(written - replayed) <= COSINE, written == replayed)
+        same = both_missing | near
+        report.check(
+            "feature row",
+            same.all(1),
+            lambda at: f"{place(at)}: {', '.join(f.name for f, ok in zip(FEATURES, same[at], strict=True) if not ok)}",
+        )
+        report.check("step", entry.steps == result.step, place)
+        report.check("seq", entry.seqs == result.seq, place)
+        report.check("duplicate", entry.duplicates == result.duplicate, place)
+        self._compare_predictions(entry, events, result, lookups)
+        self._compare_updates(entry, result)
+
+    def _compare_predictions(
+        self, entry: Journal, events: Rows, result: BatchResult, lookups: Lookups
+    ) -> None:
+        rows = np.flatnonzero(events["action"] != TEXT)
+        records = [
+            self._shared.predictions.get(
+                (TOPICS[entry.topics[at]], self._partition, int(entry.offsets[at]))
+            )
+            for at in rows
+        ]
+        there = np.array([record is not None for record in records], bool)
+        self._report.check("predicted", there, lambda at: self._place(entry, int(rows[at])))
+        versions = {record.model_version for record in records if record is not None}
+        for version in sorted(versions):
+            used = self._shared.predictor(version)
+            if used is None:
+                continue
+            mine = [at for at, record in enumerate(records) if record and record.model_version == version]
+            chosen = rows[mine]
+            predicted = used.predict(
+                events[chosen], select([result.observation], chosen), lookups
+            )
+            now = np.column_stack(
+                [predicted.rating, predicted.distribution, predicted.low, predicted.high]
+            )
+            then = np.array(
+                [
+                    [records[at].rating, *records[at].distribution, *records[at].interval]
+                    for at in mine
+                ]
+            )
+            tiers = np.array([ladder.TIERS[tier] == records[at].tier for tier, at in zip(predicted.tier, mine, strict=True)])
+            seqs = np.array([records[at].seq for at in mine], np.uint64) == result.seq[chosen]
+            self._report.check(
+                "prediction",
+                (np.abs(now - then) <= ROUNDED).all(1) & tiers & seqs,
+                lambda at, chosen=chosen: self._place(entry, int(chosen[at])),
+            )
+
+    def _compare_updates(self, entry: Journal, result: BatchResult) -> None:
+        last = {
+            topic: int(entry.offsets[entry.topics == TOPICS.index(topic)].max())
+            for topic in SOURCES
+            if (entry.topics == TOPICS.index(topic)).any()
+        }
+        spans = self._shared.update_spans
+        deltas = result.deltas.copy()
+        deltas["source"] = 0  # a record has it by name, in its span
+        same = np.array(
+            [
+                (found := spans.get((int(delta["item"]), topic, self._partition, last[topic])))
+                is not None
+                and found == delta
+                for delta, source in zip(deltas, result.deltas["source"], strict=True)
+                for topic in [SOURCES[source]]
+            ],
+            bool,
+        )
+        self._report.check(
+            "item update", same, lambda at: f"item hash {int(result.deltas['item'][at]):#x}"
+        )
+
+    def compare_states(self) -> None:
+        """Compare the stored states and header with the replay's."""
+        users = self._users.hashes
+        keys = partition_keys(self._shared.store, USER_STATE, self._partition, users)
+        stored = from_bytes(self._shared.store.read(keys), USER)
+        replayed = self._users.rows
+        ahead = stored["step"] > self._state["step"]  # the archive is behind the store
+        if ahead.any():
+            self._report.notes.append(
+                f"partition {self._partition}: {ahead.sum()} users have newer events than the archive"
+            )
+        kept = np.flatnonzero(~ahead)
+        self._report.check(
+            "user state",
+            stored[kept] == replayed[kept],
+            lambda at: f"user hash {int(users[kept[at]]):#x} in the store",
+        )
+        header = decode_header(self._shared.store.header(USER_STATE, self._partition))
+        if header["partition"]["step"] <= self._state["step"]:
+            same = np.array([header["partition"] == self._state])
+            self._report.check("partition header", same, lambda _: f"partition {self._partition}")
+
+    def _place(self, entry: Journal, at: int) -> str:
+        topic = TOPICS[entry.topics[at]]
+        return f"{topic} partition {self._partition} offset {entry.offsets[at]}"
+
+
+def _versions(
+    rows: Mapping[tuple[int, int], Rows],
+    hashes: NDArray[np.uint64],
+    versions: NDArray[np.uint64],
+    dtype: np.dtype[Any],
+) -> Table:
+    """Rows of distinct hashes as of the versions read; blank where nothing was read."""
+    blank_row = from_bytes([None], dtype)
+    found = [
+        rows.get((item, version), blank_row)
+        for item, version in zip(hashes.tolist(), versions.tolist(), strict=True)
+    ]
+    return table(hashes, np.concatenate([blank_row[:0], *found]))

@@ -1,0 +1,429 @@
+"""The arithmetic of insights: score digests into steps, steps into sliding windows, and alerts.
+
+Time is cut into steps. A digest belongs to the step in which its window ends; a step is named by
+its end, in milliseconds since the epoch. The window written at the end of a step sums the steps
+of the last `window_ms`. Sums, counts and sketches merge, so the order of digests is of no matter,
+and predictions of one kind are never summed with those of another.
+"""
+
+import base64
+import binascii
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import datasketches  # pyright: ignore[reportMissingTypeStubs]
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, computed_field
+
+from schemas.exceptions import ContractError
+from schemas.records import Alert, ErrorSums, Kind, ScoreDigest
+from streams.config import InsightsConfig
+
+KLL_K = 200  # rank error about 1.3%, at some 2 KB a sketch
+FREQUENT_LOG_SIZE = 10  # at most 768 names are counted at once, however many there are
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+_SKETCHES = cast(Any, datasketches)  # the wheel has no type information
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Sums(BaseModel):
+    """Predictions counted, and their errors where the true rating was seen."""
+
+    count: int = 0
+    total: float = 0.0  # of all predicted ratings
+    rated: int = 0
+    squared: float = 0.0
+    absolute: float = 0.0
+    rating: float = 0.0  # true ratings
+    predicted: float = 0.0  # predicted ratings of those rated
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            rated=self.rated + other.rated,
+            squared=self.squared + other.squared,
+            absolute=self.absolute + other.absolute,
+            rating=self.rating + other.rating,
+            predicted=self.predicted + other.predicted,
+        )
+
+    @computed_field
+    @property
+    def rmse(self) -> float | None:
+        """Root mean squared error in stars; None when nothing was rated."""
+        return (max(self.squared, 0.0) / self.rated) ** 0.5 if self.rated else None
+
+    @computed_field
+    @property
+    def mae(self) -> float | None:
+        """Mean absolute error in stars; None when nothing was rated."""
+        return self.absolute / self.rated if self.rated else None
+
+    @computed_field
+    @property
+    def mean_rating(self) -> float | None:
+        """Mean true rating; None when nothing was rated."""
+        return self.rating / self.rated if self.rated else None
+
+    @computed_field
+    @property
+    def mean_predicted(self) -> float | None:
+        """Mean predicted rating of what was rated, to be held against `mean_rating`."""
+        return self.predicted / self.rated if self.rated else None
+
+
+class Scored(BaseModel):
+    """What one model predicted: all of it, by tier, and how often which number of stars."""
+
+    sums: Sums = Sums()
+    tiers: dict[str, Sums] = {}
+    stars: list[int] = [0, 0, 0, 0, 0]
+
+    def __add__(self, other: "Scored") -> "Scored":
+        return Scored(
+            sums=self.sums + other.sums,
+            tiers=_merged(self.tiers, other.tiers, Sums()),
+            stars=[a + b for a, b in zip(self.stars, other.stars, strict=True)],
+        )
+
+
+class KindWindow(BaseModel):
+    """Predictions of one kind: in the sliding window, and in its last step alone."""
+
+    models: dict[str, Scored]
+    step: dict[str, Scored]
+    per_second: float  # over the last step
+    actions: dict[str, int]
+    top_items: list[tuple[str, int]]
+    top_categories: list[tuple[str, int]]
+    latency_ms: dict[str, float] | None  # p50, p90, p99 and max
+    lag: int
+    workers: int
+
+    def total(self) -> Scored:
+        """All models together, over the sliding window."""
+        return sum(self.models.values(), Scored())
+
+
+class Window(BaseModel):
+    """A sliding window as the dashboard reads it. Times are milliseconds since the epoch."""
+
+    start_ms: int
+    end_ms: int
+    step_ms: int
+    kinds: dict[Kind, KindWindow]
+    firing: list[str] = []  # rules beyond their thresholds, as rule/kind
+
+
+@dataclass
+class KindStep:
+    """What the digests of one step and kind sum up to."""
+
+    models: dict[str, Scored] = field(default_factory=dict[str, Scored])
+    actions: Counter[str] = field(default_factory=Counter[str])
+    items: Any = field(default_factory=lambda: _frequent())
+    categories: Any = field(default_factory=lambda: _frequent())
+    latency: Any = field(default_factory=lambda: _SKETCHES.kll_floats_sketch(KLL_K))
+    lags: dict[str, tuple[int, int]] = field(
+        default_factory=dict[str, tuple[int, int]]
+    )  # worker → (time, lag): the newest counts
+
+
+@dataclass
+class Step:
+    """One step's digests: which have been counted, and their sums by kind."""
+
+    digest_ids: set[str] = field(default_factory=set[str])
+    kinds: dict[Kind, KindStep] = field(default_factory=dict[Kind, KindStep])
+
+
+@dataclass
+class Steps:
+    """The steps that a window may still need. `closed` is the end of the last window written."""
+
+    step_ms: int
+    window_ms: int
+    grace_ms: int
+    keep_ms: int  # windows older than this are not kept
+    closed: int | None = None
+    newest: int = 0  # latest end of a digest's window
+    steps: dict[int, Step] = field(default_factory=dict[int, Step])
+    idle: bool = True  # nothing happened in the last window written
+
+
+def make_steps(insights: InsightsConfig, closed: int | None = None) -> Steps:
+    """No digests yet; `closed` is where an earlier run stopped."""
+    step_ms = max(round(insights.step_seconds * 1_000), 1)
+    count = max(round(insights.window_seconds * 1_000 / step_ms), 1)
+    return Steps(
+        step_ms=step_ms,
+        window_ms=count * step_ms,
+        grace_ms=round(insights.grace_seconds * 1_000),
+        keep_ms=insights.keep_windows * step_ms,
+        closed=closed,
+    )
+
+
+Outcome = Literal["counted", "duplicate", "late"]
+
+
+def add(steps: Steps, digest: ScoreDigest, now_ms: int) -> tuple[Outcome, int]:
+    """Count a digest; its outcome and its step.
+
+    A digest that was counted before is a duplicate; one whose step lies before every window to
+    come, or before those kept, is late. A worker's clock that is ahead of `now_ms` does not close
+    steps early. Raises ContractError for a digest that mixes kinds or carries a broken sketch.
+    """
+    kind, latency = _checked(digest)
+    end = min(_milliseconds(digest.window_end), now_ms)
+    place = -(-end // steps.step_ms) * steps.step_ms
+    oldest = now_ms - steps.keep_ms
+    if steps.closed is not None:
+        oldest = max(oldest, steps.closed + steps.step_ms - steps.window_ms)
+    if place <= oldest:
+        return "late", place
+    step = steps.steps.setdefault(place, Step())
+    if digest.digest_id in step.digest_ids:
+        return "duplicate", place
+    step.digest_ids.add(digest.digest_id)
+    steps.newest = max(steps.newest, end)
+    _add_to_kind(step.kinds.setdefault(kind, KindStep()), digest, latency, end)
+    return "counted", place
+
+
+def due(steps: Steps, now_ms: int, quiet: bool) -> list[int]:
+    """Ends of the steps that can be closed, oldest first.
+
+    While digests are being caught up with, their own time closes steps, so that no window misses
+    what is still unread; when it is `quiet`, the wall clock does.
+    """
+    limit = (now_ms if quiet else min(now_ms, steps.newest)) - steps.grace_ms
+    if steps.closed is None:
+        first = min(steps.steps, default=limit + 1)
+    else:
+        first = steps.closed + steps.step_ms
+        if not any(place > steps.closed - steps.window_ms for place in steps.steps):
+            # Hours without digests: nothing between is worth a window.
+            first = max(first, limit // steps.step_ms * steps.step_ms)
+    return list(range(first, limit + 1, steps.step_ms))
+
+
+def close(steps: Steps, end_ms: int, insights: InsightsConfig) -> Window | None:
+    """The window ending at `end_ms`; forgets the steps that no later window needs.
+
+    None when nothing was scored, waits or was scored in the window before: hours of silence must
+    not push out the windows kept.
+    """
+    start = end_ms - steps.window_ms
+    members = [step for place, step in steps.steps.items() if start < place <= end_ms]
+    last = steps.steps.get(end_ms, Step())
+    kinds: dict[Kind, KindWindow] = {
+        kind: _kind_window([step.kinds[kind] for step in members if kind in step.kinds], insights)
+        for kind in _KINDS
+        if any(kind in step.kinds for step in members)
+    }
+    for kind, summed in kinds.items():
+        summed.step = last.kinds[kind].models if kind in last.kinds else {}
+        count = sum(scored.sums.count for scored in summed.step.values())
+        summed.per_second = count * 1_000 / steps.step_ms
+    steps.closed = end_ms
+    for place in [place for place in steps.steps if place <= start + steps.step_ms]:
+        del steps.steps[place]
+    was_idle, steps.idle = steps.idle, not any(_busy(kind) for kind in kinds.values())
+    if was_idle and steps.idle:
+        return None
+    return Window(start_ms=start, end_ms=end_ms, step_ms=steps.step_ms, kinds=kinds)
+
+
+def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> list[Alert]:
+    """Alerts for the thresholds that `window` crosses; sets `window.firing`.
+
+    A rule that fires (it stands in `firing`, the window before's) stays silent until its value
+    has been seen at `clear_ratio` of its threshold or below.
+    """
+    before = set(firing)
+    still = set(before)
+    raised: list[Alert] = []
+    for kind, summed in window.kinds.items():
+        for rule, value, threshold, text in _rules(kind, summed, insights):
+            name = f"{rule}/{kind}"
+            fired = name in before
+            if value <= threshold * (insights.clear_ratio if fired else 1.0):
+                still.discard(name)
+                continue
+            still.add(name)
+            if not fired:
+                raised.append(
+                    Alert(
+                        alert_id=f"{rule}-{kind}-{window.end_ms}",
+                        rule=rule,
+                        severity="critical" if value > 2 * threshold else "warning",
+                        window_start=_time(window.start_ms),
+                        window_end=_time(window.end_ms),
+                        value=value,
+                        threshold=threshold,
+                        subject=kind,
+                        text=text,
+                    )
+                )
+    window.firing = sorted(still)
+    return raised
+
+
+def encode_latency(milliseconds: NDArray[np.float32]) -> str | None:
+    """The `latency_ms` of a digest: a KLL sketch in base64; None for no values."""
+    if not milliseconds.size:
+        return None
+    sketch = _SKETCHES.kll_floats_sketch(KLL_K)
+    sketch.update(np.ascontiguousarray(milliseconds, np.float32))
+    return base64.b64encode(sketch.serialize()).decode()
+
+
+def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
+    """The digest's one kind and its latency sketch."""
+    if len(digest.kinds) != 1 or not set(digest.kinds) <= set(_KINDS):
+        raise ContractError(
+            f"Score digest {digest.digest_id} of {digest.worker} counts kinds "
+            f"{sorted(digest.kinds)}: its errors belong to none. Send one of {list(_KINDS)} each."
+        )
+    if digest.latency_ms is None:
+        return cast(Kind, next(iter(digest.kinds))), None
+    try:
+        data = base64.b64decode(digest.latency_ms, validate=True)
+        sketch = _SKETCHES.kll_floats_sketch.deserialize(data)
+    except (binascii.Error, ValueError, IndexError, RuntimeError) as error:
+        raise ContractError(
+            f"Score digest {digest.digest_id} of {digest.worker}: latency_ms is no KLL sketch of "
+            f"floats in base64 ({error})."
+        ) from error
+    return cast(Kind, next(iter(digest.kinds))), sketch
+
+
+def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) -> None:
+    count = sum(digest.kinds.values())
+    if count:
+        scored = Scored(
+            sums=_sums(count, digest.errors, digest.predicted_sum),
+            tiers={
+                tier: _sums(tier_count, digest.errors_by_tier.get(tier, ErrorSums()))
+                for tier, tier_count in digest.tiers.items()
+            },
+            stars=digest.stars,
+        )
+        before = step.models.get(digest.model_version, Scored())
+        step.models[digest.model_version] = before + scored
+    step.actions.update(digest.actions)
+    for sketch, counts in (
+        (step.items, digest.top_items),
+        (step.categories, digest.top_categories),
+    ):
+        for name, weight in counts.items():
+            if weight > 0:
+                sketch.update(name, weight)
+    if latency is not None:
+        step.latency.merge(latency)
+    step.lags[digest.worker] = max(step.lags.get(digest.worker, (0, 0)), (end, digest.lag))
+
+
+def _sums(count: int, errors: ErrorSums, total: float = 0.0) -> Sums:
+    return Sums(
+        count=count,
+        total=total,
+        rated=errors.count,
+        squared=errors.squared,
+        absolute=errors.absolute,
+        rating=errors.rating,
+        predicted=errors.predicted,
+    )
+
+
+def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
+    models: dict[str, Scored] = {}
+    actions: Counter[str] = Counter()
+    items, categories = _frequent(), _frequent()
+    latency = _SKETCHES.kll_floats_sketch(KLL_K)
+    lags: dict[str, tuple[int, int]] = {}
+    for step in steps:
+        models = _merged(models, step.models, Scored())
+        actions.update(step.actions)
+        items.merge(step.items)
+        categories.merge(step.categories)
+        latency.merge(step.latency)
+        lags |= {worker: max(lags.get(worker, (0, 0)), lag) for worker, lag in step.lags.items()}
+    return KindWindow(
+        models=models,
+        step={},
+        per_second=0.0,
+        actions=dict(actions.most_common()),
+        top_items=_top(items, insights.top),
+        top_categories=_top(categories, insights.top),
+        latency_ms=_quantiles(latency),
+        lag=sum(lag for _, lag in lags.values()),
+        workers=len(lags),
+    )
+
+
+def _quantiles(latency: Any) -> dict[str, float] | None:
+    if latency.is_empty():
+        return None
+    found = latency.get_quantiles(list(QUANTILES.values()))
+    quantiles = dict(zip(QUANTILES, (float(value) for value in found), strict=True))
+    return quantiles | {"max": float(latency.get_max_value())}
+
+
+def _rules(
+    kind: Kind, summed: KindWindow, insights: InsightsConfig
+) -> list[tuple[str, float, float, str]]:
+    """Rule, value, threshold and text of what can be judged."""
+    limit = insights.highest_lag
+    text = f"{summed.lag:,} records wait to be scored ({kind}), more than {limit:,}."
+    rules = [("lag", float(summed.lag), float(limit), text)]
+    sums = summed.total().sums
+    if sums.rated >= insights.least_rated:
+        rmse = sums.rmse or 0.0
+        predicted, true = sums.predicted / sums.rated, sums.rating / sums.rated
+        highest = insights.highest_rmse
+        text = f"RMSE {rmse:.2f} over {sums.rated:,} ratings ({kind}), above {highest:g}."
+        rules.append(("rmse", rmse, highest, text))
+        text = (
+            f"Mean predicted rating {predicted:.2f}, mean true rating {true:.2f} over "
+            f"{sums.rated:,} ratings ({kind}): more than {insights.largest_drift:g} apart."
+        )
+        rules.append(("drift", abs(predicted - true), insights.largest_drift, text))
+    return rules
+
+
+def _busy(summed: KindWindow) -> bool:
+    return summed.lag > 0 or any(scored.sums.count for scored in summed.models.values())
+
+
+_Sum = TypeVar("_Sum", Sums, Scored)
+
+
+def _merged(one: dict[str, _Sum], other: dict[str, _Sum], zero: _Sum) -> dict[str, _Sum]:
+    return one | {name: one.get(name, zero) + value for name, value in other.items()}
+
+
+def _frequent() -> Any:
+    return _SKETCHES.frequent_strings_sketch(FREQUENT_LOG_SIZE)
+
+
+def _top(sketch: Any, most: int) -> list[tuple[str, int]]:
+    """The most frequent names, biggest first; names of equal counts in their own order."""
+    kind = _SKETCHES.frequent_items_error_type.NO_FALSE_NEGATIVES
+    rows = [(str(name), int(estimate)) for name, estimate, _, _ in sketch.get_frequent_items(kind)]
+    return sorted(rows, key=lambda row: (-row[1], row[0]))[:most]
+
+
+def _milliseconds(time: datetime) -> int:
+    return round(time.timestamp() * 1_000)
+
+
+def _time(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1_000, UTC)
