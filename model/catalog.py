@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from model.events import Rows, blank, milliseconds
 from model.ids import hash_ids, hash_names
 from model.lookups import Table, table
-from model.state import ITEM_ATTRIBUTES, LOG_STEPS, USER_ATTRIBUTES
+from model.state import CATEGORY, ITEM_ATTRIBUTES, LOG_STEPS, USER_ATTRIBUTES
 from schemas.records import Item, User
 
 LEVELS = ITEM_ATTRIBUTES["category"].shape[0]  # a path is known by this many prefixes
@@ -26,15 +26,15 @@ def item_text(item: Item) -> str:
 def describe_items(
     items: Sequence[Item], versions: Sequence[int], previous: Rows, categories: Table
 ) -> tuple[Rows, Table]:
-    """Attributes of n distinct items, and the categories' prices with them taken in.
+    """Attributes of n distinct items, and the categories' prices with them taken in, one by one.
 
     `versions` (n): 1 + offset of each record; `previous` ITEM_ATTRIBUTES (n): the items' rows so
-    far, blank when new: their prices are taken out again; `categories`: `state.CATEGORY` rows by hash.
-    Returns ITEM_ATTRIBUTES (n) and the new table. A deleted item is taken out of the table by
-    `forget_items`.
+    far, blank when new: their prices are taken out again; `categories`: `state.CATEGORY` rows by
+    hash. Returns ITEM_ATTRIBUTES (n) and the new table. `forget_items` takes a deleted item out.
 
     The rank of a price is the normal distribution's share below its logarithm, with the running
-    mean and variance of the narrowest category of at least `LEAST_PRICES` prices.
+    mean and variance of the narrowest category of at least `LEAST_PRICES` prices. Each item meets
+    the prices of those before it, so that batches of any size give the same rows.
     """
     rows = blank(ITEM_ATTRIBUTES, len(items))
     rows["version"] = versions
@@ -48,14 +48,14 @@ def describe_items(
             [_prefix(item.category or (), level + 1) for item in items]
         )
     rows["price"] = np.array([item.price for item in items], np.float32)
-    categories = _add_prices(_add_prices(categories, previous, -1), rows, 1)
-    rows["price_rank"] = _price_ranks(rows, categories)
+    met, categories = _take_in(previous, rows, categories)
+    rows["price_rank"] = _price_ranks(rows, met)
     return rows, categories
 
 
 def forget_items(previous: Rows, categories: Table) -> Table:
     """The categories' prices without those of deleted items, `previous` ITEM_ATTRIBUTES (n)."""
-    return _add_prices(categories, previous, -1)
+    return _take_in(previous, blank(ITEM_ATTRIBUTES, len(previous)), categories)[1]
 
 
 def describe_users(users: Sequence[User], versions: Sequence[int]) -> Rows:
@@ -82,25 +82,40 @@ def _ancestors(rows: Rows) -> NDArray[np.uint64]:
     return np.concatenate([everything, rows["category"].astype(np.uint64)], axis=1)
 
 
-def _add_prices(categories: Table, rows: Rows, sign: int) -> Table:
-    price = np.broadcast_to(_log_prices(rows)[:, None], (len(rows), 1 + LEVELS))
-    members = _ancestors(rows)
-    counted = (members != 0) & ~np.isnan(price)
-    members, price = members[counted], price[counted]
-    hashes = np.union1d(categories.hashes, members)
+def _take_in(previous: Rows, rows: Rows, categories: Table) -> tuple[Rows, Table]:
+    """Take the previous prices out and the new ones in, item after item.
+
+    Returns CATEGORY (n, 1 + LEVELS), each item's categories just after it, and the table after all.
+    """
+    shape = (len(rows), 1 + LEVELS)
+    members = np.stack([_ancestors(previous), _ancestors(rows)])  # (2, n, levels): out, in
+    price = np.stack([_log_prices(previous), _log_prices(rows)])[:, :, None]
+    price = np.broadcast_to(price, members.shape)
+    counted = np.flatnonzero((members != 0) & ~np.isnan(price))
+    side, item, level = np.unravel_index(counted, members.shape)
+    member, price = members.ravel()[counted], price.ravel()[counted]
+    order = np.lexsort((side, item, member))
+    member, price, sign = member[order], price[order], np.where(side[order], 1, -1)
+    first = np.searchsorted(member, member)  # where each category's prices begin
+    after = categories.take(member)
+    changes = {"count": sign, "log_sum": sign * price, "log_square_sum": sign * price**2}
+    for name, value in changes.items():
+        total = np.cumsum(value)  # exact: prices are binary fractions
+        after[name] += total - (total - value)[first]
+    met = blank(CATEGORY, shape)
+    added = side[order] == 1
+    met[item[order][added], level[order][added]] = after[added]
+    last = np.flatnonzero(np.r_[member[1:] != member[:-1], True][: len(member)])
+    hashes = np.union1d(categories.hashes, member)
     statistics = categories.take(hashes)
-    index = np.searchsorted(hashes, members)
-    np.add.at(statistics["count"], index, sign)
-    np.add.at(statistics["log_sum"], index, sign * price)
-    np.add.at(statistics["log_square_sum"], index, sign * price * price)
+    statistics[np.searchsorted(hashes, member[last])] = after[last]
     left = statistics["count"] > 0
-    return table(hashes[left], statistics[left])
+    return met, table(hashes[left], statistics[left])
 
 
-def _price_ranks(rows: Rows, categories: Table) -> NDArray[np.float64]:
-    members = _ancestors(rows)
-    statistics = categories.take(members)
-    enough = (statistics["count"] >= LEAST_PRICES) & (members != 0)
+def _price_ranks(rows: Rows, statistics: Rows) -> NDArray[np.float64]:
+    """Each item's rank among the CATEGORY rows (n, 1 + LEVELS) that it meets."""
+    enough = statistics["count"] >= LEAST_PRICES
     narrowest = LEVELS - enough[:, ::-1].argmax(1)
     chosen = statistics[np.arange(len(rows)), narrowest]
     count = np.maximum(chosen["count"], 1)

@@ -28,7 +28,7 @@ def tilt(logits: Tensor, mean: Tensor) -> Tensor:
     stars = torch.arange(1, 6, dtype=logits.dtype, device=logits.device)
     theta = _solve(logits.detach().double(), mean.detach().double()).to(logits.dtype)
     probability = torch.softmax(logits + theta[:, None] * stars, -1)
-    reached = probability @ stars
+    reached = (probability * stars).sum(-1)
     variance = (probability * (stars - reached[:, None]) ** 2).sum(-1).detach()
     gap = reached - mean
     theta = theta - (gap - gap.detach()) / variance
@@ -51,8 +51,8 @@ def _solve(logits: Tensor, mean: Tensor) -> Tensor:
     last = torch.full_like(mean, torch.inf)
     for _ in range(_MOST_STEPS):
         probability = torch.softmax(logits + theta[:, None] * stars, -1)
-        above_one = probability @ (stars - 1)
-        below_five = probability @ (5 - stars)
+        above_one = (probability * (stars - 1)).sum(-1)
+        below_five = (probability * (5 - stars)).sum(-1)
         error = torch.log(above_one / below_five) - target
         settled = error.abs() < _SETTLED
         if bool(settled.all()):
@@ -71,6 +71,6 @@ def _solve(logits: Tensor, mean: Tensor) -> Tensor:
 def mean_and_deviation(probability: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (n,) in stars of distributions (n, 5)."""
     stars = torch.arange(1, 6, dtype=probability.dtype, device=probability.device)
-    mean = probability @ stars
+    mean = (probability * stars).sum(-1)
     variance = (probability * (stars - mean[:, None]) ** 2).sum(-1)
     return mean, variance.sqrt()

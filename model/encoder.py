@@ -196,6 +196,7 @@ def load(
     # transformers takes seconds to import, and only processes that encode pay.
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **safe)
@@ -210,6 +211,10 @@ def load(
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise EncoderError(f"{folder} lacks {len(missing)} weights, first {missing[0]}")
+    words = len(tokenizer)
+    known = model.get_input_embeddings().num_embeddings
+    if not len(tokenizer.all_special_ids) < words <= known:  # none, or another model's
+        raise EncoderError(f"{folder}: a tokenizer of {words} tokens does not fit {known} in use")
     if config.is_encoder_decoder:
         model = model.get_encoder()
     hidden = int(config.hidden_size)
@@ -286,7 +291,8 @@ def _projection(folder: Path, hidden: int) -> Projection:
         tensors = _read(folder / PROJECTION, {"mean": (hidden,), "weight": (hidden, None)})
         return Projection(tensors["mean"], tensors["weight"])
     random = np.random.default_rng(_SEED).standard_normal((hidden, min(WIDTH, hidden)))
-    basis, _ = np.linalg.qr(random)
+    basis, triangle = np.linalg.qr(random)
+    basis *= np.sign(np.diag(triangle))  # unique, whichever library factorises
     return Projection(np.zeros(hidden, np.float32), basis.astype(np.float32))
 
 

@@ -174,7 +174,7 @@ def compute(
     """Feature rows, shape (n, F), of n events; columns as in `FEATURES`.
 
     `users` USER (n), `items` ITEM (n): the states that the events meet; `recent_attributes`
-    ITEM_ATTRIBUTES (n, 16): of the items in `users["recent"]`; `partition` PARTITION, shape ();
+    ITEM_ATTRIBUTES (n, 16): of the items in `users["recent"]`; `partition` PARTITION, (n) or ();
     `text_known` (n): the item's text has a vector; `similarity` (n, 16): its cosine with each
     recent item's, nan where either has none; `None`: there are no vectors.
     """
@@ -192,14 +192,15 @@ def compute(
 
 
 def biases(items: Rows, partition: Rows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The features `global_mean` and `item_bias` of n events, each (n), from their items' states.
+    """The features `global_mean` and `item_bias` of n events, each (n).
 
+    `items` ITEM (n): their items' states; `partition` PARTITION, (n) or (): what they meet.
     States keep residuals from them, so they go through float32, as the journal keeps features:
     `replay.recover` must meet the same numbers.
     """
     prior_sum = PRIOR_HISTOGRAM @ np.arange(1, STARS + 1)
     mean = (partition["rating_sum"] + prior_sum) / (partition["rating_count"] + PRIOR_COUNT)
-    global_mean = np.full(len(items), mean, np.float32)
+    global_mean = np.broadcast_to(mean, len(items)).astype(np.float32)
     count = items["rating_count"]
     total = items["rating_sum"] - count * global_mean.astype(np.float64)
     return global_mean, (total / (count + ITEM_DAMPING)).astype(np.float32)
@@ -211,7 +212,8 @@ def _ratings(users: Rows, items: Rows, partition: Rows) -> Columns:
     user_count, item_count = users["rating_count"], items["rating_count"]
     user_bias = users["residual_sum"] / (user_count + USER_DAMPING)
     user_mean = (users["rating_sum"] + USER_DAMPING * mean) / (user_count + USER_DAMPING)
-    shares = (partition["histogram"] + PRIOR_HISTOGRAM) / (partition["rating_count"] + PRIOR_COUNT)
+    total = partition["rating_count"] + PRIOR_COUNT
+    shares = (partition["histogram"] + PRIOR_HISTOGRAM) / total[..., None]
     item_shares = (items["histogram"] + ITEM_DAMPING * shares) / (item_count + ITEM_DAMPING)[
         :, None
     ]

@@ -1,4 +1,4 @@
-"""The one function from events to features and states: scoring, recovery, verification, training."""
+"""The one way from events to features and states: for scoring, recovery, proof and training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from model.state import (
     USER,
     USER_ATTRIBUTES,
     advance,
-    advance_partition,
     apply_items,
     item_deltas,
+    meet,
+    run_partition,
 )
 
 
@@ -54,7 +55,7 @@ class BatchResult:
 def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Observation:
     """What predictions for `events` EVENT (n) are made from; changes nothing.
 
-    `users` USER (n): the state that each event meets; `partition`: PARTITION, shape ().
+    `users` USER (n): the state that each event meets; `partition` PARTITION, (n) or (), likewise.
     """
     recents = users["recent"]["item"].copy()
     ratings = users["recent"]["rating"]
@@ -62,10 +63,8 @@ def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Obs
     recent_attributes = lookups.item_attributes.take(recents)
     vectors = lookups.vectors
     if vectors is None:
-        item_vectors, recent_vectors = (
-            np.zeros(len(events), np.intp),
-            np.zeros(recents.shape, np.intp),
-        )
+        item_vectors = np.zeros(len(events), np.intp)
+        recent_vectors = np.zeros(recents.shape, np.intp)
         text_known = similarity = None
     else:
         item_vectors = vectors.find(attributes["text"])
@@ -100,21 +99,21 @@ def run_batch(
     """Observe and apply n events of one user partition in the order of its journal.
 
     `states` USER (u), distinct users; `user_index` (n): each event's row in it; `partition`:
-    PARTITION, shape (). Users' states are as each event met them; `lookups` and the running mean
+    PARTITION, shape (). Users' states and the running mean are as each event met them; `lookups`
     as the batch began. Nothing given is changed.
     """
-    step = partition["step"] + np.arange(len(events), dtype=np.uint64)
-    predicted = events["action"] != TEXT
-    seq = partition["seq"] + np.cumsum(predicted).astype(np.uint64) - np.uint64(1)
-    global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partition)
-    change = advance(states, user_index, events, item_bias, global_mean, step)
+    meeting = meet(states, user_index, events)
+    met = run_partition(partition, events, meeting.duplicate)
+    partitions, predicted = met[:-1], events["action"] != TEXT
+    global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
+    change = advance(meeting, item_bias, global_mean, partitions["step"])
     return BatchResult(
-        observe(change.before, partition, events, lookups),
+        observe(change.before, partitions, events, lookups),
         change.duplicate,
-        step,
-        np.where(predicted, seq, np.uint64(0)),
+        partitions["step"].copy(),
+        np.where(predicted, partitions["seq"], np.uint64(0)),
         change.states,
-        advance_partition(partition, events, change.duplicate),
+        met[-1].reshape(()),
         item_deltas(events, change),
     )
 
@@ -142,16 +141,15 @@ def recover(
             " rebuild the partition from the archive."
         )
     fresh = step >= states["step"][user_index]
+    rows, late = rows[fresh], events.compress(new)
+    meeting = meet(states, user_index[fresh], events.compress(fresh), duplicate[fresh])
     change = advance(
-        states,
-        user_index[fresh],
-        events.compress(fresh),
-        rows[fresh, features.INDEX["item_bias"]],
-        rows[fresh, features.INDEX["global_mean"]],
+        meeting,
+        rows[:, features.INDEX["item_bias"]],
+        rows[:, features.INDEX["global_mean"]],
         step[fresh],
-        duplicate[fresh],
     )
-    return change.states, advance_partition(partition, events[new], duplicate[new])
+    return change.states, run_partition(partition, late, duplicate[new])[-1].reshape(())
 
 
 def _similarity(

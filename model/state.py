@@ -182,6 +182,20 @@ ITEM_SUMS = (
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """n events of u users, sorted by user, and which of them are repetitions."""
+
+    states: Rows  # USER (u), as given
+    events: Rows  # EVENT (n), sorted by user
+    order: NDArray[np.intp]  # (n): the given position of each sorted row
+    users: NDArray[np.intp]  # (k): the rows of `states` that have events
+    runs: "_Runs"
+    stars: NDArray[np.float64]  # (n)
+    rings: "_Rings"
+    duplicate: NDArray[np.bool_]  # (n), in the given order
+
+
+@dataclass(frozen=True)
 class Change:
     """What `advance` did: n events, u users."""
 
@@ -192,40 +206,50 @@ class Change:
     new_touch: NDArray[np.bool_]  # (n): the item's first event in the user's session
 
 
-def advance(
+def meet(
     states: Rows,
     user_index: NDArray[np.intp],
     events: Rows,
-    item_bias: NDArray[np.float32],
-    global_mean: NDArray[np.float32],
-    step: NDArray[np.uint64],
     duplicate: NDArray[np.bool_] | None = None,
-) -> Change:
-    """Apply n events, in order, to the states of their u users.
+) -> Meeting:
+    """Bring n events, in order, before the states of their u users: the first half of `advance`.
 
     `states` USER (u); `user_index` (n): each event's row in `states`; `events` EVENT (n);
-    `item_bias` and `global_mean` float32 (n): those features of each event; `step` (n): journal
-    row numbers. `duplicate` (n): as journalled; `None`: found by the event ids remembered.
-    Rows that a user's state has applied already must have been left out (`replay.recover`).
-    Nothing given is changed.
-
-    Sums are taken along each user's events at once. Only what hangs on what came just before (the
-    recent items, the event ids, the latest time) is taken in rounds.
+    `duplicate` (n): as journalled; `None`: found by the event ids remembered. Rows that a user's
+    state has applied already must have been left out (`replay.recover`).
     """
-    if not len(events):
-        none = np.empty(0, np.bool_)
-        return Change(states[:0], states, none, np.empty((0, SUM_COLUMNS)), none)
     order = np.argsort(user_index, kind="stable")
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
     events = events.take(order)
     users, segment, sizes = np.unique(user_index[order], return_inverse=True, return_counts=True)
     runs = _Runs(segment, np.cumsum(sizes) - sizes, sizes)
-    old = states.take(users)
-
     stars = _stars(events)
-    rings = _rings(old, runs, events, stars, None if duplicate is None else duplicate[order])
-    before, after = old.take(segment), duplicated(old)
+    known = None if duplicate is None else duplicate[order]
+    rings = _rings(states.take(users), runs, events, stars, known)
+    found = np.empty(len(events), np.bool_)
+    found[order] = rings.duplicate
+    return Meeting(states, events, order, users, runs, stars, rings, found)
+
+
+def advance(
+    meeting: Meeting,
+    item_bias: NDArray[np.float32],
+    global_mean: NDArray[np.float32],
+    step: NDArray[np.uint64],
+) -> Change:
+    """Apply the events of a meeting to the states of their users.
+
+    `item_bias` and `global_mean` float32 (n): those features of each event; `step` (n): journal
+    row numbers. Nothing given is changed.
+
+    Sums are taken along each user's events at once. Only what hangs on what came just before (the
+    recent items, the event ids, the latest time) is taken in rounds, by `meet`.
+    """
+    events, order, runs, rings = meeting.events, meeting.order, meeting.runs, meeting.rings
+    if not len(events):
+        none = meeting.duplicate
+        return Change(meeting.states[:0], meeting.states, none, np.empty((0, SUM_COLUMNS)), none)
+    old = meeting.states.take(meeting.users)
+    before, after = old.take(runs.of), duplicated(old)
     for name in SLOT.names or ():
         before["recent"][name], after["recent"][name] = rings.before[name], rings.after[name]
     before["last_time"], after["last_time"] = rings.last_time, rings.last_time_after
@@ -233,7 +257,9 @@ def advance(
     is_text = events["action"] == TEXT
     applied = ~rings.duplicate & ~is_text
     opened = _sessions(old, before, after, runs, events, applied)
-    added = _added(events, applied, stars, rings.replaced, item_bias[order], global_mean[order])
+    added = _added(
+        events, applied, meeting.stars, rings.replaced, item_bias[order], global_mean[order]
+    )
     text_stars = np.where(is_text & ~rings.duplicate, events["text_stars"], np.nan)
     added[:, SUMS["text_count"].start] = ~np.isnan(text_stars)
     added[:, SUMS["text_sum"].start] = _rounded(np.nan_to_num(text_stars), RESIDUAL_STEPS)
@@ -241,28 +267,34 @@ def advance(
     _add(old, before, after, runs, added)
 
     after["step"] = step[order][runs.last] + np.uint64(1)
-    result = duplicated(states)
-    opaque(result)[users] = opaque(after)
+    result = duplicated(meeting.states)
+    opaque(result)[meeting.users] = opaque(after)
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
     return Change(
         before.take(back),
         result,
-        rings.duplicate[back],
+        meeting.duplicate,
         added.take(back, axis=0),
         (applied & (opened | (rings.item_second < before["session_second"])))[back],
     )
 
 
-def advance_partition(partition: Rows, events: Rows, duplicate: NDArray[np.bool_]) -> Rows:
-    """The PARTITION row, shape (), after n more journal rows."""
+def run_partition(partition: Rows, events: Rows, duplicate: NDArray[np.bool_]) -> Rows:
+    """The PARTITION rows, shape (n + 1), that n journal rows meet, and the one after them."""
     stars = _stars(events)
-    stars = stars[(stars > 0) & ~duplicate]
-    result = partition.copy()
-    result["step"] += np.uint64(len(events))
-    result["seq"] += np.uint64(np.count_nonzero(events["action"] != TEXT))
-    result["rating_count"] += np.uint64(len(stars))
-    result["rating_sum"] += stars.sum()
-    result["histogram"] += np.bincount(_star(stars) - 1, minlength=STARS).astype(np.uint64)
-    return result
+    rated = (stars > 0) & ~duplicate
+    added = {
+        "step": np.ones(len(events)),
+        "seq": events["action"] != TEXT,
+        "rating_count": rated,
+        "rating_sum": np.where(rated, stars, 0),
+        "histogram": _one_hot(np.where(rated, stars, 0)),
+    }
+    rows = np.repeat(partition.reshape(1), len(events) + 1)
+    for name, values in added.items():
+        rows[name][1:] += np.cumsum(values, axis=0).astype(PARTITION[name].base)
+    return rows
 
 
 def item_deltas(events: Rows, change: Change) -> Rows:
@@ -466,8 +498,11 @@ def _sessions(
     before["session"], after["session"] = runs.latest(
         applied & named, events["session"], old["session"]
     )
-    silent = (before["last_time"] == 0) | (events["time"] - before["last_time"] > SESSION_GAP)
-    opened = applied & np.where(named, events["session"] != before["session"], silent)
+    renamed: NDArray[np.bool_] = events["session"] != before["session"]
+    silent: NDArray[np.bool_] = (before["last_time"] == 0) | (
+        events["time"] - before["last_time"] > SESSION_GAP
+    )
+    opened = applied & np.where(named, renamed, silent)
     before["session_second"], after["session_second"] = runs.latest(
         opened, second, old["session_second"]
     )

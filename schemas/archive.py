@@ -8,6 +8,7 @@ Tables lie at `{url}/{topic}`, the topic without its prefix. Any engine that rea
 read them; here it is Polars. Rows stand in no order in a table, so readers sort.
 """
 
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -31,6 +32,7 @@ from schemas.topics import BY_NAME, TOPICS, Topic
 
 JOURNAL_CHUNK = 256  # journal values in memory at once, half a megabyte each at most
 
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}")  # of errors
 _TIME = pa.timestamp("us", "UTC")  # Delta Lake knows no milliseconds
 _KAFKA_FIELDS = [
     pa.field("kafka_partition", pa.int32(), nullable=False),
@@ -174,8 +176,9 @@ def reached(where: str) -> Generator[None]:
     try:
         yield
     except (DeltaError, OSError) as error:
+        reason = " ".join(_DECORATION.sub("", str(error)).split())[:300]
         raise UnreachableError(
-            f"the archive at {where} cannot be used: {str(error).splitlines()[0][:300]}; "
+            f"the archive at {where} cannot be used: {reason}; "
             "check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
         ) from error
 

@@ -1,8 +1,7 @@
 """Decoding and encoding of whole batches of records.
 
-`orjson` parses each value and pydantic validates all of them in one call, which costs a third of
-a call a record. Only a batch that holds a bad value is taken apart. See
-`docs/decisions/0002-contract.md`.
+`orjson` parses each value and pydantic validates all of them in one call. Only a batch that holds
+a bad value is taken apart. See `docs/decisions/0002-contract.md`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

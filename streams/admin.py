@@ -18,6 +18,7 @@ from confluent_kafka.admin import (  # its stubs export the client alone
     NewTopic,  # pyright: ignore[reportPrivateImportUsage]
     OffsetSpec,  # pyright: ignore[reportPrivateImportUsage]
     ResourceType,  # pyright: ignore[reportPrivateImportUsage]
+    TopicMetadata,  # pyright: ignore[reportPrivateImportUsage]
 )
 
 from schemas.exceptions import StarcastError, UnreachableError
@@ -28,9 +29,23 @@ from streams.exceptions import BrokerError
 REACH_SECONDS = 10.0  # a wrong address, a firewall or a wrong security protocol would wait for ever
 REQUEST_SECONDS = 30.0  # a controller that is being elected would leave a request unanswered
 VISIBLE_SECONDS = 30.0  # a producer would meet a broker that has not heard of a new topic
+VISIBLE_PAUSE_SECONDS = 0.1
 REPEAT_SECONDS = 30.0  # a broker that is down would fill the log, ten lines a second
 
-_NOT_MAPPED = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "on_commit", "on_delivery")
+_NOT_MAPPED = (
+    "log_level",
+    "error_cb",
+    "stats_cb",
+    "throttle_cb",
+    "oauth_cb",
+    "on_commit",
+    "on_delivery",
+)
+_NO_LEADER = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+)
 _LOG = structlog.get_logger(__name__)
 _Answer = TypeVar("_Answer")
 
@@ -41,6 +56,10 @@ class KafkaOptionError(StarcastError):
 
 class TopicError(BrokerError):
     """Topics that are not as the table of topics says, and cannot be made so."""
+
+
+class _NoLeaderError(TopicError):
+    """A partition whose leader does not know that it is, or is not yet: a moment later it does."""
 
 
 def option_name(name: str) -> str:
@@ -73,12 +92,13 @@ def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
     return defaults | settings | {"bootstrap.servers": kafka.bootstrap_servers} | wanted
 
 
-def reach(kafka: KafkaConfig, seconds: float = REACH_SECONDS) -> AdminClient:
+def reach(kafka: KafkaConfig, seconds: float | None = None) -> AdminClient:
     """An administrative client whose broker has answered.
 
-    Raises UnreachableError when no broker answers within `seconds`, and KafkaOptionError when
-    librdkafka refuses an option.
+    Raises UnreachableError when no broker answers within `seconds` (REACH_SECONDS), and
+    KafkaOptionError when librdkafka refuses an option.
     """
+    seconds = REACH_SECONDS if seconds is None else seconds
     failures: dict[str, None] = {}
 
     def keep(error: KafkaError) -> None:
@@ -152,9 +172,7 @@ def show_topics(kafka: KafkaConfig) -> list[TopicReport]:
     names = [topic_name(kafka, topic.name) for topic in TOPICS]
     present = [name for name in names if name in found and found[name].partitions]
     configs = _configs(kafka, admin, present)
-    counts = _counts(
-        kafka, admin, [TopicPartition(name, p) for name in present for p in found[name].partitions]
-    )
+    counts = _counts(kafka, admin, present, found)
     reports: list[TopicReport] = []
     for name, topic in zip(names, TOPICS, strict=True):
         wanted = kafka.partitions if topic.keyed else 1
@@ -240,6 +258,7 @@ def _create(kafka: KafkaConfig, admin: AdminClient, missing: list[TopicReport]) 
 
 
 def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[TopicReport]) -> None:
+    """Until the leader of every partition answers."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         found = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
@@ -248,8 +267,10 @@ def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[Topic
             for report in made
             if report.name not in found
             or len(found[report.name].partitions) < report.wanted_partitions
-            or any(partition.leader < 0 for partition in found[report.name].partitions.values())
         ]
+        if not waiting:
+            counts = _counts(kafka, admin, [report.name for report in made], found)
+            waiting = [report.name for report in made if report.name not in counts]
         if not waiting:
             return
         if time.monotonic() > deadline:
@@ -257,7 +278,7 @@ def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[Topic
                 f"Topics {', '.join(waiting)} were created but have no leader after "
                 f"{VISIBLE_SECONDS:g} s. Look at the brokers' logs, then apply again."
             )
-        time.sleep(0.1)
+        time.sleep(VISIBLE_PAUSE_SECONDS)
 
 
 def _alter(kafka: KafkaConfig, admin: AdminClient, changed: list[TopicReport]) -> None:
@@ -306,18 +327,24 @@ def _configs(kafka: KafkaConfig, admin: AdminClient, names: list[str]) -> dict[s
 
 
 def _counts(
-    kafka: KafkaConfig, admin: AdminClient, partitions: list[TopicPartition]
+    kafka: KafkaConfig, admin: AdminClient, names: list[str], found: Mapping[str, TopicMetadata]
 ) -> dict[str, int]:
-    """The span of offsets of each topic."""
-    counts: dict[str, int] = {}
+    """The span of offsets of each topic whose leaders all answer."""
+    partitions = [TopicPartition(name, each) for name in names for each in found[name].partitions]
+    counts = dict.fromkeys(names, 0)
     if not partitions:
         return counts
     for sign, spec in ((-1, OffsetSpec.earliest()), (1, OffsetSpec.latest())):
         asked: dict[TopicPartition, Any] = dict.fromkeys(partitions, spec)
         futures = admin.list_offsets(asked, request_timeout=REQUEST_SECONDS)
         for partition, future in futures.items():
-            place = _request(kafka, future.result).offset
-            counts[partition.topic] = counts.get(partition.topic, 0) + sign * max(place, 0)
+            try:
+                place = _request(kafka, future.result).offset
+            except _NoLeaderError:
+                counts.pop(partition.topic, None)
+            else:
+                if partition.topic in counts:
+                    counts[partition.topic] += sign * max(place, 0)
     return counts
 
 
@@ -332,6 +359,11 @@ def _request(kafka: KafkaConfig, ask: Callable[[], _Answer]) -> _Answer:
             KafkaError._TIMED_OUT,  # pyright: ignore[reportPrivateUsage]
         ):
             raise unreachable(kafka, error.str(), REQUEST_SECONDS) from None
+        if error.code() in _NO_LEADER:
+            raise _NoLeaderError(
+                f"Kafka at {kafka.bootstrap_servers} is choosing a leader: {error.str()}. "
+                "Try again."
+            ) from None
         raise TopicError(
             f"Kafka at {kafka.bootstrap_servers} refused a request: {error.str()}. "
             "The principal needs the Describe and DescribeConfigs permissions."

@@ -10,20 +10,26 @@ finds its rows there.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import stamina
 import structlog
-from confluent_kafka import OFFSET_BEGINNING, Message, TopicPartition
+from confluent_kafka import Message
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from schemas import archive
 from schemas.archive import Row
-from schemas.exceptions import ContractError
+from schemas.exceptions import ContractError, UnreachableError
 from schemas.topics import BY_NAME
 from streams.config import ArchiveConfig
+from streams.exceptions import StoreError
+from streams.loop import Outcome
+from streams.metrics import Metrics
 
+BATCH = 5_000  # records in one turn
+LINGER_SECONDS = 0.1
 FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
 COMPACTED_BYTES = 128 * 1024 * 1024  # files are merged up to this size
 # A reader that opened a version may go on reading it for this long after a compaction.
@@ -180,33 +186,49 @@ class Archive:
 
 
 class Archiver:
-    """What the Kafka loop calls: messages in, commits when one is due.
+    """One worker's archiver, a processor of `streams.loop`.
 
-    On assignment ask `positions` and seek there; on revocation `flush`, or `drop` what is lost.
+    The archive itself knows where to read on, so a row is neither lost nor doubled by a crash.
     """
 
-    def __init__(self, config: ArchiveConfig, topic_prefix: str = "") -> None:
+    name = "archiver"
+    topics = tuple(BY_NAME)
+    together = False
+    transactional = False
+    batch_size = BATCH
+    linger_seconds = LINGER_SECONDS
+
+    def __init__(self, config: ArchiveConfig, topic_prefix: str, metrics: Metrics) -> None:
         options = {name: value.get_secret_value() for name, value in config.options.items()}
         self._archive = Archive(config.url, options, config.compact_every)
         self._config = config
         self._prefix = topic_prefix
+        self._metrics = metrics
+        self._held: set[tuple[str, int]] = set()
         self._rows = 0
         self._bytes = 0
         self._since: float | None = None  # when the oldest row that waits was taken
+        self.lag = 0
 
-    def positions(self, partitions: Sequence[TopicPartition]) -> list[TopicPartition]:
-        """Where to start reading each partition: after its last archived row."""
-        return [
-            TopicPartition(
-                place.topic,
-                place.partition,
-                OFFSET_BEGINNING if (at := self._position(place)) is None else at,
-            )
-            for place in partitions
-        ]
+    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        """Where to read each topic on: after its last archived row."""
+        starts: dict[str, int] = {}
+        for topic in committed:
+            with _pausing():
+                at = self._archive.position(topic, partition)
+            self._held.add((topic, partition))
+            starts[topic] = -1 if at is None else at
+        return starts
 
-    def add(self, messages: Sequence[Message]) -> None:
-        """Takes the messages of a poll, errors among them left out by the caller."""
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Forget what waits of these partitions; their next owner reads it again."""
+        gone = set(partitions)
+        for topic, partition in [place for place in self._held if place[1] in gone]:
+            self._archive.drop(topic, partition)
+            self._held.discard((topic, partition))
+
+    def process(self, messages: list[Message]) -> Outcome:
+        """Take the messages of a poll for the next commit."""
         rows: dict[str, list[Row]] = {}
         for message in messages:
             key, value = message.key(), message.value()
@@ -223,31 +245,33 @@ class Archiver:
             )
             self._bytes += len(key or b"") + len(value or b"")
         for topic, found in rows.items():
-            self._rows += self._archive.append(topic.removeprefix(self._prefix), found)
+            with _pausing():
+                self._rows += self._archive.append(topic.removeprefix(self._prefix), found)
         if self._rows and self._since is None:
             self._since = time.monotonic()
+        return Outcome()
 
-    def due(self) -> bool:
-        """Whether enough rows wait, or one has waited long enough, for a commit."""
-        return self._since is not None and (
+    def idle(self) -> Outcome | None:
+        """Commit what waits, when enough does or one row has waited long enough."""
+        if self._since is not None and (
             self._rows >= self._config.flush_rows
             or self._bytes >= FLUSH_BYTES
             or time.monotonic() - self._since >= self._config.flush_seconds
-        )
+        ):
+            with _pausing():
+                written = self._archive.commit()
+            self._metrics.events.labels(self.name, "row").inc(written)
+            self._rows, self._bytes, self._since = 0, 0, None
+        return None
 
-    def flush(self) -> int:
-        """Commits what waits; how many rows. Raises UnreachableError; nothing is lost then."""
-        written = self._archive.commit()
-        self._rows, self._bytes, self._since = 0, 0, None
-        return written
 
-    def drop(self, partitions: Iterable[TopicPartition]) -> None:
-        """Forgets what waits of partitions that were lost; their new owner reads it again."""
-        for place in partitions:
-            self._archive.drop(place.topic.removeprefix(self._prefix), place.partition)
-
-    def _position(self, place: TopicPartition) -> int | None:
-        return self._archive.position(place.topic.removeprefix(self._prefix), place.partition)
+@contextmanager
+def _pausing() -> Iterator[None]:
+    """An archive that does not answer pauses the loop, as a store does."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise StoreError(str(error)) from error
 
 
 def _application(topic: str, partition: int) -> str:

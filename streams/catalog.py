@@ -3,14 +3,14 @@
 An item's attributes carry its title after the fixed row, for whoever shows predictions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from confluent_kafka import Message
 
 from model.catalog import describe_items, describe_users, forget_items
-from model.events import Rows
+from model.events import Rows, blank
 from model.ids import hash_ids
 from model.lookups import Table, table
 from model.state import CATEGORY, ITEM_ATTRIBUTES, from_bytes, to_bytes
@@ -27,6 +27,9 @@ LINGER_SECONDS = 0.05
 PRICES = b"c"  # kind of the running prices of a partition's categories, all under one key
 PRICE_ROW = np.dtype([("category", "<u8"), ("prices", CATEGORY)])
 LONGEST_TITLE = 120  # characters kept beside an item's attributes
+
+
+Entry = tuple[str, Any, int]  # id, record (None deletes), version
 
 
 class Catalog:
@@ -87,36 +90,81 @@ class Catalog:
         self, inputs: Inputs, kind: bytes, partition: int
     ) -> tuple[list[bytes], list[bytes]]:
         """Keys and values to write for one partition; an empty value deletes."""
-        newest: dict[str, tuple[Any, int]] = {}
-        for message, record in zip(inputs.messages, inputs.records, strict=True):
-            if message.partition() == partition:
-                newest[_id(message, record)] = record, (message.offset() or 0) + 1
-        kept = {name: each for name, each in newest.items() if each[0] is not None}
-        gone = [name for name in newest if name not in kept]
-        records = [record for record, _ in kept.values()]
-        versions = [version for _, version in kept.values()]
-        keys = partition_keys(self._store, kind, partition, hash_ids([*kept, *gone]))
-        deleted = [b""] * len(gone)
-        if kind == USER_KIND:
-            return keys, to_bytes(describe_users(records, versions)) + deleted
-        previous = attributes_of(self._store.read(keys))
-        price_key = self._store.key(PRICES, partition, b"")
-        prices = _price_table(self._store.read([price_key])[0])
-        prices = forget_items(previous[len(kept) :], prices)
-        rows, prices = describe_items(records, versions, previous[: len(kept)], prices)
-        values = [
-            row.tobytes() + (item.title or "")[:LONGEST_TITLE].encode()
-            for row, item in zip(rows, records, strict=True)
+        entries = [
+            (id_of(message.key(), record), record, (message.offset() or 0) + 1)
+            for message, record in zip(inputs.messages, inputs.records, strict=True)
+            if message.partition() == partition
         ]
-        return [*keys, price_key], values + deleted + [_price_data(prices)]
+        names = list(dict.fromkeys(name for name, _, _ in entries))
+        keys = partition_keys(self._store, kind, partition, hash_ids(names))
+        if kind == USER_KIND:
+            newest = {name: (record, version) for name, record, version in entries}
+            return keys, [_user_value(*newest[name]) for name in names]
+        price_key = self._store.key(PRICES, partition, b"")
+        known = dict(zip(names, attributes_of(self._store.read(keys))[:, None], strict=True))
+        prices = _price_table(self._store.read([price_key])[0])
+        rows, prices = describe_log(entries, known, prices)
+        values = {
+            name: _item_value(row, record)
+            for (name, record, _), row in zip(entries, rows, strict=True)
+        }
+        return [*keys, price_key], [values[name] for name in names] + [_price_data(prices)]
 
 
-def _id(message: Message, record: Item | User | None) -> str:
+def describe_log(
+    entries: Sequence[Entry], known: dict[str, Rows], prices: Table
+) -> tuple[list[Rows], Table]:
+    """The attributes after each entry of one partition's `items`, blank where it deletes.
+
+    `known` has the items' ITEM_ATTRIBUTES rows, shape (1), so far, and is brought up to date.
+    Entries may be cut into batches anywhere: the rows are the same.
+    """
+    rows: list[Rows] = []
+    for run in _runs(entries):
+        new = blank(ITEM_ATTRIBUTES, 1)
+        previous = np.concatenate([known.get(name, new) for name, _, _ in run])
+        if run[0][1] is None:
+            described, prices = blank(ITEM_ATTRIBUTES, len(run)), forget_items(previous, prices)
+        else:
+            described, prices = describe_items(
+                [record for _, record, _ in run],
+                [version for _, _, version in run],
+                previous,
+                prices,
+            )
+        known |= {name: described[at : at + 1] for at, (name, _, _) in enumerate(run)}
+        rows += list(described)
+    return rows, prices
+
+
+def _runs(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Consecutive entries of distinct ids that either all describe or all delete."""
+    run: list[Entry] = []
+    seen: set[str] = set()
+    for entry in entries:
+        deletes = entry[1] is None
+        if run and (deletes != (run[0][1] is None) or entry[0] in seen):
+            yield run
+            run, seen = [], set()
+        run.append(entry)
+        seen.add(entry[0])
+    if run:
+        yield run
+
+
+def _user_value(user: User | None, version: int) -> bytes:
+    return b"" if user is None else to_bytes(describe_users([user], [version]))[0]
+
+
+def _item_value(row: Rows, item: Item | None) -> bytes:
+    return b"" if item is None else row.tobytes() + (item.title or "")[:LONGEST_TITLE].encode()
+
+
+def id_of(key: bytes | str | None, record: Item | User | None) -> str:
     """Whom a record is about; a tombstone has only its key."""
     if record is not None:
         return record.item_id if isinstance(record, Item) else record.user_id
-    key = message.key() or b""
-    return key if isinstance(key, str) else key.decode(errors="replace")
+    return key if isinstance(key, str) else (key or b"").decode(errors="replace")
 
 
 def _price_table(data: bytes | None) -> Table:

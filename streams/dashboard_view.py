@@ -22,7 +22,7 @@ SWAPS_SHOWN = 6
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that must be there before the page has all to show, in the order of their coming."""
+    """One thing that must be there before the page has all to show; they come in this order."""
 
     name: str
     done: bool

@@ -72,9 +72,7 @@ class Digests:
         self._scored, self._start, self._since = {}, end, time.monotonic()
         return outputs
 
-    def _digest(
-        self, version: str, parts: list[Scored], end: datetime, lag: int
-    ) -> ScoreDigest:
+    def _digest(self, version: str, parts: list[Scored], end: datetime, lag: int) -> ScoreDigest:
         empty = np.zeros(0, np.float32)
         ratings = np.concatenate([empty, *(part.ratings for part in parts)])
         truths = np.concatenate([empty, *(part.truths for part in parts)])

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util as importing
@@ -209,8 +209,10 @@ def _spawn(
     started: Queue[subprocess.Popen[bytes]] = Queue()
     launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), *command]
 
+    output = log.open("wb")
+
     def start_and_stay() -> None:
-        with log.open("wb") as output:
+        with output:
             process = subprocess.Popen(
                 launcher,
                 stdin=subprocess.DEVNULL,

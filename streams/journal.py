@@ -1,5 +1,6 @@
 """Reading a partition's journal back, from Kafka and, before that, from the archive."""
 
+import time
 from collections.abc import Iterator
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -12,7 +13,7 @@ from streams.exceptions import JournalGapError
 
 TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
-MESSAGES = 500  # journal messages, of at most 512 KB each, taken at once
+WAIT_SECONDS = 0.5
 
 
 def read_journal(
@@ -33,16 +34,15 @@ def read_journal(
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
                 "auto.offset.reset": "error",
+                "fetch.wait.max.ms": 20,
             },
         )
     )
     try:
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), END_SECONDS)
+        low, _ = consumer.get_watermark_offsets(TopicPartition(topic, partition), END_SECONDS)
         if start < low:
             yield from _archived(archived, partition, start, low)
             start = low
-        if start >= high:
-            return
         consumer.assign([TopicPartition(topic, partition, start)])
         yield from journal.decode_all(_messages(consumer))
     finally:
@@ -51,22 +51,24 @@ def read_journal(
 
 def _messages(consumer: Consumer) -> Iterator[tuple[int, bytes]]:
     """Offset and value of each message up to the stable end."""
-    while True:
-        messages = consumer.consume(MESSAGES, END_SECONDS)
-        if not messages:
-            raise KafkaException(
-                KafkaError(
-                    KafkaError._TIMED_OUT, f"the journal gave nothing for {END_SECONDS:.0f} s"
-                )
-            )
-        for message in messages:
+    moved = time.monotonic()
+    while time.monotonic() - moved < END_SECONDS:
+        # One message waits for nothing; a batch would wait for more until its timeout.
+        for message in consumer.consume(1, WAIT_SECONDS):
             error = message.error()
             if error is None:
+                moved = time.monotonic()
                 yield message.offset() or 0, message.value() or b""
-            elif error.code() == KafkaError._PARTITION_EOF:
+            elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
                 return
             else:
                 raise KafkaException(error)
+    raise KafkaException(
+        KafkaError(
+            KafkaError._TIMED_OUT,  # pyright: ignore[reportPrivateUsage]
+            f"the journal gave nothing for {END_SECONDS:.0f} s",
+        )
+    )
 
 
 def _archived(

@@ -314,9 +314,7 @@ class Loop:
 
     def _finish(self, outcome: Outcome, batch: list[Message], metadata: Any) -> None:
         """Outputs and offsets in one transaction, then the states."""
-        ends = {
-            (message.topic(), message.partition()): message.offset() + 1 for message in batch
-        }
+        ends = {(message.topic(), message.partition()): message.offset() + 1 for message in batch}
         offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
         with self._phase("commit"):
             delivered = (

@@ -27,6 +27,7 @@ class Metrics:
     state_writes: Counter  # processor, outcome
     rebalances: Counter  # processor
     duplicates: Counter  # processor
+    model: Gauge  # version
 
 
 def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
@@ -84,6 +85,12 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             "starcast_duplicates",
             "Records that had been seen before and were not applied again.",
             ("processor",),
+            registry=registry,
+        ),
+        model=Gauge(
+            "starcast_model_info",
+            "1 for the model version in service.",
+            ("version",),
             registry=registry,
         ),
     )

@@ -19,6 +19,7 @@ from model.exceptions import BundleError
 from model.predict import Predictor, predictor
 from schemas.exceptions import StarcastError
 from streams.config import ModelsConfig
+from streams.metrics import Metrics
 
 STOP_SECONDS = 5.0  # a bundle that is being fetched from a slow object store is left behind
 
@@ -37,14 +38,16 @@ class Serving:
 class Models:
     """Follows the registry. Reading its properties never waits."""
 
-    def __init__(self, config: ModelsConfig) -> None:
+    def __init__(self, config: ModelsConfig, metrics: Metrics) -> None:
         self._config = config
+        self._metrics = metrics
         self._log = structlog.get_logger(__name__)
         self._stop = threading.Event()
         self._refused = ""
         if config.threads:
             torch.set_num_threads(config.threads)
         self._serving = self._ladder()
+        self._tell()
         self._thread = threading.Thread(target=self._follow, name="models", daemon=True)
 
     def start(self) -> "Models":
@@ -79,7 +82,7 @@ class Models:
                 self._serving = self._serve(loaded)
             else:
                 return
-            self._log.info("model in service", version=self._serving.predictor.version)
+            self._tell()
         except BundleError as error:
             self._refused = stable.version if stable else ""
             self._log.error(
@@ -91,6 +94,12 @@ class Models:
     def _follow(self) -> None:
         while not self._stop.wait(self._config.poll_seconds):
             self.refresh()
+
+    def _tell(self) -> None:
+        version = self._serving.predictor.version
+        self._metrics.model.clear()
+        self._metrics.model.labels(version).set(1)
+        self._log.info("model in service", version=version)
 
     def _ladder(self) -> Serving:
         folder = encoder.locate(self._config.encoder)

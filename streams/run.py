@@ -93,7 +93,7 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
         if set(names) & set(LOOPS):
             store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
             stack.callback(store.close)
-            models = Models(settings.models).start()
+            models = Models(settings.models, metrics).start()
             stack.callback(models.close)
             shared = _Shared(settings, store, models, metrics)
             for name in names:

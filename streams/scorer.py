@@ -276,9 +276,9 @@ class Scorer:
             self._metrics.events.labels(self.name, ACTIONS[code]).inc(int(count))
         tiers, counts = np.unique(predictions.tier, return_counts=True)
         for tier, count in zip(tiers, counts, strict=True):
-            self._metrics.predictions.labels(
-                "interaction", TIERS[tier], predictions.version
-            ).inc(int(count))
+            self._metrics.predictions.labels("interaction", TIERS[tier], predictions.version).inc(
+                int(count)
+            )
         self._digests.add(
             Scored(
                 version=predictions.version,
@@ -287,7 +287,12 @@ class Scorer:
                 tiers=predictions.tier,
                 items=[arrivals.records[at].item_id for at in scored],
                 actions=Counter(
-                    {ACTIONS[c]: int(k) for c, k in zip(*np.unique(events["action"], return_counts=True), strict=True)}
+                    {
+                        ACTIONS[c]: int(k)
+                        for c, k in zip(
+                            *np.unique(events["action"], return_counts=True), strict=True
+                        )
+                    }
                 ),
                 latencies_ms=(predicted_at - arrivals.timestamps[scored]).astype(np.float32),
             )
@@ -412,7 +417,6 @@ def _item_updates(arrivals: _Arrivals, parts: list[_Part]) -> OutputBatch:
                 }
         updates = to_updates(part.result.deltas, names, sources)
         messages += [
-            {"key": update["item_id"].encode(), "value": orjson.dumps(update)}
-            for update in updates
+            {"key": update["item_id"].encode(), "value": orjson.dumps(update)} for update in updates
         ]
     return OutputBatch("item-updates", messages)

@@ -99,7 +99,9 @@ class Store:
         with _answering():
             return self.client.hget(self.header_key(kind, partition), "data")
 
-    def write(self, claim: Claim, keys: Sequence[bytes], values: Sequence[bytes], data: bytes) -> None:
+    def write(
+        self, claim: Claim, keys: Sequence[bytes], values: Sequence[bytes], data: bytes
+    ) -> None:
         """Write states in chunks and the header last; an empty value deletes its key.
 
         Raises `FencedError` when a newer owner has claimed the partition.

@@ -74,9 +74,7 @@ class UserStates:
         held = Held(claim, decode_header(claim.data))
         self._held[partition] = held
         rows = 0
-        entries = read_journal(
-            self._kafka, self._archive, partition, int(held.header["journal"])
-        )
+        entries = read_journal(self._kafka, self._archive, partition, int(held.header["journal"]))
         for several in _in_portions(entries):
             rows += self._apply(partition, held, several)
         if rows:

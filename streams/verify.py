@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import bundle, encoder, ladder
-from model.catalog import describe_items, describe_users, item_text
+from model.catalog import describe_users, item_text
 from model.events import EVENT, TEXT, Rows, from_behavior, from_reviews, from_text_features
 from model.exceptions import BundleError
 from model.features import FEATURES
@@ -41,6 +41,7 @@ from schemas.codec import decode
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS, Journal
 from schemas.topics import BY_NAME
+from streams.catalog import Entry, describe_log, id_of
 from streams.config import ArchiveConfig, ModelsConfig
 from streams.predictions import select
 from streams.reader import (
@@ -134,48 +135,46 @@ class _Replay:
         self.predictions = self._predictions()
         self.updates, self.update_offsets, self.update_spans = self._updates()
 
-    def records(self, topic: str, partition: int | None = None) -> Iterator[tuple[int, int, Any]]:
-        """Partition, offset and record (None for a tombstone) of all good archived rows."""
-        chosen = None if partition is None else [partition]
+    def records(
+        self, topic: str, partition: int | None = None
+    ) -> Iterator[tuple[int, int, bytes | None, Any]]:
+        """Partition, offset, key and record (None for a tombstone) of all good archived rows."""
         frame = archive.read(
             self.url,
             topic,
             self.options,
-            columns=["kafka_partition", "kafka_offset", "kafka_value"],
-            partitions=chosen,
+            columns=["kafka_partition", "kafka_offset", "kafka_key", "kafka_value"],
+            partitions=None if partition is None else [partition],
         ).collect()
         places = list(zip(frame["kafka_partition"], frame["kafka_offset"], strict=True))
         decoded = decode(BY_NAME[topic], frame["kafka_value"].to_list(), places)
         bad = {rejection.index for rejection in decoded.rejections}
-        for at, ((part, offset), record) in enumerate(zip(places, decoded.records, strict=True)):
+        rows = zip(places, frame["kafka_key"], decoded.records, strict=True)
+        for at, ((part, offset), key, record) in enumerate(rows):
             if at not in bad:
-                yield part, offset, record
+                yield part, offset, key, record
 
     def _items(self) -> tuple[dict[tuple[int, int], Rows], dict[int, str]]:
-        """Attribute rows by item hash and version, and texts by hash, one record after another."""
+        """Attribute rows by item hash and version, and texts by hash."""
+        logs: dict[int, list[Entry]] = {}
+        for partition, offset, key, record in self.records("items"):
+            logs.setdefault(partition, []).append((id_of(key, record), record, offset + 1))
         rows: dict[tuple[int, int], Rows] = {}
-        texts: dict[int, str] = {}
-        newest: dict[int, Rows] = {}
-        categories: dict[int, Table] = {}
-        for partition, offset, record in self.records("items"):
-            if record is None:
-                continue
-            item = int(hash_ids([record.item_id])[0])
-            previous = newest.get(item)
-            before = from_bytes([None], ITEM_ATTRIBUTES) if previous is None else previous
-            known = categories.get(partition, empty(CATEGORY))
-            described, categories[partition] = describe_items(
-                [record], [offset + 1], before, known
-            )
-            newest[item] = rows[item, offset + 1] = described
-            text = item_text(record)
-            if text:
-                texts[int(hash_ids([text])[0])] = text
-        return rows, texts
+        for log in logs.values():
+            described, _ = describe_log(log, {}, empty(CATEGORY))
+            hashes = hash_ids([name for name, _, _ in log]).tolist()
+            rows |= {
+                (item, version): row.reshape(1)
+                for item, (_, _, version), row in zip(hashes, log, described, strict=True)
+            }
+        texts = sorted(
+            {item_text(record) for log in logs.values() for _, record, _ in log if record}
+        )
+        return rows, dict(zip(hash_ids(texts).tolist(), texts, strict=True))
 
     def _users(self) -> dict[tuple[int, int], Rows]:
         rows: dict[tuple[int, int], Rows] = {}
-        for _, offset, record in self.records("users"):
+        for _, offset, _, record in self.records("users"):
             if record is not None:
                 user = int(hash_ids([record.user_id])[0])
                 rows[user, offset + 1] = describe_users([record], [offset + 1])
@@ -183,7 +182,7 @@ class _Replay:
 
     def _predictions(self) -> dict[tuple[str, int, int], Any]:
         found: dict[tuple[str, int, int], Any] = {}
-        for _, _, record in self.records("predicted-ratings"):
+        for _, _, _, record in self.records("predicted-ratings"):
             if record.kind == "interaction":
                 place = (record.source.topic, record.source.partition, record.source.offset)
                 self.report.check(
@@ -197,20 +196,26 @@ class _Replay:
     def _updates(self) -> tuple[Rows, NDArray[np.uint64], dict[tuple[int, str, int, int], Rows]]:
         """Deltas sorted by item and offset, their offsets, and each by item and source span."""
         places, records = [], []
-        for _, offset, record in self.records("item-updates"):
+        for _, offset, _, record in self.records("item-updates"):
             places.append(offset)
             records.append(record)
         deltas = from_updates(records)
         offsets = np.array(places, np.uint64)
         spans = {
-            (int(delta["item"]), record.source.topic, record.source.partition,
-             record.source.last_offset): delta
+            (
+                int(delta["item"]),
+                record.source.topic,
+                record.source.partition,
+                record.source.last_offset,
+            ): delta
             for delta, record in zip(deltas, records, strict=True)
         }
         order = np.lexsort((offsets, deltas["item"]))
         return deltas[order], offsets[order], spans
 
-    def item_states(self, states: Rowstore, items: NDArray[np.uint64], versions: NDArray[np.uint64]) -> Rows:
+    def item_states(
+        self, states: Rowstore, items: NDArray[np.uint64], versions: NDArray[np.uint64]
+    ) -> Rows:
         """ITEM rows (m) of distinct items as of their versions; `states` keeps them for the next."""
         places = states.place(items)
         known = states.rows[places]
@@ -294,7 +299,7 @@ class _Partition:
         self._items = Rowstore(ITEM)
         self._state = from_bytes([None], PARTITION)[0]
         self._inputs: list[dict[int, Any]] = [
-            {offset: record for _, offset, record in shared.records(topic, partition)}
+            {offset: record for _, offset, _, record in shared.records(topic, partition)}
             for topic in TOPICS
         ]
 
@@ -357,9 +362,7 @@ class _Partition:
             vectors=shared.vectors(entry.encoder, recents[:, 1]),
         )
 
-    def _compare(
-        self, entry: Journal, events: Rows, result: BatchResult, lookups: Lookups
-    ) -> None:
+    def _compare(self, entry: Journal, events: Rows, result: BatchResult, lookups: Lookups) -> None:
         report, place = self._report, lambda at: self._place(entry, at)
         written, replayed = entry.features, result.observation.features
         both_missing = np.isnan(written) & np.isnan(replayed)
@@ -369,7 +372,9 @@ class _Partition:
         report.check(
             "feature row",
             same.all(1),
-            lambda at: f"{place(at)}: {', '.join(f.name for f, ok in zip(FEATURES, same[at], strict=True) if not ok)}",
+            lambda at: (
+                f"{place(at)}: {', '.join(f.name for f, ok in zip(FEATURES, same[at], strict=True) if not ok)}"
+            ),
         )
         report.check("step", entry.steps == result.step, place)
         report.check("seq", entry.seqs == result.seq, place)
@@ -394,11 +399,13 @@ class _Partition:
             used = self._shared.predictor(version)
             if used is None:
                 continue
-            mine = [at for at, record in enumerate(records) if record and record.model_version == version]
+            mine = [
+                at
+                for at, record in enumerate(records)
+                if record and record.model_version == version
+            ]
             chosen = rows[mine]
-            predicted = used.predict(
-                events[chosen], select([result.observation], chosen), lookups
-            )
+            predicted = used.predict(events[chosen], select([result.observation], chosen), lookups)
             now = np.column_stack(
                 [predicted.rating, predicted.distribution, predicted.low, predicted.high]
             )
@@ -408,7 +415,12 @@ class _Partition:
                     for at in mine
                 ]
             )
-            tiers = np.array([ladder.TIERS[tier] == records[at].tier for tier, at in zip(predicted.tier, mine, strict=True)])
+            tiers = np.array(
+                [
+                    ladder.TIERS[tier] == records[at].tier
+                    for tier, at in zip(predicted.tier, mine, strict=True)
+                ]
+            )
             seqs = np.array([records[at].seq for at in mine], np.uint64) == result.seq[chosen]
             self._report.check(
                 "prediction",

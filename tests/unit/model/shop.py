@@ -24,9 +24,7 @@ class Observed:
     def take(self, rows: NDArray[np.intp]) -> "Observed":
         """The same of these rows."""
         fields = {name: column[rows] for name, column in vars(self.observation).items()}
-        return Observed(
-            self.events[rows], replace(self.observation, **fields), self.lookups
-        )
+        return Observed(self.events[rows], replace(self.observation, **fields), self.lookups)
 
 
 def observe() -> Observed:

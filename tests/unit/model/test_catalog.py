@@ -1,6 +1,7 @@
 """Attributes of items and users from their records."""
 
 from datetime import UTC, datetime, timedelta
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,12 @@ def test_rank_of_a_price_in_its_category() -> None:
     prices = [1, 2, 4, 8, 16]
     logs = np.rint(np.log1p(prices) * 256) / 256
     dear = [item(f"d{n}", category=["dear"], price=1000 + n) for n in range(LEAST_PRICES)]
-    rows, categories = describe([*(item(category=["cheap"], price=p) for p in prices), *dear])
-    ranks = rows["price_rank"][:5]
-    assert ranks[2] == pytest.approx(_share_below(logs[2], logs), abs=1e-6)
+    cheap = [item(f"c{p}", category=["cheap"], price=p) for p in prices]
+    before, categories = describe([*cheap, *dear])
+    assert np.isnan(before["price_rank"][: LEAST_PRICES - 1]).all()  # too few prices so far
+    rows, categories = describe_items(cheap, range(11, 16), before[:5], categories)
+    ranks = rows["price_rank"]
+    assert ranks[2] == pytest.approx(NormalDist(logs.mean(), logs.std()).cdf(logs[2]), abs=1e-6)
     assert (np.diff(ranks) > 0).all()
     assert (ranks[0] < 0.2) & (ranks[4] > 0.8)
     assert categories.take(np.array([EVERYTHING], np.uint64))["count"][0] == 10
@@ -84,12 +88,6 @@ def test_rank_of_a_price_in_its_category() -> None:
     assert few["price_rank"][0] < 0.7  # among all items, since its category has one price
     alone, _ = describe([item(price=5)])
     assert np.isnan(alone["price_rank"][0])
-
-
-def _share_below(value: float, values: np.ndarray[Any, Any]) -> float:
-    from statistics import NormalDist
-
-    return NormalDist(values.mean(), values.std()).cdf(value)
 
 
 @given(
@@ -114,6 +112,21 @@ def test_a_new_price_takes_the_place_of_the_old(changes: list[tuple[int, float |
     which, number = changes[-1][0], len(changes) - 1
     assert rows["first_time"][which] == int((NOON - timedelta(number)).timestamp() * 1000)
     assert len(forget_items(rows[list(latest)], categories).hashes) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.none() | st.floats(0, 1e4))), st.data())
+def test_a_log_may_be_cut_anywhere(
+    items: list[tuple[str, float | None]], data: st.DataObject
+) -> None:
+    log = [item(str(n), category=[name], price=price) for n, (name, price) in enumerate(items)]
+    whole, categories = describe(log)
+    cut = data.draw(st.integers(0, len(log)))
+    first, known = describe(log[:cut])
+    rest, after = describe(log[cut:], known)
+    assert [*first["price_rank"], *rest["price_rank"]] == pytest.approx(
+        whole["price_rank"], abs=0, nan_ok=True
+    )
+    assert after.rows.tobytes() == categories.rows.tobytes()
 
 
 def test_attributes_of_users() -> None:

@@ -1,6 +1,7 @@
 """Records become rows; times and absent values are kept."""
 
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -25,7 +26,7 @@ from model.state import ITEM_ATTRIBUTES, USER
 from schemas.records import Behavior, Review, TextFeatures
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
-IDS = {"event_id": "e1", "user_id": "u1", "item_id": "i1", "event_time": NOON}
+IDS: dict[str, Any] = {"event_id": "e1", "user_id": "u1", "item_id": "i1", "event_time": NOON}
 
 
 def test_reviews_become_rows() -> None:

@@ -131,7 +131,9 @@ def test_slots_without_a_recent_item_say_nothing(inputs: Inputs) -> None:
         recent_vectors=np.where(empty, 0, inputs.recent_vectors),
     )
     assert torch.equal(run(model, inputs).mean, run(model, noise).mean)
-    assert torch.isfinite(run(model, replace(inputs, recents=inputs.recents * np.uint64(0))).mean).all()
+    assert torch.isfinite(
+        run(model, replace(inputs, recents=inputs.recents * np.uint64(0))).mean
+    ).all()
 
 
 def test_recent_items_matter(inputs: Inputs) -> None:
@@ -162,9 +164,7 @@ def test_shrink_scales_the_correction(inputs: Inputs) -> None:
 def test_without_texts(observed: Observed) -> None:
     inputs = gather(observed.events, observed.observation, observed.lookups, 0)
     model = FusedNetwork(default_config(vector=0)).eval()
-    np.testing.assert_array_equal(
-        run(model, inputs).mean, inputs.features[:, INDEX["bias"]]
-    )
+    np.testing.assert_array_equal(run(model, inputs).mean, inputs.features[:, INDEX["bias"]])
 
 
 def test_foreign_inputs_are_refused(inputs: Inputs) -> None:

@@ -14,11 +14,12 @@ from model.state import (
     USER,
     Change,
     advance,
-    advance_partition,
     apply_items,
     from_bytes,
     item_deltas,
     layout_hash,
+    meet,
+    run_partition,
     to_bytes,
 )
 
@@ -39,9 +40,7 @@ def apply(*events: Rows, mean: float = 4.0, item_bias: float = 0.0) -> tuple[Cha
     """What one new user's events change; the user's state after them."""
     rows = np.concatenate(events)
     change = advance(
-        blank(USER, 1),
-        np.zeros(len(rows), np.intp),
-        rows,
+        meet(blank(USER, 1), np.zeros(len(rows), np.intp), rows),
         np.full(len(rows), item_bias, np.float32),
         np.full(len(rows), mean, np.float32),
         np.arange(len(rows), dtype=np.uint64),
@@ -164,9 +163,8 @@ def test_users_without_events_stay_as_they_are() -> None:
     states = blank(USER, 3)
     states["sessions"] = [5, 6, 7]
     nothing = np.zeros(1, np.float32)
-    change = advance(
-        states, np.array([1]), event(1, 10), nothing, nothing, np.array([4], np.uint64)
-    )
+    meeting = meet(states, np.array([1]), event(1, 10))
+    change = advance(meeting, nothing, nothing, np.array([4], np.uint64))
     assert change.states["sessions"].tolist() == [5, 7, 7]
     assert change.states["step"].tolist() == [0, 5, 0]
     assert states["sessions"].tolist() == [5, 6, 7]
@@ -183,10 +181,12 @@ def test_partition_counts_rows_predictions_and_ratings() -> None:
         ]
     )
     duplicate = np.array([False, False, False, True, False])
-    partition = advance_partition(blank(PARTITION, ()), events, duplicate)
-    assert (partition["step"], partition["seq"]) == (5, 4)
-    assert (partition["rating_count"], partition["rating_sum"]) == (2, 8)
-    assert partition["histogram"].tolist() == [0, 0, 1, 0, 1]
+    rows = run_partition(blank(PARTITION, ()), events, duplicate)
+    assert rows["step"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows["seq"].tolist() == [0, 1, 2, 2, 3, 4]
+    assert rows["rating_count"].tolist() == [0, 1, 1, 1, 1, 2]
+    assert rows["rating_sum"].tolist() == [0, 5, 5, 5, 5, 8]
+    assert rows["histogram"][-1].tolist() == [0, 0, 1, 0, 1]
 
 
 def test_item_deltas_by_item_and_topic() -> None:

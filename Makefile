@@ -1,0 +1,109 @@
+# `make demo` and `make test` set up what they need; `make help` lists the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# A 3.11 is taken first, since the locked requirements are resolved for it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+JARS := .cache/kafka/libs
+PACKAGES := schemas model streams trainer starcast
+COMPILE := pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make requirements"
+
+# torch and what it needs are gigabytes: a slow line must not end the set-up.
+export UV_HTTP_TIMEOUT ?= 300
+
+.PHONY: help
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
+
+.PHONY: setup
+setup: .venv/.installed ## Make .venv with the locked requirements and this project
+
+.venv/.installed: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	sed -n '/^uv==/,/^[^ ]/{/^uv==/p;/^ /p}' requirements.txt > .venv/uv.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: requirements
+requirements: ## Lock the requirements again, newest versions with hashes (UPGRADE=1), else as few changes as can be
+	$(BIN)/uv $(COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --group dev -o requirements.txt
+	$(BIN)/uv $(COMPILE) --extra demo --constraints requirements.txt -o deploy/requirements.txt
+
+.PHONY: system
+system: ## Install Java, Maven and Chromium by apt where they are missing
+	@missing=(); \
+	command -v java > /dev/null || missing+=(openjdk-17-jre-headless); \
+	command -v mvn > /dev/null || missing+=(maven); \
+	test -x /usr/bin/chromium || missing+=(chromium); \
+	test $${#missing[@]} -gt 0 || exit 0; \
+	as_root=(); test "$$(id -u)" = 0 || as_root=(sudo -n); \
+	apt=("$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get); \
+	if command -v apt-get > /dev/null; then "$${apt[@]}" update -qq || true; fi; \
+	for package in "$${missing[@]}"; do \
+		"$${apt[@]}" install -y -qq --no-install-recommends "$$package" > /dev/null || \
+			echo "Could not install $$package: install it by hand. Tests that need it are skipped, or fail in CI." >&2; \
+	done
+
+.PHONY: kafka-jars
+kafka-jars: $(JARS)/.copied ## Fetch Apache Kafka's jars for tests and benchmarks
+
+$(JARS)/.copied: tests/kafka/pom.xml
+	@if ! command -v mvn > /dev/null; then \
+		echo "No Maven, so no Apache Kafka: install maven (make system)." >&2; exit 0; fi; \
+	rm -rf $(JARS); \
+	mvn --batch-mode --quiet -f tests/kafka/pom.xml dependency:copy-dependencies \
+		-DoutputDirectory="$(CURDIR)/$(JARS)"; \
+	touch $@
+
+.PHONY: format
+format: setup ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: lint
+lint: setup ## Check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.PHONY: types
+types: setup ## Check types
+	$(BIN)/pyright
+
+.PHONY: imports
+imports: setup ## Check who imports whom
+	$(BIN)/lint-imports
+
+.PHONY: test
+test: setup system kafka-jars ## Run all tests, on real servers, and print line coverage
+	$(BIN)/pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+.PHONY: docs
+docs: setup ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+.PHONY: demo
+demo: setup ## Run the demo: everything on this machine, dashboard and all, until Ctrl-C
+	$(BIN)/starcast demo $(ARGS)
+
+.PHONY: servers
+servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
+	@$(BIN)/python -m tests.servers
+
+.PHONY: bench-loop
+bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
+	$(BIN)/python -m bench.loop $(ARGS)
+
+.PHONY: wheel
+wheel: setup ## Build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+.PHONY: clean
+clean: ## Remove what builds and tests leave; .venv and .cache stay
+	rm -rf build dist site htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find $(PACKAGES) tests bench -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true

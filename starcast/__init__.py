@@ -1,0 +1,3 @@
+"""The `starcast` command, its settings and its logs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The commands of `starcast`, by what they are about."""

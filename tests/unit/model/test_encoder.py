@@ -1,0 +1,437 @@
+"""Text encoders, built tiny and random by the tests themselves."""
+
+import json
+import socket
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from model import encoder as encoders
+from model.encoder import StarHead, TextEncoder
+from model.exceptions import EncoderError
+
+WORDS = "the a good bad guitar string drum case very not broke loud quiet cheap".split()
+TEXTS = [
+    "the guitar broke",
+    "a very very good string",
+    "",
+    "loud",
+    "not a good drum case the string broke and the guitar is very quiet " * 3,
+    "a very very good string",
+    "   ",
+]
+HIDDEN = 24
+
+
+def save_tokenizer(folder: Path, special: bool) -> int:
+    """A tokenizer of whole words, with or without [CLS] and [SEP]; returns its size."""
+    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    names: dict[str, str] = {"unk_token": "[UNK]"}
+    if special:
+        names |= {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def bert(folder: Path, kind: Any = BertModel) -> None:
+    size = save_tokenizer(folder, special=True)
+    config = BertConfig(
+        vocab_size=size,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+        initializer_range=0.5,
+    )
+    kind(config).save_pretrained(folder)
+
+
+def masked_bert(folder: Path) -> None:
+    """A checkpoint with a head and without a pooler, as most are."""
+    bert(folder, BertForMaskedLM)
+
+
+def gpt2(folder: Path) -> None:
+    size = save_tokenizer(folder, special=False)
+    config = GPT2Config(
+        vocab_size=size, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=40, initializer_range=0.5
+    )
+    GPT2Model(config).save_pretrained(folder)
+
+
+def llama(folder: Path) -> None:
+    size = save_tokenizer(folder, special=False)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=HIDDEN,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def t5(folder: Path) -> None:
+    size = save_tokenizer(folder, special=True)
+    config = T5Config(
+        vocab_size=size,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
+KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "bert": (bert, "mean"),
+    "masked bert": (masked_bert, "mean"),
+    "gpt2": (gpt2, "last"),
+    "llama": (llama, "last"),
+    "t5": (t5, "mean"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A directory of each kind of encoder."""
+    torch.manual_seed(0)
+    made = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in KINDS}
+    for name, folder in made.items():
+        KINDS[name][0](folder)
+    return made
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A BERT directory that a test may spoil."""
+    torch.manual_seed(0)
+    bert(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(params=KINDS)
+def encoder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> TextEncoder:
+    """A loaded encoder of each kind, which cuts texts at 32 tokens."""
+    return encoders.load(folders[request.param], "cpu", longest_tokens=32)
+
+
+def test_nothing_is_fetched(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert encoders.load(folders["bert"], "cpu").encode(["good"]).any()
+
+
+def test_pooling_fits_the_architecture(folders: dict[str, Path]) -> None:
+    found = {name: encoders.load(folder, "cpu").pooling for name, folder in folders.items()}
+    assert found == {name: pooling for name, (_, pooling) in KINDS.items()}
+
+
+def test_vectors_are_unit_and_in_order(encoder: TextEncoder) -> None:
+    vectors = encoder.encode(TEXTS, token_budget=64)
+    assert vectors.shape == (len(TEXTS), HIDDEN)
+    assert vectors.dtype == np.float32
+    blank = [not text.strip() for text in TEXTS]
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), np.invert(blank), atol=1e-5)
+    np.testing.assert_allclose(vectors[1], vectors[5], atol=1e-5)
+    assert abs(vectors[0] @ vectors[1]) < 0.999  # different texts differ
+    assert encoder.encode([]).shape == (0, HIDDEN)
+    assert not encoder.encode(["", " "]).any()
+
+
+def test_same_alone_and_in_any_batch(encoder: TextEncoder) -> None:
+    together = encoder.encode(TEXTS)
+    alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    small = encoder.encode(TEXTS, token_budget=1)
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+    np.testing.assert_allclose(small, together, atol=1e-5)
+
+
+def test_batches_keep_the_token_budget(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoders.load(folders["bert"], "cpu", longest_tokens=32)
+    sizes: list[int] = []
+    embed = TextEncoder.embed
+
+    def watched(self: TextEncoder, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        sizes.append(tokens["input_ids"].numel())
+        return embed(self, tokens)
+
+    monkeypatch.setattr(TextEncoder, "embed", watched)
+    texts = [" ".join(["good"] * (k % 40)) for k in range(200)]
+    encoder.encode(texts, token_budget=256)
+    assert max(sizes) <= 256
+    used = sum(cost for cost, text in zip(encoder.count_tokens(texts), texts, strict=True) if text)
+    assert sum(sizes) < 1.15 * used  # texts of like length go together
+
+
+def test_mean_pooling_by_hand(folders: dict[str, Path]) -> None:
+    encoder = encoders.load(folders["bert"], "cpu")
+    ids = torch.tensor([encoder.tokenizer("the guitar broke")["input_ids"]])
+    with torch.no_grad():
+        states = encoder.model(input_ids=ids).last_hidden_state
+    mean = states[0].mean(0).numpy()
+    found = encoder.encode(["the guitar broke", "a much longer text of very many good words"])[0]
+    np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_last_token_pooling_by_hand(folders: dict[str, Path]) -> None:
+    encoder = encoders.load(folders["llama"], "cpu")
+    ids = torch.tensor([encoder.tokenizer("the guitar broke")["input_ids"]])
+    with torch.no_grad():
+        last = encoder.model(input_ids=ids).last_hidden_state[0, -1].numpy()
+    found = encoder.encode(["the guitar broke", "a much longer text of very many good words"])[0]
+    np.testing.assert_allclose(found, last / np.linalg.norm(last), atol=1e-5)
+
+
+def test_pooling_as_the_directory_says(own: Path) -> None:
+    (own / "1_Pooling").mkdir()
+    (own / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    encoder = encoders.load(own, "cpu")
+    assert encoder.pooling == "cls"
+    with torch.no_grad():
+        states = encoder.model(**encoder.tokens(["good"])).last_hidden_state[0, 0].numpy()
+    np.testing.assert_allclose(
+        encoder.encode(["good"])[0], states / np.linalg.norm(states), atol=1e-5
+    )
+
+
+def test_texts_are_cut(encoder: TextEncoder) -> None:
+    assert encoder.count_tokens(["", "good " * 500]) == [
+        max(1, len(encoder.tokenizer("")["input_ids"])),
+        32,
+    ]
+    assert encoder.encode(["good " * 500]).any()
+
+
+def test_a_text_is_never_longer_than_the_model(folders: dict[str, Path]) -> None:
+    encoder = encoders.load(folders["bert"], "cpu", longest_tokens=10_000)
+    assert encoder.longest_tokens == 40
+    assert encoder.encode(["good " * 500]).any()
+
+
+def test_projection_keeps_cosines_about_and_blank_vectors(encoder: TextEncoder) -> None:
+    hidden = encoder.encode(TEXTS)
+    kept = encoder.project(hidden)
+    assert kept.shape == (len(TEXTS), min(encoders.WIDTH, HIDDEN)) == (len(TEXTS), encoder.width)
+    np.testing.assert_allclose(
+        np.linalg.norm(kept, axis=1), np.linalg.norm(hidden, axis=1), atol=1e-5
+    )
+    np.testing.assert_allclose(kept @ kept.T, hidden @ hidden.T, atol=1e-4)  # a rotation here
+
+
+def test_the_default_projection_is_the_same_everywhere(folders: dict[str, Path]) -> None:
+    first, second = (encoders.load(folders[name], "cpu") for name in ("bert", "llama"))
+    np.testing.assert_array_equal(first.projection.weight, second.projection.weight)
+    # Pinned: another matrix under the same encoder hash would mix two kinds of vectors.
+    pinned = [0.316067, 0.178951, 0.056727]
+    np.testing.assert_allclose(first.projection.weight[0, :3], pinned, atol=1e-5)
+
+
+def test_a_fitted_projection_is_part_of_the_encoder(own: Path) -> None:
+    before = encoders.load(own, "cpu")
+    random = np.random.default_rng(0)
+    basis = np.linalg.qr(random.normal(size=(HIDDEN, 3)))[0]
+    cloud = random.normal(size=(500, 3)) * [3, 2, 1] @ basis.T + 5
+    projection = encoders.fit_projection(cloud.astype(np.float32), width=3)
+    encoders.write_projection(own, projection)
+    after = encoders.load(own, "cpu")
+    assert after.hash != before.hash
+    assert after.width == 3
+    kept = (cloud - projection.mean) @ projection.weight
+    np.testing.assert_allclose(kept @ projection.weight.T + projection.mean, cloud, atol=1e-3)
+    assert kept[:, 0].var() > kept[:, 1].var() > kept[:, 2].var()
+    with pytest.raises(ValueError, match="too few"):
+        encoders.fit_projection(projection.mean[None], width=3)
+
+
+def test_star_head(own: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    head = StarHead(
+        random.normal(size=(5, HIDDEN)).astype(np.float32), np.arange(5, dtype=np.float32)
+    )
+    file = tmp_path / encoders.STAR_HEAD
+    plain = encoders.load(own, "cpu")
+    encoders.write_star_head(file, head)
+    encoder = encoders.load(own, "cpu", file)
+    assert encoder.hash == plain.hash  # a new head is no new encoder
+    hidden = encoder.encode(TEXTS)
+    stars = encoder.stars(hidden)
+    np.testing.assert_allclose(stars.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(
+        np.log(stars),
+        torch.log_softmax(torch.tensor(hidden @ head.weight.T + head.bias), 1),
+        atol=1e-5,
+    )
+    with pytest.raises(EncoderError, match="no star head"):
+        plain.stars(hidden)
+    encoders.write_star_head(file, StarHead(head.weight[:4], head.bias[:4]))
+    with pytest.raises(EncoderError, match="weight must be of shape"):
+        encoders.load(own, "cpu", file)
+    file.write_bytes(b"\x80\x04.")
+    with pytest.raises(EncoderError, match="cannot be read"):
+        encoders.load(own, "cpu", file)
+
+
+def test_gradients_reach_the_weights(encoder: TextEncoder) -> None:
+    encoder.embed(encoder.tokens(["good guitar", "bad"]))[:, 0].sum().backward()
+    gradients = [p.grad for p in encoder.model.parameters() if p.grad is not None]
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_changed_encoder_is_saved(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = encoders.load(folders[name], "cpu")
+    before = encoder.encode(TEXTS)
+    with torch.no_grad():
+        for parameter in encoder.model.parameters():
+            parameter.mul_(1.1)
+    encoder.save(tmp_path / "tuned")
+    again = encoders.load(tmp_path / "tuned", "cpu")
+    assert again.hash != encoder.hash
+    assert again.pooling == encoder.pooling
+    np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+    assert not np.allclose(again.encode(TEXTS), before, atol=1e-3)
+
+
+def test_the_hash_is_of_what_shapes_vectors(own: Path) -> None:
+    first = encoders.folder_hash(own)
+    for name in ("README.md", "pytorch_model.bin", ".cache.json", encoders.STAR_HEAD):
+        (own / name).write_text("x")
+    assert encoders.folder_hash(own) == first
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        with (own / name).open("ab") as file:
+            file.write(b" ")
+        assert encoders.folder_hash(own) != first
+        first = encoders.folder_hash(own)
+
+
+def spoil_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def only_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def own_code(folder: Path) -> None:
+    """A model of a kind that only code in its directory knows."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    spoil_config(
+        folder,
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"},
+    )
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "only pickled": (only_pickled, "no safetensors weights; pickled weights are never loaded"),
+    "own code": (own_code, "cannot be loaded as a text encoder"),
+    "a config that is no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "cannot be loaded as a text encoder",
+    ),
+    "damaged weights": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04."),
+        "cannot be loaded as a text encoder",
+    ),
+    "missing weights": (
+        lambda f: spoil_config(f, num_hidden_layers=3),
+        r"lacks \d+ weights, first",
+    ),
+    "weights of another size": (
+        lambda f: spoil_config(f, intermediate_size=64),
+        "cannot be loaded as a text encoder",
+    ),
+    "no tokenizer": (
+        lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+        "a tokenizer of . tokens does not fit",
+    ),
+    "a projection of another length": (
+        lambda f: encoders.write_projection(
+            f, encoders.Projection(np.zeros(3, np.float32), np.zeros((3, 2), np.float32))
+        ),
+        "mean must be of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_cannot_be_an_encoder_is_refused(own: Path, name: str) -> None:
+    spoil, reason = SPOILT[name]
+    spoil(own)
+    with pytest.raises(EncoderError, match=reason) as caught:
+        encoders.load(own, "cpu")
+    assert str(own) in str(caught.value)
+    assert not (own / "ran").exists()
+
+
+def test_a_hub_name_is_no_directory() -> None:
+    with pytest.raises(EncoderError, match=r"no config\.json"):
+        encoders.load(Path("bert-base-uncased"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "joined"),
+    [("T", "x", "T\nx"), (None, "x", "x"), (" ", None, ""), ("T ", "", "T"), (None, None, "")],
+)
+def test_review_text(title: str | None, text: str | None, joined: str) -> None:
+    assert encoders.review_text(title, text) == joined
+
+
+def test_settings_name_an_encoder(tmp_path: Path) -> None:
+    assert encoders.locate("none") is None
+    assert encoders.locate(str(tmp_path)) == tmp_path
+    packaged = find_spec(encoders.PACKAGED)
+    assert (encoders.locate("auto") is None) == (packaged is None)
+
+
+@pytest.mark.skipif(find_spec(encoders.PACKAGED) is None, reason="the demo extra is not installed")
+def test_the_packaged_encoder() -> None:
+    folder = encoders.locate("auto")
+    assert folder is not None
+    encoder = encoders.load(folder, "cpu")
+    assert (encoder.pooling, encoder.hidden, encoder.width) == ("mean", 384, 64)
+    hidden = encoder.encode(
+        ["great guitar strings", "excellent strings for a guitar", "a pack of baby diapers"]
+    )
+    for vectors in (hidden, encoder.project(hidden)):
+        cosines = vectors @ vectors.T
+        assert cosines[0, 1] > 0.7 > 0.4 > cosines[0, 2]

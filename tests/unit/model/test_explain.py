@@ -1,0 +1,44 @@
+"""What each input added to a prediction."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.explain import explain
+from model.features import INDEX
+from model.network import FusedNetwork, blocks, default_config, gather, tensors
+from tests.unit.model.shop import WIDTH, Observed
+
+
+def test_contributions_sum_to_the_correction(observed: Observed) -> None:
+    torch.manual_seed(0)
+    model = FusedNetwork(default_config(vector=WIDTH, members=2)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.07)
+    model.shrink.fill_(0.5)
+    inputs = gather(observed.events, observed.observation, observed.lookups, WIDTH)
+    everything = explain(model, inputs, top=10_000)
+    nothing = torch.zeros(1, sum(blocks(model.config).values()))
+    with torch.no_grad():
+        rows = tensors(model.config, inputs)
+        correction = model(rows).mean - rows.features[:, INDEX["bias"]]
+        base = torch.stack([member.head(nothing)[0, 0] for member in model.members]).mean() / 2
+    totals = [sum(part.stars for part in row) for row in everything]
+    np.testing.assert_allclose(totals, correction - base, atol=0.01)
+    assert np.abs(totals).max() > 0.1
+
+
+def test_a_linear_network_is_explained_exactly(observed: Observed) -> None:
+    model = FusedNetwork(default_config(vector=WIDTH)).eval()
+    weights = model.members[0].linear.weight.data
+    factors = {"user_bias": 2.0, "item_bias": -3.0}
+    for name, factor in factors.items():
+        weights[0, INDEX[name]] = factor
+    inputs = gather(observed.events, observed.observation, observed.lookups, WIDTH)
+    for row, features in zip(explain(model, inputs, top=3), inputs.features, strict=True):
+        assert len(row) == 3
+        assert abs(row[0].stars) >= abs(row[1].stars) >= abs(row[2].stars) == 0
+        found = {part.name: part.stars for part in row}
+        expected = {name: factor * features[INDEX[name]] for name, factor in factors.items()}
+        for name, stars in expected.items():
+            np.testing.assert_allclose(found.get(name, 0), stars, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,140 @@
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from deltalake import write_deltalake
+
+from schemas import archive
+from schemas.archive import Row
+from schemas.codec import decode
+from schemas.examples import EXAMPLES
+from schemas.exceptions import UnreachableError
+from schemas.journal import encode
+from schemas.topics import BY_NAME, TOPICS
+from tests.unit.schemas.test_journal import assert_same, make
+
+REVIEW: dict[str, Any] = dict(EXAMPLES["reviews"])
+NOON = 1_795_521_600_000  # 2026-11-24T12:00:00Z
+
+
+def row(offset: int, value: Any, partition: int = 0) -> Row:
+    encoded = value if value is None or isinstance(value, bytes) else json.dumps(value).encode()
+    return Row(partition, offset, NOON + offset, b"k", encoded, [("trace", b"1"), ("trace", None)])
+
+
+def write(url: Path, topic: str, rows: list[Row]) -> None:
+    write_deltalake(archive.table_url(str(url), topic), archive.table(topic, rows), mode="append")
+
+
+def test_rows_are_kept_raw_beside_their_columns(tmp_path: Path) -> None:
+    bad = b'{"rating": 9}'
+    write(tmp_path, "reviews", [row(2, None), row(1, bad), row(0, {**REVIEW, "title": None})])
+    found = archive.read(str(tmp_path), "reviews").collect()
+    assert found["kafka_offset"].to_list() == [0, 1, 2]
+    assert found["kafka_value"].to_list()[1:] == [bad, None]
+    assert found["kafka_timestamp"][0] == datetime(2026, 11, 24, 12, tzinfo=UTC)
+    headers = [{"key": "trace", "value": b"1"}, {"key": "trace", "value": None}]
+    assert found["kafka_headers"].to_list() == [headers] * 3
+    assert found["rating"].to_list() == [4.0, None, None]
+    assert found["title"].to_list() == [None] * 3
+    assert found["event_time"][0] == datetime(2026, 11, 24, 10, 15, 0, 123_000, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("topic", [topic.name for topic in TOPICS if topic.record])
+def test_every_record_has_its_columns(tmp_path: Path, topic: str) -> None:
+    value = EXAMPLES[topic]
+    write(tmp_path, topic, [row(0, value), row(1, b"{"), row(2, value, partition=1)])
+    found = archive.read(str(tmp_path), topic).collect()
+    assert found.height == 3
+    record = decode(BY_NAME[topic], [json.dumps(value).encode()], [(0, 0)]).records[0]
+    for name, cell in vars(record).items():
+        column = found[name]
+        assert column[1] is None
+        if isinstance(cell, str | int | float | datetime | None):
+            assert column[0] == column[2] == cell, name
+        else:
+            assert column[0] is not None, name
+
+
+def test_nested_fields_are_structs_and_maps() -> None:
+    updates = archive.table("item-updates", [row(0, EXAMPLES["item-updates"])])
+    assert updates["source"].to_pylist() == [EXAMPLES["item-updates"]["source"]]
+    assert updates["counts"].to_pylist() == [[("review", 1), ("view", 3)]]
+    digests = archive.table("score-digests", [row(0, EXAMPLES["score-digests"])])
+    ((tier, errors),) = digests["errors_by_tier"].to_pylist()[0]
+    assert (tier, errors["count"]) == ("full", 120)
+
+
+def test_reading_part_of_a_table(tmp_path: Path) -> None:
+    write(tmp_path, "reviews", [row(5, REVIEW, 1), row(1, REVIEW, 0), row(0, REVIEW, 0)])
+    url = str(tmp_path)
+    assert archive.positions(url, "reviews") == {0: 2, 1: 6}
+    assert archive.tables(url) == ["reviews"]
+    one = archive.read(url, "reviews", partitions=[1], columns=["user_id"]).collect()
+    assert one.to_dicts() == [{"user_id": "u-204"}]
+    since = datetime.fromtimestamp((NOON + 1) / 1000, UTC)
+    late = archive.read(url, "reviews", since=since).collect()
+    assert late["kafka_offset"].to_list() == [1, 5]
+
+
+def test_what_is_not_archived_yet_is_empty(tmp_path: Path) -> None:
+    frame = archive.read(str(tmp_path / "none"), "reviews", columns=["rating"])
+    assert frame.collect().schema == {"rating": pl.Float64}
+    assert archive.tables(str(tmp_path / "none")) == []
+    assert archive.positions(str(tmp_path / "none"), "journal") == {}
+
+
+NOWHERE = {  # a store whose port nothing listens on, asked once
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    "AWS_ALLOW_HTTP": "true",
+    "AWS_ACCESS_KEY_ID": "x",
+    "AWS_SECRET_ACCESS_KEY": "x",
+    "AWS_REGION": "x",
+    "max_retries": "0",
+}
+
+
+def test_storage_that_does_not_answer_is_named() -> None:
+    with pytest.raises(UnreachableError) as caught:
+        archive.open_table("s3://bucket", "reviews", NOWHERE)
+    message = str(caught.value)
+    assert message.startswith("the archive at s3://bucket/reviews cannot be used: Generic S3 error")
+    assert "STARCAST_ARCHIVE__URL" in message
+    assert "\n" not in message
+    assert "\x1b" not in message
+
+
+def test_the_journal_is_read_back_as_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "JOURNAL_CHUNK", 3)
+    journals = [make(rows, seed=rows) for rows in (2_500, 1, 7, 1_700)]
+    values = [value for journal in journals for value in encode(journal)]
+    write(tmp_path, "journal", [row(10 + 2 * at, value) for at, value in enumerate(values)])
+    write(tmp_path, "journal", [row(0, encode(make(3))[0], partition=1)])
+    found = list(archive.journal(str(tmp_path), 0))
+    for transaction, journal in zip(found, journals, strict=True):
+        assert_same(transaction.journal, journal)
+    assert found[0].first_offset == 10
+    assert found[-1].last_offset == 10 + 2 * (len(values) - 1)
+    later = archive.journal(str(tmp_path), 0, start=found[0].last_offset + 1)
+    assert [len(transaction.journal) for transaction in later] == [1, 7, 1_700]
+    frame = archive.read(str(tmp_path), "journal", partitions=[1]).collect()
+    assert frame.select("rows", "first_step", "last_step").row(0) == (3, 77, 79)
+
+
+def test_damaged_journal_values_are_archived_raw() -> None:
+    table = archive.table("journal", [row(0, b"no Arrow"), row(1, encode(make(0))[0])])
+    assert table.select(["rows", "first_step"]).to_pydict() == {
+        "rows": [None, 0],
+        "first_step": [None, None],
+    }
+
+
+def test_columns_do_not_hide_each_other() -> None:
+    for topic in TOPICS:
+        names = archive.schema(topic.name).names
+        assert len(names) == len(set(names))

@@ -1,0 +1,121 @@
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from schemas.examples import EXAMPLES
+from schemas.exceptions import ContractError
+from schemas.files import LineError, read_records, read_values, write_records
+from schemas.records import Behavior, Review
+
+REVIEW: dict[str, Any] = dict(EXAMPLES["reviews"])
+EVENT: dict[str, Any] = dict(EXAMPLES["behavior"])
+
+
+def line(topic: str, value: Any) -> str:
+    return json.dumps({"topic": topic, "value": value})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_each_format_gives_back_what_was_written(tmp_path: Path, name: str) -> None:
+    many = [("reviews", {**REVIEW, "event_id": f"e{i}"}) for i in range(2_500)]
+    rows = [("items", EXAMPLES["items"]), *many, ("behavior", EVENT)]
+    counts = write_records(tmp_path / name, rows)
+    assert counts == {"items": 1, "reviews": 2_500, "behavior": 1}
+    found = list(read_records(tmp_path / name))
+    assert [record.topic for record in found] == [topic for topic, _ in rows]
+    assert [record.line for record in found] == list(range(1, len(rows) + 1))
+    assert isinstance(found[1].record, Review)
+    assert isinstance(found[-1].record, Behavior)
+    write_records(tmp_path / f"again-{name}", ((each.topic, each.record) for each in found))
+    again = read_records(tmp_path / f"again-{name}")
+    assert [each.record for each in again] == [each.record for each in found]
+
+
+def test_the_content_tells_the_format(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.gz", [("reviews", REVIEW)])
+    (tmp_path / "a.gz").rename(tmp_path / "a.json")
+    assert len(list(read_values(tmp_path / "a.json"))) == 1
+
+
+def test_values_are_keyed_and_not_validated(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    bad = {**REVIEW, "rating": 9}
+    path.write_text(
+        f"{line('reviews', bad)}\n\n{line('items', EXAMPLES['items'])}\n{line('reviews', 7)}\n"
+    )
+    first, second, third = read_values(path)
+    assert (first.key, json.loads(first.value), first.line) == (b"u-204", bad, 1)
+    assert (second.key, second.line) == (b"i-31", 3)
+    assert (third.key, third.value) == (None, b"7")
+
+
+def test_parquet_may_hold_structs(tmp_path: Path) -> None:
+    values: list[dict[str, Any]] = [
+        {"topic": "reviews", "value": REVIEW},
+        {"topic": "items", "value": EXAMPLES["items"]},
+    ]
+    pl.DataFrame(values, strict=False).write_parquet(tmp_path / "a.parquet")
+    review, item = read_values(tmp_path / "a.parquet")
+    assert json.loads(review.value) == REVIEW
+    assert json.loads(item.value) == EXAMPLES["items"]
+
+
+BAD = {
+    "{": "not JSON",
+    "[]": "expected a line such as",
+    '{"topic": "reviews"}': "expected a line such as",
+    line("rewiews", REVIEW): "unknown topic 'rewiews'; one of reviews, behavior",
+    line("journal", "x"): "unknown topic 'journal'",
+    '{"topic": 7, "value": {}}': "unknown topic '7'",
+    line("reviews", {**REVIEW, "rating": 9}): "not a good record of reviews: rating: ",
+    line("reviews", None): "not a good record of reviews: Input should be a JSON object",
+    line("items", None): "not a good record of items: ",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_bad_line_is_named_and_may_be_passed_over(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{line('reviews', REVIEW)}\n{text}\n{line('behavior', EVENT)}\n")
+    with pytest.raises(ContractError, match=r"a\.jsonl line 2: ") as caught:
+        list(read_records(path))
+    assert BAD[text] in str(caught.value)
+    errors: list[LineError] = []
+    found = list(read_records(path, errors.append))
+    assert [error.line for error in errors] == [2]
+    assert [each.line for each in found] == [1, 3]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"nowhere\.jsonl cannot be read"):
+        list(read_values(tmp_path / "nowhere.jsonl"))
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(b"x" * 10_000)[:-20])
+    with pytest.raises(ContractError, match=r"cut\.gz cannot be read"):
+        list(read_values(cut))
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 and nothing of Parquet")
+    with pytest.raises(ContractError, match=r"broken\.parquet cannot be read"):
+        list(read_values(broken))
+    foreign = tmp_path / "foreign.parquet"
+    pl.DataFrame({"user": [1]}).write_parquet(foreign)
+    with pytest.raises(ContractError, match="has the columns user; a record file"):
+        list(read_values(foreign))
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_records(path, [("reviews", REVIEW)])
+
+    def broken() -> Any:
+        yield "reviews", REVIEW
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_records(path, broken())
+    assert len(list(read_records(path))) == 1
+    assert list(tmp_path.iterdir()) == [path]

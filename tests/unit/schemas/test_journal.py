@@ -1,0 +1,111 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.exceptions import ContractError
+from schemas.journal import LARGEST_PIECE, Journal, decode, decode_all, encode, join
+
+EVENT = np.dtype([("user", "<u8"), ("time", "<i8"), ("rating", "<f4"), ("action", "u1")])
+
+
+def make(rows: int, width: int = 60, recents: int = 40, seed: int = 0) -> Journal:
+    random = np.random.default_rng(seed)
+
+    def hashes(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+        return random.integers(0, 2**64, shape or rows, np.uint64)
+
+    features = random.normal(size=(rows, width)).astype(np.float32)
+    features[random.random(features.shape) < 0.3] = np.nan
+    events = np.frombuffer(random.bytes(rows * EVENT.itemsize), EVENT)
+    return Journal(
+        topics=random.integers(0, 3, rows).astype(np.uint8),
+        offsets=np.arange(rows) + 1000,
+        steps=np.arange(rows, dtype=np.uint64) + 77,
+        seqs=np.arange(rows, dtype=np.uint64),
+        events=events.view(f"V{EVENT.itemsize}"),
+        duplicates=random.random(rows) < 0.1,
+        features=features,
+        item_versions=hashes(),
+        item_attributes_versions=hashes(),
+        user_attributes_versions=hashes(),
+        item_vectors=hashes(),
+        recents=hashes(recents, 3),
+        feature_hash="0badcafe",
+        layout_hash="12345678",
+        encoder="",
+        partition_state=random.bytes(48),
+        ends=(1000 + rows, -1, 7),
+    )
+
+
+def assert_same(left: Journal, right: Journal) -> None:
+    for field in dataclasses.fields(Journal):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        if isinstance(a, np.ndarray):
+            assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), field.name
+        else:
+            assert a == b, field.name
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(0, 30),
+    width=st.integers(1, 70),
+    recents=st.integers(0, 20),
+    seed=st.integers(0, 2**32),
+)
+def test_what_is_encoded_is_decoded(rows: int, width: int, recents: int, seed: int) -> None:
+    journal = make(rows, width, recents, seed)
+    (value,) = encode(journal)
+    piece = decode(value)
+    assert (piece.index, piece.count, len(piece.journal)) == (0, 1, rows)
+    assert_same(piece.journal, journal)
+
+
+def test_events_are_viewed_as_what_they_were() -> None:
+    journal = make(5)
+    assert (decode(encode(journal)[0]).journal.events.view(EVENT)["user"] > 0).all()
+
+
+def test_a_long_transaction_is_cut_and_joined() -> None:
+    journal = make(4_000, recents=9_000)
+    values = encode(journal)
+    assert len(values) > 2
+    assert all(len(value) <= LARGEST_PIECE for value in values)
+    pieces = [decode(value) for value in values]
+    assert [piece.index for piece in pieces] == list(range(len(values)))
+    assert_same(join([piece.journal for piece in pieces]), journal)
+
+
+def test_recents_alone_are_cut_too() -> None:
+    values = encode(make(1, recents=60_000))
+    assert len(values) > 1
+    assert all(len(value) <= LARGEST_PIECE + 4096 for value in values)
+
+
+def test_transactions_are_read_one_after_another() -> None:
+    long, short = make(3_000), make(2, seed=1)
+    values = [*encode(long), *encode(short)]
+    offsets = [*range(10, 10 + len(values) - 1), 90]  # a commit marker takes an offset
+    first, second = decode_all(zip(offsets, values, strict=True))
+    assert (first.first_offset, first.last_offset) == (10, 10 + len(values) - 2)
+    assert (second.first_offset, second.last_offset) == (90, 90)
+    assert_same(first.journal, long)
+    assert_same(second.journal, short)
+
+
+@pytest.mark.parametrize("missing", [0, 1, -1])
+def test_a_missing_piece_is_an_error(missing: int) -> None:
+    values = dict(enumerate(encode(make(4_000))))
+    del values[missing % len(values)]
+    with pytest.raises(ContractError, match=r"part of a transaction is missing|that has more"):
+        list(decode_all(values.items()))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", encode(make(3))[0][:-40], encode(make(3))[0][:900]])
+def test_what_is_no_journal_is_refused(damage: bytes) -> None:
+    with pytest.raises(ContractError, match="journal"):
+        decode(damage)

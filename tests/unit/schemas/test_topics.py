@@ -1,0 +1,24 @@
+from schemas.topics import BY_NAME, LARGEST_MESSAGE, TOPICS, USUAL_MESSAGE
+
+
+def test_names_are_unique() -> None:
+    assert len(BY_NAME) == len(TOPICS)
+
+
+def test_topics_of_a_user_meet_in_one_partition_number() -> None:
+    for name in ("reviews", "behavior", "text-features", "journal", "predicted-ratings"):
+        assert BY_NAME[name].partitions(8) == 8
+    assert BY_NAME["dead-letters"].partitions(8) == 1
+
+
+def test_configuration_is_as_kafka_names_it() -> None:
+    items = BY_NAME["items"].config()
+    assert items["cleanup.policy"] == "compact"
+    assert items["retention.ms"] == "-1"
+    assert BY_NAME["reviews"].config()["message.timestamp.type"] == "LogAppendTime"
+    assert BY_NAME["score-requests"].config()["retention.ms"] == "86400000"
+
+
+def test_a_dead_letter_holds_the_largest_message_in_base64() -> None:
+    assert USUAL_MESSAGE * 4 / 3 * 2 < LARGEST_MESSAGE  # key and value, and room for the rest
+    assert BY_NAME["dead-letters"].config()["max.message.bytes"] == str(LARGEST_MESSAGE)

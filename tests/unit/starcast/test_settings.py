@@ -1,0 +1,184 @@
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from starcast.settings import (
+    HIDDEN,
+    Settings,
+    SettingsError,
+    hide_password,
+    load,
+    load_with_sources,
+)
+from streams.config import KafkaConfig, RedisConfig
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("STARCAST_"):
+            monkeypatch.delenv(name)
+
+
+def write(folder: Path, toml: str = "", env: str = "") -> Path:
+    if toml:
+        (folder / "starcast.toml").write_text(toml)
+    if env:
+        (folder / ".env").write_text(env)
+    return folder
+
+
+def test_defaults_without_any_source(tmp_path: Path) -> None:
+    settings, rows = load_with_sources(folder=tmp_path)
+    assert settings.kafka.bootstrap_servers == "127.0.0.1:9092"
+    assert {row.source for row in rows} == {"default"}
+
+
+def test_environment_wins_over_dotenv_over_toml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path,
+        toml="[kafka]\npartitions = 2\ngroup_id = 'toml'\ntopic_prefix = 'toml.'\n",
+        env="STARCAST_KAFKA__PARTITIONS=3\nSTARCAST_KAFKA__GROUP_ID=dotenv\nOTHER=1\n",
+    )
+    monkeypatch.setenv("STARCAST_KAFKA__PARTITIONS", "4")
+    settings, rows = load_with_sources(folder=tmp_path)
+    assert settings.kafka.partitions == 4
+    assert settings.kafka.group_id == "dotenv"
+    assert settings.kafka.topic_prefix == "toml."
+    sources = {row.name: row.source for row in rows}
+    assert sources["kafka.partitions"] == "environment variable STARCAST_KAFKA__PARTITIONS"
+    assert sources["kafka.group_id"] == f"{tmp_path / '.env'}: STARCAST_KAFKA__GROUP_ID"
+    assert sources["kafka.topic_prefix"] == str(tmp_path / "starcast.toml")
+    assert sources["kafka.replication"] == "default"
+
+
+def test_config_variable_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "other.toml"
+    file.write_text("[web]\nport = 1\n")
+    monkeypatch.setenv("STARCAST_CONFIG", str(file))
+    assert load(folder=tmp_path).web.port == 1
+    monkeypatch.setenv("STARCAST_CONFIG", str(tmp_path / "missing.toml"))
+    with pytest.raises(SettingsError, match=r"no settings file .*missing\.toml"):
+        load(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        '[kafka.options]\nsecurity.protocol = "SSL"\n',
+        '[kafka.options]\n"security.protocol" = "SSL"\n',
+        '[kafka.options]\nSECURITY_PROTOCOL = "SSL"\n',
+    ],
+)
+def test_librdkafka_options_in_toml(tmp_path: Path, toml: str) -> None:
+    assert load(folder=write(tmp_path, toml)).kafka.options == {"security.protocol": "SSL"}
+
+
+def test_librdkafka_options_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path,
+        toml='[kafka.options]\nsecurity.protocol = "SSL"\nsocket.keepalive.enable = true\n',
+    )
+    monkeypatch.setenv("STARCAST_KAFKA__OPTIONS__SECURITY_PROTOCOL", "SASL_SSL")
+    monkeypatch.setenv("STARCAST_KAFKA__OPTIONS__ENABLE_SSL_CERTIFICATE_VERIFICATION", "false")
+    assert load(folder=tmp_path).kafka.options == {
+        "security.protocol": "SASL_SSL",
+        "socket.keepalive.enable": "true",
+        "enable.ssl.certificate.verification": "false",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("KAFKA__PARTITIONS", "0", ["kafka.partitions", "value 0", "greater than or equal to 1"]),
+        ("KAFKA__PARTITIONS", "many", ["value many", "valid integer"]),
+        ("REDIS__CLUSTER", "perhaps", ["redis.cluster", "valid boolean"]),
+        ("LOG__LEVEL", "loud", ["log.level", "'debug', 'info', 'warning' or 'error'"]),
+        ("KAFKA__PARTITION", "1", ["no setting kafka.partition", "mean kafka.partitions"]),
+        ("KAFAK__PARTITIONS", "1", ["no setting kafak", "mean kafka"]),
+        ("KAFKA", "1", ["kafka", "group of settings", "bootstrap_servers"]),
+        ("TRAINER__BASELINES", "[x", ["begins like JSON"]),
+        ("REDIS__URL__HOST", "x", ["redis.url", "valid string"]),
+    ],
+)
+def test_a_wrong_variable_is_named_with_what_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: list[str]
+) -> None:
+    monkeypatch.setenv(f"STARCAST_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        load(folder=tmp_path)
+    assert "environment variable STARCAST_" in str(caught.value)
+    for part in told:
+        assert part in str(caught.value)
+
+
+def test_all_wrong_values_are_told_at_once(tmp_path: Path) -> None:
+    write(tmp_path, "[kafka]\npartitions = 0\n[web]\nport = -1\n")
+    with pytest.raises(SettingsError) as caught:
+        load(folder=tmp_path)
+    assert "kafka.partitions" in str(caught.value)
+    assert "web.port" in str(caught.value)
+    assert str(tmp_path / "starcast.toml") in str(caught.value)
+
+
+@pytest.mark.parametrize("toml", ["[kafka\n", "[kafka]\npartition = 1\n", "[nothing]\nx = 1\n"])
+def test_a_bad_file_is_refused(tmp_path: Path, toml: str) -> None:
+    with pytest.raises(SettingsError, match=r"starcast\.toml"):
+        load(folder=write(tmp_path, toml))
+
+
+def test_secrets_are_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hunter2"
+    write(
+        tmp_path,
+        f'[redis]\nurl = "redis://bob:{secret}@h:1/0"\n'
+        f'[archive.options]\naws_secret_access_key = "{secret}"\n'
+        f'[kafka.options]\nsasl.password = "{secret}"\nsasl.username = "bob"\n',
+    )
+    monkeypatch.setenv("STARCAST_KAFKA__OPTIONS__SSL_KEY_PASSWORD", secret)
+    settings, rows = load_with_sources(folder=tmp_path)
+    shown = {row.name: row.shown for row in rows}
+    assert shown["kafka.options.sasl.password"] == HIDDEN
+    assert shown["kafka.options.ssl.key.password"] == HIDDEN
+    assert shown["kafka.options.sasl.username"] == "bob"
+    assert shown["archive.options.aws_secret_access_key"] == HIDDEN
+    assert shown["redis.url"] == f"redis://bob:{HIDDEN}@h:1/0"
+    for text in (str(settings), repr(settings), repr(settings.kafka), str(rows)):
+        assert secret not in text
+    assert settings.redis.url.get_secret_value() == f"redis://bob:{secret}@h:1/0"
+
+
+def test_secrets_are_not_shown_in_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STARCAST_KAFKA", '{"options": {"sasl.password": "hunter2"')
+    with pytest.raises(SettingsError) as caught:
+        load(folder=tmp_path)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://:pw@h/0", f"redis://:{HIDDEN}@h/0"),
+        ("rediss://u:p@h:1/2", f"rediss://u:{HIDDEN}@h:1/2"),
+        ("unix:///tmp/s?password=x&db=1", f"unix:///tmp/s?password={HIDDEN}&db=1"),
+    ],
+)
+def test_hide_password(url: str, shown: str) -> None:
+    assert hide_password(url) == shown
+
+
+def test_settings_from_parts_read_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STARCAST_KAFKA__PARTITIONS", "77")
+    settings = Settings(
+        kafka=KafkaConfig(partitions=3), redis=RedisConfig(url=SecretStr("redis://x"))
+    )
+    assert settings.kafka.partitions == 3
+    assert Settings().kafka.partitions == 8

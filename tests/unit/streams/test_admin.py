@@ -1,0 +1,109 @@
+import pytest
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from schemas.exceptions import UnreachableError
+from schemas.topics import BY_NAME
+from streams import admin
+from streams.admin import (
+    KafkaOptionError,
+    TopicReport,
+    client_config,
+    option_name,
+    reach,
+    topic_name,
+)
+from streams.config import KafkaConfig
+from streams.embedded import HOST, free_port
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("SECURITY_PROTOCOL", "security.protocol"),
+        ("security_protocol", "security.protocol"),
+        ("ssl.ca.location", "ssl.ca.location"),
+        ("ENABLE_SSL_CERTIFICATE_VERIFICATION", "enable.ssl.certificate.verification"),
+        ("error_cb", "error_cb"),
+        ("log_level", "log_level"),
+    ],
+)
+def test_option_name(written: str, name: str) -> None:
+    assert option_name(written) == name
+
+
+def test_callers_win_over_settings_and_settings_over_defaults() -> None:
+    kafka = KafkaConfig(
+        bootstrap_servers="a:1",
+        group_id="shop",
+        options={"CLIENT_ID": "mine", "acks": "1", "bootstrap.servers": "b:2", "log_level": "7"},
+    )
+    config = client_config(kafka, acks="all", enable_idempotence=True, **{"linger.ms": 5})
+    assert config["client.id"] == "mine"
+    assert config["acks"] == "all"
+    assert config["enable.idempotence"] is True
+    assert config["linger.ms"] == 5
+    assert config["log_level"] == "7"
+    assert config["bootstrap.servers"] == "a:1"
+
+
+def test_every_client_takes_the_configuration() -> None:
+    Producer(client_config(KafkaConfig(options={"SECURITY_PROTOCOL": "PLAINTEXT"})))
+
+
+def test_topic_name_has_the_prefix() -> None:
+    assert topic_name(KafkaConfig(topic_prefix="eu."), "reviews") == "eu.reviews"
+
+
+def test_no_broker_is_one_message_that_names_it_and_what_to_do() -> None:
+    address = f"{HOST}:{free_port()}"
+    with pytest.raises(UnreachableError) as caught:
+        reach(KafkaConfig(bootstrap_servers=address), seconds=1)
+    message = str(caught.value)
+    assert address in message
+    assert "Connection refused" in message
+    assert "STARCAST_KAFKA__BOOTSTRAP_SERVERS" in message
+
+
+@pytest.mark.parametrize(
+    "options", [{"no.such.option": "1"}, {"security.protocol": "odd"}, {"session.timeout.ms": "x"}]
+)
+def test_a_wrong_option_is_named(options: dict[str, str]) -> None:
+    with pytest.raises(KafkaOptionError) as caught:
+        reach(KafkaConfig(options=options), seconds=1)
+    assert next(iter(options)) in str(caught.value)
+
+
+def test_what_is_wrong_with_a_topic() -> None:
+    topic = BY_NAME["reviews"]
+    assert TopicReport("reviews", topic, 4).problem == "missing"
+    assert TopicReport("reviews", topic, 4, partitions=4).problem == ""
+    assert TopicReport("reviews", topic, 4, partitions=3).problem == (
+        "has 3 partitions, settings say 4"
+    )
+    differing = {"retention.ms": ("1", "2")}
+    report = TopicReport("reviews", topic, 4, partitions=4, differences=differing)
+    assert report.problem == "retention.ms is 1, wanted 2"
+
+
+def test_a_failure_is_logged_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    now = [0.0]
+
+    class Log:
+        def warning(self, event: str, error: str, **_: object) -> None:
+            logged.append(error)
+
+    monkeypatch.setattr(admin, "_LOG", Log())
+    monkeypatch.setattr(admin.time, "monotonic", lambda: now[0])
+    report = client_config(KafkaConfig())["error_cb"]
+    for _ in range(3):
+        report(KafkaError(KafkaError._TRANSPORT, "x refused (after 1 ms)"))
+        report(KafkaError(KafkaError._TRANSPORT, "x refused (after 2 ms)"))
+        now[0] += admin.REPEAT_SECONDS
+    report(KafkaError(KafkaError._TRANSPORT, "y refused"))
+    assert logged == ["x refused"] * 3 + ["y refused"]
+
+
+def test_refused_option_says_where_options_are_set() -> None:
+    problem = KafkaException(KafkaError(KafkaError._INVALID_ARG, "No such property: foo"))
+    assert "STARCAST_KAFKA__OPTIONS" in str(admin.refused_option(problem))

@@ -1,0 +1,258 @@
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Message
+from deltalake import DeltaTable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from schemas import archive
+from schemas.archive import Row
+from schemas.examples import EXAMPLES
+from schemas.exceptions import ContractError, UnreachableError
+from streams import archiver
+from streams.archiver import Archive, Archiver
+from streams.config import ArchiveConfig
+from streams.exceptions import StoreError
+from streams.metrics import make_metrics
+
+VALUE = json.dumps(EXAMPLES["behavior"]).encode()
+
+
+def rows(partition: int, *offsets: int) -> list[Row]:
+    return [Row(partition, offset, 1_795_521_600_000, b"k", VALUE) for offset in offsets]
+
+
+def archived(url: Path, topic: str = "behavior") -> list[tuple[int, int]]:
+    frame = archive.read(str(url), topic, columns=["kafka_partition", "kafka_offset"])
+    return frame.collect().rows()
+
+
+def message(topic: str, partition: int, offset: int, **changes: Any) -> Message:
+    fields: Mapping[str, Any] = {"key": b"u-204", "value": VALUE, "timestamp": (1, 1700), **changes}
+    return Message(topic=topic, partition=partition, offset=offset, **fields)
+
+
+def test_rows_and_their_position_are_committed_together(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path))
+    assert written.position("behavior", 0) is None
+    assert written.append("behavior", rows(0, 4, 5, 9)) == 3
+    assert written.append("behavior", rows(1, 0)) == 1
+    assert archived(tmp_path) == []
+    assert Archive(str(tmp_path)).position("behavior", 0) is None
+    assert written.commit() == 4
+    assert written.commit() == 0
+    assert archived(tmp_path) == [(0, 4), (0, 5), (0, 9), (1, 0)]
+    again = Archive(str(tmp_path))
+    assert [again.position("behavior", partition) for partition in (0, 1, 2)] == [10, 1, None]
+
+
+def test_rows_below_the_position_are_left_out(tmp_path: Path) -> None:
+    first = Archive(str(tmp_path))
+    first.append("behavior", rows(0, 0, 1, 2))
+    first.commit()
+    again = Archive(str(tmp_path))
+    assert again.append("behavior", rows(0, 1, 2, 3)) == 1
+    assert again.append("behavior", rows(0, 3)) == 0
+    assert again.commit() == 1
+    assert archived(tmp_path) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_an_archiver_that_wakes_late_doubles_nothing(tmp_path: Path) -> None:
+    late, owner = Archive(str(tmp_path)), Archive(str(tmp_path))
+    late.append("behavior", rows(0, 0, 1, 2, 3))
+    owner.append("behavior", rows(0, 0, 1, 2))
+    owner.commit()
+    assert late.commit() == 1
+    owner.append("behavior", rows(0, 3, 4))
+    assert owner.commit() == 1
+    assert archived(tmp_path) == [(0, offset) for offset in range(5)]
+
+
+def test_dropped_rows_are_not_written(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path))
+    written.append("behavior", [*rows(0, 0, 1), *rows(1, 0)])
+    written.drop("behavior", 0)
+    assert written.commit() == 1
+    assert archived(tmp_path) == [(1, 0)]
+    assert written.append("behavior", rows(0, 0)) == 1
+
+
+def test_a_table_that_went_back_is_an_error(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path))
+    written.append("behavior", rows(0, 0, 1))
+    written.commit()
+    table = DeltaTable(str(tmp_path / "behavior"))
+    table.restore(0)
+    written.append("behavior", rows(0, 2))
+    # Delta keeps application transactions over a restore, so only losing the table shows.
+    written.commit()
+    for path in sorted((tmp_path / "behavior").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    written.append("behavior", rows(0, 3))
+    with pytest.raises(ContractError, match="went back: partition 0 stood at offset 3"):
+        written.commit()
+
+
+def test_topics_outside_the_contract_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="'rewiews' is not in the contract"):
+        Archive(str(tmp_path)).append("rewiews", rows(0, 0))
+
+
+def test_rows_are_held_while_storage_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Archive(str(tmp_path))
+    written.append("behavior", rows(0, 0))
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archiver, "write_deltalake", broken)
+        with pytest.raises(UnreachableError, match="no route"):
+            written.commit()
+    assert written.commit() == 1
+
+
+def test_small_files_are_merged_and_nothing_else_changes(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path), compact_every=4)
+    for offset in range(8):
+        written.append("behavior", [*rows(0, offset), *rows(1, offset)])
+        written.commit()
+    table = DeltaTable(str(tmp_path / "behavior"))
+    assert len(table.file_uris()) == 1
+    table.create_checkpoint()
+    table.cleanup_metadata()
+    assert archived(tmp_path) == [(part, offset) for part in (0, 1) for offset in range(8)]
+    assert Archive(str(tmp_path)).position("behavior", 1) == 8
+
+
+def test_archivers_side_by_side_write_each_row_once(tmp_path: Path) -> None:
+    """Two for each partition, all compacting: commits and compactions conflict all the time."""
+    errors: list[BaseException] = []
+
+    def work(partition: int) -> None:
+        try:
+            written = Archive(str(tmp_path), compact_every=3)
+            for start in range(0, 60, 5):
+                written.append("behavior", rows(partition, *range(start, start + 5)))
+                written.commit()
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number // 2,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert archived(tmp_path) == [(part, offset) for part in (0, 1) for offset in range(60)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("append"), st.integers(0, 1), st.integers(1, 4)),
+            st.tuples(st.sampled_from(["commit", "crash"]), st.just(0), st.just(0)),
+        ),
+        max_size=14,
+    )
+)
+def test_crashes_neither_lose_nor_double(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
+) -> None:
+    """A consumer that starts where the archive says ends with every row once."""
+    url = tmp_path_factory.mktemp("archive")
+    written = Archive(str(url))
+    read = {0: 0, 1: 0}  # the consumer's position
+    furthest = {0: 0, 1: 0}
+    for step, partition, count in steps:
+        if step == "append":
+            offsets = range(read[partition], read[partition] + count)
+            written.append("behavior", rows(partition, *offsets))
+            read[partition] = offsets.stop
+            furthest[partition] = max(furthest[partition], offsets.stop)
+        elif step == "commit":
+            written.commit()
+        else:
+            written = Archive(str(url))
+            read = {part: written.position("behavior", part) or 0 for part in read}
+    for partition, end in furthest.items():
+        written.append("behavior", rows(partition, *range(read[partition], end)))
+    written.commit()
+    assert archived(url) == [(part, at) for part, end in furthest.items() for at in range(end)]
+
+
+def taking(url: Path, **config: Any) -> Archiver:
+    settings = ArchiveConfig.model_validate({"url": str(url), "flush_seconds": 60, **config})
+    return Archiver(settings, "eu.", make_metrics(CollectorRegistry()))
+
+
+def test_messages_of_a_poll_go_to_their_tables(tmp_path: Path) -> None:
+    first = taking(tmp_path, flush_rows=3)
+    assert first.claim(2, {"behavior": 5, "items": 0}) == {"behavior": -1, "items": -1}
+    first.process([message("eu.behavior", 2, 7, headers=[("trace", b"1"), ("trace", None)])])
+    first.idle()
+    assert archived(tmp_path) == []
+    first.process(
+        [message("eu.items", 2, 3, value=None), message("eu.behavior", 2, 8, timestamp=(0, -1))]
+    )
+    first.idle()
+    behavior = archive.read(str(tmp_path), "behavior").collect()
+    assert behavior["kafka_offset"].to_list() == [7, 8]
+    assert behavior["kafka_key"].to_list() == [b"u-204"] * 2
+    assert behavior["kafka_timestamp"].dt.epoch("ms").to_list() == [1700, None]
+    assert behavior["kafka_headers"].to_list()[0] == [
+        {"key": "trace", "value": b"1"},
+        {"key": "trace", "value": None},
+    ]
+    assert archive.read(str(tmp_path), "items").collect()["kafka_value"].to_list() == [None]
+    assert taking(tmp_path).claim(2, {"behavior": 0, "items": 0}) == {"behavior": 9, "items": 4}
+
+
+def test_a_commit_is_due_after_a_while_or_many_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = taking(tmp_path)
+    patient.process([message("eu.behavior", 0, 0)])
+    patient.idle()
+    assert archived(tmp_path) == []
+    monkeypatch.setattr(archiver, "FLUSH_BYTES", 2 * len(VALUE))
+    patient.process([message("eu.behavior", 0, 1)])
+    patient.idle()
+    assert archived(tmp_path) == [(0, 0), (0, 1)]
+    hasty = taking(tmp_path, flush_seconds=1e-9)
+    hasty.process([message("eu.behavior", 1, 0)])
+    hasty.idle()
+    assert archived(tmp_path)[-1] == (1, 0)
+
+
+def test_lost_partitions_are_dropped(tmp_path: Path) -> None:
+    losing = taking(tmp_path, flush_rows=2)
+    for partition in (0, 1):
+        losing.claim(partition, {"behavior": 0})
+        losing.process([message("eu.behavior", partition, 0)])
+    losing.drop([0])
+    losing.idle()
+    assert archived(tmp_path) == [(1, 0)]
+
+
+def test_an_archive_that_does_not_answer_pauses_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = taking(tmp_path, flush_rows=1)
+    waiting.process([message("eu.behavior", 0, 0)])
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(archiver, "write_deltalake", broken)
+    with pytest.raises(StoreError, match="no route"):
+        waiting.idle()

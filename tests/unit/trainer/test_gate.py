@@ -1,0 +1,93 @@
+"""What passes the gate and what does not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from trainer.config import GateConfig
+from trainer.evaluate import Calibration, Floats
+from trainer.gate import REFERENCE, Verdict, claims, judge
+
+ROWS = 400
+RATING: Floats = np.tile([1.0, 2.0, 3.0, 4.0, 5.0], ROWS // 5)
+NOISE: Floats = np.random.default_rng(3).normal(0, 1, ROWS)
+MIDDLE: Floats = np.full(ROWS, 3.0)
+CLOSE: Floats = RATING + np.where(RATING > 3, -0.5, 0.5)
+SOUND = Calibration(ece=0.02, coverage=0.82, width=2.0, log_loss=1.0, bins=[])
+CONFIG = GateConfig(resamples=300)
+
+
+def run(
+    candidate: Floats,
+    stable: Floats | None = None,
+    claimed: tuple[str, ...] = (),
+    calibration: Calibration = SOUND,
+    rows: int = ROWS,
+) -> Verdict:
+    return judge(
+        RATING[:rows],
+        candidate[:rows],
+        None if stable is None else stable[:rows],
+        {REFERENCE: MIDDLE[:rows], "lightgbm": CLOSE[:rows]},
+        claimed,
+        calibration,
+        CONFIG,
+        seed=1,
+    )
+
+
+def failed(verdict: Verdict) -> list[str]:
+    return [check.name for check in verdict.checks if not check.passed]
+
+
+def test_a_better_and_calibrated_model_passes_and_the_reason_names_each_check() -> None:
+    verdict = run(CLOSE, stable=MIDDLE, claimed=(REFERENCE,))
+    assert verdict.passed
+    assert verdict.reason.count(";") == 4
+    assert "0.5000 against 1.4142" in verdict.reason
+
+
+def test_the_same_model_again_is_not_worse_than_itself() -> None:
+    assert run(CLOSE, stable=CLOSE).passed
+
+
+def test_a_model_worse_than_stable_is_refused_although_it_beats_the_baseline() -> None:
+    verdict = run(CLOSE + np.sign(CLOSE - RATING) * 0.3, stable=CLOSE)
+    assert failed(verdict) == ["not worse than the stable model"]
+    assert "stable model" in verdict.reason
+    assert "calibration" not in verdict.reason
+
+
+def test_a_model_slightly_worse_within_the_noise_passes_and_beyond_it_does_not() -> None:
+    assert run(MIDDLE + 0.002 * NOISE).passed
+    assert failed(run(MIDDLE + 0.5 * NOISE)) == ["not worse than the running bias"]
+
+
+def test_a_claim_that_does_not_hold_is_refused() -> None:
+    assert failed(run(MIDDLE, claimed=("lightgbm",))) == ["better than lightgbm"]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "name"),
+    [
+        (replace(SOUND, ece=0.2), "calibration error"),
+        (replace(SOUND, coverage=0.4), "interval coverage"),
+    ],
+)
+def test_an_uncalibrated_model_is_refused(calibration: Calibration, name: str) -> None:
+    assert failed(run(CLOSE, calibration=calibration)) == [name]
+
+
+def test_too_few_rows_decide_nothing() -> None:
+    verdict = run(CLOSE, rows=10)
+    assert not verdict.passed
+    assert "10 newest rated rows" in verdict.reason
+
+
+def test_only_what_was_beaten_significantly_is_claimed() -> None:
+    baselines = {"worse": MIDDLE, "equal": CLOSE, "noisy": CLOSE + 0.001 * NOISE * (RATING - CLOSE)}
+    found = claims(RATING, CLOSE, {**baselines, "better": RATING}, CONFIG, seed=1)
+    assert "worse" in found
+    assert "equal" not in found
+    assert "better" not in found

@@ -1,0 +1,1 @@
+"""Fitting, evaluation and the gate that a new model must pass."""

@@ -1,0 +1,346 @@
+"""The rows that a model is fitted on: from a record file, or from the archive.
+
+A record file is replayed through `model.replay.History`. The archive's journal already holds each
+event in the order it was applied, with the feature row that the scorer saw; it is replayed too, for
+the recent items, and for feature rows of another feature table or encoder.
+
+The label of a row is the rating of the review event itself. A behaviour event whose user rated the
+item later is not labelled: which of the views that led to a rating should carry it is a choice that
+the states would have to share, and none is made yet.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from model import features
+from model.catalog import describe_items, describe_users, item_text
+from model.events import (
+    EVENT,
+    REVIEW,
+    Rows,
+    blank,
+    from_behavior,
+    from_reviews,
+    from_text_features,
+)
+from model.ids import hash_ids
+from model.lookups import Table, empty, table
+from model.network import Inputs
+from model.predict import gather
+from model.replay import History, Observation
+from model.state import CATEGORY, LAYOUT_HASH
+from schemas import archive, codec
+from schemas.files import read_records
+from schemas.journal import TOPICS, Journal
+from schemas.records import Behavior, Item, Record, Review, TextFeatures, User
+from schemas.topics import BY_NAME
+from trainer.clean import REVIEW_COLUMNS
+from trainer.evaluate import Floats
+from trainer.exceptions import TrainerError
+
+OnRows = Callable[[int, int], None]
+"""Called with rows done and rows in all."""
+
+Kind = TypeVar("Kind", Item, User)
+
+BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
+
+
+@dataclass(frozen=True)
+class Journalled:
+    """Feature rows as the scorer saw them, of the n events of a log."""
+
+    features: NDArray[np.float32]  # (n, F)
+    usable: NDArray[np.bool_]  # (n): the row is of this code's feature table
+    encoder: NDArray[np.str_]  # (n): hash of the encoder whose vectors were read; "" for none
+    duplicate: NDArray[np.bool_]  # (n)
+
+
+@dataclass(frozen=True)
+class Log:
+    """A shop's history: n events in the order they were applied, and what is known beside them."""
+
+    events: Rows  # EVENT (n)
+    reviews: pl.DataFrame  # REVIEW_COLUMNS; `row` is a position in `events`
+    items: Sequence[tuple[int, Item]]  # and the number of events that came before it was known
+    users: Sequence[tuple[int, User]]
+    journalled: Journalled | None = None
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    @property
+    def rated(self) -> int:
+        """Number of reviews with stars."""
+        return self.reviews["rating"].count()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n rated rows with all that a network reads, in the order of the log."""
+
+    row: NDArray[np.int64]  # (n): positions in the log's events
+    events: Rows  # EVENT (n)
+    inputs: Inputs
+    rating: Floats  # (n)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def history(self) -> Floats:
+        """Ratings (n) that each row's user had given before it."""
+        counts = self.inputs.features[:, features.INDEX["user_ratings"]]
+        return np.rint(np.expm1(counts.astype(np.float64)))
+
+
+def from_file(path: Path) -> Log:
+    """The history in a record file, in the file's order.
+
+    Raises:
+        ContractError: a line breaks the contract.
+        TrainerError: the file holds no event.
+    """
+    kinds: dict[type[Record], list[Any]] = {Review: [], Behavior: [], TextFeatures: []}
+    rows: dict[type[Record], list[int]] = {kind: [] for kind in kinds}
+    items: list[tuple[int, Item]] = []
+    users: list[tuple[int, User]] = []
+    count = 0
+    for found in read_records(path):
+        record = found.record
+        if isinstance(record, Item):
+            items.append((count, record))
+        elif isinstance(record, User):
+            users.append((count, record))
+        elif type(record) in kinds:
+            kinds[type(record)].append(record)
+            rows[type(record)].append(count)
+            count += 1
+    if not count:
+        raise TrainerError(f"{path} holds no reviews, behavior or text-features to learn from")
+    events = blank(EVENT, count)
+    events[rows[Review]] = from_reviews(kinds[Review])
+    events[rows[Behavior]] = from_behavior(kinds[Behavior])
+    events[rows[TextFeatures]] = from_text_features(kinds[TextFeatures])
+    reviews: list[Review] = kinds[Review]
+    table = pl.DataFrame(
+        {
+            "row": rows[Review],
+            "event_id": [review.event_id for review in reviews],
+            "user_id": [review.user_id for review in reviews],
+            "item_id": [review.item_id for review in reviews],
+            "time": [review.event_time for review in reviews],
+            "rating": [review.rating for review in reviews],
+            "title": [review.title for review in reviews],
+            "text": [review.text for review in reviews],
+        },
+        schema=REVIEW_COLUMNS,
+    )
+    return Log(events, table, items, users)
+
+
+def from_archive(url: str, options: dict[str, str] | None = None) -> Log:
+    """The history in an archive: its journal, joined with its reviews, items and users.
+
+    Partitions are merged by event time (a late event as of its arrival), each in its journal's
+    order. Items and users count as known from the start, as they are known now.
+
+    Raises:
+        TrainerError: the journal is empty, or of another layout of events.
+    """
+    parts = [
+        (partition, transaction.journal)
+        for partition in sorted(archive.positions(url, "journal", options))
+        for transaction in archive.journal(url, partition, options)
+        # What another layout wrote is journalled again by the rebuild under this one.
+        if transaction.journal.layout_hash == LAYOUT_HASH and len(transaction.journal)
+    ]
+    if not parts:
+        raise TrainerError(
+            f"the archive at {url} holds no journal rows of layout {LAYOUT_HASH}; "
+            "run the scorer and the archiver, or `starcast backfill` a record file"
+        )
+    events = np.concatenate([journal.events.view(EVENT).reshape(-1) for _, journal in parts])
+    partition = np.concatenate([np.full(len(journal), number) for number, journal in parts])
+    order = _merge(partition, events["time"])
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    applied = pl.DataFrame(
+        {
+            "row": place,
+            "topic": np.concatenate([journal.topics for _, journal in parts]),
+            "kafka_partition": partition.astype(np.int32),
+            "kafka_offset": np.concatenate([journal.offsets for _, journal in parts]),
+        }
+    ).filter(pl.col("topic") == TOPICS.index("reviews"))
+    reviews = (
+        archive.read(url, "reviews", options)
+        .select(
+            "kafka_partition",
+            "kafka_offset",
+            "event_id",
+            "user_id",
+            "item_id",
+            pl.col("event_time").alias("time"),
+            "rating",
+            "title",
+            "text",
+        )
+        .join(applied.lazy(), on=["kafka_partition", "kafka_offset"])
+        .sort("row")
+        .select(pl.col(name).cast(kind) for name, kind in REVIEW_COLUMNS.items())
+        .collect()
+    )
+    return Log(
+        events[order],
+        reviews,
+        [(0, item) for item in _records(url, "items", options, Item)],
+        [(0, user) for user in _records(url, "users", options, User)],
+        _journalled([journal for _, journal in parts], order),
+    )
+
+
+def _merge(partition: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.intp]:
+    """An order by time that leaves the rows of each partition in theirs."""
+    reached = time.copy()
+    for number in np.unique(partition):
+        rows = partition == number
+        reached[rows] = np.maximum.accumulate(time[rows])
+    return np.argsort(reached, kind="stable")
+
+
+def _journalled(journals: Sequence[Journal], order: NDArray[np.intp]) -> Journalled:
+    width = len(features.FEATURES)
+    rows: list[NDArray[np.float32]] = []
+    for journal in journals:
+        same = journal.feature_hash == features.FEATURE_HASH
+        rows.append(journal.features if same else np.full((len(journal), width), np.nan, "f4"))
+    return Journalled(
+        np.concatenate(rows)[order],
+        np.concatenate(
+            [np.full(len(j), j.feature_hash == features.FEATURE_HASH) for j in journals]
+        )[order],
+        np.concatenate([np.full(len(j), j.encoder) for j in journals])[order],
+        np.concatenate([j.duplicates for j in journals])[order],
+    )
+
+
+def _records(url: str, topic: str, options: dict[str, str] | None, kind: type[Kind]) -> list[Kind]:
+    """The records of a compacted topic, oldest first; deleted ones are left out."""
+    rows = archive.read(
+        url, topic, options, columns=["kafka_partition", "kafka_offset", "kafka_value"]
+    ).collect()
+    positions = list(zip(rows["kafka_partition"], rows["kafka_offset"], strict=True))
+    decoded = codec.decode(BY_NAME[topic], rows["kafka_value"].to_list(), positions)
+    return [record for record in decoded.records if isinstance(record, kind)]
+
+
+def item_texts(log: Log) -> dict[int, str]:
+    """The texts of a log's items that an encoder has to read, by their hash."""
+    texts = {text: None for _, item in log.items if (text := item_text(item))}
+    return dict(zip(hash_ids(list(texts)).tolist(), texts, strict=True))
+
+
+def replay(log: Log, vectors: Table | None, encoder: str, width: int, on_rows: OnRows) -> Examples:
+    """Every rated review of a log as the scorer met it, or would have.
+
+    Args:
+        log: the history.
+        vectors: of item texts, by text hash, or None when there is no encoder.
+        encoder: the hash of what made them, "" for none. Journalled features count where they
+            were computed with the same.
+        width: of the vectors that the network reads.
+        on_rows: called as events are replayed.
+
+    Repeated events and edits of an earlier review are not left out here; `clean` decides.
+    """
+    history = History(vectors=vectors, batch_events=BATCH_EVENTS)
+    rated = (log.events["action"] == REVIEW) & ~np.isnan(log.events["rating"])
+    journalled = log.journalled
+    categories = empty(CATEGORY)
+    parts: list[Inputs] = []
+    for start, stop, items, users in _blocks(log):
+        if items:
+            history.item_attributes, categories = _learn_items(
+                history.item_attributes, categories, items
+            )
+        if users:
+            history.user_attributes = _learn_users(history.user_attributes, users)
+        for batch in history.run(log.events[start:stop]):
+            begin = start + batch.rows.start
+            chosen = np.flatnonzero(rated[begin : start + batch.rows.stop])
+            if len(chosen):
+                observation = _take(batch.result.observation, chosen)
+                parts.append(gather(log.events[begin + chosen], observation, batch.lookups, width))
+            on_rows(start + batch.rows.stop, len(log))
+    row = np.flatnonzero(rated)
+    inputs = _concatenate(parts)
+    if journalled is not None:
+        seen = journalled.usable[row] & (journalled.encoder[row] == encoder)
+        inputs.features[seen] = journalled.features[row[seen]]
+    return Examples(row, log.events[row], inputs, log.events["rating"][row].astype(np.float64))
+
+
+def _blocks(log: Log) -> Iterator[tuple[int, int, list[Item], list[User]]]:
+    """Spans of events between which attributes change, with what is new at each one's begin.
+
+    Spans begin at multiples of `BATCH_EVENTS`: a record that comes within a batch is known to the
+    next one.
+    """
+
+    def block(count: int) -> int:
+        return -(-count // BATCH_EVENTS) * BATCH_EVENTS
+
+    news: dict[int, tuple[list[Item], list[User]]] = {0: ([], [])}
+    for count, item in log.items:
+        news.setdefault(block(count), ([], []))[0].append(item)
+    for count, user in log.users:
+        news.setdefault(block(count), ([], []))[1].append(user)
+    starts = sorted(start for start in news if start < len(log))
+    for start, stop in zip(starts, [*starts[1:], len(log)], strict=True):
+        yield start, stop, *news[start]
+
+
+def _learn_items(known: Table, categories: Table, items: Sequence[Item]) -> tuple[Table, Table]:
+    newest = {item.item_id: item for item in items}
+    hashes = hash_ids(list(newest))
+    versions = [1] * len(newest)
+    rows, categories = describe_items(
+        list(newest.values()), versions, known.take(hashes), categories
+    )
+    return _updated(known, hashes, rows), categories
+
+
+def _learn_users(known: Table, users: Sequence[User]) -> Table:
+    newest = {user.user_id: user for user in users}
+    rows = describe_users(list(newest.values()), [1] * len(newest))
+    return _updated(known, hash_ids(list(newest)), rows)
+
+
+def _updated(known: Table, hashes: NDArray[np.uint64], rows: Rows) -> Table:
+    old = ~np.isin(known.hashes, hashes)
+    return table(
+        np.concatenate([known.hashes[old], hashes]), np.concatenate([known.rows[:-1][old], rows])
+    )
+
+
+def _take(observation: Observation, rows: NDArray[np.intp]) -> Observation:
+    return Observation(
+        **{field.name: getattr(observation, field.name)[rows] for field in fields(Observation)}
+    )
+
+
+def _concatenate(parts: Sequence[Inputs]) -> Inputs:
+    """Inputs over one table of vectors, joined."""
+    joined = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts])
+        for field in fields(Inputs)
+        if field.name != "vectors"
+    }
+    return Inputs(**joined, vectors=parts[0].vectors)

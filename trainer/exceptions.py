@@ -1,0 +1,7 @@
+"""Errors of the trainer."""
+
+from schemas.exceptions import StarcastError
+
+
+class TrainerError(StarcastError):
+    """No model can be fitted from what was given: too few rows, no ratings, an unfit encoder."""

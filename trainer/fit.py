@@ -1,0 +1,315 @@
+"""The fit of the fused network, in two stages.
+
+1. A ridge regression of rating − bias on the standardised features. It has one answer, needs few
+   rows, and how much it is shrunk is chosen by forward chaining over time, so that it is hardly
+   ever worse than the bias. It becomes the network's linear path.
+2. The network on what is left: an ensemble of members that differ in their start and in the rows
+   they weigh (bagging), cross entropy and squared error of the mean, AdamW, early stopping on
+   validation. How much of it is believed is fitted on validation too, from nothing to all.
+
+For service both are fitted once more on all rows, with what was chosen.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.distribution import tilt
+from model.network import FusedNetwork, Inputs, Member, NetworkConfig, Tensors, tensors
+from trainer.config import FitConfig
+from trainer.evaluate import Floats
+from trainer.text import soft_labels
+
+Rows = NDArray[np.int64]  # row numbers
+OnEpoch = Callable[[int, float], None]
+"""Called with the epochs done and the validation RMSE (nan in a refit)."""
+
+_PENALTIES = (100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5, math.inf)  # rows' worth of "no correction"
+_CHAIN = (0.4, 0.55, 0.7, 0.85, 1.0)  # shares of the train rows at which a fold of the chain ends
+_LEAST_KNOWN = 0.005  # share of train rows in which a feature must be known to be used
+_TAIL = 0.005  # beyond these quantiles of the train rows a feature is clipped
+_LEAST_DEVIATION = 1e-4  # a feature that varies less is constant
+_WARM_UP = 0.1  # of all steps
+_EVALUATED = 4_096  # rows at a time
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A network and what validation chose for it."""
+
+    network: FusedNetwork
+    penalty: float  # of the ridge regression
+    epochs: int  # passes of the second stage; 0: it taught nothing
+    belief: float  # share of the second stage's correction that is kept
+    errors: tuple[float, ...]  # validation RMSE after each epoch
+
+
+def fit(
+    network_config: NetworkConfig,
+    inputs: Inputs,
+    rating: Floats,
+    train: Rows,
+    validation: Rows,
+    config: FitConfig,
+    seed: int,
+    device: str,
+    on_epoch: OnEpoch,
+) -> Fitted:
+    """Fit a network on `train` and choose on `validation`.
+
+    Args:
+        network_config: sizes.
+        inputs: of n rows.
+        rating: (n) true ratings.
+        train: row numbers, oldest first.
+        validation: row numbers, all later.
+        config: the fit's settings.
+        seed: of starts, weights and orders.
+        device: cpu or cuda.
+        on_epoch: called after each epoch.
+    """
+    torch.manual_seed(seed)
+    network = _prepared(network_config, inputs, rating, train)
+    penalty = _choose_penalty(network, inputs, rating, train)
+    intercept = _fit_linear(network, inputs, rating, train, penalty)
+    linear = mean(network, inputs, validation)
+    truth = rating[validation]
+    best, best_epoch = _copy(network), 0
+    errors: list[float] = [_rmse(linear, truth)]
+    for epoch in _epochs(network, inputs, rating, train, config, seed, device):
+        errors.append(_rmse(mean(network, inputs, validation), truth))
+        on_epoch(epoch, errors[-1])
+        if errors[-1] < min(errors[:-1]):
+            best, best_epoch = _copy(network), epoch
+        elif epoch - best_epoch >= config.patience:
+            break
+    network.load_state_dict(best)
+    belief = _believe(mean(network, inputs, validation) - linear, truth - linear)
+    _keep(network, belief, intercept)
+    network.eval()
+    return Fitted(network, penalty, best_epoch, belief, tuple(errors[1:]))
+
+
+def refit(
+    fitted: Fitted,
+    inputs: Inputs,
+    rating: Floats,
+    rows: Rows,
+    config: FitConfig,
+    seed: int,
+    device: str,
+    on_epoch: OnEpoch,
+) -> FusedNetwork:
+    """The same fit on all of `rows`, with what `fit` chose."""
+    torch.manual_seed(seed)
+    network = _prepared(fitted.network.config, inputs, rating, rows)
+    intercept = _fit_linear(network, inputs, rating, rows, fitted.penalty)
+    if fitted.epochs:
+        for epoch in _epochs(network, inputs, rating, rows, config, seed, device):
+            on_epoch(epoch, math.nan)
+            if epoch == fitted.epochs:
+                break
+    _keep(network, fitted.belief, intercept)
+    return network.eval()
+
+
+@torch.no_grad()
+def mean(network: FusedNetwork, inputs: Inputs, rows: Rows) -> Floats:
+    """Predicted means (n) of rows, neither clipped nor calibrated."""
+    was_training = network.training
+    network.eval()
+    device = network.prior.device
+    parts = [
+        network(tensors(network.config, inputs.take(rows[start : start + _EVALUATED]), device)).mean
+        for start in range(0, len(rows), _EVALUATED)
+    ]
+    network.train(was_training)
+    return torch.cat(parts).cpu().numpy().astype(np.float64)
+
+
+def _members(network: FusedNetwork) -> list[Member]:
+    return [cast(Member, member) for member in network.members]
+
+
+def _copy(network: FusedNetwork) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def _rmse(predicted: Floats, rating: Floats) -> float:
+    return float(np.sqrt(np.mean((np.clip(predicted, 1, 5) - rating) ** 2)))
+
+
+@torch.no_grad()
+def _prepared(config: NetworkConfig, inputs: Inputs, rating: Floats, rows: Rows) -> FusedNetwork:
+    """A new network that knows the scale of the features and the prior of the stars."""
+    network = FusedNetwork(config)
+    features = inputs.features[rows].astype(np.float64)  # (n, F)
+    known = ~np.isnan(features)
+    often = known.mean(0) >= _LEAST_KNOWN
+    table = np.where(known | ~often, features, np.nan)
+    table[:, ~often] = 0.0
+    centre = np.nanmean(table, 0)
+    deviation = np.nanstd(table, 0)
+    varies = deviation > _LEAST_DEVIATION
+    scale = np.where(varies, deviation, 1.0)
+    low, high = (np.nanquantile(table, q, axis=0) for q in (_TAIL, 1 - _TAIL))
+    used = often & (varies | ~known.all(0))
+    for buffer, values in (
+        (network.feature_mean, centre),
+        (network.feature_scale, scale),
+        (network.feature_low, (low - centre) / scale),
+        (network.feature_high, (high - centre) / scale),
+        (network.feature_used, used),
+        (network.prior, np.log(soft_labels(rating[rows]).mean(0) + 1e-3)),
+    ):
+        buffer.copy_(torch.from_numpy(np.asarray(values, np.float32)))
+    return network
+
+
+def _design(network: FusedNetwork, inputs: Inputs, rows: Rows) -> Floats:
+    """Standardised features and missing flags (n, 2 F), as the linear path reads them."""
+    with torch.no_grad():
+        features = torch.from_numpy(inputs.features[rows])
+        return network.standardise(features).numpy().astype(np.float64)
+
+
+def _residual(network: FusedNetwork, inputs: Inputs, rating: Floats, rows: Rows) -> Floats:
+    return rating[rows] - inputs.features[rows, network.config.bias_column]
+
+
+def _ridge(design: Floats, target: Floats, penalty: float) -> tuple[Floats, float]:
+    """Weights (2 F) and intercept; the intercept is not penalised."""
+    if math.isinf(penalty):
+        return np.zeros(design.shape[1]), 0.0
+    centre, level = design.mean(0), target.mean()
+    centred = design - centre
+    gram = centred.T @ centred + penalty * np.eye(design.shape[1])
+    weights = np.linalg.solve(gram, centred.T @ (target - level))
+    return weights, float(level - centre @ weights)
+
+
+def _choose_penalty(network: FusedNetwork, inputs: Inputs, rating: Floats, train: Rows) -> float:
+    """The penalty with the least squared error in a forward chain: fit on the past, test ahead."""
+    design = _design(network, inputs, train)
+    target = _residual(network, inputs, rating, train)
+    ends = [int(len(train) * share) for share in _CHAIN]
+    losses = np.zeros(len(_PENALTIES))
+    for start, end in pairwise(ends):
+        for column, penalty in enumerate(_PENALTIES):
+            weights, intercept = _ridge(design[:start], target[:start], penalty)
+            ahead = design[start:end] @ weights + intercept
+            losses[column] += np.sum((target[start:end] - ahead) ** 2)
+    return _PENALTIES[int(np.argmin(losses))]
+
+
+def _fit_linear(
+    network: FusedNetwork, inputs: Inputs, rating: Floats, rows: Rows, penalty: float
+) -> float:
+    """Set the linear path of every member; returns the intercept, which is the last layer's."""
+    design = _design(network, inputs, rows)
+    weights, intercept = _ridge(design, _residual(network, inputs, rating, rows), penalty)
+    with torch.no_grad():
+        for member in _members(network):
+            member.linear.weight.copy_(torch.from_numpy(weights[None].astype(np.float32)))
+            member.last.bias[0] = intercept
+    return intercept
+
+
+def _epochs(
+    network: FusedNetwork,
+    inputs: Inputs,
+    rating: Floats,
+    rows: Rows,
+    config: FitConfig,
+    seed: int,
+    device: str,
+):
+    """Train the members, all in step; yields the number of epochs done."""
+    network.to(device).train()
+    generator = np.random.default_rng(seed)
+    members = _members(network)
+    labels = torch.from_numpy(soft_labels(rating[rows])).to(device)
+    truth = torch.from_numpy(rating[rows].astype(np.float32)).to(device)
+    drawn = (
+        generator.poisson(1.0, (len(members), len(rows)))
+        if len(members) > 1
+        else np.ones((1, len(rows)))
+    )
+    weights = torch.from_numpy(drawn.astype(np.float32)).to(device)
+    given = tensors(network.config, inputs.take(rows), device)
+    for member in members:
+        member.linear.requires_grad_(False)
+    learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=config.learning_rate, weight_decay=config.weight_decay)
+    steps = config.epochs * -(-len(rows) // config.batch_rows)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for epoch in range(1, config.epochs + 1):
+        order = torch.from_numpy(generator.permutation(len(rows)))
+        for batch in order.split(config.batch_rows):
+            chosen = Tensors(*(tensor[batch] for tensor in given))
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=device)
+            for number in range(len(members)):
+                output = network(chosen, number)
+                surprise = -(labels[batch] * tilt(output.logits, output.mean)).sum(1)
+                error = (output.mean - truth[batch]).square()
+                loss = (
+                    loss
+                    + (weights[number, batch] * (surprise + config.squared_error * error)).mean()
+                )
+            loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            nn.utils.clip_grad_norm_(learnt, config.clip)
+            optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+            schedule.step()
+        yield epoch
+
+
+def _sizes(member: Member, batch: Tensors) -> Tensor:
+    """Squared lengths (n) of the embeddings of each row's ids, summed.
+
+    Paid once an occurrence, as in regularised matrix factorisation (Koren, Bell and Volinsky
+    2009): what is seldom seen stays near "unknown". AdamW's decay alone cannot do this, since its
+    steps are as large for rare ids as for frequent ones.
+    """
+    return sum(
+        (
+            table.table(buckets).square().flatten(1).sum(1)
+            for table, buckets in (
+                (member.users, batch.user),
+                (member.items, batch.item),
+                (member.items, batch.recents),
+                (member.categories, batch.categories),
+                (member.brands, batch.brand),
+            )
+        ),
+        torch.zeros(len(batch.user), device=batch.user.device),
+    )
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the highest learning rate: a linear warm-up, then half a cosine to zero."""
+    warm_up = max(int(steps * _WARM_UP), 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+
+
+def _believe(correction: Floats, left: Floats) -> float:
+    """The share of a correction, from none to all, that leaves the least squared error."""
+    power = float(np.sum(correction**2))
+    return float(np.clip(np.sum(correction * left) / power, 0, 1)) if power else 0.0
+
+
+@torch.no_grad()
+def _keep(network: FusedNetwork, belief: float, intercept: float) -> None:
+    """Scale the second stage's correction by `belief`."""
+    for member in _members(network):
+        member.last.weight[0] *= belief
+        member.last.bias[0] = intercept + belief * (member.last.bias[0] - intercept)

@@ -1,0 +1,153 @@
+"""The gate: whether a new model may serve.
+
+On the newest rows, which it was not fitted on, a candidate must be
+1. not worse than the model in service, nor than the running bias, which is served without a model:
+   not significantly (paired bootstrap of the difference in squared error), and its RMSE at most
+   `worse_allowed` above,
+2. better than every baseline that it claims to beat,
+3. calibrated: small expected calibration error, intervals that cover.
+
+A baseline is claimed when the candidate beat it significantly on its validation rows (`claims`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.config import GateConfig
+from trainer.evaluate import Calibration, Difference, Floats, paired, scores
+
+REFERENCE = "bias_running"  # what is served when there is no model
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of the gate, and what was measured, in words."""
+
+    name: str
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the candidate may serve, with every check."""
+
+    passed: bool
+    checks: tuple[Check, ...]
+
+    @property
+    def reason(self) -> str:
+        """The failed checks, or all when none failed, in one line."""
+        shown = [check for check in self.checks if not check.passed] or list(self.checks)
+        return "; ".join(check.reason for check in shown)
+
+
+def claims(
+    rating: Floats,
+    candidate: Floats,
+    baselines: Mapping[str, Floats],
+    config: GateConfig,
+    seed: int,
+) -> tuple[str, ...]:
+    """The baselines that the candidate beat significantly, on its validation rows.
+
+    Args:
+        rating: (n) true ratings.
+        candidate: (n) predicted ratings.
+        baselines: name to predicted ratings (n).
+        config: confidence and resamples of the paired bootstrap.
+        seed: of the bootstrap.
+    """
+    return tuple(
+        name
+        for name, other in baselines.items()
+        if _paired(rating, candidate, other, config, seed).high < 0
+    )
+
+
+def judge(
+    rating: Floats,
+    candidate: Floats,
+    stable: Floats | None,
+    baselines: Mapping[str, Floats],
+    claimed: Sequence[str],
+    calibration: Calibration,
+    config: GateConfig,
+    seed: int,
+) -> Verdict:
+    """Judge a candidate on the newest rows.
+
+    Args:
+        rating: (n) true ratings.
+        candidate: (n) predicted ratings of a model that was not fitted on these rows.
+        stable: (n) predicted ratings of the model in service, or None when there is none.
+        baselines: name to predicted ratings (n), `REFERENCE` among them.
+        claimed: names of `claims`.
+        calibration: the candidate's, on these rows.
+        config: bounds.
+        seed: of the bootstrap.
+    """
+    if len(rating) < config.least_rows:
+        few = f"only {len(rating)} newest rated rows, {config.least_rows} are needed to judge"
+        return Verdict(False, (Check("rows", False, few),))
+    checks = [_better(name, rating, candidate, baselines[name]) for name in claimed]
+    checks.append(_not_worse("running bias", rating, candidate, baselines[REFERENCE], config, seed))
+    if stable is not None:
+        checks.append(_not_worse("stable model", rating, candidate, stable, config, seed))
+    checks.append(
+        Check(
+            "calibration error",
+            calibration.ece <= config.largest_ece,
+            f"expected calibration error {calibration.ece:.3f}, at most {config.largest_ece:g}",
+        )
+    )
+    checks.append(
+        Check(
+            "interval coverage",
+            calibration.coverage >= config.least_coverage,
+            f"80% intervals hold {calibration.coverage:.0%} of ratings, at least "
+            f"{config.least_coverage:.0%}",
+        )
+    )
+    return Verdict(all(check.passed for check in checks), tuple(checks))
+
+
+def _better(name: str, rating: Floats, candidate: Floats, other: Floats) -> Check:
+    ours, theirs = scores(rating, candidate).rmse, scores(rating, other).rmse
+    return Check(
+        f"better than {name}",
+        ours < theirs,
+        f"claims to beat {name}: RMSE {ours:.4f} against {theirs:.4f}",
+    )
+
+
+def _not_worse(
+    name: str,
+    rating: Floats,
+    candidate: Floats,
+    other: Floats,
+    config: GateConfig,
+    seed: int,
+) -> Check:
+    gap = _paired(rating, candidate, other, config, seed)
+    ours, theirs = scores(rating, candidate).rmse, scores(rating, other).rmse
+    near = ours <= theirs * (1 + config.worse_allowed)
+    return Check(
+        f"not worse than the {name}",
+        near and gap.low <= 0,
+        f"{name}: RMSE {ours:.4f} against {theirs:.4f}, difference in squared error "
+        f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
+    )
+
+
+def _paired(
+    rating: Floats, model: Floats, other: Floats, config: GateConfig, seed: int
+) -> Difference:
+    return paired(
+        rating,
+        model,
+        other,
+        confidence=config.confidence,
+        resamples=config.resamples,
+        seed=seed,
+    )
