@@ -146,7 +146,7 @@ def write(
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
         sha256 = _sum(folder / MANIFEST).sha256
         if target.local:
-            os.rename(folder, target.local / version)
+            folder.rename(target.local / version)
         else:
             target.upload(folder, version, last=MANIFEST)
     return Written(version, sha256)
@@ -173,7 +173,7 @@ def load(
             source.download(version, Path(temporary) / "bundle")
             bundle = open_folder(Path(temporary) / "bundle", sha256)  # before others see it
             if not folder.exists():
-                os.rename(bundle.folder, folder)
+                bundle.folder.rename(folder)
     return open_folder(folder, sha256)
 
 

@@ -179,7 +179,7 @@ class Engine(Generic[P, R]):
             results = self._work([item.payload for item in batch])
             if len(results) != len(batch):  # a bug of `work`
                 raise RuntimeError(f"{len(results)} results for {len(batch)} payloads")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever work raises is its futures' matter
             if len(batch) == 1:
                 batch[0].future.set_exception(error)
             else:

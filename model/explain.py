@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.features import NAMES
-from model.network import FusedNetwork, Inputs, Member, blocks, tensors
+from model.network import FusedNetwork, Inputs, blocks, tensors
 
 _STEPS = 32  # of the integral, by the midpoint rule; the sum is then exact to about 0.01 stars
 
@@ -30,8 +30,7 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
     """The `top` largest contributions to each row's correction, largest first."""
     rows = tensors(network.config, inputs, network.prior.device)
     total = np.zeros((len(inputs), len(_names(network))))
-    for member in network.members:
-        assert isinstance(member, Member)
+    for member in network.networks:
         with torch.no_grad():
             joined = member.join(network.standardise(rows.features), rows)
         gradient = torch.zeros_like(joined)

@@ -317,6 +317,11 @@ class FusedNetwork(nn.Module):
         self.register_buffer("prior", torch.zeros(5))
         self.register_buffer("shrink", torch.ones(()))
 
+    @property
+    def networks(self) -> list[Member]:
+        """The members, as what they are."""
+        return [member for member in self.members if isinstance(member, Member)]
+
     def standardise(self, features: Tensor) -> Tensor:
         """Features (n, F) with nan to values and missing flags (n, 2 F)."""
         missing = torch.isnan(features)
@@ -328,11 +333,8 @@ class FusedNetwork(nn.Module):
     def forward(self, tensors: Tensors, member: int | None = None) -> Output:
         """Mean (n,) and logits (n, 5) of one member, or averaged over all."""
         features = self.standardise(tensors.features)
-        chosen = self.members if member is None else [self.members[member]]
-        heads: list[Tensor] = []
-        for network in chosen:
-            assert isinstance(network, Member)
-            heads.append(network.head(network.join(features, tensors)))
+        chosen = self.networks if member is None else [self.networks[member]]
+        heads = [network.head(network.join(features, tensors)) for network in chosen]
         output = torch.stack(heads).mean(0)
         bias = tensors.features[:, self.config.bias_column]
         return Output(bias + self.shrink * output[:, 0], self.prior + output[:, 1:])

@@ -41,17 +41,13 @@ class Storage:
                 self.filesystem.pipe_file(f"{self.root}/{name}", content)  # one put
                 return
             self.local.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.local, prefix=f".{name}-")
-            try:
-                with os.fdopen(handle, "wb") as file:
+            with tempfile.TemporaryDirectory(dir=self.local, prefix=".writing-") as temporary:
+                path = Path(temporary) / name
+                with path.open("wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, self.local / name)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+                path.replace(self.local / name)
 
     def folders(self) -> list[str]:
         """Sorted names of the folders inside."""
@@ -109,7 +105,7 @@ def locate(url: str) -> Storage:
     """The folder at a path or fsspec URL; raises UnreachableError for an unknown kind of URL."""
     fsspec: Any = importlib.import_module("fsspec")  # it has no types
     try:
-        filesystem, root = fsspec.url_to_fs(os.path.expanduser(url))
+        filesystem, root = fsspec.url_to_fs(url)  # which expands ~
     except (ValueError, ImportError) as error:
         raise UnreachableError(
             f"models.url {url!r} is of no kind that fsspec reaches here: {error}"

@@ -144,7 +144,7 @@ def decode(value: bytes) -> Piece:
                 ends=tuple(map(int, metadata["ends"].split())),
             ),
         )
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         raise ContractError(
             f"a journal value of {len(value)} bytes is not the Arrow that was written: {error}"
         ) from error

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -176,8 +176,7 @@ def run_once(
     cut = places[int(len(places) * TRAIN_SHARE)] if places else len(records)
     with cluster(settings, console, dashboard=False) as running:
         sender = Sender(running.settings.kafka)
-        follower = _Follower(running, stop)
-        with console.status("playing events") as status:
+        with console.status("playing events") as status, closing(_Follower(running, stop)) as follower:
             _play(records[:cut], sender, rate, stop)
             follower.wait_for(sum(at < cut for at in places), status.update)
             _await_archived(running, stop)
@@ -361,10 +360,21 @@ class _Follower:
     def __init__(self, running: Cluster, stop: threading.Event) -> None:
         self._running = running
         self._stop = stop
+        self._done = threading.Event()
         self._answered: set[tuple[str, int, int]] = set()
         self._dead = 0
-        for target in (self._follow_answers, self._follow_letters):
-            threading.Thread(target=target, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, daemon=True)
+            for target in (self._follow_answers, self._follow_letters)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads, before the broker ends."""
+        self._done.set()
+        for thread in self._threads:
+            thread.join(STOP_SECONDS)
 
     def wait_for(self, events: int, tell: Callable[[str], None]) -> None:
         """Until as many events are answered or dead, or nothing has moved for a long time."""
@@ -381,7 +391,7 @@ class _Follower:
                 return
 
     def _read(self, topic: str) -> Iterator[list[Message]]:
-        return read_topic(self._running.settings.kafka, topic, follow=True, stop=self._stop)
+        return read_topic(self._running.settings.kafka, topic, follow=True, stop=self._done)
 
     def _follow_answers(self) -> None:
         for answer in _answers(self._read("predicted-ratings")):

@@ -10,7 +10,7 @@ finds its rows there.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 import stamina
@@ -266,7 +266,7 @@ class Archiver:
 
 
 @contextmanager
-def _pausing() -> Iterator[None]:
+def _pausing() -> Generator[None]:
     """An archive that does not answer pauses the loop, as a store does."""
     try:
         yield

@@ -243,7 +243,7 @@ class _Page:
     def _build_flow(self) -> None:
         with _block("section", "grid"), _block("div", "card span-12"):
             _title("Flow", "Predictions made and events that wait; dotted lines mark model swaps.")
-            self._flow = _Chart("Predictions a second and events waiting, over time", 290, "")
+            self._flow = _Chart("Predictions a second and events waiting, over time", 306, "")
 
     def _build_quality(self) -> None:
         with _block("section", "head"):

@@ -5,6 +5,7 @@ dark are the browser's matter alone. The hues are Okabe and Ito's, told apart by
 and no two series differ by hue alone: true ratings are dashed, versions are named on their lines.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,9 @@ _SHORT_NUMBER = (
 _TWO_DIGITS = "v => v == null ? '–' : (+v).toFixed(2)"
 _PER_SECOND = "v => v == null ? '–' : v.toFixed(1) + ' /s'"
 _WAITING = "v => v == null ? '–' : Math.round(v).toLocaleString() + ' waiting'"
+_CLOCK = (
+    "v => { const t = new Date(v).toTimeString(); return t.slice(0, t.slice(6, 8) === '00' ? 5 : 8) }"
+)
 _PERCENT = "p => p.value.toFixed(p.value >= 10 ? 0 : 1) + '%'"
 
 
@@ -66,8 +70,8 @@ def flow(windows: Sequence[Window], swaps: Sequence[Swap]) -> Options:
     hidden = axis | {"axisLabel": {"show": False}, "axisTick": {"show": False}}
     return _base() | {
         "grid": [
-            {"left": 46, "right": 14, "top": 34, "height": 122},
-            {"left": 46, "right": 14, "top": 196, "height": 64},
+            {"left": 44, "right": 16, "top": 46, "height": 124},
+            {"left": 44, "right": 16, "top": 212, "height": 60},
         ],
         "legend": _legend([KINDS[kind] for kind in kinds]) if len(kinds) > 1 else {"show": False},
         "axisPointer": {"link": [{"xAxisIndex": "all"}]},
@@ -94,13 +98,13 @@ def against(windows: Sequence[Window], kind: Kind, swaps: Sequence[Swap]) -> Opt
     ]
     series[0]["markLine"] = _swap_lines(swaps, windows)
     low, high = _span(windows)
-    floor = max(1.0, round(min(known, default=1.0) - 0.25, 1))
-    ceiling = min(5.0, round(max(known, default=5.0) + 0.25, 1))
+    low_stars, high_stars, tick = _bounds(min(known, default=1.0), max(known, default=5.0))
     return _base(_TWO_DIGITS) | {
-        "grid": {"left": 40, "right": 14, "top": 44, "bottom": 26},
+        "grid": {"left": 38, "right": 16, "top": 50, "bottom": 28},
         "legend": _legend(["Predicted", "True"]),
         "xAxis": _time_axis(low, high),
-        "yAxis": _value_axis("Stars", "v => v.toFixed(1)") | {"min": floor, "max": ceiling},
+        "yAxis": _value_axis("Stars", "v => v.toFixed(1)")
+        | {"min": low_stars, "max": high_stars, "interval": tick},
         "series": series,
     }
 
@@ -124,7 +128,7 @@ def error(
         series[0]["markLine"] = _swap_lines(swaps, windows)
     low, high = _span(windows)
     return _base(_TWO_DIGITS) | {
-        "grid": {"left": 40, "right": 14, "top": 44, "bottom": 26},
+        "grid": {"left": 38, "right": 16, "top": 50, "bottom": 28},
         "legend": _legend([each["name"] for each in series]),
         "xAxis": _time_axis(low, high),
         "yAxis": _value_axis(f"{measure.upper()}, stars", "v => v.toFixed(1)") | {"min": 0},
@@ -199,12 +203,14 @@ def tiers(scored: Scored, measure: str = "rmse") -> Options:
                 "label": {
                     "show": True,
                     "position": "right",
-                    "color": "var(--ink)",
                     ":formatter": (
-                        "p => p.data.rated ? p.value.toFixed(2) + '  {n|' + "
+                        "p => p.data.rated ? '{v|' + p.value.toFixed(2) + '}{n|' + "
                         "p.data.rated.toLocaleString() + '}' : '{n|no ratings}'"
                     ),
-                    "rich": {"n": {"color": "var(--muted)", "fontSize": 11}},
+                    "rich": {
+                        "v": {"color": "var(--ink)", "fontSize": 12, "fontWeight": 600},
+                        "n": {"color": "var(--muted)", "fontSize": 11, "padding": [0, 0, 0, 9]},
+                    },
                 },
             }
         ],
@@ -223,6 +229,14 @@ def thinned(windows: Sequence[Window]) -> list[Sequence[Window]]:
     """Windows in groups of equal length, no more than a line has points."""
     size = -(-len(windows) // MOST_POINTS) or 1
     return [windows[start : start + size] for start in range(0, len(windows), size)]
+
+
+def _bounds(least: float, most: float) -> tuple[float, float, float]:
+    """Round ends of a star axis around the values, within one to five, and its interval."""
+    tick = next(tick for tick in (0.1, 0.2, 0.5, 1.0) if (most - least) / tick <= 4 or tick == 1.0)
+    low = max(math.floor(least / tick - 0.5) * tick, 1.0)
+    high = min(math.ceil(most / tick + 0.5) * tick, 5.0)
+    return round(low, 1), round(high, 1), tick
 
 
 def _rate(part: Sequence[Window], kind: Kind) -> float:
@@ -307,8 +321,11 @@ def _time_axis(low: int | None, high: int | None) -> Options:
         "axisLabel": {
             "color": "var(--muted)",
             "hideOverlap": True,
+            "showMinLabel": False,
+            "showMaxLabel": False,
+            "margin": 10,
             "fontSize": 11,
-            "formatter": {"hour": "{HH}:{mm}", "minute": "{HH}:{mm}", "second": "{HH}:{mm}:{ss}"},
+            ":formatter": _CLOCK,
         },
         "splitLine": {"show": False},
     }

@@ -157,7 +157,8 @@ def tiles(snapshot: Snapshot, range_ms: int | None, now_ms: int) -> str:
     waits = ""
     if now:
         rate = max(now.per_second, 1e-9)
-        waits = "caught up" if not now.lag else "behind" if rate < 1 else _seconds(now.lag / rate)
+        behind = f"about {_seconds(now.lag / rate)} behind" if rate >= 1 else "behind"
+        waits = behind if now.lag else "caught up"
     error = _number(sums.rmse if sums else None)
     means = _NONE
     if sums and sums.rated:
@@ -170,7 +171,7 @@ def tiles(snapshot: Snapshot, range_ms: int | None, now_ms: int) -> str:
     model, model_text = "cold start", "from running means, no model yet"
     if stable:
         model = escape(short(stable.version))
-        model_text = f"in service since {_time(round(stable.at.timestamp() * 1_000))}"
+        model_text = f"promoted {_time(round(stable.at.timestamp() * 1_000))}"
     return "".join(
         [
             _tile(
@@ -223,7 +224,7 @@ def predictions(rows: Sequence[Prediction], kind: Kind, versions: Sequence[str])
     body = "".join(_prediction(row, versions) for row in shown)
     return (
         "<table><thead><tr><th>Item</th><th>1 to 5 stars</th>"
-        '<th class="num">Predicted</th><th class="num">True</th><th>Known, model</th>'
+        '<th class="num">Predicted</th><th class="num">True</th><th class="known">Known, model</th>'
         f"</tr></thead><tbody>{body}</tbody></table>"
     )
 
@@ -245,8 +246,8 @@ def _prediction(row: Prediction, versions: Sequence[str]) -> str:
         f'<td><div class="scale" aria-hidden="true">{marks}</div></td>'
         f'<td class="num strong" data-label="Predicted">{_number(row.rating)}</td>'
         f'<td class="num" data-label="True">{_stars(row.truth)}</td>'
-        f'<td><div class="meta">{escape(known)}</div><div class="meta">'
-        f"{_swatch(row.version, versions)}{escape(short(row.version))}</div></td></tr>"
+        f'<td class="known"><span class="meta">{escape(known)}</span><span class="meta">'
+        f"{_swatch(row.version, versions)}{escape(short(row.version))}</span></td></tr>"
     )
 
 
@@ -268,9 +269,9 @@ def _model(row: ModelRow, versions: Sequence[str]) -> str:
     if row.role:
         stable = " stable" if row.role == "in service" else ""
         role = f'<span class="role{stable}">{escape(row.role)}</span>'
-    since = f"since {_time(row.since_ms)}" if row.since_ms else "until a model is trained"
+    since = f"promoted {_time(row.since_ms)}" if row.since_ms else "from running means"
     if row.version != LADDER and row.by:
-        since += f", by {row.by}"
+        since += f" by {escape(row.by)}"
     sums = row.sums
     off = (sums.mean_predicted or 0) - (sums.mean_rating or 0) if sums.rated else None
     return (

@@ -128,17 +128,11 @@ def start_child(
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / f"{name}.log").resolve()
     child = Child(name, address, log, _spawn(command, log, environment or {}), stop_timeout)
-    deadline = time.monotonic() + timeout
-    while not ready():
-        late = time.monotonic() > deadline
-        if late or not child.alive():
-            child.stop()
-            what = f"did not answer within {timeout:.0f} s" if late else "ended while starting"
-            raise EmbeddedError(
-                f"The {name} at {address} {what} (exit code {child.process.returncode}). "
-                f"The end of its log, {log}:\n{_tail(log)}"
-            )
-        time.sleep(POLL_S)
+    try:
+        _wait(child, ready, timeout)
+    except BaseException:  # Ctrl-C while it starts as well
+        child.stop()
+        raise
     return child
 
 
@@ -159,6 +153,19 @@ def kafka_answers(bootstrap_servers: str) -> bool:
         return bool(admin.list_topics(timeout=REQUEST_TIMEOUT_S).brokers)
     except (OSError, KafkaException):
         return False
+
+
+def _wait(child: Child, ready: Callable[[], bool], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        late = time.monotonic() > deadline
+        if late or not child.alive():
+            what = f"did not answer within {timeout:.0f} s" if late else "ended while starting"
+            raise EmbeddedError(
+                f"The {child.name} at {child.address} {what} (exit code {child.process.poll()}). "
+                f"The end of its log, {child.log}:\n{_tail(child.log)}"
+            )
+        time.sleep(POLL_S)
 
 
 def _store_answers(url: str) -> bool:

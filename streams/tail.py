@@ -28,6 +28,7 @@ from streams.config import KafkaConfig
 
 WAIT_SECONDS = 0.2  # a stop, or the end of a silent topic, is noticed this soon
 STALL_SECONDS = 60.0  # a broker that goes away meanwhile would leave a reader waiting for the end
+LONG_POLL_MS, SHORT_POLL_MS = 500, 20  # the end of a partition is told only after one
 BATCH = 1_000
 
 Start = Literal["beginning", "end"] | datetime
@@ -61,12 +62,14 @@ def read_topic(
             group_id=f"{kafka.group_id}-reader",  # never joined: partitions are assigned
             enable_auto_commit=False,
             enable_partition_eof=True,
+            fetch_wait_max_ms=LONG_POLL_MS if follow else SHORT_POLL_MS,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
         )
     )
     try:
         left = set(found.partitions)
+        consumer.list_topics(name, REQUEST_SECONDS)  # else its leaders are found half a second late
         moved = time.monotonic()
         consumer.assign(_positions(consumer, name, sorted(left), start))
         while (left or follow) and not stop.is_set():

@@ -11,7 +11,7 @@ import binascii
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import datasketches  # pyright: ignore[reportMissingTypeStubs]
@@ -25,6 +25,7 @@ from streams.config import InsightsConfig
 
 KLL_K = 200  # rank error about 1.3%, at some 2 KB a sketch
 FREQUENT_LOG_SIZE = 10  # at most 768 names are counted at once, however many there are
+_MILLISECOND = timedelta(milliseconds=1)
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 _SKETCHES = cast(Any, datasketches)  # the wheel has no type information
@@ -98,7 +99,7 @@ class KindWindow(BaseModel):
 
     models: dict[str, Scored]
     step: dict[str, Scored]
-    per_second: float  # over the last step
+    per_second: float  # in the last step
     actions: dict[str, int]
     top_items: list[tuple[str, int]]
     top_categories: list[tuple[str, int]]
@@ -122,6 +123,20 @@ class Window(BaseModel):
 
 
 @dataclass
+class WorkerStep:
+    """One worker in one step: its newest lag, and how fast it predicted."""
+
+    time: int = 0
+    lag: int = 0
+    count: int = 0
+    spans: dict[int, int] = field(default_factory=dict[int, int])  # window end → length, ms
+
+    def per_second(self) -> float:
+        """Predictions a second while its digests' windows lasted, which need not fit the step."""
+        return self.count * 1_000 / max(sum(self.spans.values()), 1)
+
+
+@dataclass
 class KindStep:
     """What the digests of one step and kind sum up to."""
 
@@ -130,9 +145,7 @@ class KindStep:
     items: Any = field(default_factory=lambda: _frequent())
     categories: Any = field(default_factory=lambda: _frequent())
     latency: Any = field(default_factory=lambda: _SKETCHES.kll_floats_sketch(KLL_K))
-    lags: dict[str, tuple[int, int]] = field(
-        default_factory=dict[str, tuple[int, int]]
-    )  # worker → (time, lag): the newest counts
+    workers: dict[str, WorkerStep] = field(default_factory=dict[str, WorkerStep])
 
 
 @dataclass
@@ -228,10 +241,9 @@ def close(steps: Steps, end_ms: int, insights: InsightsConfig) -> Window | None:
         for kind in _KINDS
         if any(kind in step.kinds for step in members)
     }
-    for kind, summed in kinds.items():
-        summed.step = last.kinds[kind].models if kind in last.kinds else {}
-        count = sum(scored.sums.count for scored in summed.step.values())
-        summed.per_second = count * 1_000 / steps.step_ms
+    for kind, step in last.kinds.items():
+        kinds[kind].step = step.models
+        kinds[kind].per_second = sum(worker.per_second() for worker in step.workers.values())
     steps.closed = end_ms
     for place in [place for place in steps.steps if place <= start + steps.step_ms]:
         del steps.steps[place]
@@ -328,7 +340,11 @@ def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) ->
                 sketch.update(name, weight)
     if latency is not None:
         step.latency.merge(latency)
-    step.lags[digest.worker] = max(step.lags.get(digest.worker, (0, 0)), (end, digest.lag))
+    worker = step.workers.setdefault(digest.worker, WorkerStep())
+    worker.count += count
+    worker.spans[end] = max(round((digest.window_end - digest.window_start) / _MILLISECOND), 0)
+    if end >= worker.time:
+        worker.time, worker.lag = end, digest.lag
 
 
 def _sums(count: int, errors: ErrorSums, total: float = 0.0) -> Sums:
@@ -348,14 +364,16 @@ def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
     actions: Counter[str] = Counter()
     items, categories = _frequent(), _frequent()
     latency = _SKETCHES.kll_floats_sketch(KLL_K)
-    lags: dict[str, tuple[int, int]] = {}
+    newest: dict[str, WorkerStep] = {}
     for step in steps:
         models = _merged(models, step.models, Scored())
         actions.update(step.actions)
         items.merge(step.items)
         categories.merge(step.categories)
         latency.merge(step.latency)
-        lags |= {worker: max(lags.get(worker, (0, 0)), lag) for worker, lag in step.lags.items()}
+        for name, worker in step.workers.items():
+            if name not in newest or worker.time >= newest[name].time:
+                newest[name] = worker
     return KindWindow(
         models=models,
         step={},
@@ -364,8 +382,8 @@ def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
         top_items=_top(items, insights.top),
         top_categories=_top(categories, insights.top),
         latency_ms=_quantiles(latency),
-        lag=sum(lag for _, lag in lags.values()),
-        workers=len(lags),
+        lag=sum(worker.lag for worker in newest.values()),
+        workers=len(newest),
     )
 
 

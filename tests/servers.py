@@ -116,7 +116,8 @@ def servers(folder: Path) -> Generator[Endpoints]:
 
 def main() -> int:
     """Run both servers in the foreground and print their addresses as shell lines."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="starcast-servers-") as folder:
         try:
             with servers(Path(folder)) as endpoints:

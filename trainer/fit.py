@@ -260,10 +260,9 @@ def _epochs(
                 output = network(chosen, number)
                 surprise = -(labels[batch] * tilt(output.logits, output.mean)).sum(1)
                 error = (output.mean - truth[batch]).square()
-                loss = (
-                    loss
-                    + (weights[number, batch] * (surprise + config.squared_error * error)).mean()
-                )
+                sizes = _sizes(members[number], chosen)
+                cost = surprise + config.squared_error * error + config.identity_decay * sizes
+                loss += (weights[number, batch] * cost).mean()
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
             nn.utils.clip_grad_norm_(learnt, config.clip)
             optimizer.step()  # pyright: ignore[reportUnknownMemberType]

@@ -28,7 +28,7 @@ class Observed:
 
 
 def observe() -> Observed:
-    """300 events of 40 users and 60 items; a third of the items has no vector, some no attributes."""
+    """300 events of 40 users and 60 items; some items lack vectors, some attributes."""
     random = np.random.default_rng(1)
     before, count = 500, 300
     users = random.integers(1, 2**63, 40).astype(np.uint64)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from model import bundle as bundles
-from model.bundle import Bundle, Written
+from model.bundle import Written
 from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead, folder_hash, read_star_head
@@ -45,7 +46,7 @@ def network(seed: int = 0) -> FusedNetwork:
     return built
 
 
-def write(url: str, seed: int = 0, **parts: object) -> Written:
+def write(url: str, seed: int = 0, **parts: Any) -> Written:
     return bundles.write(
         url,
         network=network(seed),
@@ -94,7 +95,7 @@ def test_what_is_written_is_loaded(kind: str, tmp_path: Path, observed: Observed
         for b in (bundle, again)
     ]
     memory = network().eval()
-    direct = predictor(Bundle(**{**vars(bundle), "network": memory}), "cpu").predict(
+    direct = predictor(replace(bundle, network=memory), "cpu").predict(
         observed.events, observed.observation, observed.lookups
     )
     for found in told:
@@ -120,7 +121,7 @@ def test_the_encoder_goes_along_unchanged(folder: Path, encoder: Path) -> None:
 def test_bundles_with_one_encoder_share_its_files(folder: Path) -> None:
     written = write(str(folder.parent), seed=1, encoder=folder / "encoder")
     second = folder.parent / written.version / "encoder" / "model.safetensors"
-    assert os.path.samefile(folder / "encoder" / "model.safetensors", second)
+    assert (folder / "encoder" / "model.safetensors").samefile(second)
     shutil.rmtree(folder)
     assert bundles.load(str(folder.parent), written.version).encoder_hash
 
@@ -147,7 +148,7 @@ def test_the_feature_table_stands_in_it(folder: Path) -> None:
     assert {"name", "group", "meaning", "source"} == set(table[0])
 
 
-def damage_nothing_but(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+def damage_nothing_but(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest and leave it valid otherwise."""
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     change(manifest)
@@ -169,7 +170,7 @@ def flip(path: Path) -> None:
 
 def infinite(folder: Path) -> None:
     broken = network()
-    broken.members[0].last.weight.data[0, 0] = torch.inf
+    broken.networks[0].last.weight.data[0, 0] = torch.inf
     other = folder.parent / write_network(folder.parent, broken).version
     shutil.copy(other / "network.safetensors", folder / "copied")
     resum(folder, "network.safetensors", (folder / "copied").read_bytes())

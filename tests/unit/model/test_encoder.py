@@ -31,7 +31,20 @@ from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
 from model.exceptions import EncoderError
 
-WORDS = "the a good bad guitar string drum case very not broke loud quiet cheap".split()
+WORDS = [
+    "the",
+    "a",
+    "and",
+    "good",
+    "bad",
+    "guitar",
+    "string",
+    "drum",
+    "case",
+    "very",
+    "not",
+    "broke",
+]
 TEXTS = [
     "the guitar broke",
     "a very very good string",
@@ -109,7 +122,6 @@ def t5(folder: Path) -> None:
         d_ff=32,
         num_layers=2,
         num_heads=2,
-        decoder_start_token_id=0,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -36,7 +36,7 @@ class Gated:
 
 
 @contextmanager
-def held(budget: int) -> Iterator[tuple[Engine[int, int], Gated]]:
+def held(budget: int) -> Generator[tuple[Engine[int, int], Gated]]:
     """An engine that is busy with a first item, 0, until `open` is set."""
     work = Gated()
     work.open.clear()
@@ -128,7 +128,7 @@ def test_poison_is_found_and_the_engine_goes_on() -> None:
 def test_many_threads() -> None:
     work = Gated()
     with Engine(work, 64) as engine, ThreadPoolExecutor(8) as pool:
-        results = pool.map(lambda number: engine.submit(number).result(PATIENCE), range(2000))
+        results = pool.map(lambda n: engine.submit(n).result(PATIENCE), range(2000))
         assert list(results) == [2 * number for number in range(2000)]
 
 
@@ -190,12 +190,18 @@ def test_an_error_in_the_block_fails_what_is_queued() -> None:
     work = Gated()
     work.open.clear()
     futures: list[Future[int]] = []
-    with pytest.raises(KeyError), Engine(work, 1) as engine:
-        engine.submit(0)
-        assert work.begun.wait(PATIENCE)
-        futures += [engine.submit(1), engine.submit(2)]
-        threading.Timer(0.05, work.open.set).start()
-        raise KeyError
+
+    def use(engine: Engine[int, int]) -> None:
+        with engine:
+            engine.submit(0)
+            assert work.begun.wait(PATIENCE)
+            futures.extend([engine.submit(1), engine.submit(2)])
+            threading.Timer(0.05, work.open.set).start()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        use(Engine(work, 1))
+    assert len(futures) == 2
     assert all(isinstance(future.exception(0), EngineClosedError) for future in futures)
 
 

@@ -22,7 +22,7 @@ def test_contributions_sum_to_the_correction(observed: Observed) -> None:
     with torch.no_grad():
         rows = tensors(model.config, inputs)
         correction = model(rows).mean - rows.features[:, INDEX["bias"]]
-        base = torch.stack([member.head(nothing)[0, 0] for member in model.members]).mean() / 2
+        base = torch.stack([member.head(nothing)[0, 0] for member in model.networks]).mean() / 2
     totals = [sum(part.stars for part in row) for row in everything]
     np.testing.assert_allclose(totals, correction - base, atol=0.01)
     assert np.abs(totals).max() > 0.1
@@ -30,7 +30,7 @@ def test_contributions_sum_to_the_correction(observed: Observed) -> None:
 
 def test_a_linear_network_is_explained_exactly(observed: Observed) -> None:
     model = FusedNetwork(default_config(vector=WIDTH)).eval()
-    weights = model.members[0].linear.weight.data
+    weights = model.networks[0].linear.weight.data
     factors = {"user_bias": 2.0, "item_bias": -3.0}
     for name, factor in factors.items():
         weights[0, INDEX[name]] = factor

@@ -200,6 +200,7 @@ def test_it_learns_what_only_attention_can_know(inputs: Inputs) -> None:
     rows = tensors(model.config, inputs)
     bias = rows.features[:, INDEX["bias"]]
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    loss = torch.tensor(torch.inf)
     for _ in range(120):
         loss = ((model(rows).mean - bias - effect) ** 2).mean()
         optimiser.zero_grad()

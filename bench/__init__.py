@@ -1,0 +1,1 @@
+"""Benchmarks, each beside its limit or its peers in the same run."""

@@ -1,0 +1,106 @@
+"""A stream of realistic size: behaviour as in REES46's store logs, reviews as in Amazon's.
+
+Users and items are those of the generated shop; who does what with which item is drawn by Zipf's
+law (rank to the power of minus the exponent).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from schemas.codec import format_times
+from schemas.records import Item, Review, User
+from starcast.shop import shop
+from streams.producer import Outgoing, outgoing
+
+ITEM_EXPONENT = 1.0
+# A log of shoppers is flatter at its head than one of items: a person acts only so fast.
+USER_EXPONENT = 0.8
+REVIEW_SHARE = 0.25
+SHORTEST_TEXT, LONGEST_TEXT = 170, 400  # characters of a review
+STEP_MS = 20  # between two events
+TEXTS = 2_000  # different review texts
+
+# Shares of actions in REES46's multi-category store, with a few of the rarer kinds.
+ACTIONS = {"view": 0.88, "click": 0.03, "wishlist": 0.01, "cart": 0.05, "purchase": 0.03}
+STARS = {1: 0.08, 2: 0.05, 3: 0.09, 4: 0.18, 5: 0.6}  # of Amazon's reviews
+
+
+@dataclass(frozen=True)
+class World:
+    """The users and items of a stream."""
+
+    users: Sequence[User]
+    items: Sequence[Item]
+    texts: Sequence[str]  # of reviews
+
+    @property
+    def records(self) -> Iterator[Outgoing]:
+        """What is known of users and items."""
+        yield from outgoing(("items", item) for item in self.items)
+        yield from outgoing(("users", user) for user in self.users)
+
+
+def make_world(users: int, items: int, seed: int = 7) -> World:
+    """Users, items and review texts from the generated shop."""
+    random = np.random.default_rng(seed)
+    records = [record for _, record in shop(seed, users, items, TEXTS)]
+    texts = [each.text for each in records if isinstance(each, Review) and each.text]
+    return World(
+        [each for each in records if isinstance(each, User)],
+        [each for each in records if isinstance(each, Item)],
+        [_text(random, texts) for _ in range(TEXTS)],
+    )
+
+
+def make_events(
+    world: World, count: int, end: datetime | None = None, seed: int = 7
+) -> Iterator[Outgoing]:
+    """Reviews and behaviour in order of time, the last at `end` (now)."""
+    random = np.random.default_rng(seed)
+    first = (end or datetime.now(UTC)) - timedelta(milliseconds=STEP_MS * count)
+    times = int(first.timestamp() * 1000) + np.arange(1, count + 1) * STEP_MS
+    user = zipf(random, len(world.users), USER_EXPONENT, count).tolist()
+    item = zipf(random, len(world.items), ITEM_EXPONENT, count).tolist()
+    reviews = (random.random(count) < REVIEW_SHARE).tolist()
+    action = random.choice(list(ACTIONS), count, p=list(ACTIONS.values())).tolist()
+    stars = random.choice(list(STARS), count, p=list(STARS.values())).tolist()
+    text = random.integers(len(world.texts), size=count).tolist()
+    for number, time in enumerate(format_times(times)):
+        user_id = world.users[user[number]].user_id
+        record = {
+            "event_id": f"{number:024x}",
+            "user_id": user_id,
+            "item_id": world.items[item[number]].item_id,
+            "event_time": time,
+        }
+        if reviews[number]:
+            title, words = world.texts[text[number]].split(". ", 1)
+            record |= {"rating": stars[number], "title": title, "text": words}
+        else:
+            record |= {
+                "action": action[number],
+                "price": world.items[item[number]].price,
+                "session_id": f"{user[number]:08x}-5f3b-4c6e-9d2a-{number >> 16:012x}",
+            }
+        topic = "reviews" if reviews[number] else "behavior"
+        yield Outgoing(topic, user_id.encode(), orjson.dumps(record))
+
+
+def zipf(random: np.random.Generator, size: int, exponent: float, count: int) -> NDArray[np.intp]:
+    """`count` ranks from 0 to `size` - 1, the k-th with probability proportional to k^-exponent."""
+    weights = np.arange(1, size + 1) ** -exponent
+    return np.searchsorted(np.cumsum(weights) / weights.sum(), random.random(count))
+
+
+def _text(random: np.random.Generator, texts: Sequence[str]) -> str:
+    """Sentences of several reviews, up to a length drawn for this one."""
+    length = int(random.integers(SHORTEST_TEXT, LONGEST_TEXT))
+    words = ""
+    while len(words) < length:
+        words += texts[int(random.integers(len(texts)))] + " "
+    return words[:length]
