@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -97,7 +97,7 @@ class Cluster:
 
 
 @contextmanager
-def cluster(settings: Settings, console: Console, dashboard: bool) -> Iterator[Cluster]:
+def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[Cluster]:
     """Broker, store and workers in a folder of their own, which is removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="starcast-demo-"))
     with ExitStack() as stack:
@@ -116,6 +116,9 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Iterator[C
             "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
             "STARCAST_KAFKA__REPLICATION": "1",
             "STARCAST_KAFKA__SESSION_TIMEOUT_MS": "2000",  # Tansu lets members wait half of it
+            # Item states are read once a batch, so small batches keep them fresh.
+            "STARCAST_SCORER__BATCH_EVENTS": "64",
+            "STARCAST_SCORER__LINGER_MS": "5",
             "STARCAST_REDIS__URL": endpoints.redis_url,
             "STARCAST_ARCHIVE__URL": own.archive.url,
             "STARCAST_ARCHIVE__FLUSH_SECONDS": "1",
@@ -176,7 +179,10 @@ def run_once(
     cut = places[int(len(places) * TRAIN_SHARE)] if places else len(records)
     with cluster(settings, console, dashboard=False) as running:
         sender = Sender(running.settings.kafka)
-        with console.status("playing events") as status, closing(_Follower(running, stop)) as follower:
+        with (
+            console.status("playing events") as status,
+            closing(_Follower(running, stop)) as follower,
+        ):
             _play(records[:cut], sender, rate, stop)
             follower.wait_for(sum(at < cut for at in places), status.update)
             _await_archived(running, stop)

@@ -8,7 +8,7 @@ import typer
 
 from schemas.exceptions import StarcastError
 from starcast import __version__, log
-from starcast.commands import contract, letters, playing, serving
+from starcast.commands import contract, letters, models, playing, serving
 from starcast.commands.context import Chosen, fail
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app.command(rich_help_panel=RECORDS)(playing.produce)
 app.command(rich_help_panel=RECORDS)(playing.consume)
 app.command(rich_help_panel=RECORDS)(playing.sample)
 app.add_typer(playing.import_app, name="import", rich_help_panel=RECORDS)
+
+app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 
 app.command(rich_help_panel=LOOKING)(serving.doctor)
 app.add_typer(letters.app, name="dead-letters", rich_help_panel=LOOKING)

@@ -257,7 +257,9 @@ class _Page:
                 _title("Predicted against true", "Mean stars of the same events, sliding window.")
                 self._against = _Chart("Mean predicted and true rating over time", 260, ratings)
             with _block("div", "card span-5"):
-                _title("Error by model version", "A line for each version, sliding window.")
+                _title(
+                    "Error by model version", "In stars, a line for each version, sliding window."
+                )
                 self._error = _Chart("Error of each model version over time", 260, ratings)
             with _block("div", "card span-4"):
                 _title("Predicted stars", "Share of predictions, rounded to whole stars.")

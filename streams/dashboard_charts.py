@@ -39,9 +39,10 @@ _SHORT_NUMBER = (
 _TWO_DIGITS = "v => v == null ? '–' : (+v).toFixed(2)"
 _PER_SECOND = "v => v == null ? '–' : v.toFixed(1) + ' /s'"
 _WAITING = "v => v == null ? '–' : Math.round(v).toLocaleString() + ' waiting'"
-_CLOCK = (
-    "v => { const t = new Date(v).toTimeString(); return t.slice(0, t.slice(6, 8) === '00' ? 5 : 8) }"
-)
+_CLOCK = """v => {
+  const time = new Date(v).toTimeString();
+  return time.slice(0, time.slice(6, 8) === "00" ? 5 : 8);
+}"""
 _PERCENT = "p => p.value.toFixed(p.value >= 10 ? 0 : 1) + '%'"
 
 
@@ -70,8 +71,8 @@ def flow(windows: Sequence[Window], swaps: Sequence[Swap]) -> Options:
     hidden = axis | {"axisLabel": {"show": False}, "axisTick": {"show": False}}
     return _base() | {
         "grid": [
-            {"left": 44, "right": 16, "top": 46, "height": 124},
-            {"left": 44, "right": 16, "top": 212, "height": 60},
+            {"left": 44, "right": 16, "top": 48, "height": 124},
+            {"left": 44, "right": 16, "top": 214, "height": 60},
         ],
         "legend": _legend([KINDS[kind] for kind in kinds]) if len(kinds) > 1 else {"show": False},
         "axisPointer": {"link": [{"xAxisIndex": "all"}]},
@@ -79,7 +80,7 @@ def flow(windows: Sequence[Window], swaps: Sequence[Swap]) -> Options:
         "yAxis": [
             _value_axis("Predictions a second", _SHORT_NUMBER) | {"min": 0, "gridIndex": 0},
             _value_axis("Waiting to be scored", _SHORT_NUMBER)
-            | {"min": 0, "gridIndex": 1, "splitNumber": 2, "minInterval": 1},
+            | {"min": 0, "gridIndex": 1, "splitNumber": 2, "minInterval": 1, "nameGap": 12},
         ],
         "series": rates + lags,
     }
@@ -103,7 +104,7 @@ def against(windows: Sequence[Window], kind: Kind, swaps: Sequence[Swap]) -> Opt
         "grid": {"left": 38, "right": 16, "top": 50, "bottom": 28},
         "legend": _legend(["Predicted", "True"]),
         "xAxis": _time_axis(low, high),
-        "yAxis": _value_axis("Stars", "v => v.toFixed(1)")
+        "yAxis": _value_axis("", "v => v.toFixed(1)")
         | {"min": low_stars, "max": high_stars, "interval": tick},
         "series": series,
     }
@@ -131,7 +132,7 @@ def error(
         "grid": {"left": 38, "right": 16, "top": 50, "bottom": 28},
         "legend": _legend([each["name"] for each in series]),
         "xAxis": _time_axis(low, high),
-        "yAxis": _value_axis(f"{measure.upper()}, stars", "v => v.toFixed(1)") | {"min": 0},
+        "yAxis": _value_axis("", "v => v.toFixed(1)") | {"min": 0},
         "series": series,
     }
 
@@ -336,7 +337,7 @@ def _value_axis(name: str, label: str) -> Options:
         "type": "value",
         "name": name,
         "nameLocation": "end",
-        "nameGap": 12,
+        "nameGap": 24,
         "nameTextStyle": {"color": "var(--muted)", "align": "left", "padding": [0, 0, 0, -36]},
         "splitNumber": 3,
         "splitLine": {"lineStyle": {"color": "var(--grid)"}},

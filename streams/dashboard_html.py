@@ -20,8 +20,9 @@ from streams.dashboard_view import (
     together,
     totals,
 )
+from streams.windows import Sums
 
-ROWS = 12  # newest predictions shown
+ROWS = 14  # newest predictions shown
 HERO = ("broker", "store", "topics", "events", "predictions", "insights")
 
 STAR = (
@@ -70,21 +71,21 @@ _WAIT_TITLES = {
 def chips(snapshot: Snapshot, now_ms: int) -> str:
     """Which servers answer, and whether numbers still come."""
     quiet = silent(snapshot, now_ms)
-    insights = Link(None if not snapshot.windows else not quiet)
+    numbers = Link(True if not quiet else None, "quiet" if snapshot.windows else "not yet")
     return "".join(
         _chip(name, link)
         for name, link in (
             ("Kafka", snapshot.broker),
             ("Store", snapshot.store),
             ("Models", snapshot.models),
-            ("Insights", insights),
+            ("Numbers", numbers),
         )
     )
 
 
 def _chip(name: str, link: Link) -> str:
     if link.up is None:
-        return f'<span class="chip asked">{_LATER}{name}: not yet</span>'
+        return f'<span class="chip asked">{_LATER}{name}: {link.reason or "asking"}</span>'
     if link.up:
         return f'<span class="chip up">{_UP}{name}</span>'
     return f'<span class="chip down" title="{escape(link.reason)}">{_DOWN}{name}: silent</span>'
@@ -146,64 +147,48 @@ def notes(snapshot: Snapshot, kafka: KafkaConfig, now_ms: int) -> str:
 def tiles(snapshot: Snapshot, range_ms: int | None, now_ms: int) -> str:
     """The six numbers of interactions that tell whether all is well."""
     now = newest(snapshot, "interaction", now_ms)
-    scored = together(totals(in_range(snapshot.windows, range_ms), "interaction").values())
-    sums = now.total().sums if now else None
-    latency = now.latency_ms if now else None
+    everything = together(totals(in_range(snapshot.windows, range_ms), "interaction").values())
     firing = {
         name.partition("/")[0]
-        for name in (snapshot.windows[-1].firing if snapshot.windows and now else [])
+        for name in (snapshot.windows[-1].firing if now else [])
         if name.endswith("/interaction")
     }
-    waits = ""
+    # Without a window of now, errors are told over the whole range.
+    sums = now.total().sums if now else everything.sums
+    latency = now.latency_ms if now else None
+    rate = now.per_second if now else 0.0
+    waits = "not told by the scorer now"
     if now:
-        rate = max(now.per_second, 1e-9)
         behind = f"about {_seconds(now.lag / rate)} behind" if rate >= 1 else "behind"
         waits = behind if now.lag else "caught up"
-    error = _number(sums.rmse if sums else None)
-    means = _NONE
-    if sums and sums.rated:
+    error, means, off, ratings = _NONE, _NONE, "", "no ratings yet"
+    if sums.rated:
+        error = f"{_number(sums.rmse)} <small>stars</small>"
+        ratings = f"MAE {_number(sums.mae)}, {compact(sums.rated)} ratings"
         means = (
             f'<span class="vs-predicted">{_number(sums.mean_predicted)}</span> <small>against'
             f'</small> <span class="vs-true">{_number(sums.mean_rating)}</span>'
         )
-    off = (sums.mean_predicted or 0) - (sums.mean_rating or 0) if sums and sums.rated else None
+        off = f"{_signed(sums)} stars off"
     stable = snapshot.registry.stable
     model, model_text = "cold start", "from running means, no model yet"
     if stable:
         model = escape(short(stable.version))
         model_text = f"promoted {_time(round(stable.at.timestamp() * 1_000))}"
+    range_text = f"{compact(everything.sums.count)} in this range"
     return "".join(
         [
+            _tile("Predictions a second", compact(rate), range_text),
             _tile(
-                "Predictions a second",
-                compact(now.per_second) if now else _NONE,
-                f"{compact(scored.sums.count)} in this range",
-            ),
-            _tile(
-                "Waiting to be scored",
-                compact(now.lag) if now else _NONE,
-                waits,
-                alarm="lag" in firing,
+                "Waiting to be scored", compact(now.lag) if now else _NONE, waits, "lag" in firing
             ),
             _tile(
                 "Latency, median",
                 _milliseconds(latency["p50"]) if latency else _NONE,
                 f"99% within {_milliseconds(latency['p99'])}" if latency else "",
             ),
-            _tile(
-                "Error, RMSE",
-                f"{error} <small>stars</small>" if sums and sums.rated else _NONE,
-                f"MAE {_number(sums.mae)}, {compact(sums.rated)} ratings"
-                if sums and sums.rated
-                else "no ratings in the window",
-                alarm="rmse" in firing,
-            ),
-            _tile(
-                "Mean predicted, true",
-                means,
-                f"{off:+.2f} stars off" if off is not None else "",
-                alarm="drift" in firing,
-            ),
+            _tile("Error, RMSE", error, ratings, "rmse" in firing),
+            _tile("Mean predicted, true", means, off, "drift" in firing),
             _tile("Model", model, model_text),
         ]
     )
@@ -273,7 +258,6 @@ def _model(row: ModelRow, versions: Sequence[str]) -> str:
     if row.version != LADDER and row.by:
         since += f" by {escape(row.by)}"
     sums = row.sums
-    off = (sums.mean_predicted or 0) - (sums.mean_rating or 0) if sums.rated else None
     return (
         f'<tr><td title="{escape(row.version)}: {escape(row.reason)}"><div class="title">'
         f"{_swatch(row.version, versions)}{escape(row.name)}{role}</div>"
@@ -281,7 +265,7 @@ def _model(row: ModelRow, versions: Sequence[str]) -> str:
         f'<td class="num">{compact(sums.rated)}</td>'
         f'<td class="num strong">{_number(sums.rmse)}</td>'
         f'<td class="num">{_number(sums.mae)}</td>'
-        f'<td class="num">{_NONE if off is None else f"{off:+.2f}"}</td></tr>'
+        f'<td class="num">{_signed(sums)}</td></tr>'
     )
 
 
@@ -292,7 +276,7 @@ def alerts(found: Iterable[Alert]) -> str:
         f'<span class="muted">{escape(alert.rule)}, '
         f"{_time(round(alert.window_end.timestamp() * 1_000))}</span></span>"
         f"<span>{escape(alert.text)}</span></li>"
-        for alert in list(found)[:6]
+        for alert in list(found)[:4]
     )
     if not items:
         return '<p class="blank">No threshold has been crossed.</p>'
@@ -308,7 +292,7 @@ def bars(rows: Sequence[tuple[str, int]], titles: Mapping[str, str], nothing: st
         f'<li><span class="name" title="{escape(name)}">{escape(titles.get(name) or name)}</span>'
         f'<span class="muted">{compact(count)}</span>'
         f'<span class="bar" style="width:{100 * count / most:.1f}%"></span></li>'
-        for name, count in rows[:8]
+        for name, count in rows[:6]
     )
     return f'<ul class="bars">{items}</ul>'
 
@@ -342,6 +326,13 @@ def _place(rating: float) -> float:
 
 def _number(value: float | None) -> str:
     return _NONE if value is None else f"{value:.2f}"
+
+
+def _signed(sums: Sums) -> str:
+    """How far the mean predicted rating is from the mean true one."""
+    if not sums.rated:
+        return _NONE
+    return f"{(sums.predicted - sums.rating) / sums.rated:+.2f}".replace("-", "−")
 
 
 def _stars(value: float | None) -> str:

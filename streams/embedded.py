@@ -27,7 +27,7 @@ from schemas.exceptions import StarcastError
 from streams import launch
 
 HOST = "127.0.0.1"
-STARTUP_TIMEOUT_S = 20.0  # a child that hangs, or cannot listen, would keep its caller for ever
+STARTUP_TIMEOUT_S = 30.0  # a child that hangs, or cannot listen, would keep its caller for ever
 REQUEST_TIMEOUT_S = 2.0  # a child that accepts but never answers would look like a slow start
 STOP_TIMEOUT_S = 5.0  # a child that ignores the request to end is killed after this
 POLL_S = 0.05

@@ -69,6 +69,7 @@ class Models:
 
     def refresh(self) -> None:
         """Take up the registry's stable version, if it is another and can be loaded."""
+        stable = None
         try:
             stable = registry.read(self._config.url).stable
             version = stable.version if stable else None

@@ -4,7 +4,7 @@ import fcntl
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,7 @@ def _readiness(loop: Loop) -> Callable[[], str | None]:
 
 
 @contextmanager
-def worker_slot(kafka: KafkaConfig, name: str) -> Iterator[int]:
+def worker_slot(kafka: KafkaConfig, name: str) -> Generator[int]:
     """The lowest number that no other worker of this processor on this host has.
 
     It makes the transactional id stable over restarts and different for each worker.

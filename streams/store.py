@@ -4,7 +4,7 @@ A partition's keys share a hash tag. Only the worker that claimed the partition 
 them: each write carries the claim's token, and the store refuses an older one (`store.lua`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -168,7 +168,7 @@ class Store:
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
+def _answering() -> Generator[None]:
     try:
         yield
     except redis.OutOfMemoryError as error:

@@ -79,7 +79,7 @@ class UserStates:
             rows += self._apply(partition, held, several)
         if rows:
             self._log.info("recovered", partition=partition, journal_rows=rows)
-        ends = dict(zip(TOPICS, held.header["ends"].tolist(), strict=True))
+        ends: dict[str, int] = dict(zip(TOPICS, held.header["ends"].tolist(), strict=True))
         if not self._kafka.exactly_once:
             # Without transactions the journal may be ahead of the committed offsets; it is exact.
             return ends

@@ -368,14 +368,13 @@ class _Partition:
         both_missing = np.isnan(written) & np.isnan(replayed)
         text = np.array([feature.group == "text" for feature in FEATURES])
         near = np.where(text, np.abs(written - replayed) <= COSINE, written == replayed)
-        same = both_missing | near
-        report.check(
-            "feature row",
-            same.all(1),
-            lambda at: (
-                f"{place(at)}: {', '.join(f.name for f, ok in zip(FEATURES, same[at], strict=True) if not ok)}"
-            ),
-        )
+        same: NDArray[np.bool_] = np.asarray(both_missing | near)
+
+        def tell(at: int) -> str:
+            wrong = [each.name for each, ok in zip(FEATURES, same[at], strict=True) if not ok]
+            return f"{place(at)}: {', '.join(wrong)}"
+
+        report.check("feature row", np.asarray(same.all(1)), tell)
         report.check("step", entry.steps == result.step, place)
         report.check("seq", entry.seqs == result.seq, place)
         report.check("duplicate", entry.duplicates == result.duplicate, place)
@@ -393,38 +392,30 @@ class _Partition:
             for at in rows
         ]
         there = np.array([record is not None for record in records], bool)
+        found = {at: record for at, record in enumerate(records) if record is not None}
         self._report.check("predicted", there, lambda at: self._place(entry, int(rows[at])))
-        versions = {record.model_version for record in records if record is not None}
-        for version in sorted(versions):
+        for version in sorted({record.model_version for record in found.values()}):
             used = self._shared.predictor(version)
             if used is None:
                 continue
-            mine = [
-                at
-                for at, record in enumerate(records)
-                if record and record.model_version == version
-            ]
-            chosen = rows[mine]
-            predicted = used.predict(events[chosen], select([result.observation], chosen), lookups)
-            now = np.column_stack(
-                [predicted.rating, predicted.distribution, predicted.low, predicted.high]
+            then = {at: each for at, each in found.items() if each.model_version == version}
+            chosen = rows[list(then)]
+            now = used.predict(events[chosen], select([result.observation], chosen), lookups)
+            numbers = np.column_stack([now.rating, now.distribution, now.low, now.high])
+            written = np.array(
+                [[each.rating, *each.distribution, *each.interval] for each in then.values()]
             )
-            then = np.array(
+            names = np.array(
                 [
-                    [records[at].rating, *records[at].distribution, *records[at].interval]
-                    for at in mine
+                    ladder.TIERS[tier] == each.tier and seq == each.seq
+                    for tier, seq, each in zip(
+                        now.tier, result.seq[chosen], then.values(), strict=True
+                    )
                 ]
             )
-            tiers = np.array(
-                [
-                    ladder.TIERS[tier] == records[at].tier
-                    for tier, at in zip(predicted.tier, mine, strict=True)
-                ]
-            )
-            seqs = np.array([records[at].seq for at in mine], np.uint64) == result.seq[chosen]
             self._report.check(
                 "prediction",
-                (np.abs(now - then) <= ROUNDED).all(1) & tiers & seqs,
+                (np.abs(numbers - written) <= ROUNDED).all(1) & names,
                 lambda at, chosen=chosen: self._place(entry, int(chosen[at])),
             )
 
@@ -470,7 +461,7 @@ class _Partition:
         )
         header = decode_header(self._shared.store.header(USER_STATE, self._partition))
         if header["partition"]["step"] <= self._state["step"]:
-            same = np.array([header["partition"] == self._state])
+            same = np.array([header["partition"] == self._state], bool)
             self._report.check("partition header", same, lambda _: f"partition {self._partition}")
 
     def _place(self, entry: Journal, at: int) -> str:

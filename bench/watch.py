@@ -1,0 +1,163 @@
+"""A processor with its transactions and times noted."""
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from confluent_kafka import Message
+
+from streams.loop import Outcome, Position, Processor
+from streams.metrics import Metrics
+
+# Phases that the scorer times itself; the others lie between the loop's calls.
+INNER = ("decode", "read", "features", "predict", "encode")
+PHASES = ("consume", *INNER, "commit", "write", "other")
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """What one transaction read and wrote."""
+
+    events: int
+    outputs: Mapping[str, list[dict[str, Any]]]  # by topic, as `produce_batch` takes them
+
+    @property
+    def bytes_out(self) -> int:
+        """Keys and values written, before compression."""
+        return sum(
+            len(record["key"]) + len(record["value"])
+            for records in self.outputs.values()
+            for record in records
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run. The first transaction is left out: it waits for its input and warms up."""
+
+    events: int
+    seconds: float
+    cpu_seconds: float  # of this process, all threads
+    phases: Mapping[str, float]  # seconds
+
+    @property
+    def rate(self) -> float:
+        """Events a second."""
+        return self.events / self.seconds
+
+
+class Stopwatch:
+    """Seconds of clock and processor by phase, from `start` on."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin at zero."""
+        self.phases = Counter[str]()
+        self._began = self._marked = time.perf_counter()
+        self._cpu_began = time.process_time()
+
+    def mark(self, phase: str) -> None:
+        """Book the time since the last mark to a phase."""
+        now = time.perf_counter()
+        self.phases[phase] += now - self._marked  # pyright: ignore[reportArgumentType]
+        self._marked = now
+
+    def run(self, events: int) -> Run:
+        """What has passed until the last mark."""
+        return Run(
+            events,
+            self._marked - self._began,
+            time.process_time() - self._cpu_began,
+            dict(self.phases),
+        )
+
+
+class Watched:
+    """A processor whose batches are timed and kept; sets `stop` once it has seen `events`."""
+
+    def __init__(
+        self, inner: Processor, metrics: Metrics, events: int, stop: threading.Event
+    ) -> None:
+        self.name, self.topics, self.together = inner.name, inner.topics, inner.together
+        self.transactional = inner.transactional
+        self.batch_size, self.linger_seconds = inner.batch_size, inner.linger_seconds
+        self.claim, self.drop = inner.claim, inner.drop
+        self.lag = 0
+        self._inner = inner
+        self._metrics = metrics
+        self._left = events
+        self._stop = stop
+        self._watch = Stopwatch()
+        self._inner_began = self._inner_seconds()
+        self._outcomes: list[tuple[int, Outcome]] = []
+
+    def process(self, messages: list[Message]) -> Outcome:
+        """One batch."""
+        self._watch.mark("consume")
+        outcome = self._inner.process(messages)
+        self._watch.mark("process")
+        return self._noted(outcome, len(messages))
+
+    def idle(self) -> Outcome | None:
+        """Timed work."""
+        self._inner.lag = self.lag
+        outcome = self._inner.idle()
+        self._watch.mark("other")
+        return outcome and self._noted(outcome, 0)
+
+    def run(self) -> Run:
+        """What was measured."""
+        ended = self._inner_seconds()
+        inner = {name: ended[name] - began for name, began in self._inner_began.items()}
+        run = self._watch.run(sum(events for events, _ in self._outcomes[1:]))
+        phases = dict(run.phases) | inner
+        phases["other"] += phases.pop("process") - sum(inner.values())
+        return replace(run, phases=phases)
+
+    def transactions(self) -> list[Transaction]:
+        """All transactions, the first one too."""
+        return [Transaction(events, _by_topic(outcome)) for events, outcome in self._outcomes]
+
+    def _noted(self, outcome: Outcome, events: int) -> Outcome:
+        inner = outcome.finish
+        self._outcomes.append((events, outcome))
+        self._left -= events
+
+        def finish(delivered: dict[Position, int]) -> None:
+            self._watch.mark("commit")
+            if inner:
+                inner(delivered)
+            self._watch.mark("write")
+            if len(self._outcomes) == 1:
+                self._watch.start()
+                self._inner_began = self._inner_seconds()
+            if self._left <= 0:
+                self._stop.set()
+
+        outcome.finish = finish
+        return outcome
+
+    def _inner_seconds(self) -> dict[str, float]:
+        return {
+            name: self._metrics.registry.get_sample_value(
+                "starcast_batch_seconds_sum", {"processor": self.name, "phase": name}
+            )
+            or 0.0
+            for name in INNER
+        }
+
+
+def _by_topic(outcome: Outcome) -> Mapping[str, list[dict[str, Any]]]:
+    topics = defaultdict[str, list[dict[str, Any]]](list)
+    for batch in outcome.batches:
+        topics[batch.topic] += batch.messages
+    for output in outcome.outputs:
+        topics[output.topic].append(
+            {"key": output.key, "value": output.value, "partition": output.partition}
+        )
+    return topics

@@ -1,0 +1,165 @@
+"""The command line as a whole: what it prints, and the exit codes that scripts rely on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from schemas.topics import TOPICS
+from starcast import __version__
+from starcast.main import app, main
+from streams.embedded import HOST, free_port
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("STARCAST_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["starcast", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_version_and_help() -> None:
+    assert RUNNER.invoke(app, ["--version"]).output == f"starcast {__version__}\n"
+    shown = RUNNER.invoke(app, ["--help"]).output
+    for command in (
+        "run", "topics", "produce", "consume", "import", "train", "retrain", "evaluate", "models",
+        "doctor", "dead-letters", "config", "asyncapi", "schema", "demo", "backfill",
+        "verify-replay",
+    ):  # fmt: skip
+        assert command in shown
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["produce"], ["produce", "no-such-file"]])
+def test_wrong_usage_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, *arguments) == 2
+
+
+def test_an_expected_error_is_one_message_and_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STARCAST_KAFKA__PARTITIONS", "0")
+    assert run_main(monkeypatch, "config") == 1
+    printed = capsys.readouterr()
+    assert "STARCAST_KAFKA__PARTITIONS" in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr("starcast.commands.contract.asyncapi_document", broken)
+    monkeypatch.setattr(sys, "argv", ["starcast", "asyncapi"])
+    with pytest.raises(KeyError):
+        main()
+
+
+def test_config_prints_every_setting_with_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STARCAST_REDIS__URL", "redis://u:hunter2@h:1")
+    (tmp_path / "starcast.toml").write_text("[kafka]\npartitions = 3\n")
+    result = RUNNER.invoke(app, ["config", "--json"])
+    rows = {row["name"]: row for row in json.loads(result.output)}
+    assert rows["kafka.partitions"]["shown"] == "3"
+    assert rows["kafka.partitions"]["source"].endswith("starcast.toml")
+    assert rows["kafka.partitions"]["description"]
+    assert rows["redis.url"]["shown"] == "redis://u:******@h:1"
+    assert "hunter2" not in result.output
+    changed = RUNNER.invoke(app, ["config", "--json", "--changed"])
+    assert {row["name"] for row in json.loads(changed.output)} == {"kafka.partitions", "redis.url"}
+
+
+def test_config_takes_another_file(tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text("[web]\nport = 1\n")
+    result = RUNNER.invoke(app, ["--config", "other.toml", "config", "--json", "--changed"])
+    assert [row["name"] for row in json.loads(result.output)] == ["web.port"]
+
+
+def test_asyncapi_and_schema(tmp_path: Path) -> None:
+    document = json.loads(RUNNER.invoke(app, ["asyncapi"]).output)
+    assert document["asyncapi"].startswith("3.")
+    assert RUNNER.invoke(app, ["asyncapi", "--out", "deep/asyncapi.json"]).exit_code == 0
+    assert json.loads((tmp_path / "deep" / "asyncapi.json").read_text()) == document
+    listed = RUNNER.invoke(app, ["schema"]).output
+    assert all(topic.name in listed for topic in TOPICS)
+    schema = json.loads(RUNNER.invoke(app, ["schema", "reviews"]).output)
+    assert "rating" in json.dumps(schema)
+
+
+def test_an_unknown_record_is_an_expected_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "schema", "nope") == 1
+    assert "nope" in capsys.readouterr().err
+
+
+def test_sample_writes_a_record_file(tmp_path: Path) -> None:
+    arguments = ["sample", "--out", "shop.jsonl", "--events", "50", "--users", "5", "--items", "4"]
+    assert RUNNER.invoke(app, arguments).exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "shop.jsonl").read_text().splitlines()]
+    assert len(lines) == 59
+    assert {line["topic"] for line in lines} == {"users", "items", "reviews", "behavior"}
+
+
+def test_no_broker_is_told_in_a_line_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("streams.admin.REACH_SECONDS", 0.5)
+    address = f"{HOST}:{free_port()}"
+    monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", address)
+    for command in (["topics", "show"], ["consume"], ["dead-letters", "list"]):
+        assert run_main(monkeypatch, *command) == 1
+        printed = capsys.readouterr().err
+        assert address in printed
+        assert "Traceback" not in printed
+
+
+def test_produce_takes_one_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f.jsonl").write_text("")
+    assert run_main(monkeypatch, "produce", "f.jsonl", "--rate", "1", "--speed", "1") == 2
+
+
+def test_models_of_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STARCAST_MODELS__URL", str(tmp_path / "models"))
+    assert run_main(monkeypatch, "models", "list") == 0
+    assert "no bundle" in capsys.readouterr().err
+    assert run_main(monkeypatch, "models", "rollback") == 1
+    assert "nothing to roll back to" in capsys.readouterr().err
+    assert run_main(monkeypatch, "models", "promote", "20260101T000000-00000000") == 1
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "starcast", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.stdout == f"starcast {__version__}\n"
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, starcast.main; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+    assert done.returncode == 0
