@@ -98,8 +98,8 @@ class Bench:
         self._store = Store(redis, LAYOUT_HASH, sizes.partitions)
         self._say = say
         self._models = {
-            "bundle": ModelsConfig(url=default_models()),
-            "ladder": ModelsConfig(url=str(folder / "models")),
+            "bundle": ModelsConfig(url=default_models(say), threads=1),
+            "ladder": ModelsConfig(url=str(folder / "models"), threads=1),
         }
         world = make_world(sizes.users, sizes.items)
         total = sizes.events * (1 + len(MODELS) * sizes.rounds)

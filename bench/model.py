@@ -2,27 +2,26 @@
 
 from pathlib import Path
 
-from model import bundle, encoder, registry
-from model.calibration import Calibration
-from model.card import ModelCard
-from model.network import FusedNetwork, default_config
+from rich.console import Console
+from rich.progress import Progress
 
-CACHE = Path(".cache/bench/models")
+from model import registry
+from model.features import FEATURE_HASH
+from schemas.files import write_records
+from starcast.shop import shop
+from trainer.data import from_file
+from trainer.train import train
+
+CACHE = Path(".cache/bench")
 
 
-def default_models(url: Path = CACHE) -> str:
-    """The URL of a registry whose stable version is the default bundle, made once and kept."""
-    if registry.read(str(url)).stable is None:
-        from datetime import UTC, datetime
-        network = FusedNetwork(default_config())
-        now=datetime.now(UTC)
-        written = bundle.write(
-            str(url),
-            network=network,
-            calibration=Calibration(),
-            metrics={},
-            card=ModelCard(data="none", data_from=now, data_to=now, rows={}, settings={}, metrics={}, limits=[], notes=""),
-            encoder=encoder.locate("auto"),
-        )
-        registry.promote(str(url), written.version, written.sha256, "bench", "default settings")
-    return str(url)
+def default_models(console: Console) -> str:
+    """The URL of a registry whose stable version is the default bundle; made once and kept."""
+    url = str(CACHE / f"models-{FEATURE_HASH}")
+    if registry.read(url).stable is None:
+        sample = CACHE / "shop.jsonl.gz"
+        write_records(sample, shop())
+        with Progress(console=console) as progress:
+            trained = train(from_file(sample), url, progress=progress, source="the generated shop")
+        registry.promote(url, trained.version, trained.sha256, "bench", "default settings")
+    return url

@@ -86,7 +86,7 @@ class Watched:
         self.name, self.topics, self.together = inner.name, inner.topics, inner.together
         self.transactional = inner.transactional
         self.batch_size, self.linger_seconds = inner.batch_size, inner.linger_seconds
-        self.claim, self.drop = inner.claim, inner.drop
+        self.claim, self.drop, self.close = inner.claim, inner.drop, inner.close
         self.lag = 0
         self._inner = inner
         self._metrics = metrics

@@ -2,15 +2,14 @@
 
 import torch
 
-from model.exceptions import StarcastError
-
-
-class DeviceError(StarcastError):
-    """A device was asked for that this machine or this build of torch lacks."""
+from model.exceptions import DeviceError
 
 
 def find(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` is cuda when present, otherwise the CPU."""
+    """The device of that name; `auto` is cuda when present, otherwise the CPU.
+
+    Raises DeviceError when it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

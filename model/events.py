@@ -1,7 +1,7 @@
 """Events as rows of an array: the one form in which reviews, behaviour and texts meet a state."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ EVENT = np.dtype(
 # the one is never taken for a repetition of the other.
 TEXT_SEED = 1
 
+_START = datetime(1970, 1, 1, tzinfo=UTC)
+
 
 def blank(dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> Rows:
     """Rows in which nothing is known: zeros, and nan in every `f4` field.
@@ -75,7 +77,11 @@ def duplicated(rows: Rows) -> Rows:
 
 def milliseconds(times: Sequence[datetime]) -> NDArray[np.int64]:
     """Aware times as milliseconds since 1970, UTC, rounded down; shape (n,)."""
-    seconds = np.array([time.timestamp() for time in times], np.float64)
+    # Decoded times share one time zone of fixed offset, and so are subtracted without asking it.
+    zone = times[0].tzinfo if times else None
+    fixed = zone is not None and zone.utcoffset(None) is not None
+    start = _START.astimezone(zone) if fixed else _START
+    seconds = np.array([(time - start).total_seconds() for time in times], np.float64)
     return np.rint(seconds * 1e6).astype(np.int64) // 1000
 
 

@@ -29,3 +29,7 @@ class DeadlineError(StarcastError):
 
 class RegistryError(StarcastError):
     """The registry of bundles cannot be read, or another writer changed it meanwhile."""
+
+
+class DeviceError(StarcastError):
+    """A device was asked for that this machine or this build of torch lacks."""

@@ -47,6 +47,7 @@ SHOP_RATE = 60.0  # events a second of the generated shop, once its history is i
 SHOP_HISTORY = 6_000  # events played fast at the start, so that there is something to learn from
 SHOP_EVENTS = 200_000
 RETRAIN_AFTER = 1_200  # events after which the demo trains a second time
+DEMO_TEXTS = 600  # review texts that a training of the demo reads: 25 ms each on a core
 PARTITIONS = 4
 START_SECONDS = 90.0  # a worker imports torch and joins its group; on a busy machine that is slow
 STOP_SECONDS = 12.0  # a worker ends within 10 s of SIGTERM
@@ -126,7 +127,7 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
             "STARCAST_MODELS__THREADS": "1",
             "STARCAST_WEB__HOST": own.web.host,
             "STARCAST_WEB__PORT": str(own.web.port),
-            "STARCAST_TRAINER__TEXT__TEXT_LIMIT": str(min(own.trainer.text.text_limit, 1_500)),
+            "STARCAST_TRAINER__TEXT__TEXT_LIMIT": str(DEMO_TEXTS),
         }
         apply_topics(own.kafka)
         groups: list[tuple[str, ...]] = [

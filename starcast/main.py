@@ -20,7 +20,9 @@ app = typer.Typer(
 
 RUNNING, RECORDS, MODELS, LOOKING = "Run", "Move records", "Models", "Look and repair"
 
+app.command(rich_help_panel=RUNNING)(serving.demo)
 app.command(rich_help_panel=RUNNING)(serving.run)
+app.command(rich_help_panel=RUNNING)(serving.backfill)
 app.add_typer(serving.topics_app, name="topics", rich_help_panel=RUNNING)
 
 app.command(rich_help_panel=RECORDS)(playing.produce)
@@ -28,10 +30,14 @@ app.command(rich_help_panel=RECORDS)(playing.consume)
 app.command(rich_help_panel=RECORDS)(playing.sample)
 app.add_typer(playing.import_app, name="import", rich_help_panel=RECORDS)
 
+app.command(rich_help_panel=MODELS)(models.train)
+app.command(rich_help_panel=MODELS)(models.retrain)
+app.command(rich_help_panel=MODELS)(models.evaluate)
 app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 
 app.command(rich_help_panel=LOOKING)(serving.doctor)
 app.add_typer(letters.app, name="dead-letters", rich_help_panel=LOOKING)
+app.command(rich_help_panel=LOOKING)(serving.verify_replay)
 app.command(rich_help_panel=LOOKING)(contract.config)
 app.command(rich_help_panel=LOOKING)(contract.asyncapi)
 app.command(rich_help_panel=LOOKING)(contract.schema)

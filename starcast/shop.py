@@ -2,7 +2,7 @@
 
 Users have tastes (departments, shelves, brands, prices), items have a quality and texts that hint
 at it. Visits lead to views, clicks, carts and purchases, and those to reviews, whose stars come
-from taste and quality plus noise, and whose words come from the stars. A model that knows a user's
+from taste and quality plus noise, and whose words say about the same. A model that knows a user's
 taste for a department can therefore do clearly better than a user's and an item's mean, and the
 noise keeps the best possible root mean squared error near 0.6 stars. `docs/sample.md` gives the
 formula. All is drawn from one seed; the words stand in `shop.toml`.
@@ -33,6 +33,7 @@ SHELF_TASTE = 0.35  # of a user for a shelf within it
 BRAND_TASTE = 0.3
 PRICE_TASTE = 0.8  # of a user, from the cheapest item of a shelf to the dearest
 NOISE = 0.5
+WORDING = 0.25  # of what a review's words say, around what its stars say
 
 CHOICE = 0.5  # how much more often a shelf is visited for each star of taste: exp(0.5)
 
@@ -383,13 +384,14 @@ def _review(
     parts: Sequence[str],
     known: dict[str, Any],
 ) -> Review:
-    """Stars, mostly with words whose tone they set; one in thirty has words alone."""
-    tone = int(np.clip(np.round(liking), 1, 5)) - 1
+    """Stars, mostly with words of about their tone; one in thirty has words alone."""
+    stars = float(np.clip(np.round(liking), 1, 5))
+    tone = int(np.clip(np.round(liking + random.normal(0, WORDING)), 1, 5)) - 1
     kind = random.random()
     worded = kind < 0.8
     return Review(
         **known,
-        rating=None if kind < 0.033 else float(tone + 1),
+        rating=None if kind < 0.033 else stars,
         title=_pick(random, words.titles[tone]) if worded else None,
         text=_text(random, words, tone, parts) if worded else None,
     )

@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    KafkaException,
+    TopicPartition,
+)
 from confluent_kafka.admin import (  # its stubs export the client alone
     AdminClient,
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
@@ -222,6 +227,23 @@ def apply_topics(kafka: KafkaConfig) -> list[tuple[TopicReport, Change]]:
     _create(kafka, admin, [report for report in reports if not report.partitions])
     _alter(kafka, admin, [report for report in reports if report.differences])
     return [(report, _change(report)) for report in reports]
+
+
+def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
+    """Topic → partition → the offset that a consumer group goes on from, where it has committed.
+
+    Topics are without the prefix in settings.
+    """
+    admin = reach(kafka)
+    futures = admin.list_consumer_group_offsets(
+        [ConsumerGroupTopicPartitions(group)], request_timeout=REQUEST_SECONDS
+    )
+    places: dict[str, dict[int, int]] = {}
+    for place in _request(kafka, futures[group].result).topic_partitions or []:
+        if place.offset >= 0:
+            topic = place.topic.removeprefix(kafka.topic_prefix)
+            places.setdefault(topic, {})[place.partition] = place.offset
+    return places
 
 
 def _change(report: TopicReport) -> Change:

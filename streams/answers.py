@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 
 from model.events import EVENT, Rows, blank, from_request
 from model.ids import hash_ids, partitions_of
+from model.ladder import TIERS
 from model.predict import Predictions
 from model.replay import Observation, observe
 from model.state import USER
 from schemas.codec import encode_columns, format_times, time_ms
 from schemas.records import ScoreRequest
 from streams.config import ScorerConfig
-from model.ladder import TIERS
 from streams.digests import Digests, Scored
 from streams.inputs import split
 from streams.loop import Outcome, OutputBatch, Position
 from streams.metrics import Metrics
-from streams.models import Models, vector_width
-from streams.reader import USER_STATE, Reader
+from streams.models import Models
 from streams.predictions import prediction_columns, select
+from streams.reader import USER_STATE, Reader
 from streams.store import Store
 from streams.user_states import decode_header
 
@@ -78,11 +78,12 @@ class Answers:
         digests = self._digests.due(self.lag)
         return Outcome(outputs=digests) if digests else None
 
+    def close(self) -> None:
+        """Nothing waits."""
+
     def process(self, messages: list[Message]) -> Outcome:
         """Answer one batch of requests; those past their deadline are answered as expired."""
         inputs, letters = split(messages, self._prefix, self.name)
-        for _ in letters:
-            self._metrics.dead_letters.labels(self.name, "contract").inc()
         asked = inputs["score-requests"]
         now = int(time.time() * 1_000)
         late = [_late(request, now) for request in asked.records]
@@ -106,6 +107,7 @@ class Answers:
                 counted += [scored] if scored else []
 
         def finish(_: dict[Position, int]) -> None:
+            self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
             self._metrics.events.labels(self.name, "request").inc(len(late))
             for scored in counted:
                 self._count(scored)
@@ -177,7 +179,7 @@ class Answers:
             mine = request == at
             events[mine] = from_request(int(users[at]), hashes[mine], time_ms(each.event_time))
         serving = self._models.serving
-        self._reader.use_encoder(serving.encoder_hash, vector_width(serving))
+        self._reader.use_encoder(serving.encoder_hash)
         distinct, index = np.unique(users, return_inverse=True)
         states = self._reader.states(USER_STATE, distinct, USER)
         lookups = self._reader.lookups(events, states)

@@ -258,11 +258,18 @@ class Archiver:
             or self._bytes >= FLUSH_BYTES
             or time.monotonic() - self._since >= self._config.flush_seconds
         ):
-            with _pausing():
-                written = self._archive.commit()
-            self._metrics.events.labels(self.name, "row").inc(written)
-            self._rows, self._bytes, self._since = 0, 0, None
+            self._commit()
         return None
+
+    def close(self) -> None:
+        """Commit what waits."""
+        self._commit()
+
+    def _commit(self) -> None:
+        with _pausing():
+            written = self._archive.commit()
+        self._metrics.events.labels(self.name, "row").inc(written)
+        self._rows, self._bytes, self._since = 0, 0, None
 
 
 @contextmanager

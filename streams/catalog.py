@@ -20,9 +20,10 @@ from streams.items import header_data, header_offset
 from streams.loop import Outcome, Position
 from streams.metrics import Metrics
 from streams.reader import ITEM_KIND, USER_KIND, partition_keys
-from streams.store import Claim, Store
+from streams.store import WRITE_KEYS, Claim, Store
 
-BATCH = 2_000  # records in one turn
+# Rows and running prices of a batch are one guarded write: a part of it would count prices twice.
+BATCH = WRITE_KEYS - 1  # records in one turn
 LINGER_SECONDS = 0.05
 PRICES = b"c"  # kind of the running prices of a partition's categories, all under one key
 PRICE_ROW = np.dtype([("category", "<u8"), ("prices", CATEGORY)])
@@ -66,11 +67,12 @@ class Catalog:
         """Nothing."""
         return None
 
+    def close(self) -> None:
+        """Nothing waits."""
+
     def process(self, messages: list[Message]) -> Outcome:
         """Describe the items and users of one batch; only the newest record of each counts."""
         inputs, letters = split(messages, self._prefix, self.name)
-        for _ in letters:
-            self._metrics.dead_letters.labels(self.name, "contract").inc()
         writes: list[tuple[Claim, list[bytes], list[bytes], int]] = []
         for topic, each in inputs.items():
             kind = ITEM_KIND if topic == "items" else USER_KIND
@@ -80,6 +82,7 @@ class Catalog:
             self._metrics.events.labels(self.name, topic).inc(len(each.messages))
 
         def finish(_: dict[Position, int]) -> None:
+            self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
             for claim, keys, values, end in writes:
                 self._store.write(claim, keys, values, header_data(end))
                 self._metrics.state_writes.labels(self.name, "written").inc(len(keys))

@@ -26,7 +26,15 @@ from streams import dashboard_charts as charts
 from streams import dashboard_html as html
 from streams.config import KafkaConfig, RedisConfig, WebConfig
 from streams.dashboard_data import Feed, Snapshot, follow
-from streams.dashboard_view import in_range, newest, summary, swaps, together, totals
+from streams.dashboard_view import (
+    in_range,
+    last_busy,
+    newest,
+    summary,
+    swaps,
+    together,
+    totals,
+)
 from streams.dashboard_view import versions as all_versions
 from streams.health import PortError, readiness
 from streams.metrics import Metrics, make_metrics
@@ -216,11 +224,11 @@ class _Page:
         tiers = charts.tiers(scored, self._measure) if scored.tiers and some else None
         self._tiers.draw(tiers)
         _show(self._about, ABOUT_KINDS[self._kind])
-        last = snapshot.windows[-1].kinds.get("interaction") if snapshot.windows else None
+        last = last_busy(windows)
         items = last.top_items if last else []
         categories = last.top_categories if last else []
-        _show(self._items, html.bars(items, snapshot.titles, "No items in the last window."))
-        _show(self._categories, html.bars(categories, {}, "No categories in the last window."))
+        _show(self._items, html.bars(items, snapshot.titles, "No items in this range."))
+        _show(self._categories, html.bars(categories, {}, "No categories in this range."))
 
     def _build_top(self) -> None:
         with _block("header", "top"):
@@ -269,7 +277,7 @@ class _Page:
                 self._tiers = _Chart(
                     "Error by tier", 190, "No tier has a rating yet; text predictions have none."
                 )
-            with _block("div", "card span-4"):
+            with _block("div", "card span-4 wide"):
                 _title("Model versions", "On what each predicted in this range.")
                 self._models = _text("div", "")
 
@@ -288,10 +296,10 @@ class _Page:
                     _title("Alerts", "Thresholds that were crossed, newest first.")
                     self._alerts = _text("div", "")
                 with _block("div", "card"):
-                    _title("Most seen items", "Interactions in the last window.")
+                    _title("Most seen items", "In the newest window with interactions.")
                     self._items = _text("div", "")
                 with _block("div", "card"):
-                    _title("Most seen categories", "Interactions in the last window.")
+                    _title("Most seen categories", "In the newest window with interactions.")
                     self._categories = _text("div", "")
 
     def _build_foot(self) -> None:

@@ -38,10 +38,9 @@ from streams.admin import client_config, reach, topic_name
 from streams.catalog import title_of
 from streams.config import KafkaConfig, RedisConfig
 from streams.exceptions import StoreError
-from streams.insights import WINDOW_FIELD, WINDOWS_KEY
 from streams.reader import ITEM_KIND, store_keys
 from streams.store import Store
-from streams.windows import Window
+from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window
 
 KAFKA_SECONDS = 1.5  # between two looks at the ends of the topics
 STORE_SECONDS = 0.5
@@ -190,7 +189,7 @@ def _follow_store(feed: Feed, store: Store, key: str, wait: Wait) -> None:
             feed.link("store", None)
         except (redis_client.RedisError, OSError) as error:
             rows = []
-            feed.link("store", str(error))
+            feed.link("store", f"{error}. Start Redis or Valkey, or set STARCAST_REDIS__URL.")
         if rows:
             last = rows[-1][0]
             kept = feed.snapshot.windows + tuple(_windows(fields for _, fields in rows))
@@ -419,10 +418,10 @@ def _read_sources(
 
 
 def _titles(feed: Feed, store: Store, predictions: Sequence[Prediction]) -> dict[str, str]:
-    """Titles of the items shown, and of the top items of the last window, as far as known."""
+    """Titles of the items shown, and of the top items of the newest windows, as far as known."""
     known = feed.snapshot.titles
     wanted = {each.item_id for each in predictions}
-    for window in feed.snapshot.windows[-1:]:
+    for window in feed.snapshot.windows[-20:]:
         for kind in window.kinds.values():
             wanted |= {name for name, _ in kind.top_items}
     ids = sorted(wanted - {name for name, title in known.items() if title})

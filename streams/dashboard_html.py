@@ -153,8 +153,10 @@ def tiles(snapshot: Snapshot, range_ms: int | None, now_ms: int) -> str:
         for name in (snapshot.windows[-1].firing if now else [])
         if name.endswith("/interaction")
     }
-    # Without a window of now, errors are told over the whole range.
-    sums = now.total().sums if now else everything.sums
+    # Without ratings in the window of now, errors are told over the whole range.
+    sums = now.total().sums if now else Sums()
+    where = "" if sums.rated else " in this range"
+    sums = sums if sums.rated else everything.sums
     latency = now.latency_ms if now else None
     rate = now.per_second if now else 0.0
     waits = "not told by the scorer now"
@@ -164,7 +166,8 @@ def tiles(snapshot: Snapshot, range_ms: int | None, now_ms: int) -> str:
     error, means, off, ratings = _NONE, _NONE, "", "no ratings yet"
     if sums.rated:
         error = f"{_number(sums.rmse)} <small>stars</small>"
-        ratings = f"MAE {_number(sums.mae)}, {compact(sums.rated)} ratings"
+        several = "s" if sums.rated != 1 else ""
+        ratings = f"MAE {_number(sums.mae)}, {compact(sums.rated)} rating{several}{where}"
         means = (
             f'<span class="vs-predicted">{_number(sums.mean_predicted)}</span> <small>against'
             f'</small> <span class="vs-true">{_number(sums.mean_rating)}</span>'

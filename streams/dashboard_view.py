@@ -17,7 +17,6 @@ from streams.windows import KindWindow, Scored, Sums, Window
 LADDER = "ladder"  # the version that predictions name before there is a bundle
 SILENT_STEPS = 4  # steps without a window until the page says that nothing comes any more
 SILENT_MS = 15_000
-SWAPS_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,12 @@ def newest(snapshot: Snapshot, kind: Kind, now_ms: int) -> KindWindow | None:
     if not snapshot.windows or silent(snapshot, now_ms):
         return None
     return snapshot.windows[-1].kinds.get(kind)
+
+
+def last_busy(windows: Sequence[Window]) -> KindWindow | None:
+    """The interactions of the newest window that has any."""
+    kinds = (window.kinds.get("interaction") for window in reversed(windows))
+    return next((kind for kind in kinds if kind and kind.models), None)
 
 
 def silent(snapshot: Snapshot, now_ms: int) -> bool:

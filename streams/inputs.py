@@ -1,7 +1,8 @@
 """From polled messages to decoded records, with dead letters for the rest."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ class Inputs:
     """
 
     topic: str
-    messages: list[Message] = field(default_factory=list[Message])
-    records: list[Any] = field(default_factory=list[Any])
+    messages: list[Message]
+    records: list[Any]
 
     def partitions(self) -> NDArray[np.int64]:
         """Each record's partition, (n)."""
@@ -37,35 +38,36 @@ class Inputs:
         """Each record's Kafka timestamp, ms, (n)."""
         return np.array([message.timestamp()[1] for message in self.messages], np.int64)
 
-    def keep(self, good: NDArray[np.bool_]) -> None:
-        """Leave only the records where `good`, (n)."""
-        self.messages = [each for each, keep in zip(self.messages, good, strict=True) if keep]
-        self.records = [each for each, keep in zip(self.records, good, strict=True) if keep]
+    def drop(self, rows: Iterable[int]) -> None:
+        """Leave these rows out."""
+        gone = set(rows)
+        kept = [at for at in range(len(self.messages)) if at not in gone]
+        self.messages = [self.messages[at] for at in kept]
+        self.records = [self.records[at] for at in kept]
 
 
 def split(
     messages: Sequence[Message], prefix: str, processor: str
 ) -> tuple[dict[str, Inputs], list[Output]]:
     """Records by topic, and the dead letters of what breaks the contract."""
-    by_topic: dict[str, Inputs] = {}
+    by_topic = defaultdict[str, list[Message]](list)
     for message in messages:
-        topic = str(message.topic()).removeprefix(prefix)
-        by_topic.setdefault(topic, Inputs(topic)).messages.append(message)
+        by_topic[message.topic() or ""].append(message)
+    good: dict[str, Inputs] = {}
     letters: list[Output] = []
-    for topic, inputs in by_topic.items():
+    for name, mine in by_topic.items():
+        topic = name.removeprefix(prefix)
         decoded = decode(
             BY_NAME[topic],
-            [message.value() for message in inputs.messages],
-            [(message.partition() or 0, message.offset() or 0) for message in inputs.messages],
-            prefix + topic,
+            [message.value() for message in mine],
+            [(message.partition() or 0, message.offset() or 0) for message in mine],
+            name,
         )
-        inputs.records = decoded.records
+        good[topic] = Inputs(topic, mine, decoded.records)
+        letters += [
+            dead_letter(mine[bad.index], topic, processor, bad.reason, bad.field)
+            for bad in decoded.rejections
+        ]
         if decoded.rejections:
-            good = np.ones(len(inputs.messages), bool)
-            for bad in decoded.rejections:
-                good[bad.index] = False
-                letters.append(
-                    dead_letter(inputs.messages[bad.index], topic, processor, bad.reason, bad.field)
-                )
-            inputs.keep(good)
-    return by_topic, letters
+            good[topic].drop([bad.index for bad in decoded.rejections])
+    return good, letters

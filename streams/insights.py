@@ -7,11 +7,14 @@ store's stream. Digests come at least once and uncommitted; one that was counted
 """
 
 import asyncio
+import logging
 import ssl
 import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,16 +29,13 @@ from schemas.exceptions import ContractError, StarcastError, UnreachableError
 from schemas.records import Alert, ScoreDigest
 from schemas.topics import BY_NAME
 from streams import windows
-from streams.admin import KafkaOptionError, option_name, reach, topic_name
+from streams.admin import REPEAT_SECONDS, KafkaOptionError, option_name, reach, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.dead_letters import dead_letter
 from streams.loop import Output
 from streams.metrics import Metrics, make_metrics
 from streams.store import connect
-from streams.windows import Steps, Window
-
-WINDOWS_KEY = "insights:windows"  # after the key prefix; a Redis stream, its ids are window ends
-WINDOW_FIELD = b"window"
+from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Steps, Window
 
 REACH_SECONDS = 3.0  # a broker that is down must not hold back the end
 STOP_SECONDS = 6.0  # a Faust service that does not end is left to the end of its event loop
@@ -65,7 +65,7 @@ def run_insights(
     client = connect(redis)
     try:
         broker_credentials(kafka)
-        with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder:
+        with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder, _sparing_logs():
             run = _Run(insights, client, f"{redis.key_prefix}:{WINDOWS_KEY}")
             asyncio.run(_supervise(kafka, run, stop, metrics or make_metrics(), folder))
     finally:
@@ -175,6 +175,32 @@ def _ssl_context(options: dict[str, str]) -> ssl.SSLContext:
             f"{authorities}, ssl.certificate.location {options.get('ssl.certificate.location')}."
         ) from error
     return context
+
+
+@contextmanager
+def _sparing_logs() -> Generator[None]:
+    """Log each kind of failure of aiokafka once in a while: it tells each ten times a second."""
+    logger = logging.getLogger("aiokafka")
+    handler = _Sparing(logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate, before = False, logger.propagate
+    try:
+        yield
+    finally:
+        logger.propagate = before
+        logger.removeHandler(handler)
+
+
+class _Sparing(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._last: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind, now = str(record.msg), time.monotonic()
+        if now - self._last.get(kind, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+            self._last[kind] = now
+            _LOG.warning("kafka client of insights", error=record.getMessage())
 
 
 async def _supervise(

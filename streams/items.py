@@ -49,11 +49,12 @@ class Items:
         """Nothing."""
         return None
 
+    def close(self) -> None:
+        """Nothing waits."""
+
     def process(self, messages: list[Message]) -> Outcome:
         """Apply one batch of updates; states are written once the dead letters are out."""
         inputs, letters = split(messages, self._prefix, self.name)
-        for _ in letters:
-            self._metrics.dead_letters.labels(self.name, "contract").inc()
         updates = inputs["item-updates"]
         partitions, offsets = updates.partitions(), updates.offsets()
         deltas = from_updates(updates.records)
@@ -67,6 +68,7 @@ class Items:
             written.append((partition, keys, to_bytes(states), end))
 
         def finish(_: dict[Position, int]) -> None:
+            self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
             for partition, keys, values, end in written:
                 self._store.write(self._claims[partition], keys, values, header_data(end))
                 self._metrics.state_writes.labels(self.name, "written").inc(len(keys))

@@ -9,7 +9,7 @@ from schemas import archive, journal
 from schemas.journal import Transaction
 from streams.admin import client_config
 from streams.config import ArchiveConfig, KafkaConfig
-from streams.exceptions import JournalGapError
+from streams.exceptions import JournalGapError, StoreAheadError
 
 TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
@@ -22,7 +22,7 @@ def read_journal(
     """The transactions of one partition from offset `start` to the stable end, in order.
 
     What retention has taken from Kafka is read from the archive. Raises `JournalGapError` when
-    neither reaches back to `start`.
+    neither reaches back to `start`, `StoreAheadError` when the journal ends before it.
     """
     topic = kafka.topic_prefix + TOPIC
     consumer = Consumer(
@@ -44,12 +44,12 @@ def read_journal(
             yield from _archived(archived, partition, start, low)
             start = low
         consumer.assign([TopicPartition(topic, partition, start)])
-        yield from journal.decode_all(_messages(consumer))
+        yield from journal.decode_all(_messages(consumer, partition, start))
     finally:
         consumer.close()
 
 
-def _messages(consumer: Consumer) -> Iterator[tuple[int, bytes]]:
+def _messages(consumer: Consumer, partition: int, start: int) -> Iterator[tuple[int, bytes]]:
     """Offset and value of each message up to the stable end."""
     moved = time.monotonic()
     while time.monotonic() - moved < END_SECONDS:
@@ -61,6 +61,13 @@ def _messages(consumer: Consumer) -> Iterator[tuple[int, bytes]]:
                 yield message.offset() or 0, message.value() or b""
             elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
                 return
+            elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # pyright: ignore[reportPrivateUsage]
+                raise StoreAheadError(
+                    f"States of partition {partition} stand at offset {start} of the journal, "
+                    "which ends before: the topic was made anew. Take another "
+                    "STARCAST_KAFKA__TOPIC_PREFIX and STARCAST_REDIS__KEY_PREFIX for the new "
+                    "topics, or bring the old ones back."
+                )
             else:
                 raise KafkaException(error)
     raise KafkaException(

@@ -28,9 +28,11 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from schemas.exceptions import UnreachableError
+from schemas.topics import LARGEST_MESSAGE
 from streams.admin import client_config
 from streams.config import KafkaConfig
-from streams.exceptions import BrokerError, FencedError, StoreError
+from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.metrics import Metrics
 
 IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
@@ -38,6 +40,8 @@ TRANSACTION_SECONDS = 10.0  # a dead worker's open transaction blocks readers no
 COMMIT_SECONDS = 30.0  # a broker that is failing over may answer a commit late
 CONTROL_SECONDS = 10.0  # a coordinator that moves is found again within this
 INIT_SECONDS = 60.0  # a new transactional producer waits for the old one's transaction to end
+CLAIM_SECONDS = 5.0  # a worker that recovers many partitions still polls, so that it keeps them
+TWICE_SECONDS = 60.0  # fenced again so soon, a worker shares its transactional id with another
 FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again this soon,
 LAST_BACK_OFF_SECONDS = 5.0  # and later this often
 LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
@@ -131,6 +135,10 @@ class Processor(Protocol):
         """Called when there is nothing to read and after each batch, for timed work."""
         ...
 
+    def close(self) -> None:
+        """Called when all is well and the worker is to stop: write what still waits."""
+        ...
+
 
 class Loop:
     """Runs one processor until `stop` is set; ends within a batch."""
@@ -155,6 +163,7 @@ class Loop:
         self._live: set[Position] = set()  # claimed and recovered, of those owned
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
+        self._fenced_at = -TWICE_SECONDS
         self._lag_at = 0.0
         self._consumer = Consumer(self._consumer_config())
         self._producer = Producer(self._producer_config())
@@ -170,7 +179,11 @@ class Loop:
         return bool(self._claimable()) or not self._owned
 
     def run(self) -> None:
-        """Work until stopped. Raises `BrokerError` when Kafka fences this worker for good."""
+        """Work until stopped.
+
+        Raises `BrokerError` when Kafka fences this worker for good, and what `claim` raises when
+        Kafka and the processor's own store do not belong together.
+        """
         if self._exactly_once:
             self._init_transactions()
         self._consumer.subscribe(
@@ -182,10 +195,17 @@ class Loop:
         try:
             while not self._stop.is_set():
                 self._turn()
+            self._close()
         finally:
             self._processor.drop({partition for _, partition in self._live})
             self._consumer.close()
             self._producer.flush(CONTROL_SECONDS)
+
+    def _close(self) -> None:
+        try:
+            self._processor.close()
+        except StoreError as error:
+            self._log.warning("not written; it is read again", reason=str(error))
 
     def _turn(self) -> None:
         self._claim_pending()
@@ -202,8 +222,8 @@ class Loop:
             if batch:
                 with self._phase("process"):
                     outcome = self._processor.process(batch)
-                self._finish(outcome, batch, metadata)
-                self._back_off = FIRST_BACK_OFF_SECONDS
+                if self._finish(outcome, batch, metadata):
+                    self._back_off = FIRST_BACK_OFF_SECONDS
             if (extra := self._processor.idle()) is not None:
                 self._finish(extra, [], metadata)
         except FencedError as error:
@@ -252,9 +272,12 @@ class Loop:
 
     def _claim_pending(self) -> None:
         """Claim, recover and resume what is owned but not live yet."""
-        if time.monotonic() < self._retry_at:
+        started = time.monotonic()
+        if started < self._retry_at:
             return
         for partition, topics in self._claimable().items():
+            if time.monotonic() > started + CLAIM_SECONDS:
+                return
             inputs = [self._topic_partition(topic, partition) for topic in topics]
             try:
                 committed = {
@@ -264,18 +287,41 @@ class Loop:
                 }
                 starts = self._processor.claim(partition, committed)
                 for each, topic in zip(inputs, topics, strict=True):
-                    each.offset = starts[topic] if starts[topic] >= 0 else OFFSET_BEGINNING
+                    each.offset = self._start(each, starts[topic])
                     self._consumer.seek(each)
-            except (StoreError, KafkaException) as error:
+            except (StoreError, UnreachableError, KafkaException) as error:
                 self._wait_longer(error)
                 return
             self._consumer.resume(inputs)
             self._live |= {(topic, partition) for topic in topics}
 
+    def _start(self, where: TopicPartition, offset: int) -> int:
+        """Where to begin: at `offset`, or the first record where it is negative or gone."""
+        if offset < 0:
+            return OFFSET_BEGINNING
+        if not self._config.exactly_once:  # the embedded broker does not tell a partition's ends
+            return offset
+        low, high = self._consumer.get_watermark_offsets(where, CONTROL_SECONDS)
+        place = f"{where.topic} partition {where.partition}"
+        if offset > high:
+            raise StoreAheadError(
+                f"The {self._processor.name} has done with {place} up to offset {offset}, but it "
+                f"ends at {high}: the topic was made anew. Take another "
+                "STARCAST_KAFKA__TOPIC_PREFIX, STARCAST_REDIS__KEY_PREFIX and STARCAST_ARCHIVE__URL"
+                " for the new topics, or bring the old ones back."
+            )
+        if offset < low:
+            topic, partition = self._position(where)
+            self._log.error("records lost to retention", where=place, first=offset, left=low)
+            self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(low - offset)
+        return max(offset, low)
+
     def _stop_work(self, positions: set[Position]) -> None:
         """Drop what is in memory of these; those still owned are claimed again."""
         self._processor.drop({partition for _, partition in positions})
         self._live -= positions
+        for topic, partition in positions:
+            self._metrics.lag.remove(self._processor.name, topic, str(partition))
         self._consumer.pause(
             [self._topic_partition(*position) for position in positions & self._owned]
         )
@@ -287,10 +333,10 @@ class Loop:
 
     def _wait_longer(self, reason: Exception) -> None:
         fetching = isinstance(reason, KafkaException) and _code(reason) == KafkaError._STATE
+        self._retry_at = time.monotonic() + (0.02 if fetching else self._back_off)
         if not fetching:  # a seek just after an assignment only has to be repeated
             self._log.warning("paused", reason=str(reason), seconds=self._back_off)
             self._back_off = min(self._back_off * 2, LAST_BACK_OFF_SECONDS)
-        self._retry_at = time.monotonic() + (0.02 if fetching else self._back_off)
 
     def _usable(self, message: Message) -> bool:
         """Whether a polled message may be worked on; errors are logged or raised."""
@@ -312,9 +358,11 @@ class Loop:
 
     # -- output ------------------------------------------------------------------------------
 
-    def _finish(self, outcome: Outcome, batch: list[Message], metadata: Any) -> None:
-        """Outputs and offsets in one transaction, then the states."""
-        ends = {(message.topic(), message.partition()): message.offset() + 1 for message in batch}
+    def _finish(self, outcome: Outcome, batch: list[Message], metadata: Any) -> bool:
+        """Outputs and offsets in one transaction, then the states; whether it was committed."""
+        ends = {
+            (message.topic(), message.partition()): (message.offset() or 0) + 1 for message in batch
+        }
         offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
         with self._phase("commit"):
             delivered = (
@@ -323,12 +371,13 @@ class Loop:
                 else self._deliver(outcome, offsets)
             )
         if delivered is None:
-            return
+            return False
         if outcome.finish is not None:
             with self._phase("write"):
                 outcome.finish(delivered)
         if not self._exactly_once and offsets:
             self._commit_plain(offsets)
+        return True
 
     def _transact(
         self, outcome: Outcome, offsets: list[TopicPartition], metadata: Any
@@ -342,23 +391,51 @@ class Loop:
             delivered = self._send(outcome)
             if offsets:
                 self._producer.send_offsets_to_transaction(offsets, metadata, COMMIT_SECONDS)
-            while True:
-                try:
-                    self._producer.commit_transaction(COMMIT_SECONDS)
-                    return delivered
-                except KafkaException as error:
-                    if not _error(error).retriable():
-                        raise
+            self._insist(self._producer.commit_transaction)
+            return delivered
         except KafkaException as error:
             if _error(error).fatal():
-                raise BrokerError(
-                    f"Kafka fenced this worker: {error}. Another worker uses the transactional "
-                    f"id {self._transactional_id}; give each its own slot and start again."
-                ) from error
-            if _error(error).txn_requires_abort() or _error(error).retriable():
-                self._producer.abort_transaction(COMMIT_SECONDS)
+                self._reopen(error)
+            else:
+                self._abort()
             self._restart(error)
             return None
+
+    def _insist(self, end: Callable[[float], None]) -> None:
+        """Ask for the end of a transaction until Kafka answers, or the worker is to stop."""
+        while True:
+            try:
+                return end(COMMIT_SECONDS)
+            except KafkaException as error:
+                if self._stop.is_set() or not _error(error).retriable():
+                    raise
+
+    def _abort(self) -> None:
+        try:
+            self._insist(self._producer.abort_transaction)
+        except KafkaException as error:
+            if _error(error).fatal():
+                self._reopen(error)
+            elif _code(error) != KafkaError._STATE:  # that one says that none was begun
+                raise BrokerError(
+                    f"Kafka does not end a transaction: {error}. Start the worker again; the batch "
+                    "is worked on again unless it was committed."
+                ) from error
+
+    def _reopen(self, reason: KafkaException) -> None:
+        """A new producer in place of one that was fenced.
+
+        That happens to a worker that slept past the timeout of its transaction, and to one whose
+        transactional id another worker has as well.
+        """
+        if time.monotonic() < self._fenced_at + TWICE_SECONDS:
+            raise BrokerError(
+                f"Kafka fenced this worker again: {reason}. Another worker uses the transactional "
+                f"id {self._transactional_id}; give each host its own name and start again."
+            ) from reason
+        self._fenced_at = time.monotonic()
+        self._producer = Producer(self._producer_config())
+        self._init_transactions()
 
     def _deliver(
         self, outcome: Outcome, offsets: list[TopicPartition]
@@ -422,7 +499,10 @@ class Loop:
             queued = self._producer.produce_batch(topic, messages, **arguments)
             if queued == len(messages):
                 return
-            messages = [message for message in messages if message.pop("_error", None)]
+            messages = [message for message in messages if "_error" in message]
+            for error in [message.pop("_error") for message in messages]:
+                if error.code() != KafkaError._QUEUE_FULL:
+                    raise KafkaException(error)
             self._producer.poll(0.1)
 
     def _init_transactions(self) -> None:
@@ -495,7 +575,7 @@ class Loop:
             "linger.ms": 1,
             "compression.type": "lz4",
             "queue.buffering.max.messages": OUTPUT_MESSAGES,
-            "message.max.bytes": 1_048_576,
+            "message.max.bytes": LARGEST_MESSAGE,
         }
         if self._exactly_once:
             config |= {

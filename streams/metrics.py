@@ -27,6 +27,7 @@ class Metrics:
     state_writes: Counter  # processor, outcome
     rebalances: Counter  # processor
     duplicates: Counter  # processor
+    lost: Counter  # processor, topic, partition
     model: Gauge  # version
 
 
@@ -85,6 +86,12 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             "starcast_duplicates",
             "Records that had been seen before and were not applied again.",
             ("processor",),
+            registry=registry,
+        ),
+        lost=Counter(
+            "starcast_lost_records",
+            "Records that retention deleted before they were read.",
+            ("processor", "topic", "partition"),
             registry=registry,
         ),
         model=Gauge(

@@ -14,7 +14,6 @@ import torch
 
 from model import bundle, encoder, registry
 from model.bundle import Bundle
-from model.encoder import WIDTH
 from model.exceptions import BundleError
 from model.predict import Predictor, predictor
 from schemas.exceptions import StarcastError
@@ -115,8 +114,3 @@ class Models:
             loaded.star_head,
             loaded.encoder_hash or "",
         )
-
-
-def vector_width(serving: Serving) -> int:
-    """The width of the vectors that a serving model reads; 0 without an encoder."""
-    return WIDTH if serving.encoder_hash else 0

@@ -97,7 +97,9 @@ class Sender:
 
     def finish(self) -> Sent:
         """Waits until every record has its verdict."""
-        left = self._producer.flush(FLUSH_SECONDS)
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while (left := self._producer.flush(STEP_SECONDS)) and time.monotonic() < deadline:
+            pass  # in steps, since a signal is only seen between them
         if left:
             self.report.failed[f"not acknowledged within {FLUSH_SECONDS:g} s"] += left
         return self.report
@@ -166,20 +168,22 @@ def play(
     sender = Sender(kafka)
     due = _pace(rate, speed)
     started = told = time.monotonic()
-    for index, record in enumerate(records):
-        at = started + due(index, record)
-        while (wait := at - time.monotonic()) > 0 and not stop.is_set():
-            sender.wait(min(wait, STEP_SECONDS))
-        if stop.is_set() or not sender.send(record, stop):
-            break
-        if on_progress and (now := time.monotonic()) - told >= PROGRESS_SECONDS:
-            told = now
-            sender.report.seconds = now - started
-            on_progress(sender.report)
-    report = sender.finish()
-    report.seconds = time.monotonic() - started
-    if on_progress:
-        on_progress(report)
+    try:
+        for index, record in enumerate(records):
+            at = started + due(index, record)
+            while (wait := at - time.monotonic()) > 0 and not stop.is_set():
+                sender.wait(min(wait, STEP_SECONDS))
+            if stop.is_set() or not sender.send(record, stop):
+                break
+            if on_progress and (now := time.monotonic()) - told >= PROGRESS_SECONDS:
+                told = now
+                sender.report.seconds = now - started
+                on_progress(sender.report)
+    finally:  # also when `records` fail: what was sent must arrive
+        report = sender.finish()
+        report.seconds = time.monotonic() - started
+        if on_progress:
+            on_progress(report)
     return report
 
 

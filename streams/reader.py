@@ -101,21 +101,10 @@ class Reader:
             USER_ATTRIBUTES, self._fetcher(USER_KIND, USER_ATTRIBUTES), seconds, seconds
         )
 
-    def use_encoder(self, encoder: str, width: int) -> None:
-        """Read vectors of this encoder, `width` numbers each; "" for none."""
-        if encoder == self._encoder:
-            return
-        self._encoder = encoder
-        self._vectors = (
-            Copy(
-                np.dtype((VECTOR_DTYPE, (width,))),
-                lambda texts: self._fetch_vectors(texts, width),
-                FOUND_VECTOR_SECONDS,
-                MISSING_SECONDS,
-            )
-            if encoder
-            else None
-        )
+    def use_encoder(self, encoder: str) -> None:
+        """Read vectors of this encoder; "" for none."""
+        if encoder != self._encoder:
+            self._encoder, self._vectors = encoder, None
 
     def states(self, kind: bytes, hashes: Hashes, dtype: np.dtype[Any]) -> Rows:
         """State rows (n) of hashed ids, blank where there is none."""
@@ -136,13 +125,28 @@ class Reader:
         )
 
     def _vector_table(self, texts: Hashes) -> Table | None:
+        wanted = np.unique(texts[texts != NONE])
+        if not self._encoder or not len(wanted):
+            return None
+        if self._vectors is None and (width := self._width(wanted)):
+            self._vectors = Copy(
+                np.dtype((VECTOR_DTYPE, (width,))),
+                lambda texts: self._fetch_vectors(texts, width),
+                FOUND_VECTOR_SECONDS,
+                MISSING_SECONDS,
+            )
         if self._vectors is None:
             return None
-        wanted = np.unique(texts[texts != NONE])
         read = self._vectors.take(wanted)
         found = read["found"]
         vectors = read["row"][found].astype(np.float32)
         return table(wanted[found], vectors)
+
+    def _width(self, texts: Hashes) -> int:
+        """The width of the encoder's vectors, as the first one found has it; 0: none was."""
+        values = self._store.read(vector_keys(self._store, self._encoder, texts))
+        lengths = (len(value) for value in values if value is not None)
+        return next(lengths, 0) // np.dtype(VECTOR_DTYPE).itemsize
 
     def _fetcher(self, kind: bytes, dtype: np.dtype[Any]) -> Callable[[Hashes], Fetched]:
         size = dtype.itemsize

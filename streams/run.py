@@ -4,10 +4,12 @@ import fcntl
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Protocol
 
 import structlog
@@ -144,13 +146,14 @@ def _run_threads(
     for thread in threads:
         thread.start()
     stop.wait()
+    until = time.monotonic() + STOP_SECONDS
     for thread in threads:
-        thread.join(STOP_SECONDS)
+        thread.join(max(until - time.monotonic(), 0))
 
 
 def _make(name: str, shared: _Shared, slot: int) -> Processor:
     settings, store, metrics = shared.settings, shared.store, shared.metrics
-    prefix, worker = settings.kafka.topic_prefix, f"{name}-{slot}"
+    prefix, worker = settings.kafka.topic_prefix, f"{name}-{gethostname()}-{slot}"
     match name:
         case "scorer":
             states = UserStates(store, settings.kafka, settings.archive, settings.states)

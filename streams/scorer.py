@@ -26,13 +26,14 @@ from model.events import (
     from_behavior,
     from_reviews,
     from_text_features,
+    opaque,
 )
 from model.features import FEATURE_HASH
 from model.ids import Hashes
 from model.lookups import Lookups
 from model.predict import Predictions
 from model.replay import BatchResult, run_batch
-from model.state import LAYOUT_HASH, SOURCES
+from model.state import LAYOUT_HASH, SOURCES, USER
 from model.updates import to_updates
 from schemas import journal
 from schemas.codec import encode_columns, format_times
@@ -44,7 +45,7 @@ from streams.digests import Digests, Scored
 from streams.inputs import Inputs, split
 from streams.loop import Outcome, Output, OutputBatch, Position
 from streams.metrics import Metrics
-from streams.models import Models, vector_width
+from streams.models import Models
 from streams.predictions import prediction_columns, select
 from streams.reader import Reader
 from streams.user_states import UserStates
@@ -65,7 +66,20 @@ class _Arrivals:
     partitions: NDArray[np.int64]
     offsets: NDArray[np.int64]
     timestamps: NDArray[np.int64]  # ms
-    records: Sequence[Any]
+    records: list[Any]
+    messages: list[Message]
+
+    def take(self, rows: NDArray[np.intp]) -> "_Arrivals":
+        """These rows, in this order."""
+        return _Arrivals(
+            self.events.take(rows),
+            self.topics[rows],
+            self.partitions[rows],
+            self.offsets[rows],
+            self.timestamps[rows],
+            [self.records[at] for at in rows.tolist()],
+            [self.messages[at] for at in rows.tolist()],
+        )
 
 
 @dataclass(frozen=True)
@@ -127,15 +141,17 @@ class Scorer:
         """Score and apply one batch."""
         with self._phase("decode"):
             inputs, letters = split(messages, self._prefix, self.name)
-            letters += self._from_the_future(inputs)
-            arrivals = _arrange(inputs)
+            arrivals, late = self._set_aside(_arrange(inputs))
+            letters += late
         serving = self._models.serving
-        self._reader.use_encoder(serving.encoder_hash, vector_width(serving))
+        self._reader.use_encoder(serving.encoder_hash)
         parts, lookups = self._run(messages, arrivals)
         with self._phase("predict"):
             scored = np.flatnonzero(arrivals.events["action"] != TEXT)
             observation = select([part.result.observation for part in parts], scored)
-            predictions = serving.predictor.predict(arrivals.events[scored], observation, lookups)
+            predictions = serving.predictor.predict(
+                arrivals.events.take(scored), observation, lookups
+            )
         with self._phase("encode"):
             predicted_at = int(time.time() * 1_000)
             ratings = _prediction_records(arrivals, parts, scored, predictions, predicted_at)
@@ -162,26 +178,26 @@ class Scorer:
         digests = self._digests.due(self.lag)
         return Outcome(outputs=digests) if digests else None
 
-    def _from_the_future(self, inputs: dict[str, Inputs]) -> list[Output]:
-        """Dead letters of events whose clock is ahead of ours by too much."""
-        letters: list[Output] = []
-        latest = time.time() + self._config.longest_future_seconds
-        for topic, each in inputs.items():
-            good = np.array([record.event_time.timestamp() <= latest for record in each.records])
-            if good.all():
-                continue
-            letters += [
-                dead_letter(
-                    each.messages[at],
-                    topic,
-                    self.name,
-                    f"more than {self._config.longest_future_seconds:.0f} s in the future",
-                    "event_time",
-                )
-                for at in np.flatnonzero(~good)
-            ]
-            each.keep(good)
-        return letters
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def _set_aside(self, arrivals: _Arrivals) -> tuple[_Arrivals, list[Output]]:
+        """The events without those whose clock is ahead of ours by too much: dead letters."""
+        longest = self._config.longest_future_seconds
+        late = arrivals.events["time"] > (time.time() + longest) * 1_000
+        if not late.any():
+            return arrivals, []
+        letters = [
+            dead_letter(
+                arrivals.messages[at],
+                journal.TOPICS[arrivals.topics[at]],
+                self.name,
+                f"more than {longest:.0f} s in the future",
+                "event_time",
+            )
+            for at in np.flatnonzero(late)
+        ]
+        return arrivals.take(np.flatnonzero(~late)), letters
 
     def _run(self, messages: list[Message], arrivals: _Arrivals) -> tuple[list[_Part], Lookups]:
         """Read what the batch needs, then observe and apply it partition by partition."""
@@ -193,8 +209,8 @@ class Scorer:
                 rows = slice(int(low), int(high))
                 users, index = np.unique(arrivals.events["user"][rows], return_inverse=True)
                 shares.append((partition, rows, users, index, self._states.read(partition, users)))
-            all_states = np.concatenate([share[-1] for share in shares])
-            lookups = self._reader.lookups(arrivals.events, all_states)
+            all_states = np.concatenate([opaque(share[-1]) for share in shares])
+            lookups = self._reader.lookups(arrivals.events, all_states.view(USER))
         parts: list[_Part] = []
         with self._phase("features"):
             for partition, rows, users, index, states in shares:
@@ -267,7 +283,7 @@ class Scorer:
             self._states.write(part.partition, part.users, part.result.states, part.header)
             self._metrics.state_writes.labels(self.name, "written").inc(len(part.users))
             self._metrics.duplicates.labels(self.name).inc(int(part.result.duplicate.sum()))
-        events = arrivals.events[scored]
+        events = arrivals.events.take(scored)
         if not len(events):
             return
         self._watermark = max(self._watermark, int(events["time"].max()))
@@ -285,7 +301,7 @@ class Scorer:
                 ratings=predictions.rating,
                 truths=events["rating"],
                 tiers=predictions.tier,
-                items=[arrivals.records[at].item_id for at in scored],
+                items=[arrivals.records[at].item_id for at in scored.tolist()],
                 actions=Counter(
                     {
                         ACTIONS[c]: int(k)
@@ -305,47 +321,44 @@ class Scorer:
 def _arrange(inputs: dict[str, Inputs]) -> _Arrivals:
     """All good events of a batch by partition, topics merged by the time of their append."""
     used = [inputs[topic] for topic in journal.TOPICS if topic in inputs]
-    events = [blank(EVENT, 0)]
-    topics, partitions, offsets, timestamps = [], [], [], []
-    records: list[Any] = []
-    for each in used:
-        events.append(_FROM_RECORDS[each.topic](each.records))
-        topics.append(np.full(len(each.records), journal.TOPICS.index(each.topic), np.uint8))
-        partitions.append(each.partitions())
-        offsets.append(each.offsets())
-        timestamps.append(each.timestamps())
-        records += each.records
-    empty = np.zeros(0, np.int64)
-    partition = np.concatenate([empty, *partitions])
-    timestamp = np.concatenate([empty, *timestamps])
-    offset = np.concatenate([empty, *offsets])
-    topic = np.concatenate([empty.astype(np.uint8), *topics])
+    none = np.zeros(0, np.int64)
+    arrivals = _Arrivals(
+        events=np.concatenate(
+            [blank(EVENT, 0), *(_FROM_RECORDS[each.topic](each.records) for each in used)]
+        ),
+        topics=np.repeat(
+            np.array([journal.TOPICS.index(each.topic) for each in used], np.uint8),
+            [len(each.records) for each in used],
+        ),
+        partitions=np.concatenate([none, *(each.partitions() for each in used)]),
+        offsets=np.concatenate([none, *(each.offsets() for each in used)]),
+        timestamps=np.concatenate([none, *(each.timestamps() for each in used)]),
+        records=[record for each in used for record in each.records],
+        messages=[message for each in used for message in each.messages],
+    )
+    return arrivals.take(_order(arrivals))
+
+
+def _order(arrivals: _Arrivals) -> NDArray[np.intp]:
+    """The order of the journal: in it each topic partition's own order is kept."""
+    partition, topic, offset = arrivals.partitions, arrivals.topics, arrivals.offsets
     # A topic's own order comes before the clock: its append times are made to never fall.
     by_log = np.lexsort((offset, topic, partition))
-    arrival = timestamp.copy()
-    log = np.stack([partition, topic.astype(np.int64)])[:, by_log]
-    starts = np.flatnonzero(np.r_[True, (log[:, 1:] != log[:, :-1]).any(0)]) if len(by_log) else []
-    for low, high in zip(starts, [*starts[1:], len(by_log)], strict=True):
-        rows = by_log[low:high]
+    log = partition[by_log] * len(journal.TOPICS) + topic[by_log]
+    arrival = arrivals.timestamps.copy()
+    for rows in np.split(by_log, np.flatnonzero(np.diff(log)) + 1):
         arrival[rows] = np.maximum.accumulate(arrival[rows])
-    order = np.lexsort((offset, topic, arrival, partition))
-    return _Arrivals(
-        events=np.concatenate(events)[order],
-        topics=topic[order],
-        partitions=partition[order],
-        offsets=offset[order],
-        timestamps=timestamp[order],
-        records=[records[at] for at in order],
-    )
+    return np.lexsort((offset, topic, arrival, partition))
 
 
 def _ends(messages: Sequence[Message], prefix: str) -> dict[int, list[int]]:
     """By partition, the next offset of each input topic after these messages; -1: none of it."""
+    # A partition's messages come in the order of their offsets: the last one stays.
+    last = {(each.partition(), each.topic()): each.offset() for each in messages}
     ends: dict[int, list[int]] = {}
-    for message in messages:
-        topic = journal.TOPICS.index(str(message.topic()).removeprefix(prefix))
-        mine = ends.setdefault(message.partition() or 0, [-1] * len(journal.TOPICS))
-        mine[topic] = max(mine[topic], (message.offset() or 0) + 1)
+    for (partition, topic), offset in last.items():
+        mine = ends.setdefault(partition or 0, [-1] * len(journal.TOPICS))
+        mine[journal.TOPICS.index(str(topic).removeprefix(prefix))] = (offset or 0) + 1
     return ends
 
 
@@ -360,7 +373,7 @@ def _prediction_records(
     predictions: Predictions,
     predicted_at: int,
 ) -> OutputBatch:
-    records = [arrivals.records[at] for at in scored]
+    records = [arrivals.records[at] for at in scored.tolist()]
     seqs = np.concatenate([part.result.seq for part in parts])[scored].tolist()
     users = [record.user_id for record in records]
     partitions = arrivals.partitions[scored].tolist()
@@ -373,7 +386,7 @@ def _prediction_records(
             "user_id": users,
             "item_id": [record.item_id for record in records],
             "event_time": format_times(arrivals.events["time"][scored]),
-            "predicted_at": format_times(np.full(count, predicted_at, np.int64)),
+            "predicted_at": format_times(np.array([predicted_at])) * count,
             "kind": ["interaction"] * count,
             **prediction_columns(predictions),
             "source": [

@@ -1,11 +1,16 @@
 #!lua name=starcast
 
--- A partition's header is a hash: `token` counts its claims, `data` is the owner's own header.
+-- A partition's header is a hash: `token` is that of its newest claim, `data` the owner's header.
 -- All keys of one call share the header's hash tag, so the functions work in a cluster.
 
 -- KEYS: header. Returns {token, data or false}.
+-- A token is higher than the last and no lower than the clock, so that none comes back after the
+-- store was emptied: a worker from before could pass for the new owner.
 local function claim(keys, args)
-  local token = redis.call('HINCRBY', keys[1], 'token', 1)
+  local now = redis.call('TIME')
+  local last = tonumber(redis.call('HGET', keys[1], 'token') or 0)
+  local token = string.format('%.0f', math.max(last + 1, now[1] * 1000000 + now[2]))
+  redis.call('HSET', keys[1], 'token', token)
   return {token, redis.call('HGET', keys[1], 'data')}
 end
 

@@ -4,6 +4,7 @@ A partition's keys share a hash tag. Only the worker that claimed the partition 
 them: each write carries the claim's token, and the store refuses an older one (`store.lua`).
 """
 
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Store:
 
     def scan(self, kind: bytes, partition: int) -> Iterator[bytes]:
         """All keys of a kind and partition; walks the whole store, so for checks only."""
-        pattern = self.prefix(kind, partition).replace(b"[", rb"\[") + b"*"
+        pattern = re.sub(rb"([\\*?[])", rb"\\\1", self.prefix(kind, partition)) + b"*"
         with _answering():
             yield from self.client.scan_iter(match=pattern, count=1_000)
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Literal
 
@@ -31,7 +31,8 @@ STALL_SECONDS = 60.0  # a broker that goes away meanwhile would leave a reader w
 LONG_POLL_MS, SHORT_POLL_MS = 500, 20  # the end of a partition is told only after one
 BATCH = 1_000
 
-Start = Literal["beginning", "end"] | datetime
+Start = Literal["beginning", "end"] | datetime | Mapping[int, int]
+"""A mapping holds the offset to begin at of each partition; those that it lacks begin at 0."""
 
 
 def read_topic(
@@ -99,6 +100,11 @@ def _positions(
         return [TopicPartition(name, partition, OFFSET_BEGINNING) for partition in partitions]
     if start == "end":
         return [TopicPartition(name, partition, OFFSET_END) for partition in partitions]
+    if isinstance(start, Mapping):
+        return [
+            TopicPartition(name, partition, start.get(partition, OFFSET_BEGINNING))
+            for partition in partitions
+        ]
     time_ms = int(start.timestamp() * 1000)
     asked = [TopicPartition(name, partition, time_ms) for partition in partitions]
     try:

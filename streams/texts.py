@@ -82,22 +82,33 @@ class Texts:
         digests = self._digests.due(self.lag)
         return Outcome(outputs=digests) if digests else None
 
+    def close(self) -> None:
+        """Nothing waits."""
+
     def process(self, messages: list[Message]) -> Outcome:
         """Encode the new texts of one batch, items before reviews.
 
         Bad records are left to the processors that own their topics, which make them dead letters.
+        Vectors are stored before the commit: after it, a store that is gone would lose them, and
+        stored twice they are the same.
         """
         inputs, _ = split(messages, self._prefix, self.name)
         serving = self._models.serving
         text_encoder = self._encoder(serving)
+        counts = Counter[str]()
+        batches: list[OutputBatch] = []
+        scored: Scored | None = None
         if text_encoder is None:
-            self._skip("no encoder", len(messages))
-            return Outcome()
-        vectors = self._encode_items(text_encoder, inputs.get("items"))
-        batches, scored = self._encode_reviews(serving, text_encoder, inputs.get("reviews"))
+            counts["skipped: no encoder"] = len(messages)
+        else:
+            vectors = self._encode_items(text_encoder, inputs.get("items"), counts)
+            self._store.put(*vectors)
+            reviews = inputs.get("reviews")
+            batches, scored = self._encode_reviews(serving, text_encoder, reviews, counts)
 
         def finish(_: dict[Position, int]) -> None:
-            self._store.put(*vectors)
+            for kind, count in counts.items():
+                self._metrics.events.labels(self.name, kind).inc(count)
             if scored is not None:
                 self._digests.add(scored)
 
@@ -134,7 +145,7 @@ class Texts:
         return np.stack([future.result() for future in futures])
 
     def _encode_items(
-        self, text_encoder: TextEncoder, inputs: Inputs | None
+        self, text_encoder: TextEncoder, inputs: Inputs | None, counts: Counter[str]
     ) -> tuple[list[bytes], list[bytes]]:
         """Keys and values of the vectors that the store does not have yet."""
         texts = sorted({item_text(each) for each in inputs.records if each} if inputs else set())
@@ -146,16 +157,20 @@ class Texts:
             return [], []
         hidden = self._vectors(text_encoder, [texts[at] for at in new])
         vectors = text_encoder.project(hidden).astype(VECTOR_DTYPE)
-        self._metrics.events.labels(self.name, "item").inc(len(new))
+        counts["item"] = len(new)
         return [keys[at] for at in new], [vector.tobytes() for vector in vectors]
 
     def _encode_reviews(
-        self, serving: Serving, text_encoder: TextEncoder, inputs: Inputs | None
+        self,
+        serving: Serving,
+        text_encoder: TextEncoder,
+        inputs: Inputs | None,
+        counts: Counter[str],
     ) -> tuple[list[OutputBatch], Scored | None]:
         if inputs is None:
             return [], None
         if serving.star_head is None:
-            self._skip("no star head", len(inputs.records))
+            counts["skipped: no star head"] = len(inputs.records)
             return [], None
         oldest = self._oldest()
         rows = [
@@ -163,7 +178,7 @@ class Texts:
             for at, review in enumerate(inputs.records)
             if (review.title or review.text) and time_ms(review.event_time) >= oldest
         ]
-        self._skip("too old or no text", len(inputs.records) - len(rows))
+        counts["skipped: too old or no text"] = len(inputs.records) - len(rows)
         if not rows:
             return [], None
         reviews: list[Review] = [inputs.records[at] for at in rows]
@@ -204,7 +219,7 @@ class Texts:
             }
         )
         features = encode_columns(shared | {"encoder": [text_encoder.hash] * count})
-        self._metrics.events.labels(self.name, "review").inc(count)
+        counts["review"] = count
         scored = Scored(
             version=serving.predictor.version,
             ratings=mean.astype(np.float32),
@@ -224,10 +239,6 @@ class Texts:
     def _oldest(self) -> float:
         days = self._config.age_limit_days
         return time.time() * 1_000 - days * MILLISECONDS_A_DAY if days else -np.inf
-
-    def _skip(self, why: str, count: int) -> None:
-        if count:
-            self._metrics.events.labels(self.name, f"skipped: {why}").inc(count)
 
 
 def _keyed(users: list[str], values: list[bytes], partitions: list[int]) -> list[dict[str, Any]]:

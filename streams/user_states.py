@@ -5,6 +5,7 @@ states stand; on a claim, the journal from there to its stable end is applied an
 anything is scored.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from model.events import EVENT, Rows, blank
+from model.events import EVENT, Rows, blank, opaque
 from model.exceptions import LayoutError
 from model.features import FEATURE_HASH
 from model.ids import Hashes
@@ -28,6 +29,8 @@ from streams.reader import USER_STATE, partition_keys
 from streams.store import Claim, Store
 
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
+MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
+MARKER_PAUSE_SECONDS = 0.05
 MILLISECONDS_A_DAY = 86_400_000
 
 HEADER = np.dtype(
@@ -71,18 +74,15 @@ class UserStates:
         not belong together, `StoreError` when the store does not answer.
         """
         claim = self._store.claim(USER_STATE, partition)
-        held = Held(claim, decode_header(claim.data))
-        self._held[partition] = held
-        rows = 0
-        entries = read_journal(self._kafka, self._archive, partition, int(held.header["journal"]))
-        for several in _in_portions(entries):
-            rows += self._apply(partition, held, several)
-        if rows:
-            self._log.info("recovered", partition=partition, journal_rows=rows)
-        ends: dict[str, int] = dict(zip(TOPICS, held.header["ends"].tolist(), strict=True))
+        self._held[partition] = Held(claim, decode_header(claim.data))
+        ends = self._recover(partition)
         if not self._kafka.exactly_once:
             # Without transactions the journal may be ahead of the committed offsets; it is exact.
             return ends
+        until = time.monotonic() + MARKER_SECONDS
+        while any(ends[topic] < committed[topic] for topic in TOPICS) and time.monotonic() < until:
+            time.sleep(MARKER_PAUSE_SECONDS)
+            ends = self._recover(partition)
         for topic in TOPICS:
             _compare(topic, partition, ends[topic], committed[topic])
         return committed
@@ -102,15 +102,16 @@ class UserStates:
         new = places >= known
         if new.any():
             keys = partition_keys(self._store, USER_STATE, partition, users[new])
-            cache.rows[places[new]] = from_bytes(self._store.read(keys), USER)
-        return cache.rows[places]
+            read = from_bytes(self._store.read(keys), USER)
+            opaque(cache.rows)[places[new]] = opaque(read)
+        return cache.rows.take(places)
 
     def write(self, partition: int, users: Hashes, rows: Rows, header: Rows) -> None:
         """Write states and then the header, guarded by the claim."""
         held = self._held[partition]
         keys = partition_keys(self._store, USER_STATE, partition, users)
         self._store.write(held.claim, keys, to_bytes(rows), header.tobytes())
-        held.users.rows[held.users.place(users)] = rows
+        opaque(held.users.rows)[held.users.place(users)] = opaque(rows)
         held.header = header
 
     def expire(self, partition: int, watermark: int) -> int:
@@ -134,6 +135,17 @@ class UserStates:
             self._store.write(held.claim, old, [b""] * len(old), held.header.tobytes())
             held.users = Rowstore(USER)
         return len(old)
+
+    def _recover(self, partition: int) -> dict[str, int]:
+        """Apply the journal up to its stable end; the next offset of each input topic."""
+        held = self._held[partition]
+        rows = 0
+        entries = read_journal(self._kafka, self._archive, partition, int(held.header["journal"]))
+        for several in _in_portions(entries):
+            rows += self._apply(partition, held, several)
+        if rows:
+            self._log.info("recovered", partition=partition, journal_rows=rows)
+        return {topic: int(end) for topic, end in zip(TOPICS, held.header["ends"], strict=True)}
 
     def _apply(self, partition: int, held: Held, entries: list[Transaction]) -> int:
         journals = [entry.journal for entry in entries]

@@ -23,6 +23,9 @@ from schemas.exceptions import ContractError
 from schemas.records import Alert, ErrorSums, Kind, ScoreDigest
 from streams.config import InsightsConfig
 
+WINDOWS_KEY = "insights:windows"  # after the key prefix; a Redis stream, its ids are window ends
+WINDOW_FIELD = b"window"
+
 KLL_K = 200  # rank error about 1.3%, at some 2 KB a sketch
 FREQUENT_LOG_SIZE = 10  # at most 768 names are counted at once, however many there are
 _MILLISECOND = timedelta(milliseconds=1)
@@ -103,9 +106,9 @@ class KindWindow(BaseModel):
     actions: dict[str, int]
     top_items: list[tuple[str, int]]
     top_categories: list[tuple[str, int]]
-    latency_ms: dict[str, float] | None  # p50, p90, p99 and max
     lag: int
     workers: int
+    latency_ms: dict[str, float] | None = None  # p50, p90, p99 and max
 
     def total(self) -> Scored:
         """All models together, over the sliding window."""
@@ -343,8 +346,7 @@ def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) ->
     worker = step.workers.setdefault(digest.worker, WorkerStep())
     worker.count += count
     worker.spans[end] = max(round((digest.window_end - digest.window_start) / _MILLISECOND), 0)
-    if end >= worker.time:
-        worker.time, worker.lag = end, digest.lag
+    worker.time, worker.lag = max((worker.time, worker.lag), (end, digest.lag))
 
 
 def _sums(count: int, errors: ErrorSums, total: float = 0.0) -> Sums:

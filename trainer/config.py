@@ -4,8 +4,6 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-Baseline = Literal["global_mean", "global_running", "bias_static", "bias_running", "lightgbm"]
-
 
 class CleanConfig(BaseModel):
     """Which rated rows are not learnt from. States still see every event, as the scorer's do."""
@@ -75,16 +73,28 @@ class TextConfig(BaseModel):
     lora_rank: int = Field(default=8, ge=1, le=256, description="rank of LoRA's two factors")
 
 
+class SizesConfig(BaseModel):
+    """Sizes of the fused network, and what it forgets in training."""
+
+    members: int = Field(default=3, ge=1, le=32, description="networks that are averaged")
+    width: int = Field(default=64, ge=1, le=4_096, description="of the two hidden layers")
+    token: int = Field(default=32, ge=1, le=1_024, description="width of a recent item")
+    heads: int = Field(default=2, ge=1, le=64, description="of the attention over recent items")
+    identity: int = Field(default=8, ge=1, le=256, description="width of a hashed id's embedding")
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="of hidden units")
+    unknown: float = Field(default=0.2, ge=0, le=1, description="share of ids made unknown")
+
+
 class FitConfig(BaseModel):
     """The fused network's fit."""
 
-    epochs: int = Field(default=40, ge=1, le=1_000, description="most passes over the rows")
-    patience: int = Field(default=5, ge=1, description="epochs without a better validation RMSE")
+    epochs: int = Field(default=20, ge=1, le=1_000, description="most passes over the rows")
+    patience: int = Field(default=6, ge=1, description="epochs without a better validation RMSE")
     batch_rows: int = Field(default=512, ge=8, le=65_536, description="rows in a step")
-    learning_rate: float = Field(default=2e-3, gt=0, le=1, description="highest rate of AdamW")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="highest rate of AdamW")
     weight_decay: float = Field(default=0.1, ge=0, le=10, description="AdamW's decoupled decay")
     identity_decay: float = Field(
-        default=0.1, ge=0, le=100, description="of squared embeddings of ids, each time they occur"
+        default=3.0, ge=0, le=100, description="of squared embeddings of ids, each time they occur"
     )
     squared_error: float = Field(
         default=1.0,
@@ -92,13 +102,8 @@ class FitConfig(BaseModel):
         le=100,
         description="weight of the mean's squared error beside cross entropy",
     )
-    unknown_ids: float = Field(
-        default=0.1,
-        ge=0,
-        le=1,
-        description="share of user and item ids swapped for 'unknown' in training",
-    )
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    sizes: SizesConfig = Field(default_factory=SizesConfig)
     refit: bool = Field(
         default=True,
         description="after the evaluation, fit once more on all rows for the bundle",
@@ -148,16 +153,6 @@ class TrainerConfig(BaseModel):
         default=0,
         ge=0,
         description="rated rows that are learnt from, newest first; 0: all",
-    )
-    baselines: tuple[Baseline, ...] = Field(
-        default=(
-            "global_mean",
-            "global_running",
-            "bias_static",
-            "bias_running",
-            "lightgbm",
-        ),
-        description="what the model is compared with, on the same rows",
     )
     clean: CleanConfig = Field(default_factory=CleanConfig)
     split: SplitConfig = Field(default_factory=SplitConfig)

@@ -9,7 +9,7 @@ item later is not labelled: which of the views that led to a rating should carry
 the states would have to share, and none is made yet.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,8 +31,7 @@ from model.events import (
 )
 from model.ids import hash_ids
 from model.lookups import Table, empty, table
-from model.network import Inputs
-from model.predict import gather
+from model.network import Inputs, concatenate, gather
 from model.replay import History, Observation
 from model.state import CATEGORY, LAYOUT_HASH
 from schemas import archive, codec
@@ -49,7 +48,9 @@ OnRows = Callable[[int, int], None]
 
 Kind = TypeVar("Kind", Item, User)
 
-BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
+_BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
+_LARGEST_BATCH = 512  # of the replay of a long log
+_BATCHES = 1_000  # into which a log is cut at least, where the two bounds allow it
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ class Journalled:
     features: NDArray[np.float32]  # (n, F)
     usable: NDArray[np.bool_]  # (n): the row is of this code's feature table
     encoder: NDArray[np.str_]  # (n): hash of the encoder whose vectors were read; "" for none
-    duplicate: NDArray[np.bool_]  # (n)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def from_file(path: Path) -> Log:
     return Log(events, table, items, users)
 
 
-def from_archive(url: str, options: dict[str, str] | None = None) -> Log:
+def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
     """The history in an archive: its journal, joined with its reviews, items and users.
 
     Partitions are merged by event time (a late event as of its arrival), each in its journal's
@@ -227,11 +227,12 @@ def _journalled(journals: Sequence[Journal], order: NDArray[np.intp]) -> Journal
             [np.full(len(j), j.feature_hash == features.FEATURE_HASH) for j in journals]
         )[order],
         np.concatenate([np.full(len(j), j.encoder) for j in journals])[order],
-        np.concatenate([j.duplicates for j in journals])[order],
     )
 
 
-def _records(url: str, topic: str, options: dict[str, str] | None, kind: type[Kind]) -> list[Kind]:
+def _records(
+    url: str, topic: str, options: Mapping[str, str] | None, kind: type[Kind]
+) -> list[Kind]:
     """The records of a compacted topic, oldest first; deleted ones are left out."""
     rows = archive.read(
         url, topic, options, columns=["kafka_partition", "kafka_offset", "kafka_value"]
@@ -260,12 +261,13 @@ def replay(log: Log, vectors: Table | None, encoder: str, width: int, on_rows: O
 
     Repeated events and edits of an earlier review are not left out here; `clean` decides.
     """
-    history = History(vectors=vectors, batch_events=BATCH_EVENTS)
+    batch_events = min(max(_BATCH_EVENTS, len(log) // _BATCHES), _LARGEST_BATCH)
+    history = History(vectors=vectors, batch_events=batch_events)
     rated = (log.events["action"] == REVIEW) & ~np.isnan(log.events["rating"])
     journalled = log.journalled
     categories = empty(CATEGORY)
     parts: list[Inputs] = []
-    for start, stop, items, users in _blocks(log):
+    for start, stop, items, users in _blocks(log, batch_events):
         if items:
             history.item_attributes, categories = _learn_items(
                 history.item_attributes, categories, items
@@ -280,22 +282,22 @@ def replay(log: Log, vectors: Table | None, encoder: str, width: int, on_rows: O
                 parts.append(gather(log.events[begin + chosen], observation, batch.lookups, width))
             on_rows(start + batch.rows.stop, len(log))
     row = np.flatnonzero(rated)
-    inputs = _concatenate(parts)
+    inputs = concatenate(parts)
     if journalled is not None:
         seen = journalled.usable[row] & (journalled.encoder[row] == encoder)
         inputs.features[seen] = journalled.features[row[seen]]
     return Examples(row, log.events[row], inputs, log.events["rating"][row].astype(np.float64))
 
 
-def _blocks(log: Log) -> Iterator[tuple[int, int, list[Item], list[User]]]:
+def _blocks(log: Log, size: int) -> Iterator[tuple[int, int, list[Item], list[User]]]:
     """Spans of events between which attributes change, with what is new at each one's begin.
 
-    Spans begin at multiples of `BATCH_EVENTS`: a record that comes within a batch is known to the
-    next one.
+    Spans begin at multiples of `size`, a batch of the replay: a record that comes within a batch
+    is known to the next one.
     """
 
     def block(count: int) -> int:
-        return -(-count // BATCH_EVENTS) * BATCH_EVENTS
+        return -(-count // size) * size
 
     news: dict[int, tuple[list[Item], list[User]]] = {0: ([], [])}
     for count, item in log.items:
@@ -334,13 +336,3 @@ def _take(observation: Observation, rows: NDArray[np.intp]) -> Observation:
     return Observation(
         **{field.name: getattr(observation, field.name)[rows] for field in fields(Observation)}
     )
-
-
-def _concatenate(parts: Sequence[Inputs]) -> Inputs:
-    """Inputs over one table of vectors, joined."""
-    joined = {
-        field.name: np.concatenate([getattr(part, field.name) for part in parts])
-        for field in fields(Inputs)
-        if field.name != "vectors"
-    }
-    return Inputs(**joined, vectors=parts[0].vectors)

@@ -11,7 +11,7 @@ For service both are fitted once more on all rows, with what was chosen.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -33,6 +33,7 @@ OnEpoch = Callable[[int, float], None]
 
 _PENALTIES = (100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5, math.inf)  # rows' worth of "no correction"
 _CHAIN = (0.4, 0.55, 0.7, 0.85, 1.0)  # shares of the train rows at which a fold of the chain ends
+_DOUBT = 0.5  # standard errors: with few rows, the stronger penalty of two that are as good
 _LEAST_KNOWN = 0.005  # share of train rows in which a feature must be known to be used
 _TAIL = 0.005  # beyond these quantiles of the train rows a feature is clipped
 _LEAST_DEVIATION = 1e-4  # a feature that varies less is constant
@@ -59,7 +60,7 @@ def fit(
     validation: Rows,
     config: FitConfig,
     seed: int,
-    device: str,
+    device: torch.device,
     on_epoch: OnEpoch,
 ) -> Fitted:
     """Fit a network on `train` and choose on `validation`.
@@ -72,7 +73,7 @@ def fit(
         validation: row numbers, all later.
         config: the fit's settings.
         seed: of starts, weights and orders.
-        device: cpu or cuda.
+        device: that trains.
         on_epoch: called after each epoch.
     """
     torch.manual_seed(seed)
@@ -104,7 +105,7 @@ def refit(
     rows: Rows,
     config: FitConfig,
     seed: int,
-    device: str,
+    device: torch.device,
     on_epoch: OnEpoch,
 ) -> FusedNetwork:
     """The same fit on all of `rows`, with what `fit` chose."""
@@ -196,17 +197,28 @@ def _ridge(design: Floats, target: Floats, penalty: float) -> tuple[Floats, floa
 
 
 def _choose_penalty(network: FusedNetwork, inputs: Inputs, rating: Floats, train: Rows) -> float:
-    """The penalty with the least squared error in a forward chain: fit on the past, test ahead."""
+    """The penalty with the least squared error in a forward chain: fit on the past, test ahead.
+
+    Of penalties that are as good as the best within `_DOUBT` standard errors, the largest.
+    """
     design = _design(network, inputs, train)
     target = _residual(network, inputs, rating, train)
     ends = [int(len(train) * share) for share in _CHAIN]
-    losses = np.zeros(len(_PENALTIES))
-    for start, end in pairwise(ends):
-        for column, penalty in enumerate(_PENALTIES):
+    losses: list[Floats] = []
+    for penalty in _PENALTIES:
+        ahead: list[Floats] = []
+        for start, end in pairwise(ends):
             weights, intercept = _ridge(design[:start], target[:start], penalty)
-            ahead = design[start:end] @ weights + intercept
-            losses[column] += np.sum((target[start:end] - ahead) ** 2)
-    return _PENALTIES[int(np.argmin(losses))]
+            ahead.append((target[start:end] - design[start:end] @ weights - intercept) ** 2)
+        losses.append(np.concatenate(ahead))
+    best = min(losses, key=np.mean)
+    gaps = [loss - best for loss in losses]
+    doubt = [_DOUBT * gap.std() / math.sqrt(len(gap)) for gap in gaps]
+    return max(
+        penalty
+        for penalty, gap, allowed in zip(_PENALTIES, gaps, doubt, strict=True)
+        if gap.mean() <= allowed
+    )
 
 
 def _fit_linear(
@@ -229,8 +241,8 @@ def _epochs(
     rows: Rows,
     config: FitConfig,
     seed: int,
-    device: str,
-):
+    device: torch.device,
+) -> Iterator[int]:
     """Train the members, all in step; yields the number of epochs done."""
     network.to(device).train()
     generator = np.random.default_rng(seed)
@@ -243,7 +255,6 @@ def _epochs(
         else np.ones((1, len(rows)))
     )
     weights = torch.from_numpy(drawn.astype(np.float32)).to(device)
-    given = tensors(network.config, inputs.take(rows), device)
     for member in members:
         member.linear.requires_grad_(False)
     learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -253,7 +264,7 @@ def _epochs(
     for epoch in range(1, config.epochs + 1):
         order = torch.from_numpy(generator.permutation(len(rows)))
         for batch in order.split(config.batch_rows):
-            chosen = Tensors(*(tensor[batch] for tensor in given))
+            chosen = tensors(network.config, inputs.take(rows[batch.numpy()]), device)
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             for number in range(len(members)):

@@ -13,6 +13,7 @@ import polars as pl
 import vl_convert
 from numpy.typing import NDArray
 
+from trainer.assess import Compared
 from trainer.clean import Step
 from trainer.evaluate import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores
 from trainer.gate import Verdict
@@ -42,22 +43,12 @@ class Figure:
     note: str
 
 
-@dataclass(frozen=True)
-class Tested:
-    """The newest rows, as the report plots them; arrays are (n)."""
-
-    time: NDArray[np.int64]  # milliseconds since the epoch
-    rating: Floats
-    predictions: Mapping[str, Floats]  # by model, "model" among them
-
-
 def render(
     version: str,
     facts: Mapping[str, str],
     steps: Sequence[Step],
-    evaluations: Mapping[str, Evaluation],
-    tested: Tested,
-    calibration: Calibration,
+    compared: Compared,
+    time: NDArray[np.int64],
     text: TextScores | None,
     verdict: Verdict,
 ) -> str:
@@ -67,12 +58,13 @@ def render(
         version: of the bundle.
         facts: what was learnt from and how, in words.
         steps: what cleaning did.
-        evaluations: of question (a), by model, all on the rows of `tested`.
-        tested: the newest rows.
-        calibration: of the model on them.
+        compared: every model on the newest rows.
+        time: (n) of those rows, in milliseconds since the epoch.
         text: of question (b), or None when no star head was fitted.
         verdict: of the gate.
     """
+    evaluations, calibration = compared.evaluations, compared.calibration
+    predictions = {"model": compared.ours.rating, **compared.rivals}
     tables = [
         _errors(evaluations),
         _history(evaluations),
@@ -119,10 +111,14 @@ def render(
         ),
         Figure(
             "Ratings, true and predicted",
-            _histogram(tested),
+            _histogram(compared),
             "Predicted ratings are means, so they spread less than true ones.",
         ),
-        Figure("Error over time", _over_time(tested), "RMSE in spans of equally many rows."),
+        Figure(
+            "Error over time",
+            _over_time(time, compared.rating, predictions),
+            "RMSE in spans of equally many rows.",
+        ),
     ]
     template = resources.files("trainer").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -237,7 +233,7 @@ def _reliability(calibration: Calibration) -> str:
     return _svg(ideal + points)
 
 
-def _histogram(tested: Tested) -> str:
+def _histogram(compared: Compared) -> str:
     edges = np.linspace(1, 5, 17)
     frames = [
         pl.DataFrame(
@@ -248,8 +244,8 @@ def _histogram(tested: Tested) -> str:
             }
         )
         for name, values in (
-            ("true", tested.rating),
-            ("predicted", np.clip(tested.predictions["model"], 1, 5)),
+            ("true", compared.rating),
+            ("predicted", compared.ours.rating),
         )
     ]
     chart = (
@@ -264,19 +260,17 @@ def _histogram(tested: Tested) -> str:
     return _svg(chart)
 
 
-def _over_time(tested: Tested) -> str:
-    order = np.argsort(tested.time, kind="stable")
+def _over_time(time: NDArray[np.int64], rating: Floats, predictions: Mapping[str, Floats]) -> str:
+    order = np.argsort(time, kind="stable")
     spans = np.array_split(order, min(_TIME_BINS, max(len(order) // 20, 1)))
     rows = pl.DataFrame(
         [
             {
-                "time": int(tested.time[span[-1]]),
-                "RMSE": float(
-                    np.sqrt(np.mean((np.clip(values[span], 1, 5) - tested.rating[span]) ** 2))
-                ),
+                "time": int(time[span[-1]]),
+                "RMSE": float(np.sqrt(np.mean((np.clip(values[span], 1, 5) - rating[span]) ** 2))),
                 "model": name,
             }
-            for name, values in tested.predictions.items()
+            for name, values in predictions.items()
             for span in spans
         ]
     ).with_columns(pl.col("time").cast(pl.Datetime("ms", "UTC")))

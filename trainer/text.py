@@ -201,7 +201,7 @@ def _fine_tune(
     done = 0
     for _ in range(config.epochs):
         for batch in _batches(rows, reviews.texts, config.batch_texts, generator):
-            vectors = tuned.embed(tuned.tokens([reviews.texts[row] for row in batch.tolist()]))
+            vectors = tuned.embed(tuned.tokens([str(reviews.texts[int(row)]) for row in batch]))
             loss = nn.functional.cross_entropy(linear(vectors), labels[batch])
             optimizer.zero_grad()
             loss.backward()  # pyright: ignore[reportUnknownMemberType]

@@ -1,6 +1,7 @@
 """What all commands share: settings, consoles, and a clean end on a signal."""
 
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -25,8 +26,13 @@ from starcast.settings import Settings, load
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 
-output = Console(highlight=False)  # what was asked for
-notes = Console(stderr=True, highlight=False)  # how it is going
+WIDTH = 120  # of tables that go to a file or a pipe
+
+output = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+"""Where what was asked for is printed."""
+
+notes = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH)
+"""Where is told how it is going."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ What they call imports torch, which takes seconds, so they import it only when t
 """
 
 import getpass
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -19,12 +21,172 @@ from streams.config import KafkaConfig
 from streams.producer import outgoing, play
 
 if TYPE_CHECKING:
+    from model.bundle import Bundle
     from model.registry import Entry, Registry
 
 app = typer.Typer(help="Which model serves.")
 
 Reason = Annotated[str, typer.Option(help="Why; it stands in the registry's history.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RecordFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A record file.")]
+
+
+def train(
+    context: typer.Context,
+    file: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
+    ] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Let it serve if the gate lets it through.")
+    ] = False,
+) -> None:
+    """Fit a model from a record file or the archive, and report how good it is."""
+    from model import registry
+    from trainer import data
+    from trainer.assess import summary
+    from trainer.train import train as fit
+
+    settings = settings_of(context)
+    models = settings.models
+    before = registry.read(models.url).stable
+    with progress_bar() as progress:
+        log = (
+            data.from_archive(settings.archive.url, _archive_options(settings))
+            if file is None
+            else data.from_file(file)
+        )
+        result = fit(
+            log,
+            models.url,
+            settings.trainer,
+            encoder=models.encoder,
+            stable=_bundle(models.url, before),
+            progress=progress,
+            source=f"the archive at {settings.archive.url}" if file is None else file.name,
+        )
+    output.print(summary(result))
+    if not promote:
+        notes.print(f"To let it serve: starcast models promote {result.version}")
+        return
+    if not result.verdict.passed:
+        raise fail(f"{result.version} is not promoted: {result.verdict.reason}")
+    expected = before.version if before else None
+    reason = result.verdict.reason
+    after = registry.promote(models.url, result.version, result.sha256, _who(), reason, expected)
+    _announce(settings.kafka, before, after)
+    output.print(f"{result.version} is stable.")
+
+
+def retrain(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Once, now; so it is by default.")] = False,
+    every: Annotated[
+        str | None, typer.Option(metavar="SPAN", help="Now and then every 45s, 30m, 6h or 1d.")
+    ] = None,
+) -> None:
+    """Fit a model from the archive and let it serve if it passes the gate."""
+    if once and every:
+        raise typer.BadParameter("take --once or --every, not both")
+    from trainer.retrain import parse_every, retrain_every
+
+    settings = settings_of(context)
+    if every is None:
+        _retrain_once(settings)
+        return
+    span = parse_every(every)
+    with stopping() as stop:
+        retrain_every(span, lambda: _retrain_once(settings), stop)
+
+
+def _retrain_once(settings: Settings) -> None:
+    from model import registry
+    from trainer.assess import summary
+    from trainer.retrain import retrain_once
+
+    before = registry.read(settings.models.url).stable
+    with progress_bar() as progress:
+        done = retrain_once(
+            settings.archive.url,
+            settings.models.url,
+            settings.trainer,
+            archive_options=_archive_options(settings),
+            encoder=settings.models.encoder,
+            by=_who(),
+            progress=progress,
+            on_promoted=lambda after: _announce(settings.kafka, before, after),
+        )
+    output.print(summary(done.result))
+    said = "is promoted" if done.promoted else "is not promoted"
+    output.print(f"{done.result.version} {said}: {done.reason}", markup=False, soft_wrap=True)
+
+
+def evaluate(
+    context: typer.Context,
+    events: RecordFile,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="Of a bundle, or `stable`, or `ladder`; "
+            "else one is fitted to the older rows and not kept.",
+        ),
+    ] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Measure a model beside its baselines on the newest rows of a record file."""
+    from trainer import data
+    from trainer.assess import assess, summary
+    from trainer.train import train as fit
+
+    settings = settings_of(context)
+    config, name = settings.trainer, "fitted to the older rows"
+    with progress_bar() as progress:
+        log = data.from_file(events)
+        if model is None:
+            with tempfile.TemporaryDirectory(prefix="starcast-evaluate-") as folder:
+                found = fit(log, folder, config, encoder=settings.models.encoder, progress=progress)
+        else:
+            chosen = _chosen(settings.models.url, model)
+            found = assess(log, chosen, config, progress=progress)
+            name = chosen.version if chosen else model
+    output.print(summary(found))
+    if json_out is not None:
+        document: dict[str, Any] = {
+            "model": name,
+            "events": str(events),
+            "rows": found.rows,
+            "rating": {each: asdict(figures) for each, figures in found.evaluations.items()},
+            "calibration": asdict(found.calibration),
+            "text": asdict(found.text) if found.text else None,
+        }
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _chosen(url: str, model: str) -> "Bundle | None":
+    """The bundle that a version, `stable` or `ladder` (none) names."""
+    from model import bundle, registry
+    from model.ladder import VERSION
+
+    if model == VERSION:
+        return None
+    if model != "stable":
+        return bundle.load(url, model)
+    stable = registry.read(url).stable
+    if stable is None:
+        raise fail(f"No model in {url} is promoted yet; `starcast models list` has all.")
+    return _bundle(url, stable)
+
+
+def _archive_options(settings: Settings) -> dict[str, str]:
+    return {name: value.get_secret_value() for name, value in settings.archive.options.items()}
+
+
+def _bundle(url: str, entry: "Entry | None") -> "Bundle | None":
+    from model import bundle
+
+    return None if entry is None else bundle.load(url, entry.version, entry.sha256)
 
 
 @app.command("list")

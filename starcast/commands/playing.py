@@ -96,6 +96,7 @@ def produce(
     if rate is not None and speed is not None:
         raise typer.BadParameter("take --rate or --speed, not both")
     kafka = settings_of(context).kafka
+    bad: list[str] = []
     with stopping() as stop, progress_bar() as progress:
         task = progress.add_task(f"Playing {file.name}", total=None)
 
@@ -103,7 +104,7 @@ def produce(
             progress.update(task, completed=sent.delivered.total())
 
         sent = play(
-            map(_outgoing, read_values(file)),
+            map(_outgoing, read_values(file, lambda error: bad.append(str(error)))),
             kafka,
             rate=rate,
             speed=speed,
@@ -114,8 +115,11 @@ def produce(
         output.print(f"{count:>10,} {topic}", markup=False)
     pace = sent.delivered.total() / sent.seconds if sent.seconds else 0.0
     notes.print(f"{sent.delivered.total():,} records in {sent.seconds:.1f} s, {pace:,.0f}/s")
-    if sent.failed:
-        raise fail("".join(f"{count:,} failed: {why}\n" for why, count in sent.failed.items()))
+    problems = [f"{count:,} failed: {why}" for why, count in sent.failed.items()]
+    if bad:
+        problems.append(f"{len(bad):,} lines are no records and were left out; the first: {bad[0]}")
+    if problems:
+        raise fail("\n".join(problems))
     if stop.is_set():
         raise typer.Exit(INTERRUPTED)
 

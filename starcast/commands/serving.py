@@ -1,7 +1,12 @@
-"""Commands that run Starcast and look at what it runs on: `run`, `topics`, `doctor`."""
+"""Commands that run Starcast and look at what it runs on.
+
+`demo`, `run`, `backfill`, `topics`, `verify-replay`, `doctor`. What some of them call imports
+torch, which takes seconds, so they import it only when they run.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import orjson
@@ -11,7 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from schemas.exceptions import UnreachableError
-from starcast.commands.context import fail, notes, output, settings_of, stopping
+from starcast.commands.context import (
+    INTERRUPTED,
+    fail,
+    notes,
+    output,
+    progress_bar,
+    settings_of,
+    stopping,
+)
 from streams.admin import TopicReport, apply_topics, reach, show_topics
 from streams.config import KafkaConfig
 
@@ -19,6 +32,44 @@ FIRST_WAIT_SECONDS = 1.0  # a broker that is starting is asked again this soon,
 LAST_WAIT_SECONDS = 10.0  # and later this often
 
 topics_app = typer.Typer(help="The topics of the contract on the cluster.")
+
+
+def demo(
+    context: typer.Context,
+    once: Annotated[
+        bool, typer.Option("--once", help="Play a record file, train once, end when it is scored.")
+    ] = False,
+    events: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The record file to play, with --once."),
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write what came of it, with --once.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=1, help="Events a second, with --once.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65_535, help="Of the dashboard.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated shop.")] = 7,
+) -> None:
+    """Show everything at work on this machine alone: broker, store, a shop, training, dashboard."""
+    if once != (events is not None):
+        raise typer.BadParameter("--once and --events FILE go together")
+    settings = settings_of(context)
+    if port is not None:
+        settings.web.port = port
+    from starcast.demo import RATE, run_demo, run_once, write_summary
+
+    with stopping() as stop:
+        if events is None:
+            run_demo(settings, notes, stop, seed)
+            return
+        summary = run_once(settings, notes, stop, events, rate or RATE)
+    output.print(orjson.dumps(asdict(summary)).decode(), markup=False, soft_wrap=True)
+    if json_out is not None:
+        write_summary(summary, json_out)
+    if stop.is_set():
+        raise typer.Exit(INTERRUPTED)
+    if summary.lost or summary.duplicated:
+        raise fail(f"{summary.lost} events were lost, {summary.duplicated} were duplicated.")
 
 
 def run(
@@ -37,7 +88,7 @@ def run(
     settings = settings_of(context)
     if set(processors) - {"dashboard"}:  # the dashboard waits by itself, and says so on its page
         _wait_for_broker(settings.kafka, wait)
-    from streams.run import run_processors  # imports torch, which takes seconds
+    from streams.run import run_processors
 
     with stopping() as stop:
         run_processors(processors, settings, stop)
@@ -105,12 +156,73 @@ def _topics_table(reports: Sequence[TopicReport]) -> Table:
     return table
 
 
+def backfill(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, readable=True)],
+) -> None:
+    """Bring a shop's history into states and archive, before it goes live.
+
+    The files are played into the topics, and processors run here until all of it is in.
+    """
+    settings = settings_of(context)
+    reach(settings.kafka)
+    from starcast.backfill import backfill as bring_in
+
+    with stopping() as stop, progress_bar() as progress:
+        task = progress.add_task("Playing", total=None)
+        sent = bring_in(
+            settings,
+            files,
+            stop,
+            lambda sent: progress.update(task, completed=sent.delivered.total()),
+            lambda stage: progress.update(task, description=f"Waiting for {stage}"),
+        )
+    for topic, count in sorted(sent.delivered.items()):
+        output.print(f"{count:>10,} {topic}", markup=False)
+    if stop.is_set():
+        raise fail("Stopped before all of it was in; play it again.", INTERRUPTED)
+
+
+def verify_replay(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compute again all that was archived and compare; ends with 1 when something differs."""
+    settings = settings_of(context)
+    from model.state import LAYOUT_HASH
+    from streams.store import Store
+    from streams.verify import verify_replay as verify
+
+    store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
+    with progress_bar() as progress:
+        task = progress.add_task("Replaying", total=None)
+        report = verify(
+            settings.archive,
+            settings.models,
+            store,
+            lambda rows: progress.update(task, advance=rows),
+        )
+    store.close()
+    if as_json:
+        output.print(orjson.dumps(asdict(report)).decode(), markup=False, soft_wrap=True)
+    else:
+        for what, count in sorted(report.compared.items()):
+            wrong = report.differences[what]
+            mark = ("✗", "red") if wrong else ("✓", "green")
+            said = f"{wrong:,} of {count:,} differ" if wrong else f"{count:,} agree"
+            output.print(Text.assemble(mark, f" {what}: {said}"))
+        for line in (*report.notes, *report.examples):
+            notes.print(line, markup=False, soft_wrap=True)
+    if not report.clean:
+        raise fail("The replay differs from what was written.")
+
+
 def doctor(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Check what is reachable, what is not, and say what to do; ends with 1 if something is wrong."""
-    from starcast.doctor import examine  # imports what it checks, which takes seconds
+    """Check what is reachable, what is not, what to do; ends with 1 if something is wrong."""
+    from starcast.doctor import examine
 
     marks = {"fine": ("✓", "green"), "wrong": ("✗", "red"), "note": ("–", "yellow")}
     wrong = 0

@@ -4,6 +4,7 @@ import base64
 import threading
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -147,6 +148,16 @@ def test_a_record_that_is_too_large_is_counted(real: KafkaConfig) -> None:
     assert sent.delivered == Counter(reviews=1)
     assert sent.failed.total() == 2
     assert sent.sent == Counter(reviews=3)
+
+
+def test_what_was_sent_arrives_though_the_records_fail(cluster: KafkaConfig) -> None:
+    def failing() -> Iterator[Outgoing]:
+        yield from outgoing(users(500))
+        raise ContractError("line 501")
+
+    with pytest.raises(ContractError, match="line 501"):
+        play(failing(), cluster)
+    assert len(read(cluster, "users")) == 500
 
 
 def test_playing_needs_the_topics(real: KafkaConfig) -> None:

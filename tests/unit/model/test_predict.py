@@ -1,6 +1,8 @@
 """Predictions, with a network and without one."""
 
+import copy
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +90,18 @@ def test_same_with_any_number_of_threads(model: Predictor) -> None:
     finally:
         torch.set_num_threads(1)
     np.testing.assert_array_equal(one.distribution, two.distribution)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_says_the_same() -> None:
+    network = copy.deepcopy(trained().network)
+    assert network is not None
+    model = replace(trained(), network=network.to("cuda"))
+    expected, found = predict(MODELS["trained"], SHOP), predict(model, SHOP)
+    np.testing.assert_allclose(found.distribution, expected.distribution, atol=1e-4)
+    alone = predict(model, SHOP.take(np.array([7])))
+    np.testing.assert_array_equal(alone.distribution[0], found.distribution[7])
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

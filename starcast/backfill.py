@@ -1,0 +1,105 @@
+"""A shop's history into states and archive, before it goes live.
+
+History takes the way of every event: it is played into the topics as fast as Kafka takes it, and
+the processors make states, journal and archive of it. So a state that comes from history is the
+same as one that was built live, and is recovered and verified in the same way. What the scorer
+predicts meanwhile is history too: start those who read predictions after the backfill.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from schemas import archive
+from schemas.exceptions import StarcastError
+from schemas.files import read_values
+from schemas.topics import BY_NAME
+from starcast.settings import Settings
+from streams.admin import apply_topics, committed
+from streams.producer import Outgoing, Sent, play
+from streams.run import run_processors
+from streams.tail import read_topic
+
+# In the order in which work flows: when one has read all its topics, those of the next are whole.
+STAGES: Mapping[str, tuple[str, ...]] = {
+    "catalog": ("items", "users"),
+    "texts": ("items", "reviews"),
+    "scorer": ("reviews", "behavior", "text-features"),
+    "items": ("item-updates",),
+}
+ARCHIVER = "archiver"
+LOOK_SECONDS = 1.0  # between two looks at what is left
+
+
+class BackfillError(StarcastError):
+    """A history that did not get in whole."""
+
+
+def backfill(
+    settings: Settings,
+    files: Sequence[Path],
+    stop: threading.Event,
+    on_sent: Callable[[Sent], None] = lambda sent: None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Sent:
+    """Plays record files, one after the other, and returns when states and archive hold them.
+
+    `on_sent` is told of records that went out, `on_stage` which processor is waited for. `stop`
+    ends it early. Raises what `apply_topics`, `play` and `run_processors` raise, and BackfillError
+    when a record was refused.
+    """
+    apply_topics(settings.kafka)
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run_processors([*STAGES, ARCHIVER], settings, done)
+        except BaseException as problem:  # noqa: BLE001  raised again in the caller's thread
+            failures.append(problem)
+            done.set()
+
+    worker = threading.Thread(target=work, name="backfill")
+    worker.start()
+    try:
+        sent = play(_records(files), settings.kafka, stop=stop, on_progress=on_sent)
+        if sent.failed:
+            raise BackfillError(
+                f"Kafka refused {sent.failed.total()} records: {dict(sent.failed)}. Mend what is "
+                "wrong and play the file again; events that are in already are known by their ids."
+            )
+        for stage in (*STAGES, ARCHIVER):
+            on_stage(stage)
+            while not (stop.is_set() or done.is_set()) and _has_work(settings, stage):
+                done.wait(LOOK_SECONDS)
+    finally:
+        done.set()
+        worker.join()
+    if failures:
+        raise failures[0]
+    return sent
+
+
+def _records(files: Sequence[Path]) -> Iterator[Outgoing]:
+    for file in files:
+        for each in read_values(file):
+            yield Outgoing(each.topic, each.key, each.value)
+
+
+def _has_work(settings: Settings, stage: str) -> bool:
+    """Whether there are records that a processor has not done with."""
+    if stage == ARCHIVER:
+        options = {
+            name: value.get_secret_value() for name, value in settings.archive.options.items()
+        }
+        places = {
+            topic: archive.positions(settings.archive.url, topic, options) for topic in BY_NAME
+        }
+    else:
+        found = committed(settings.kafka, f"{settings.kafka.group_id}-{stage}")
+        places = {topic: found.get(topic, {}) for topic in STAGES[stage]}
+    return any(
+        bool(batch)
+        for topic, positions in places.items()
+        for batch in read_topic(settings.kafka, topic, start=positions)
+    )

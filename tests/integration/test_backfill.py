@@ -1,0 +1,83 @@
+"""A history that is brought in is in the states and in the archive, whole and once."""
+
+import threading
+import uuid
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+from pydantic import SecretStr
+
+from schemas import archive
+from schemas.exceptions import UnreachableError
+from schemas.files import write_records
+from starcast.backfill import STAGES, BackfillError, backfill
+from starcast.settings import Settings
+from starcast.shop import shop
+
+END = datetime(2026, 1, 31, tzinfo=UTC)
+
+
+@pytest.fixture(params=["embedded_broker", "kafka"])
+def settings(request: pytest.FixtureRequest, store: str, tmp_path: Path) -> Settings:
+    made = Settings()
+    made.kafka.bootstrap_servers = request.getfixturevalue(request.param)
+    made.kafka.exactly_once = request.param == "kafka"
+    made.kafka.topic_prefix = f"{uuid.uuid4().hex[:8]}."
+    made.kafka.group_id = uuid.uuid4().hex[:8]
+    made.kafka.partitions = 3
+    made.redis.url = SecretStr(store)
+    made.archive.url = str(tmp_path / "archive")
+    made.archive.flush_seconds = 0.5
+    made.models.url = str(tmp_path / "models")
+    made.models.encoder = "none"
+    made.web.metrics_port = 0
+    return made
+
+
+def test_all_of_a_history_is_in(settings: Settings, tmp_path: Path) -> None:
+    records = list(shop(5, users=20, items=15, events=300, end=END))
+    files = [tmp_path / "first.jsonl", tmp_path / "second.parquet"]
+    write_records(files[0], records[:100])
+    write_records(files[1], records[100:])
+    stages: list[str] = []
+    sent = backfill(settings, files, threading.Event(), on_stage=stages.append)
+    assert stages == [*STAGES, "archiver"]
+    assert sent.delivered == Counter(topic for topic, _ in records)
+
+    def archived(topic: str) -> pl.DataFrame:
+        return archive.read(settings.archive.url, topic).collect()
+
+    for topic, count in sent.delivered.items():
+        assert len(archived(topic)) == count
+    predictions = archived("predicted-ratings")
+    assert len(predictions) == 300
+    assert predictions["event_id"].n_unique() == 300
+    assert archived("journal")["rows"].sum() == 300
+    assert len(archived("item-updates")) > 0
+
+
+def test_a_stop_ends_it(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "shop.jsonl"
+    write_records(file, shop(5, users=20, items=15, events=300, end=END))
+    stop = threading.Event()
+    stop.set()
+    assert backfill(settings, [file], stop).sent.total() == 0
+
+
+@pytest.mark.parametrize("settings", ["kafka"], indirect=True)  # the other takes any size
+def test_a_refused_record_is_an_error(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "large.jsonl"
+    file.write_text('{"topic": "reviews", "value": {"text": "' + "x" * 2_000_000 + '"}}\n')
+    with pytest.raises(BackfillError, match="refused 1 records"):
+        backfill(settings, [file], threading.Event())
+
+
+def test_no_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.admin.REACH_SECONDS", 0.5)
+    nowhere = Settings()
+    nowhere.kafka.bootstrap_servers = "127.0.0.1:1"
+    with pytest.raises(UnreachableError):
+        backfill(nowhere, [], threading.Event())

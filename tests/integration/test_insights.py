@@ -1,0 +1,207 @@
+"""Insights against real brokers and a real store: windows, alerts, dead letters, restarts."""
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import pytest
+from confluent_kafka import Producer
+from pydantic import SecretStr
+
+from schemas.codec import encode
+from schemas.records import Alert, DeadLetter, ScoreDigest
+from streams import embedded
+from streams.admin import apply_topics, client_config, topic_name
+from streams.config import InsightsConfig, KafkaConfig, RedisConfig
+from streams.insights import run_insights
+from streams.metrics import Metrics, make_metrics
+from streams.store import connect
+from streams.tail import read_topic
+from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window
+from tests.digests import digest
+
+PATIENCE_SECONDS = 40.0
+STOP_SECONDS = 10.0
+INSIGHTS = InsightsConfig(
+    window_seconds=6,
+    step_seconds=1,
+    grace_seconds=1,
+    least_rated=2,
+    highest_rmse=1.2,
+    largest_drift=9,
+)
+
+
+@pytest.fixture(params=["kafka", "embedded_broker"])
+def cluster(request: pytest.FixtureRequest) -> KafkaConfig:
+    config = KafkaConfig(
+        bootstrap_servers=request.getfixturevalue(request.param),
+        topic_prefix=f"{uuid.uuid4().hex[:8]}.",
+        group_id=uuid.uuid4().hex[:8],
+        partitions=1,
+        session_timeout_ms=2_000,
+    )
+    apply_topics(config)
+    return config
+
+
+@contextmanager
+def insights(kafka: KafkaConfig, url: str, metrics: Metrics) -> Generator[None]:
+    """Insights in a thread; that it ends in time is part of each test."""
+    stop = threading.Event()
+    redis = RedisConfig(url=SecretStr(url))
+    thread = threading.Thread(
+        target=run_insights, args=(kafka, redis, INSIGHTS, stop, metrics), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        started = time.monotonic()
+        stop.set()
+        thread.join(STOP_SECONDS)
+        assert not thread.is_alive()
+        assert time.monotonic() - started < STOP_SECONDS
+
+
+def send(kafka: KafkaConfig, *values: bytes) -> None:
+    """Compressed as the workers' producers do."""
+    producer = Producer(client_config(kafka, **{"compression.type": "lz4"}))
+    for value in values:
+        producer.produce(topic_name(kafka, "score-digests"), value=value, key=b"scorer-0")
+    assert producer.flush(10) == 0
+
+
+def now_digest(count: int, name: str, error: float = 0.0) -> ScoreDigest:
+    return digest(datetime.now(UTC), [(3.0 + error, 3.0)] * count, name=name)
+
+
+def windows(url: str) -> list[Window]:
+    client = connect(RedisConfig(url=SecretStr(url)))
+    rows = client.xrange(f"starcast:{WINDOWS_KEY}")
+    client.close()
+    return [Window.model_validate_json(fields[WINDOW_FIELD]) for _, fields in rows]
+
+
+def counted(found: list[Window]) -> int:
+    """Predictions in the steps, each of which counts once."""
+    return sum(
+        scored.sums.count
+        for window in found
+        for kind in window.kinds.values()
+        for scored in kind.step.values()
+    )
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not what():
+        assert time.monotonic() < deadline, "did not come"
+        time.sleep(0.1)
+
+
+def read(kafka: KafkaConfig, topic: str) -> list[bytes]:
+    return [
+        value
+        for batch in read_topic(kafka, topic)
+        for message in batch
+        if (value := message.value()) is not None
+    ]
+
+
+def test_digests_become_windows_alerts_and_dead_letters(cluster: KafkaConfig, store: str) -> None:
+    metrics = make_metrics()
+    with insights(cluster, store, metrics):
+        good = now_digest(10, "a")
+        mixed = now_digest(1, "mixed").model_copy(update={"kinds": {"review": 1, "request": 1}})
+        send(cluster, encode(good), encode(good), b"{}", encode(mixed))
+        wait_for(lambda: counted(windows(store)) >= 10)
+        send(cluster, encode(now_digest(10, "b", error=2.0)))
+        wait_for(lambda: counted(windows(store)) >= 20)
+        # The next windows fire too, but the alert has been given.
+        last = windows(store)[-1].end_ms
+        wait_for(lambda: windows(store)[-1].end_ms >= last + 2_000)
+    found = windows(store)
+    assert counted(found) == 20
+    assert [window.end_ms for window in found] == list(
+        range(found[0].end_ms, found[-1].end_ms + 1_000, 1_000)
+    )
+    assert "rmse/interaction" in found[-1].firing
+    (alert,) = [Alert.model_validate_json(value) for value in read(cluster, "alerts")]
+    assert (alert.rule, alert.subject, alert.threshold) == ("rmse", "interaction", 1.2)
+    letters = [DeadLetter.model_validate_json(value) for value in read(cluster, "dead-letters")]
+    assert [letter.source.offset for letter in letters] == [2, 3]
+    assert {letter.source.topic for letter in letters} == {"score-digests"}
+    assert letters[0].field is not None
+    assert "review" in letters[1].reason
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+    }
+    assert samples["starcast_duplicates_total", "insights"] == 1
+    assert samples["starcast_dead_letters_total", "insights", "contract"] == 2
+
+
+def test_a_restart_neither_loses_nor_doubles(cluster: KafkaConfig, store: str) -> None:
+    metrics = make_metrics()
+    with insights(cluster, store, metrics):
+        send(cluster, encode(now_digest(5, "a")))
+        wait_for(lambda: counted(windows(store)) == 5)
+    before = windows(store)
+    send(cluster, encode(now_digest(7, "b")), encode(now_digest(0, "a")))
+    with insights(cluster, store, metrics):
+        wait_for(lambda: counted(windows(store)) == 12)
+    after = windows(store)
+    assert after[: len(before)] == before
+    ends = [window.end_ms for window in after]
+    assert ends == sorted(set(ends))
+    # The digest of before the restart is still in the windows after it, as long as they reach it.
+    reaching = [window for window in after[len(before) :] if window.start_ms < before[0].end_ms]
+    for window in reaching:
+        assert window.kinds["interaction"].total().sums.count >= 5
+
+
+def test_a_store_that_is_gone_is_waited_for(
+    cluster: KafkaConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = embedded.start_store(tmp_path_factory.mktemp("first"))
+    port = int(store.address.rpartition(":")[2].partition("/")[0])
+    with insights(cluster, store.address, make_metrics()):
+        send(cluster, encode(now_digest(3, "a")))
+        wait_for(lambda: counted(windows(store.address)) == 3)
+        store.stop()
+        send(cluster, encode(now_digest(4, "b")))
+        time.sleep(3)
+        with _store_at(port, tmp_path_factory) as url:
+            # What fell due meanwhile is written when the store is back.
+            wait_for(lambda: counted(windows(url)) == 4)
+
+
+@contextmanager
+def _store_at(port: int, folders: pytest.TempPathFactory) -> Generator[str]:
+    free_port = embedded.free_port
+    embedded.free_port = lambda: port
+    try:
+        child = embedded.start_store(folders.mktemp("again"))
+    finally:
+        embedded.free_port = free_port
+    with child:
+        yield child.address
+
+
+def test_window_json_is_what_the_page_and_programs_read(cluster: KafkaConfig, store: str) -> None:
+    with insights(cluster, store, make_metrics()):
+        send(cluster, encode(now_digest(4, "a", error=1.0)))
+        wait_for(lambda: counted(windows(store)) == 4)
+    client = connect(RedisConfig(url=SecretStr(store)))
+    identity, fields = client.xrange(f"starcast:{WINDOWS_KEY}", count=1)[0]
+    client.close()
+    told = json.loads(fields[WINDOW_FIELD])
+    assert identity == f"{told['end_ms']}-0".encode()
+    sums = told["kinds"]["interaction"]["models"]["ladder"]["sums"]
+    assert (sums["count"], sums["rmse"], sums["mean_rating"]) == (4, 1.0, 3.0)

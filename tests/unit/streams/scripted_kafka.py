@@ -1,0 +1,278 @@
+"""A scripted Kafka: what a consumer and a producer see of a broker, without one.
+
+Only what `streams.loop` relies on, and strict about it: a transaction is begun once, offsets of an
+older generation are refused, a seek needs an assignment, and each input position may be committed
+once and in order.
+"""
+
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
+
+Place = tuple[str, int]
+Rebalance = Callable[[Any, list[TopicPartition]], None]
+
+
+def failure(code: int, **flags: bool) -> KafkaException:
+    return KafkaException(KafkaError(code, "scripted", **flags))
+
+
+def metadata(generation: int) -> bytes:
+    return b"CGMDv2:" + struct.pack("=i", generation) + b"group\0member\0"
+
+
+class Broker:
+    """Input logs, committed offsets, and the outputs of committed transactions."""
+
+    def __init__(self) -> None:
+        self.logs: dict[Place, list[bytes]] = {}
+        self.first: dict[Place, int] = {}  # retention has taken what lies below
+        self.committed: dict[Place, int] = {}
+        self.outputs: list[tuple[str, bytes | None]] = []
+        self.generation = 1
+        self.consumers: list[ScriptedConsumer] = []
+        self.producers: list[ScriptedProducer] = []
+        self.failures: dict[str, deque[KafkaException]] = {}  # by method, of the next calls
+
+    def consumer(self, config: Mapping[str, Any]) -> "ScriptedConsumer":
+        self.consumers.append(ScriptedConsumer(self, config))
+        return self.consumers[-1]
+
+    def producer(self, config: Mapping[str, Any]) -> "ScriptedProducer":
+        self.producers.append(ScriptedProducer(self, config))
+        return self.producers[-1]
+
+    def append(self, topic: str, partition: int, *values: bytes) -> None:
+        self.logs.setdefault((topic, partition), []).extend(values)
+
+    def fail(self, method: str, *failures: KafkaException) -> None:
+        self.failures.setdefault(method, deque()).extend(failures)
+
+    def may_fail(self, method: str) -> None:
+        if waiting := self.failures.get(method):
+            raise waiting.popleft()
+
+    def commit(self, offsets: Iterable[TopicPartition]) -> None:
+        for each in offsets:
+            place = each.topic, each.partition
+            assert each.offset > self.committed.get(place, 0), "offsets moved back"
+            self.committed[place] = each.offset
+
+
+class ScriptedConsumer:
+    """Gives the messages of assigned partitions that are not paused, in order."""
+
+    def __init__(self, broker: Broker, config: Mapping[str, Any]) -> None:
+        self.broker = broker
+        self.config = config
+        self.positions: dict[Place, int] = {}
+        self.paused: set[Place] = set()
+        self.generation = 0  # as this member knows it; below 1: it is in no group
+        self.between: deque[Callable[[], None]] = deque()  # run by the next calls of `consume`
+        self.errors: deque[Message] = deque()
+        self.closed = False
+
+    def subscribe(
+        self, topics: list[str], on_assign: Rebalance, on_revoke: Rebalance, on_lost: Rebalance
+    ) -> None:
+        self.topics = topics
+        self.on_assign, self.on_revoke, self.on_lost = on_assign, on_revoke, on_lost
+
+    def rebalance(
+        self, gone: Iterable[Place] = (), new: Iterable[Place] = (), lost: bool = False
+    ) -> None:
+        """What the group's coordinator says: first what is gone, then what is new."""
+        self.broker.generation += 1
+        self.generation = self.broker.generation
+        if gone := sorted(gone):
+            call = self.on_lost if lost else self.on_revoke
+            call(self, [TopicPartition(*place) for place in gone])
+        if new := sorted(new):
+            self.on_assign(self, [TopicPartition(*place) for place in new])
+
+    def consume(self, count: int, timeout: float) -> list[Message]:
+        if self.between:
+            self.between.popleft()()
+        found: list[Message] = []
+        while self.errors and len(found) < count:
+            found.append(self.errors.popleft())
+        for place, position in sorted(self.positions.items()):
+            if place in self.paused:
+                continue
+            values = self.broker.logs.get(place, [])[position:][: count - len(found)]
+            self.positions[place] = position + len(values)
+            found += [
+                Message(topic=place[0], partition=place[1], offset=offset, value=value)
+                for offset, value in enumerate(values, position)
+            ]
+        return found
+
+    def consumer_group_metadata(self) -> bytes:
+        return metadata(self.generation)
+
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        self.positions = {(each.topic, each.partition): 0 for each in partitions}
+        self.paused = set()
+
+    def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        self.positions |= {(each.topic, each.partition): 0 for each in partitions}
+
+    def unassign(self) -> None:
+        self.positions = {}
+
+    def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
+        for each in partitions:
+            del self.positions[each.topic, each.partition]
+
+    def pause(self, partitions: list[TopicPartition]) -> None:
+        places = {(each.topic, each.partition) for each in partitions}
+        assert places <= self.positions.keys(), "paused what is not assigned"
+        self.paused |= places
+
+    def resume(self, partitions: list[TopicPartition]) -> None:
+        self.paused -= {(each.topic, each.partition) for each in partitions}
+
+    def seek(self, where: TopicPartition) -> None:
+        self.broker.may_fail("seek")
+        place = where.topic, where.partition
+        if place not in self.positions:
+            raise failure(KafkaError._STATE)
+        first = self.broker.first.get(place, 0)
+        self.positions[place] = first if where.offset == OFFSET_BEGINNING else where.offset
+
+    def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
+        self.broker.may_fail("committed")
+        return [
+            TopicPartition(
+                each.topic,
+                each.partition,
+                self.broker.committed.get((each.topic, each.partition), -1001),
+            )
+            for each in partitions
+        ]
+
+    def position(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        return [
+            TopicPartition(each.topic, each.partition, self.positions[each.topic, each.partition])
+            for each in partitions
+        ]
+
+    def get_watermark_offsets(
+        self, where: TopicPartition, timeout: float | None = None, cached: bool = False
+    ) -> tuple[int, int]:
+        self.broker.may_fail("get_watermark_offsets")
+        place = where.topic, where.partition
+        return self.broker.first.get(place, 0), len(self.broker.logs.get(place, []))
+
+    def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> None:
+        self.broker.may_fail("commit")
+        self.broker.commit(offsets)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ScriptedProducer:
+    """Outputs and offsets of a transaction are seen once it is committed, or never."""
+
+    def __init__(self, broker: Broker, config: Mapping[str, Any]) -> None:
+        self.broker = broker
+        self.config = config
+        self.transactional = "transactional.id" in config
+        self.begun = False
+        self.ready = False
+        self.room = 1_000_000  # messages that `produce_batch` still takes
+        self.outputs: list[tuple[str, bytes | None]] = []
+        self.offsets: list[TopicPartition] = []
+        self.reports: list[Callable[[], None]] = []
+
+    def init_transactions(self, timeout: float) -> None:
+        self.broker.may_fail("init_transactions")
+        self.ready = True
+
+    def begin_transaction(self) -> None:
+        self.broker.may_fail("begin_transaction")
+        if self.begun or not self.ready:
+            raise failure(KafkaError._STATE)
+        self.begun = True
+
+    def produce(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None = None,
+        partition: int = -1,
+        headers: Any = None,
+        on_delivery: Callable[[KafkaError | None, Message], None] | None = None,
+    ) -> None:
+        self.broker.may_fail("produce")
+        offset = sum(each == topic for each, _ in self.broker.outputs + self.outputs)
+        self.outputs.append((topic, value))
+        message = Message(topic=topic, partition=max(partition, 0), offset=offset, value=value)
+        failed: KafkaError | None = None
+        try:
+            self.broker.may_fail("deliver")
+        except KafkaException as problem:
+            failed = problem.args[0]
+        if on_delivery is not None:
+            report = on_delivery
+            self.reports.append(lambda: report(failed, message))
+        if not self.transactional:
+            self.broker.outputs += self.outputs if failed is None else []
+            self.outputs = []
+
+    def produce_batch(
+        self, topic: str, messages: list[dict[str, Any]], on_delivery: Any = None
+    ) -> int:
+        queued = 0
+        for message in messages:
+            assert "_error" not in message
+            try:
+                self.broker.may_fail("produce_batch")
+                if not self.room:
+                    raise failure(KafkaError._QUEUE_FULL)
+                self.produce(topic, message["value"], on_delivery=on_delivery)
+                self.room -= 1
+                queued += 1
+            except KafkaException as problem:
+                message["_error"] = problem.args[0]
+        return queued
+
+    def poll(self, timeout: float) -> int:
+        self.room = 1_000_000
+        return 0
+
+    def flush(self, timeout: float) -> int:
+        for report in self.reports:
+            report()
+        self.reports = []
+        return 0
+
+    def send_offsets_to_transaction(
+        self, offsets: list[TopicPartition], group: bytes, timeout: float
+    ) -> None:
+        assert self.begun
+        self.broker.may_fail("send_offsets_to_transaction")
+        if group != metadata(self.broker.generation):
+            raise failure(KafkaError.ILLEGAL_GENERATION, txn_requires_abort=True)
+        self.offsets = offsets
+
+    def commit_transaction(self, timeout: float) -> None:
+        assert self.begun
+        self.broker.may_fail("commit_transaction")
+        self.flush(timeout)
+        self.broker.commit(self.offsets)
+        self.broker.outputs += self.outputs
+        self._end()
+
+    def abort_transaction(self, timeout: float) -> None:
+        self.broker.may_fail("abort_transaction")
+        if not self.begun:
+            raise failure(KafkaError._STATE)
+        self._end()
+
+    def _end(self) -> None:
+        self.begun, self.outputs, self.offsets, self.reports = False, [], [], []

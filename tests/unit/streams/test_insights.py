@@ -1,0 +1,94 @@
+import ssl
+from pathlib import Path
+
+import certifi
+import pytest
+from faust.auth import SASLCredentials, SSLCredentials
+
+from streams.admin import KafkaOptionError
+from streams.config import KafkaConfig
+from streams.insights import broker_credentials, make_app
+
+
+def credentials(**options: str) -> SASLCredentials | SSLCredentials | None:
+    return broker_credentials(KafkaConfig(options=options))
+
+
+def test_plain_text_needs_no_credentials() -> None:
+    assert credentials() is None
+    assert credentials(SECURITY_PROTOCOL="plaintext") is None
+
+
+def test_tls() -> None:
+    found = credentials(SECURITY_PROTOCOL="SSL", SSL_CA_LOCATION=certifi.where())
+    assert isinstance(found, SSLCredentials)
+    assert found.context.verify_mode is ssl.CERT_REQUIRED
+    assert found.context.check_hostname
+    assert found.context.cert_store_stats()["x509_ca"] > 10
+
+
+def test_tls_checks_can_be_loosened_as_librdkafka_names_it() -> None:
+    found = credentials(
+        security_protocol="SSL", **{"ssl.endpoint.identification.algorithm": "none"}
+    )
+    assert isinstance(found, SSLCredentials)
+    assert not found.context.check_hostname
+    assert found.context.verify_mode is ssl.CERT_REQUIRED
+    found = credentials(security_protocol="SSL", enable_ssl_certificate_verification="false")
+    assert isinstance(found, SSLCredentials)
+    assert found.context.verify_mode is ssl.CERT_NONE
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+def test_sasl(mechanism: str) -> None:
+    found = credentials(
+        SECURITY_PROTOCOL="SASL_PLAINTEXT",
+        SASL_MECHANISM=mechanism,
+        SASL_USERNAME="shop",
+        SASL_PASSWORD="secret",
+    )
+    assert isinstance(found, SASLCredentials)
+    assert (found.username, found.password) == ("shop", "secret")
+    assert found.mechanism.value == mechanism
+    assert found.protocol.value == "SASL_PLAINTEXT"
+    assert found.ssl_context is None
+
+
+def test_sasl_over_tls() -> None:
+    found = credentials(
+        **{"security.protocol": "sasl_ssl", "sasl.mechanisms": "PLAIN", "sasl.username": "u"}
+    )
+    assert isinstance(found, SASLCredentials)
+    assert found.protocol.value == "SASL_SSL"
+    assert found.ssl_context is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"security.protocol": "SASL_SSL"}, "GSSAPI"),
+        ({"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "OAUTHBEARER"}, "OAUTHBEARER"),
+        ({"security.protocol": "TLS"}, "TLS"),
+        ({"security.protocol": "SSL", "ssl.ca.location": "/no/such/file"}, "/no/such/file"),
+        ({"security.protocol": "SSL", "ssl.keystore.location": "a.p12"}, "ssl.keystore.location"),
+        (
+            {"security.protocol": "SSL", "ssl.certificate.location": "/no/certificate"},
+            "/no/certificate",
+        ),
+    ],
+)
+def test_what_cannot_be_expressed_is_one_message(options: dict[str, str], message: str) -> None:
+    with pytest.raises(KafkaOptionError, match=message):
+        broker_credentials(KafkaConfig(options=options))
+
+
+def test_the_app_keeps_to_itself(tmp_path: Path) -> None:
+    kafka = KafkaConfig(bootstrap_servers="a:1,b:2", group_id="shop", session_timeout_ms=3_000)
+    app = make_app(kafka, str(tmp_path))
+    assert app.conf.id == "shop-insights"
+    assert [str(url) for url in app.conf.broker] == ["kafka://a:1", "kafka://b:2"]
+    assert not app.conf.web_enabled
+    assert not app.conf.topic_allow_declare
+    assert app.conf.topic_disable_leader
+    assert str(app.conf.store) == "memory:"
+    assert app.conf.broker_session_timeout == 3.0

@@ -1,0 +1,303 @@
+import os
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.crc import key_slot
+
+from schemas.exceptions import UnreachableError
+from streams import embedded
+from streams import store as stores
+from streams.config import RedisConfig
+from streams.embedded import HOST, Child, free_port, start_child, start_store
+from streams.exceptions import FencedError, StoreError
+from streams.partitions import SLOTS, hash_tags
+from streams.store import Claim, Store
+
+KIND = b"u"
+
+
+def make(url: str, layout: str = "abcd", **changes: Any) -> Store:
+    config = RedisConfig.model_validate({"url": url, "key_prefix": "shop", **changes})
+    return Store(config, layout, partitions=8)
+
+
+def keys_of(store: Store, count: int, partition: int = 3, kind: bytes = KIND) -> list[bytes]:
+    return [store.key(kind, partition, b"%d" % number) for number in range(count)]
+
+
+def intercept(store: Store, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+    """Have `before` called with the number of each call of a store function."""
+    call, numbers = store._call, iter(range(1_000))
+
+    def counted(function: str, keys: list[bytes], arguments: list[Any]) -> Any:
+        before(next(numbers))
+        return call(function, keys, arguments)
+
+    monkeypatch.setattr(store, "_call", counted)
+
+
+def test_a_claim_hands_the_last_owners_header_on(store: str) -> None:
+    mine = make(store)
+    first = mine.claim(KIND, 3)
+    assert (first.kind, first.partition, first.data) == (KIND, 3, None)
+    mine.write(first, keys_of(mine, 2), [b"a", b"b"], b"header")
+    assert mine.header(KIND, 3) == b"header"
+    second = make(store).claim(KIND, 3)
+    assert second.data == b"header"
+    assert second.token > first.token
+    assert mine.claim(KIND, 4).data is None
+    assert mine.claim(b"i", 3).data is None
+
+
+def test_an_older_owner_changes_nothing(store: str) -> None:
+    mine = make(store)
+    old = mine.claim(KIND, 3)
+    new = mine.claim(KIND, 3)
+    keys = keys_of(mine, 3)
+    mine.write(new, keys, [b"a", b"b", b"c"], b"new")
+    with pytest.raises(FencedError, match="u partition 3"):
+        mine.write(old, [*keys, keys_of(mine, 4)[3]], [b"x", b"", b"z", b"w"], b"old")
+    assert mine.read(keys_of(mine, 4)) == [b"a", b"b", b"c", None]
+    assert mine.header(KIND, 3) == b"new"
+
+
+def test_an_owner_from_before_the_store_was_emptied_changes_nothing(store: str) -> None:
+    mine = make(store)
+    old = mine.claim(KIND, 3)
+    with redis.Redis.from_url(store) as client:
+        client.flushall()
+    with pytest.raises(FencedError):
+        mine.write(old, keys_of(mine, 1), [b"old"], b"old")
+    new = mine.claim(KIND, 3)
+    mine.write(new, keys_of(mine, 1), [b"new"], b"new")
+    with pytest.raises(FencedError):
+        mine.write(old, keys_of(mine, 1), [b"old"], b"old")
+    assert mine.read(keys_of(mine, 1)) == [b"new"]
+
+
+def test_tokens_rise_though_the_clock_goes_back(store: str) -> None:
+    mine = make(store)
+    first = mine.claim(KIND, 3)
+    ahead = first.token + 10**12
+    with redis.Redis.from_url(store) as client:
+        client.hset(mine.header_key(KIND, 3).decode(), "token", str(ahead))
+    assert [mine.claim(KIND, 3).token for _ in range(3)] == [ahead + 1, ahead + 2, ahead + 3]
+
+
+def test_a_write_goes_in_chunks_and_the_header_comes_last(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = make(store)
+    claim = mine.claim(KIND, 3)
+    keys = keys_of(mine, 1_234)
+    seen: list[tuple[int, bytes | None]] = []
+
+    def look(_: int) -> None:
+        there = sum(value is not None for value in mine.read(keys))
+        seen.append((there, mine.header(KIND, 3)))
+
+    intercept(mine, monkeypatch, look)
+    mine.write(claim, keys, [b"%d" % number for number in range(1_234)], b"header")
+    assert seen == [(0, None), (500, None), (1_000, None)]
+    assert mine.header(KIND, 3) == b"header"
+    assert mine.read(keys) == [b"%d" % number for number in range(1_234)]
+
+
+def test_an_owner_that_loses_the_partition_between_two_chunks_stops(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = make(store)
+    claim = mine.claim(KIND, 3)
+    mine.write(claim, [], [], b"before")
+    new: list[Claim] = []
+
+    def lose(number: int) -> None:
+        if number == 1:
+            new.append(make(store).claim(KIND, 3))
+
+    intercept(mine, monkeypatch, lose)
+    keys = keys_of(mine, 700)
+    with pytest.raises(FencedError):
+        mine.write(claim, keys, [b"x"] * 700, b"after")
+    assert mine.read(keys) == [b"x"] * 500 + [None] * 200
+    assert new[0].data == mine.header(KIND, 3) == b"before"
+
+
+def test_an_empty_value_deletes_and_an_empty_header_stays(store: str) -> None:
+    mine = make(store)
+    claim = mine.claim(KIND, 3)
+    keys = keys_of(mine, 3)
+    mine.write(claim, keys, [b"a", b"b", b"c"], b"header")
+    mine.write(claim, keys, [b"", b"B", b""], b"")
+    assert mine.read(keys) == [None, b"B", None]
+    assert mine.header(KIND, 3) == b"header"
+    mine.write(claim, [], [], b"later")
+    assert mine.header(KIND, 3) == b"later"
+
+
+def test_values_come_in_the_order_of_their_keys(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "READ_KEYS", 7)
+    monkeypatch.setattr(stores, "WRITE_KEYS", 5)
+    mine = make(store)
+    keys = keys_of(mine, 23)
+    mine.put(keys[::2], [bytes([number, 0, 255]) for number in range(0, 23, 2)])
+    expected = [bytes([number, 0, 255]) if number % 2 == 0 else None for number in range(23)]
+    assert mine.read(keys) == expected
+    assert mine.read(keys[::-1]) == expected[::-1]
+    assert mine.read([]) == []
+
+
+def test_a_scan_finds_one_kind_of_one_partition(store: str) -> None:
+    shops = [
+        make(store, key_prefix=prefix) for prefix in ("shop", "sh?p", "s*", "[s]hop", "s\\hop")
+    ]
+    for each in shops:
+        for kind, partition in ((KIND, 3), (KIND, 4), (b"i", 3)):
+            each.put(keys_of(each, 5, partition, kind), [b"x"] * 5)
+        each.write(each.claim(KIND, 3), [], [], b"header")
+    for each in shops:
+        assert set(each.scan(KIND, 3)) == set(keys_of(each, 5))
+
+
+def test_layouts_stand_side_by_side(store: str) -> None:
+    old, new = make(store), make(store, layout="ef01")
+    old.write(old.claim(KIND, 3), keys_of(old, 1), [b"old"], b"old header")
+    claim = new.claim(KIND, 3)
+    assert claim.data is None
+    new.write(claim, keys_of(new, 1), [b"new"], b"new header")
+    assert (old.read(keys_of(old, 1)), old.header(KIND, 3)) == ([b"old"], b"old header")
+    assert old.plain_key("v:x") == new.plain_key("v:x")
+
+
+@pytest.fixture
+def full(store: str) -> Iterator[str]:
+    """A store that has no memory left."""
+    with redis.Redis.from_url(store) as client:
+        client.config_set("maxmemory", "1")
+        yield store
+        client.config_set("maxmemory", "0")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda store: store.claim(KIND, 3),
+        lambda store: store.write(Claim(KIND, 3, 1, None), keys_of(store, 1), [b"x"], b""),
+        lambda store: store.put(keys_of(store, 1), [b"x"]),
+    ],
+    ids=["claim", "write", "put"],
+)
+def test_a_full_store_says_so(full: str, act: Callable[[Store], object]) -> None:
+    mine = make(full)
+    with redis.Redis.from_url(full) as client:
+        client.config_set("maxmemory", "0")
+        mine.claim(KIND, 3)  # loads the functions
+        client.config_set("maxmemory", "1")
+    with pytest.raises(StoreError, match=r"full.*maxmemory.*STARCAST_STATES__EXPIRE_AFTER_DAYS"):
+        act(mine)
+    assert mine.read(keys_of(mine, 1)) == [None]
+
+
+ACTS: Sequence[Callable[[Store], object]] = (
+    lambda store: store.claim(KIND, 3),
+    lambda store: store.header(KIND, 3),
+    lambda store: store.write(Claim(KIND, 3, 1, None), keys_of(store, 1), [b"x"], b""),
+    lambda store: store.read(keys_of(store, 1)),
+    lambda store: store.put(keys_of(store, 1), [b"x"]),
+    lambda store: list(store.scan(KIND, 3)),
+    lambda store: store.ping(),
+)
+
+
+def test_a_store_that_is_not_there() -> None:
+    nowhere = make(f"redis://{HOST}:{free_port()}/0")
+    for act in ACTS:
+        with pytest.raises(StoreError, match=r"does not answer.*STARCAST_REDIS__URL"):
+            act(nowhere)
+
+
+def test_a_store_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "ANSWER_SECONDS", 0.2)
+    with start_store(tmp_path) as child:
+        mine = make(child.address)
+        mine.ping()
+        os.kill(child.process.pid, signal.SIGSTOP)
+        try:
+            for act in ACTS:
+                started = time.monotonic()
+                with pytest.raises(StoreError, match="does not answer"):
+                    act(mine)
+                assert time.monotonic() - started < 2
+        finally:
+            os.kill(child.process.pid, signal.SIGCONT)
+        mine.ping()
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(UnreachableError, match="STARCAST_REDIS__URL"):
+        make("http://127.0.0.1")
+
+
+@contextmanager
+def one_node_cluster(folder: Path) -> Generator[Child]:
+    port = free_port()
+    command = [embedded._store_binary(), "--port", str(port), "--bind", HOST, "--save", ""]
+    command += ["--cluster-enabled", "yes", "--dir", str(folder)]
+    command += ["--cluster-port", str(free_port())]
+
+    def ready() -> bool:
+        try:
+            with redis.Redis(HOST, port) as client:
+                state: Any = client.execute_command("CLUSTER INFO")
+                if state["cluster_slots_assigned"] == "0":
+                    client.execute_command("CLUSTER ADDSLOTSRANGE", 0, SLOTS - 1)
+                return state["cluster_state"] == "ok"
+        except redis.ConnectionError:
+            return False
+
+    with start_child("cluster", command, f"redis://{HOST}:{port}", folder, ready) as child:
+        yield child
+
+
+def test_a_cluster_takes_the_same(tmp_path: Path) -> None:
+    with one_node_cluster(tmp_path) as child:
+        mine = make(child.address, cluster=True)
+        old, new = mine.claim(KIND, 3), mine.claim(KIND, 3)
+        keys = keys_of(mine, 1_100)
+        mine.write(new, keys, [b"x"] * 1_100, b"header")
+        with pytest.raises(FencedError):
+            mine.write(old, keys[:1], [b"old"], b"")
+        others = keys_of(mine, 3, partition=6)
+        mine.put(others, [b"a", b"b", b"c"])
+        assert mine.read([*others, *keys]) == [b"a", b"b", b"c"] + [b"x"] * 1_100
+        assert mine.header(KIND, 3) == b"header"
+        assert set(mine.scan(KIND, 3)) == set(keys)
+        mine.ping()
+        mine.close()
+
+
+@given(st.integers(1, 512))
+def test_tags_spread_evenly_over_the_slots(partitions: int) -> None:
+    slots = [key_slot(b"{%b}" % tag) for tag in hash_tags(partitions)]
+    assert slots == sorted(set(slots))
+    for partition, slot in enumerate(slots):
+        assert partition * SLOTS // partitions <= slot < (partition + 1) * SLOTS // partitions
+
+
+@given(st.integers(0, 7), st.binary(max_size=20), st.sampled_from([b"u", b"i", b"a", b"b"]))
+def test_a_partition_lies_in_one_slot(partition: int, id: bytes, kind: bytes) -> None:
+    store = make("redis://127.0.0.1:1/0")
+    slot = key_slot(b"{%b}" % hash_tags(8)[partition])
+    assert key_slot(store.key(kind, partition, id)) == slot
+    assert key_slot(store.header_key(kind, partition)) == slot
+    assert store.key(kind, partition, id).startswith(store.prefix(kind, partition))

@@ -1,0 +1,340 @@
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.exceptions import ContractError
+from schemas.records import ScoreDigest
+from streams.config import InsightsConfig
+from streams.windows import (
+    Scored,
+    Steps,
+    Sums,
+    Window,
+    add,
+    alerts,
+    close,
+    due,
+    encode_latency,
+    make_steps,
+)
+from tests.digests import at, digest, ms
+
+INSIGHTS = InsightsConfig(
+    window_seconds=30, step_seconds=10, grace_seconds=2, keep_windows=100, least_rated=2
+)
+LATER = ms(1_000)
+
+
+def steps_of(
+    digests: Sequence[ScoreDigest], insights: InsightsConfig = INSIGHTS, now_ms: int = ms(90)
+) -> Steps:
+    steps = make_steps(insights)
+    for each in digests:
+        assert add(steps, each, now_ms)[0] == "counted"
+    return steps
+
+
+def window_of(digests: Sequence[ScoreDigest], end: int, insights: InsightsConfig) -> Window:
+    window = close(steps_of(digests, insights), end, insights)
+    assert window is not None
+    return window
+
+
+def test_a_window_computed_by_hand() -> None:
+    # Step (0, 10]: errors +1 and -1; step (20, 30]: error +2, and one prediction without a rating.
+    window = window_of(
+        [
+            digest(at(9), [(4.0, 3.0), (2.0, 3.0)], lag=7, items={"a": 3, "b": 1}),
+            digest(at(30), [(5.0, 3.0), (4.4, None)], lag=4, items={"b": 5}),
+        ],
+        ms(30),
+        INSIGHTS,
+    )
+    kind = window.kinds["interaction"]
+    sums = kind.total().sums
+    assert (window.start_ms, window.end_ms, window.step_ms) == (ms(0), ms(30), 10_000)
+    assert (sums.count, sums.rated) == (4, 3)
+    assert sums.rmse == pytest.approx(math.sqrt((1 + 1 + 4) / 3))
+    assert sums.mae == pytest.approx(4 / 3)
+    assert sums.mean_rating == pytest.approx(3.0)
+    assert sums.mean_predicted == pytest.approx(11 / 3)
+    assert sums.total == pytest.approx(15.4)
+    assert kind.total().stars == [0, 1, 0, 2, 1]
+    assert kind.total().tiers["full"].rated == 3
+    assert kind.actions == {"review": 3}
+    assert kind.top_items == [("b", 6), ("a", 3)]
+    assert kind.lag == 4  # the newest, not a sum over time
+    assert kind.workers == 1
+    # The step alone: two predictions in the one second that the digest's window lasted.
+    assert kind.step["ladder"].sums.count == 2
+    assert kind.per_second == pytest.approx(2.0)
+
+
+def test_a_window_slides() -> None:
+    steps = steps_of([digest(at(5), [(3.0, 3.0)]), digest(at(25), [(3.0, 3.0)] * 2)])
+    counts: list[int | None] = []
+    for end in range(10, 80, 10):
+        window = close(steps, ms(end), INSIGHTS)
+        total = window.kinds["interaction"].total() if window and window.kinds else None
+        counts.append(total.sums.count if total else None)
+    # The second is in the windows that end at 30, 40 and 50; an empty one follows, then none.
+    assert counts == [1, 1, 3, 2, 2, None, None]
+    assert not steps.steps
+
+
+def test_kinds_and_models_are_kept_apart() -> None:
+    window = window_of(
+        [
+            digest(at(9), [(4.0, 2.0)], version="a"),
+            digest(at(9), [(3.0, 2.0)], version="b"),
+            digest(at(9), [(2.0, 2.0)], kind="review", worker="texts-0", tier=None, lag=9),
+        ],
+        ms(10),
+        INSIGHTS,
+    )
+    models = window.kinds["interaction"].models
+    assert (models["a"].sums.rmse, models["b"].sums.rmse) == (2.0, 1.0)
+    assert window.kinds["review"].total().sums.rmse == 0.0
+    assert window.kinds["review"].total().tiers == {}
+    assert window.kinds["interaction"].lag == 0
+    assert window.kinds["review"].lag == 9
+    # Two models of one worker in one window: its second is not counted twice.
+    assert window.kinds["interaction"].per_second == pytest.approx(2.0)
+
+
+def test_workers_add_up() -> None:
+    window = window_of(
+        [
+            digest(at(8), [(4.0, None)] * 4, lag=100),
+            digest(at(10), [(4.0, None)] * 6, lag=50),
+            digest(at(10), [(4.0, None)] * 6, worker="scorer-1", lag=7, seconds=2),
+        ],
+        ms(10),
+        INSIGHTS,
+    )
+    kind = window.kinds["interaction"]
+    assert kind.lag == 57
+    assert kind.workers == 2
+    assert kind.per_second == pytest.approx(10 / 2 + 6 / 2)
+
+
+def test_a_repeated_digest_counts_once() -> None:
+    steps = make_steps(INSIGHTS)
+    assert add(steps, digest(at(5), [(3.0, 3.0)], name="x"), LATER)[0] == "counted"
+    assert add(steps, digest(at(5), [(3.0, 3.0)], name="x"), LATER)[0] == "duplicate"
+    window = close(steps, ms(10), INSIGHTS)
+    assert window is not None
+    assert window.kinds["interaction"].total().sums.count == 1
+
+
+def test_a_digest_of_steps_gone_by_is_late() -> None:
+    steps = make_steps(INSIGHTS, closed=ms(100))
+    # The next window is (80, 110].
+    assert add(steps, digest(at(80), [(3.0, 3.0)]), ms(120)) == ("late", ms(80))
+    assert add(steps, digest(at(80.001), [(3.0, 3.0)]), ms(120)) == ("counted", ms(90))
+
+
+def test_a_first_run_skips_what_the_store_would_not_keep() -> None:
+    steps = make_steps(INSIGHTS)
+    assert add(steps, digest(at(0), [(3.0, 3.0)]), ms(1_010))[0] == "late"
+    assert add(steps, digest(at(20), [(3.0, 3.0)]), ms(1_010))[0] == "counted"
+
+
+def test_a_worker_whose_clock_is_ahead_closes_nothing_early() -> None:
+    steps = make_steps(INSIGHTS)
+    outcome, place = add(steps, digest(at(500), [(3.0, 3.0)]), ms(15))
+    assert (outcome, place) == ("counted", ms(20))
+    assert due(steps, ms(15), quiet=False) == []
+
+
+def test_due_waits_for_the_grace_and_for_digests_to_catch_up_with() -> None:
+    steps = steps_of([digest(at(5), [(3.0, 3.0)])])
+    assert due(steps, ms(11), quiet=True) == []
+    assert due(steps, ms(12), quiet=True) == [ms(10)]
+    # While digests stream in, their own time closes steps: much may still be unread.
+    assert due(steps, ms(500), quiet=False) == []
+    add(steps, digest(at(33), [(3.0, 3.0)]), ms(500))
+    assert due(steps, ms(500), quiet=False) == [ms(10), ms(20), ms(30)]
+
+
+def test_due_jumps_over_hours_of_silence() -> None:
+    steps = steps_of([digest(at(5), [(3.0, 3.0)])])
+    for end in due(steps, ms(60), quiet=True):
+        close(steps, end, INSIGHTS)
+    assert due(steps, ms(36_000), quiet=True) == [ms(35_990)]
+
+
+def test_silence_is_written_once_and_waiting_records_are_no_silence() -> None:
+    steps = steps_of([digest(at(5), [], lag=3), digest(at(45), [], lag=0)])
+    written = [close(steps, ms(end), INSIGHTS) for end in range(10, 90, 10)]
+    assert [bool(window) for window in written] == [True] * 3 + [True] + [False] * 4
+    assert written[3] is not None
+    assert not written[3].kinds or written[3].kinds["interaction"].lag == 0
+
+
+def test_latency_quantiles_of_merged_sketches() -> None:
+    fast, slow = list(np.linspace(1, 50, 500)), list(np.linspace(51, 100, 500))
+    window = window_of(
+        [
+            digest(at(3), [(3.0, None)], latencies_ms=fast),
+            digest(at(4), [(3.0, None)], latencies_ms=slow),
+        ],
+        ms(10),
+        INSIGHTS,
+    )
+    latency = window.kinds["interaction"].latency_ms
+    assert latency is not None
+    assert latency["p50"] == pytest.approx(50, abs=3)
+    assert latency["p99"] == pytest.approx(99, abs=3)
+    assert latency["max"] == pytest.approx(100)
+    assert encode_latency(np.zeros(0, np.float32)) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kinds": {"interaction": 1, "review": 1}},
+        {"kinds": {}},
+        {"kinds": {"guess": 1}},
+        {"latency_ms": "no base64!"},
+        {"latency_ms": "AAAA"},
+    ],
+)
+def test_digests_that_cannot_be_counted(change: dict[str, object]) -> None:
+    steps = make_steps(INSIGHTS)
+    with pytest.raises(ContractError, match="scorer-0"):
+        add(steps, digest(at(5), [(3.0, 3.0)]).model_copy(update=change), LATER)
+    assert not steps.steps
+
+
+class TestAlerts:
+    insights = InsightsConfig(
+        window_seconds=10,
+        step_seconds=10,
+        least_rated=2,
+        highest_rmse=1.0,
+        highest_lag=100,
+        largest_drift=0.5,
+        clear_ratio=0.9,
+    )
+
+    def window(self, error: float, rated: int = 4, lag: int = 0, sign: int = 1) -> Window:
+        """Errors of both signs, so that the mean is off by nothing, unless `sign` is 0."""
+        signs = [1 if sign == 0 or index % 2 else -1 for index in range(rated)]
+        pairs: list[tuple[float, float | None]] = [(3.0 + each * error, 3.0) for each in signs]
+        return window_of([digest(at(9), pairs, lag=lag)], ms(10), self.insights)
+
+    def test_nothing_crossed(self) -> None:
+        window = self.window(1.0, lag=100)
+        assert alerts(window, [], self.insights) == []
+        assert window.firing == []
+
+    def test_an_alert_says_what_and_by_how_much(self) -> None:
+        window = self.window(1.25)
+        (alert,) = alerts(window, [], self.insights)
+        assert (alert.rule, alert.severity, alert.subject) == ("rmse", "warning", "interaction")
+        assert alert.value == pytest.approx(1.25)
+        assert (alert.threshold, alert.window_end) == (1.0, at(10))
+        assert "1.25" in alert.text
+        assert window.firing == ["rmse/interaction"]
+
+    def test_far_beyond_is_critical(self) -> None:
+        (alert,) = alerts(self.window(0.0, lag=201), [], self.insights)
+        assert (alert.rule, alert.severity) == ("lag", "critical")
+
+    def test_drift_is_either_way(self) -> None:
+        (alert,) = alerts(self.window(0.6, sign=0), [], self.insights)
+        assert alert.rule == "drift"
+        (alert,) = alerts(self.window(-0.6, sign=0), [], self.insights)
+        assert alert.rule == "drift"
+
+    def test_few_ratings_prove_nothing(self) -> None:
+        assert alerts(self.window(1.9, rated=1), [], self.insights) == []
+
+    def test_once_a_crossing_with_hysteresis(self) -> None:
+        firing: list[str] = []
+        raised: list[int] = []
+        for error in (1.1, 1.2, 0.95, 1.1, 0.89, 1.1):
+            window = self.window(error)
+            raised.append(len(alerts(window, firing, self.insights)))
+            firing = window.firing
+        assert raised == [1, 0, 0, 0, 0, 1]
+
+    def test_what_cannot_be_judged_neither_clears_nor_fires(self) -> None:
+        window = self.window(1.9, rated=1)
+        assert alerts(window, ["rmse/interaction", "rmse/review"], self.insights) == []
+        assert window.firing == ["rmse/interaction", "rmse/review"]
+
+
+pairs = st.lists(st.tuples(st.floats(1, 5), st.none() | st.integers(1, 5).map(float)), max_size=4)
+digests = st.lists(
+    st.builds(
+        lambda end, pairs, worker, version, lag: digest(
+            at(end), pairs, worker=worker, version=version, lag=lag, latencies_ms=[1.0]
+        ),
+        st.integers(1, 60),
+        pairs,
+        st.sampled_from(["scorer-0", "scorer-1"]),
+        st.sampled_from(["ladder", "b"]),
+        st.integers(0, 9),
+    ),
+    max_size=12,
+    unique_by=lambda each: each.digest_id,
+)
+
+
+@given(digests, st.randoms(use_true_random=False), st.integers(0, 3))
+def test_neither_order_nor_repetition_changes_a_window(
+    found: list[ScoreDigest], shuffler: random.Random, repeats: int
+) -> None:
+    def windows(sent: Sequence[ScoreDigest]) -> list[str]:
+        steps = make_steps(INSIGHTS)
+        for each in sent:
+            add(steps, each, ms(90))
+        closed = [close(steps, ms(end), INSIGHTS) for end in range(10, 100, 10)]
+        return [_rounded(window) for window in closed if window]
+
+    again = found * (repeats + 1)
+    shuffler.shuffle(again)
+    assert windows(again) == windows(found)
+
+
+def _rounded(window: Window) -> str:
+    """Without the last digits of sums, which do depend on the order."""
+    dumped = window.model_copy(deep=True)
+    for kind in dumped.kinds.values():
+        kind.per_second = round(kind.per_second, 6)
+        for models in (kind.models, kind.step):
+            for name, scored in models.items():
+                models[name] = Scored(
+                    sums=_rounded_sums(scored.sums),
+                    tiers={tier: _rounded_sums(sums) for tier, sums in scored.tiers.items()},
+                    stars=scored.stars,
+                )
+            items = sorted(models.items())
+            models.clear()
+            models.update(items)
+    return dumped.model_dump_json()
+
+
+def _rounded_sums(sums: Sums) -> Sums:
+    return Sums(**{name: round(getattr(sums, name), 6) for name in Sums.model_fields})
+
+
+@given(digests)
+def test_steps_together_are_all_that_was_sent(found: list[ScoreDigest]) -> None:
+    steps = steps_of(found)
+    closed = [close(steps, ms(end), INSIGHTS) for end in range(10, 100, 10)]
+    counts = [
+        scored.sums.count
+        for window in closed
+        if window
+        for kind in window.kinds.values()
+        for scored in kind.step.values()
+    ]
+    assert sum(counts) == sum(each.kinds["interaction"] for each in found)

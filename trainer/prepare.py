@@ -1,0 +1,123 @@
+"""From a log to what is fitted and tested: cleaned, split by time, replayed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+import polars as pl
+from rich.progress import Progress
+
+from model.encoder import TextEncoder, review_text
+from model.lookups import Table, table
+from model.network import Inputs
+from trainer import text
+from trainer.clean import Cleaned, clean
+from trainer.config import SplitConfig, TextConfig, TrainerConfig
+from trainer.data import Examples, Log, item_texts, replay
+from trainer.exceptions import TrainerError
+from trainer.split import Split, by_time
+from trainer.text import ReviewTexts
+
+
+def tracker(progress: Progress | None, words: str) -> Callable[[int, int], None]:
+    """A bar of its own in `progress`, moved by calling it with work done and work in all."""
+    if progress is None:
+        return lambda done, total: None
+    task = progress.add_task(words, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def cleaned(log: Log, config: TrainerConfig) -> Cleaned:
+    """The reviews of a log that can be learnt from, at most `config.newest_rows`.
+
+    Raises:
+        TrainerError: too few are left.
+    """
+    found = clean(log.reviews, config.clean)
+    if found.reviews.height < config.least_rated:
+        dropped = ", ".join(f"{s.rows} {s.rule}" for s in found.steps if s.dropped and s.rows)
+        raise TrainerError(
+            f"only {found.reviews.height} rated reviews of {log.reviews.height} are left to learn "
+            f"from, {config.least_rated} are needed (dropped: {dropped or 'none'}); wait for more "
+            "ratings, or lower STARCAST_TRAINER__LEAST_RATED"
+        )
+    if config.newest_rows:
+        newest = found.reviews.sort("time", maintain_order=True).tail(config.newest_rows)
+        return replace(found, reviews=newest.sort("row"))
+    return found
+
+
+def review_texts(
+    reviews: pl.DataFrame, config: TextConfig, split: SplitConfig
+) -> ReviewTexts | None:
+    """The newest texts of cleaned reviews, split by time among themselves; None when too few."""
+    worded = reviews.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
+    worded = worded.sort("time", maintain_order=True)
+    if config.text_limit:
+        worded = worded.tail(config.text_limit)
+    if worded.height < config.least_texts:
+        return None
+    spans = by_time(np.arange(worded.height), split)
+    span = np.full(worded.height, text.TRAIN, np.int8)
+    span[spans.validation] = text.VALIDATION
+    span[spans.test] = text.TEST
+    pairs = zip(worded["title"], worded["text"], strict=True)
+    return ReviewTexts([review_text(*pair) for pair in pairs], worded["rating"].to_numpy(), span)
+
+
+def item_vectors(
+    log: Log, encoder: TextEncoder | None, on_progress: Callable[[int, int], None]
+) -> Table | None:
+    """Projected vectors of a log's item texts by text hash; None without texts or encoder."""
+    texts = item_texts(log)
+    if encoder is None or not texts:
+        return None
+    vectors = encoder.project(text.encode(encoder, list(texts.values()), on_progress))
+    return table(np.array(list(texts), np.uint64), vectors)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows that count, oldest first in `split`, with what a network reads of them."""
+
+    examples: Examples
+    split: Split
+
+    def window(self) -> tuple[datetime, datetime]:
+        """Times of the oldest and the newest row."""
+        times = self.examples.events["time"] / 1e3
+        return (datetime.fromtimestamp(times.min(), UTC), datetime.fromtimestamp(times.max(), UTC))
+
+
+def prepared(
+    log: Log,
+    reviews: pl.DataFrame,
+    vectors: Table | None,
+    encoder: str,
+    config: TrainerConfig,
+    on_progress: Callable[[int, int], None],
+) -> Prepared:
+    """Replay a log and keep the rows of cleaned `reviews`, split by time."""
+    width = 0 if vectors is None else vectors.rows.shape[1]
+    examples = replay(log, vectors, encoder, width, on_progress)
+    kept = np.searchsorted(examples.row, reviews["row"].to_numpy())
+    examples = Examples(
+        examples.row[kept],
+        examples.events[kept],
+        examples.inputs.take(kept),
+        examples.rating[kept],
+    )
+    return Prepared(examples, by_time(examples.events["time"], config.split))
+
+
+def of_width(inputs: Inputs, width: int) -> Inputs:
+    """The same inputs for a network that reads vectors of another width: without vectors."""
+    if inputs.vectors.shape[1] == width:
+        return inputs
+    return replace(
+        inputs,
+        item_vectors=np.zeros_like(inputs.item_vectors),
+        recent_vectors=np.zeros_like(inputs.recent_vectors),
+        vectors=np.zeros((1, width), np.float32),
+    )

@@ -1,0 +1,141 @@
+"""Retraining from the archive against the model in service, once or on a schedule."""
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from apscheduler.schedulers.background import BackgroundScheduler
+from rich.progress import Progress
+
+from model import bundle as bundles
+from model import registry
+from model.bundle import Bundle
+from model.exceptions import BundleError
+from model.registry import Registry
+from schemas.exceptions import StarcastError
+from trainer.config import TrainerConfig
+from trainer.data import from_archive
+from trainer.exceptions import TrainerError
+from trainer.train import TrainResult, train
+
+logger = logging.getLogger(__name__)
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """The outcome of one retraining."""
+
+    result: TrainResult
+    promoted: bool
+    previous: str | None  # the version that was stable
+    reason: str  # why it was promoted, or not
+
+
+def retrain_once(
+    archive_url: str,
+    models_url: str,
+    config: TrainerConfig | None = None,
+    *,
+    archive_options: Mapping[str, str] | None = None,
+    encoder: str = "auto",
+    by: str = "retrain",
+    progress: Progress | None = None,
+    on_promoted: Callable[[Registry], None] | None = None,
+) -> Retrained:
+    """Train from the archive; promote the new bundle when it passes the gate, and only then.
+
+    Args:
+        archive_url: where the archived topics lie.
+        models_url: the models folder, with the registry.
+        config: settings of the trainer.
+        archive_options: storage options of the archive.
+        encoder: as `models.encoder`.
+        by: who promotes, for the registry.
+        progress: where bars are shown.
+        on_promoted: called with the new registry after a promotion, to tell the workers.
+
+    Raises:
+        TrainerError: too little to learn from.
+        RegistryError: another model became stable meanwhile.
+    """
+    stable = registry.read(models_url).stable
+    previous = stable.version if stable else None
+    result = train(
+        from_archive(archive_url, archive_options),
+        models_url,
+        config,
+        encoder=encoder,
+        stable=_in_service(models_url, previous),
+        progress=progress,
+        source=f"the archive at {archive_url}",
+    )
+    if result.verdict.passed:
+        new = registry.promote(
+            models_url, result.version, result.sha256, by, result.verdict.reason, previous
+        )
+        if on_promoted is not None:
+            on_promoted(new)
+    return Retrained(result, result.verdict.passed, previous, result.verdict.reason)
+
+
+def _in_service(models_url: str, version: str | None) -> Bundle | None:
+    """The stable bundle; None when there is none, or none that this release can serve."""
+    if version is None:
+        return None
+    try:
+        return bundles.load(models_url, version)
+    except BundleError as error:
+        # Workers cannot serve it either, so the ladder is what the new model is judged against.
+        logger.warning("the stable bundle is left out of the comparison: %s", error)
+        return None
+
+
+def retrain_every(
+    every: timedelta,
+    once: Callable[[], object],
+    stop: threading.Event,
+    on_error: Callable[[StarcastError], None] | None = None,
+) -> None:
+    """Call `once` now and then every so often until `stop` is set.
+
+    A run that is due while another is going on is left out. A StarcastError of a run goes to
+    `on_error`, or to the log, and the schedule goes on; a run that is going on at the stop is
+    waited for.
+    """
+
+    def run() -> None:
+        try:
+            once()
+        except StarcastError as error:
+            if on_error is not None:
+                on_error(error)
+            else:
+                logger.error("retraining failed: %s", error)
+
+    scheduler = BackgroundScheduler(timezone=UTC)
+    scheduler.add_job(
+        run,
+        "interval",
+        seconds=every.total_seconds(),
+        next_run_time=datetime.now(UTC),
+        max_instances=1,
+        coalesce=True,
+    )
+    scheduler.start()
+    try:
+        stop.wait()
+    finally:
+        scheduler.shutdown(wait=True)
+
+
+def parse_every(text: str) -> timedelta:
+    """An interval such as 45s, 30m, 6h or 1d; raises TrainerError for another."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", text)
+    if found is None or float(found[1]) == 0:
+        raise TrainerError(f"{text!r} is no interval; write 45s, 30m, 6h or 1d")
+    return timedelta(**{_UNITS[found[2]]: float(found[1])})

@@ -1,0 +1,361 @@
+"""One training: from a history of events to a bundle, judged and reported."""
+
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import polars as pl
+import torch
+from rich.progress import Progress
+
+from model import bundle as bundles
+from model import device as devices
+from model import encoder as encoders
+from model import storage
+from model.bundle import Bundle, Written
+from model.calibration import Calibration
+from model.card import ModelCard
+from model.encoder import StarHead, TextEncoder
+from model.network import FusedNetwork, default_config
+from trainer import fit, gate, report, text
+from trainer.assess import Assessment, Compared, bundle_encoder, compare
+from trainer.calibrate import fit_calibration
+from trainer.clean import Cleaned
+from trainer.config import TrainerConfig
+from trainer.data import Log
+from trainer.evaluate import Floats
+from trainer.fit import Fitted
+from trainer.gate import Verdict
+from trainer.models import baselines, outputs, predict
+from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts, tracker
+from trainer.text import TextModel
+
+_LIMITS = (
+    "Measured on the newest rows of the shop it was fitted on; another shop needs its own fit.",
+    "Learnt from those who chose to rate; it says nothing of those who did not.",
+    "Not meant for decisions about people.",
+)
+
+
+@dataclass(frozen=True)
+class TrainResult(Assessment):
+    """What a training made and how it was judged; nothing is promoted yet."""
+
+    version: str
+    sha256: str
+    report: str  # where the HTML report lies
+    verdict: Verdict
+    claims: tuple[str, ...]  # baselines that it claims to beat
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What is written: chosen without the newest rows, fitted with them when settings say so."""
+
+    fitted: Fitted
+    network: FusedNetwork
+    calibration: Calibration
+    encoder: TextEncoder | None
+    texts: TextModel | None
+
+
+def train(
+    log: Log,
+    models_url: str,
+    config: TrainerConfig | None = None,
+    *,
+    encoder: str = "auto",
+    stable: Bundle | None = None,
+    progress: Progress | None = None,
+    source: str = "a record file",
+) -> TrainResult:
+    """Clean, split, fit, calibrate, evaluate, judge; write the bundle and its report.
+
+    What is judged was fitted without the newest rows. The bundle's network is then fitted once
+    more with all of them (`fit.refit`), with what was chosen before.
+
+    Args:
+        log: the history to learn from.
+        models_url: the models folder.
+        config: settings; the defaults when absent.
+        encoder: as `models.encoder`; with `auto` the stable bundle's encoder is kept.
+        stable: the model in service, which the new one must not be worse than.
+        progress: where bars are shown.
+        source: words that name the data in the model card.
+
+    Raises:
+        TrainerError: too few rated rows.
+        EncoderError: the encoder cannot be loaded.
+    """
+    begun = time.monotonic()
+    config = config or TrainerConfig()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    found = cleaned(log, config)
+    with tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder:
+        base = _encoder(encoder, stable, config)
+        texts = _fit_texts(base, found.reviews, config, Path(folder) / "encoder", progress)
+        used = texts.encoder if texts else base
+        data = _replayed(log, found, used, config, progress)
+        fitted, calibration = _fit(data, config, progress)
+        compared = compare(
+            data, predict(fitted.network, calibration, data.examples, data.split.test), config
+        )
+        claims = _claims(fitted, calibration, data, config)
+        verdict = gate.judge(
+            compared.rating,
+            compared.ours.rating,
+            _stable_ratings(log, found, stable, used, data, config, progress),
+            compared.rivals,
+            claims,
+            compared.calibration,
+            config.gate,
+            config.seed,
+        )
+        network = _refit(fitted, data, config, progress) if config.fit.refit else fitted.network
+        candidate = _Candidate(fitted, network, calibration, used, texts)
+        rows = _rows(log, data, texts)
+        settings = _settings(candidate, config)
+        written = _write(
+            models_url,
+            candidate,
+            compared,
+            claims,
+            verdict,
+            rows,
+            settings,
+            data.window(),
+            source,
+            stable,
+        )
+    page = report.render(
+        written.version,
+        {
+            "data": source,
+            "window": " to ".join(f"{moment:%Y-%m-%d %H:%M}" for moment in data.window()),
+            **{f"rows: {name}": f"{count:,}" for name, count in rows.items()},
+            **{name: str(value) for name, value in settings.items()},
+        },
+        found.steps,
+        compared,
+        data.examples.events["time"][data.split.test],
+        texts.scores if texts else None,
+        verdict,
+    )
+    reports = f"{models_url.rstrip('/')}/reports"
+    storage.locate(reports).replace(f"{written.version}.html", page.encode())
+    return TrainResult(
+        evaluations=compared.evaluations,
+        calibration=compared.calibration,
+        text=texts.scores if texts else None,
+        steps=found.steps,
+        rows=rows,
+        version=written.version,
+        sha256=written.sha256,
+        report=f"{reports}/{written.version}.html",
+        verdict=verdict,
+        claims=claims,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> TextEncoder | None:
+    """The encoder to start from: stable's, unless the setting names another."""
+    if setting == "auto" and stable is not None and stable.encoder_folder is not None:
+        return bundle_encoder(stable, config)
+    folder = encoders.locate(setting)
+    if folder is None:
+        return None
+    return encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
+
+
+def _fit_texts(
+    encoder: TextEncoder | None,
+    reviews: pl.DataFrame,
+    config: TrainerConfig,
+    folder: Path,
+    progress: Progress | None,
+) -> TextModel | None:
+    """The star head, when there is an encoder, enough texts, and settings want one."""
+    if encoder is None or config.text.method == "none":
+        return None
+    texts = review_texts(reviews, config.text, config.split)
+    if texts is None:
+        return None
+    bar = tracker(progress, "reading review texts")
+    return text.fit(texts, encoder, config.text, folder, config.seed, bar)
+
+
+def _replayed(
+    log: Log,
+    found: Cleaned,
+    encoder: TextEncoder | None,
+    config: TrainerConfig,
+    progress: Progress | None,
+) -> Prepared:
+    vectors = item_vectors(log, encoder, tracker(progress, "encoding item texts"))
+    words = tracker(progress, "replaying events")
+    return prepared(log, found.reviews, vectors, encoder.hash if encoder else "", config, words)
+
+
+def _fit(
+    data: Prepared, config: TrainerConfig, progress: Progress | None
+) -> tuple[Fitted, Calibration]:
+    """Fit on train, choose and calibrate on validation."""
+    examples, split = data.examples, data.split
+    sizes = config.fit.sizes.model_dump()
+    network_config = default_config(vector=examples.inputs.vectors.shape[1], **sizes)
+    bar = tracker(progress, "fitting the network")
+    fitted = fit.fit(
+        network_config,
+        examples.inputs,
+        examples.rating,
+        split.train,
+        split.validation,
+        config.fit,
+        config.seed,
+        devices.find(config.device),
+        lambda epoch, _: bar(epoch, config.fit.epochs),
+    )
+    bar(config.fit.epochs, config.fit.epochs)
+    mean, logits = outputs(fitted.network, examples, split.validation)
+    return fitted, fit_calibration(mean, logits, examples.rating[split.validation])
+
+
+def _refit(
+    fitted: Fitted, data: Prepared, config: TrainerConfig, progress: Progress | None
+) -> FusedNetwork:
+    split = data.split
+    bar = tracker(progress, "fitting once more, on all rows")
+    network = fit.refit(
+        fitted,
+        data.examples.inputs,
+        data.examples.rating,
+        np.concatenate([split.train, split.validation, split.test]),
+        config.fit,
+        config.seed,
+        devices.find(config.device),
+        lambda epoch, _: bar(epoch, fitted.epochs),
+    )
+    bar(1, 1)
+    return network
+
+
+def _claims(
+    fitted: Fitted, calibration: Calibration, data: Prepared, config: TrainerConfig
+) -> tuple[str, ...]:
+    """The baselines that the candidate beats significantly on its validation rows."""
+    validation = data.split.validation
+    ours = predict(fitted.network, calibration, data.examples, validation)
+    rivals = baselines(data.examples, data.split, validation, config)
+    rating = data.examples.rating[validation]
+    return gate.claims(rating, ours.rating, rivals, config.gate, config.seed)
+
+
+def _stable_ratings(
+    log: Log,
+    found: Cleaned,
+    stable: Bundle | None,
+    encoder: TextEncoder | None,
+    data: Prepared,
+    config: TrainerConfig,
+    progress: Progress | None,
+) -> Floats | None:
+    """What the model in service says of the newest rows, with its own encoder's vectors."""
+    if stable is None:
+        return None
+    if stable.encoder_hash not in (None, encoder.hash if encoder else None):
+        data = _replayed(log, found, bundle_encoder(stable, config), config, progress)
+    ours = predict(stable.network, stable.calibration, data.examples, data.split.test)
+    return ours.rating
+
+
+def _rows(log: Log, data: Prepared, texts: TextModel | None) -> dict[str, int]:
+    split = data.split
+    return {
+        "events": len(log),
+        "rated": log.rated,
+        "train": len(split.train),
+        "validation": len(split.validation),
+        "test": len(split.test),
+        "review texts": texts.texts if texts else 0,
+    }
+
+
+def _settings(candidate: _Candidate, config: TrainerConfig) -> dict[str, Any]:
+    fitted, texts = candidate.fitted, candidate.texts
+    return {
+        "seed": config.seed,
+        "ridge penalty": fitted.penalty,
+        "network epochs": fitted.epochs,
+        "belief in the network": round(fitted.belief, 3),
+        "star head": f"{config.text.method}, l2 {texts.l2:g}" if texts else "as before, or none",
+        "fitted once more on all rows": config.fit.refit,
+    }
+
+
+def _write(
+    models_url: str,
+    candidate: _Candidate,
+    compared: Compared,
+    claims: tuple[str, ...],
+    verdict: Verdict,
+    rows: dict[str, int],
+    settings: dict[str, Any],
+    window: tuple[datetime, datetime],
+    source: str,
+    stable: Bundle | None,
+) -> Written:
+    texts, encoder = candidate.texts, candidate.encoder
+    head = texts.head if texts else _kept_head(encoder, stable)
+    metrics = {
+        "rating": {name: asdict(found) for name, found in compared.evaluations.items()},
+        "calibration": asdict(compared.calibration),
+        "text": asdict(texts.scores) if texts else None,
+        "claims": list(claims),
+        "gate": asdict(verdict),
+        "rows": rows,
+        "window": [moment.isoformat() for moment in window],
+    }
+    return bundles.write(
+        models_url,
+        network=candidate.network,
+        calibration=candidate.calibration,
+        metrics=cast(dict[str, Any], _finite(metrics)),
+        card=ModelCard(
+            data=source,
+            data_from=window[0],
+            data_to=window[1],
+            rows=rows,
+            settings=settings,
+            metrics={
+                name: {"RMSE": found.all.rmse, "MSE": found.all.mse, "MAE": found.all.mae}
+                for name, found in compared.evaluations.items()
+            },
+            limits=list(_LIMITS),
+            notes=f"Gate: {verdict.reason}",
+        ),
+        encoder=encoder.folder if encoder else None,
+        star_head=head,
+    )
+
+
+def _kept_head(encoder: TextEncoder | None, stable: Bundle | None) -> StarHead | None:
+    """Stable's star head, when it reads the vectors of the same encoder."""
+    same = encoder is not None and stable is not None and stable.encoder_hash == encoder.hash
+    return encoder.star_head if same and encoder is not None else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: a number that is none becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(cell) for key, cell in cast(dict[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(cell) for cell in cast(list[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
