@@ -69,7 +69,7 @@ def make_events(
     reviews = (random.random(count) < REVIEW_SHARE).tolist()
     action = random.choice(list(ACTIONS), count, p=list(ACTIONS.values())).tolist()
     stars = random.choice(list(STARS), count, p=list(STARS.values())).tolist()
-    text = random.integers(len(world.texts), size=count).tolist()
+    text: list[int] = random.integers(len(world.texts), size=count).tolist()
     for number, time in enumerate(format_times(times)):
         user_id = world.users[user[number]].user_id
         record = {

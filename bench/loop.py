@@ -13,12 +13,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import numpy as np
 import psutil
 from confluent_kafka import Consumer, Producer
 from pydantic import SecretStr
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench.events import World, make_events, make_world
 from bench.model import default_models
-from bench.report import machine, write
+from bench.report import write
 from bench.watch import PHASES, Run, Stopwatch, Transaction, Watched
 from model import encoder
 from model.catalog import item_text
@@ -59,7 +59,8 @@ from tests.servers import servers
 ENCODED_TEXTS = 256  # item texts that the encoder sees; a vector's numbers cost nothing more
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
 COMMIT_SECONDS = 30.0
-MODELS = ("bundle", "ladder")
+MODELS = {"bundle": "", "ladder": "_ladder"}  # and the suffix of their ratios
+PACKAGES = ("confluent-kafka", "numpy", "orjson", "pyarrow", "pydantic", "redis", "torch")
 
 
 @dataclass(frozen=True)
@@ -231,25 +232,57 @@ def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Tr
     return run
 
 
-def summary(measured: Mapping[str, Sequence[Measured]]) -> dict[str, float]:
-    """Ratios and rates, medians over the runs."""
-    bare = median(each.bare.rate for runs in measured.values() for each in runs)
-    rates = {name: median(each.scoring.rate for each in runs) for name, runs in measured.items()}
-    return {
-        "ratio_to_bare": round(rates["bundle"] / bare, 3),
-        "ratio_to_bare_ladder": round(rates["ladder"] / bare, 3),
-        "events_per_second": round(rates["bundle"]),
-        "events_per_second_ladder": round(rates["ladder"]),
-        "events_per_second_bare": round(bare),
+def summary(measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
+    """Ratios, rates and the rest, medians over the runs."""
+    bare = [each.bare for runs in measured.values() for each in runs]
+    limit = median(run.rate for run in bare)
+    figures: dict[str, Any] = {}
+    for model, suffix in MODELS.items():
+        runs = measured[model]
+        figures[f"ratio_to_bare{suffix}"] = round(median(r.scoring.rate for r in runs) / limit, 3)
+    for name, runs in (
+        *((model, [each.scoring for each in measured[model]]) for model in MODELS),
+        ("bare", bare),
+    ):
+        figures[name] = {
+            "events_per_second": [round(run.rate) for run in runs],
+            "cpu_us_per_event": round(
+                median(run.cpu_seconds / run.events for run in runs) * 1e6, 1
+            ),
+            "us_per_event": phases(runs),
+        }
+    every = [each for runs in measured.values() for each in runs]
+    return figures | {
+        "bytes_in_per_event": round(median(each.bytes_in for each in every)),
+        "bytes_out_per_event": round(median(each.bytes_out for each in every)),
+        "memory_mb": round(max(each.memory for each in every)),
     }
 
 
-def phases(runs: Sequence[Run], names: Sequence[str]) -> dict[str, float]:
+def phases(runs: Sequence[Run]) -> dict[str, float]:
     """Microseconds an event by phase, medians over the runs."""
     return {
-        name: round(median(run.phases.get(name, 0.0) / run.events * 1e6 for run in runs), 2)
-        for name in names
+        name: round(median(run.phases[name] / run.events for run in runs) * 1e6, 2)
+        for name in runs[0].phases
     }
+
+
+def table(figures: Mapping[str, Any]) -> Table:
+    """The figures side by side."""
+    shown = Table(title="Scoring loop, exactly-once", caption="µs an event, medians over the runs")
+    for column in ("", *MODELS, "bare"):
+        shown.add_column(column, justify="left" if not column else "right")
+    columns = [figures[name] for name in (*MODELS, "bare")]
+    rates = [f"{median(each['events_per_second']):,.0f}" for each in columns]
+    ratios = [f"{figures[f'ratio_to_bare{suffix}']:.2f}" for suffix in MODELS.values()]
+    shown.add_row("events/s", *rates)
+    shown.add_row("ratio to bare", *ratios, "1", end_section=True)
+    for phase in PHASES:
+        cells = [each["us_per_event"].get(phase) for each in columns]
+        shown.add_row(phase, *("" if cell is None else f"{cell:.1f}" for cell in cells))
+    shown.add_section()
+    shown.add_row("CPU of the process", *(f"{each['cpu_us_per_event']:.1f}" for each in columns))
+    return shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = Sizes(**vars(parser.parse_args(arguments)))
     configure(LogConfig(level="warning"))
     console = Console()
-    measured: dict[str, list[Measured]] = {name: [] for name in MODELS}
+    measured: dict[str, list[Measured]] = {model: [] for model in MODELS}
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
         folder = Path(name)
         with servers(folder / "servers") as endpoints:
@@ -273,19 +306,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             redis = RedisConfig(url=SecretStr(endpoints.redis_url))
             bench = Bench(sizes, kafka, redis, folder, console)
-            for round in range(sizes.rounds):
+            for _ in range(sizes.rounds):
                 for model in MODELS:
                     run = bench.measure(model)
                     measured[model].append(run)
                     console.print(
-                        f"round {round + 1}, {model}: {run.scoring.rate:,.0f} events/s, "
-                        f"bare {run.bare.rate:,.0f}"
+                        f"{model}: {run.scoring.rate:,.0f} events/s, bare {run.bare.rate:,.0f}"
                     )
     figures = summary(measured)
-    console.print(figures)
-    for name, runs in measured.items():
-        console.print(name, phases([r.scoring for r in runs], PHASES), [r.scoring.cpu_seconds/r.scoring.events*1e6 for r in runs])
-        console.print(phases([r.bare for r in runs], ("consume","produce","commit")), [r.bare.cpu_seconds/r.bare.events*1e6 for r in runs])
+    console.print(table(figures))
+    console.print(
+        f"{figures['bytes_in_per_event']} bytes in and {figures['bytes_out_per_event']} out "
+        f"an event, before compression; {figures['memory_mb']} MB"
+    )
+    path = write("loop", figures | {"settings": asdict(sizes)}, *PACKAGES)
+    console.print(f"written to {path}")
     return 0
 
 

@@ -14,7 +14,7 @@ from streams.metrics import Metrics
 
 # Phases that the scorer times itself; the others lie between the loop's calls.
 INNER = ("decode", "read", "features", "predict", "encode")
-PHASES = ("consume", *INNER, "commit", "write", "other")
+PHASES = ("consume", *INNER, "produce", "commit", "write", "other")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Watched:
         self._stop = stop
         self._watch = Stopwatch()
         self._inner_began = self._inner_seconds()
-        self._outcomes: list[tuple[int, Outcome]] = []
+        self._transactions: list[Transaction] = []
 
     def process(self, messages: list[Message]) -> Outcome:
         """One batch."""
@@ -114,18 +114,18 @@ class Watched:
         """What was measured."""
         ended = self._inner_seconds()
         inner = {name: ended[name] - began for name, began in self._inner_began.items()}
-        run = self._watch.run(sum(events for events, _ in self._outcomes[1:]))
+        run = self._watch.run(sum(each.events for each in self._transactions[1:]))
         phases = dict(run.phases) | inner
         phases["other"] += phases.pop("process") - sum(inner.values())
         return replace(run, phases=phases)
 
     def transactions(self) -> list[Transaction]:
         """All transactions, the first one too."""
-        return [Transaction(events, _by_topic(outcome)) for events, outcome in self._outcomes]
+        return self._transactions
 
     def _noted(self, outcome: Outcome, events: int) -> Outcome:
         inner = outcome.finish
-        self._outcomes.append((events, outcome))
+        self._transactions.append(Transaction(events, _by_topic(outcome)))
         self._left -= events
 
         def finish(delivered: dict[Position, int]) -> None:
@@ -133,7 +133,7 @@ class Watched:
             if inner:
                 inner(delivered)
             self._watch.mark("write")
-            if len(self._outcomes) == 1:
+            if len(self._transactions) == 1:
                 self._watch.start()
                 self._inner_began = self._inner_seconds()
             if self._left <= 0:

@@ -45,7 +45,7 @@ TRAIN_SHARE = 0.8  # of the events of a file are in when the model is trained
 RATE = 600.0  # events a second of a played file: item states stay within a moment of their events
 SHOP_RATE = 60.0  # events a second of the generated shop, once its history is in
 SHOP_HISTORY = 6_000  # events played fast at the start, so that there is something to learn from
-SHOP_EVENTS = 200_000
+SHOP_USERS, SHOP_ITEMS, SHOP_EVENTS = 600, 400, 200_000
 RETRAIN_AFTER = 1_200  # events after which the demo trains a second time
 DEMO_TEXTS = 600  # review texts that a training of the demo reads: 25 ms each on a core
 PARTITIONS = 4
@@ -125,6 +125,8 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
             "STARCAST_ARCHIVE__FLUSH_SECONDS": "1",
             "STARCAST_MODELS__URL": own.models.url,
             "STARCAST_MODELS__THREADS": "1",
+            "STARCAST_TRAINER__THREADS": "1",  # the workers need the other cores
+            "OMP_NUM_THREADS": "1",
             "STARCAST_WEB__HOST": own.web.host,
             "STARCAST_WEB__PORT": str(own.web.port),
             "STARCAST_TRAINER__TEXT__TEXT_LIMIT": str(DEMO_TEXTS),
@@ -213,7 +215,7 @@ def _worker(names: Sequence[str], folder: Path, environment: Mapping[str, str]) 
     return start_child(
         "-".join(names),
         [sys.executable, "-m", "starcast", "run", *names],
-        f"http://127.0.0.1:{port}",
+        f"127.0.0.1:{port}",
         folder,
         lambda: _ready(port),
         timeout=START_SECONDS,
@@ -262,7 +264,7 @@ def _await_swap(running: Cluster, version: str, stop: threading.Event) -> None:
     deadline = time.monotonic() + SWAP_SECONDS
     while not stop.wait(POLL_SECONDS):
         running.check()
-        with urlopen(f"{running.children[0].address}/metrics", timeout=5) as answer:
+        with urlopen(f"http://{running.children[0].address}/metrics", timeout=5) as answer:
             if wanted in answer.read().decode():
                 return
         if time.monotonic() > deadline:
@@ -302,7 +304,9 @@ class _ShopPlayer:
     def _play(self) -> None:
         try:
             sender = Sender(self._running.settings.kafka)
-            records = outgoing(shop(self._seed, events=SHOP_EVENTS, end=datetime.now(UTC)))
+            records = outgoing(
+                shop(self._seed, SHOP_USERS, SHOP_ITEMS, SHOP_EVENTS, datetime.now(UTC))
+            )
             due = time.monotonic()
             for record in records:
                 if self._stop.is_set() or not sender.send(record, self._stop):

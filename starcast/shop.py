@@ -48,6 +48,7 @@ STEPS: tuple[tuple[str, float], ...] = (
     ("purchase", 300),
     ("review", 20_000),
 )
+REVIEW = len(STEPS) - 1
 _PRICED = ("cart", "remove_from_cart", "purchase")
 
 # Relative activity by hour of the day, UTC.
@@ -252,13 +253,14 @@ def _meet(
     draws = 2 * events + 100
     user = random.choice(len(people.activity), draws, p=people.activity / people.activity.sum())
     item = _choose_items(random, words, people, goods, user)
-    # A pair meets once, unless the shop is too small for that.
+    # A pair meets once while there are others; when it meets again, no second review is written.
     _, firsts = np.unique(user * len(goods.shelf) + item, return_index=True)
     again = np.setdiff1d(np.arange(draws), firsts)
     order = np.concatenate([np.sort(firsts), again])
     user, item = user[order], item[order]
     liking = _liking(random, words, people, goods, user, item)
     steps = _steps(random, liking)
+    steps[len(firsts) :, REVIEW] = False
     enough = int(np.searchsorted(np.cumsum(steps.sum(axis=1)), events)) + 1
     earliest = np.maximum(people.joined[user], goods.launched[item])
     when = earliest + (1 - earliest) * random.random(draws)
@@ -345,7 +347,7 @@ def _events(
     seconds *= (end - start).total_seconds() / max(float(seconds[-1]), 1.0)
     for number, (row, after) in enumerate(zip(order.tolist(), seconds.tolist(), strict=True)):
         user, item = int(met.user[meeting[row]]), int(met.item[meeting[row]])
-        action = STEPS[step[row]][0]
+        action, _ = STEPS[step[row]]
         known: dict[str, Any] = {
             "event_id": f"event-{number:07d}",
             "user_id": people.records[user].user_id,

@@ -8,6 +8,7 @@ changed. NiceGUI keeps its state in globals, so a process runs one dashboard.
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -38,6 +39,7 @@ from streams.dashboard_view import (
 from streams.dashboard_view import versions as all_versions
 from streams.health import PortError, readiness
 from streams.metrics import Metrics, make_metrics
+from streams.windows import Scored, Window
 
 LOOK_SECONDS = 1.0  # a browser's page is brought up to date this often
 CLOSE_SECONDS = 2  # a browser that holds its connection must not hold the process's end
@@ -76,6 +78,8 @@ def run_dashboard(
     is none.
     """
     listening = _listen(web)
+    # NiceGUI looks for its server among all objects and touches deprecated ones, torch's for one.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"nicegui\.ui_run_with")
     with listening, follow(kafka, redis, models_url, stop) as feed:
         app = make_app(feed, kafka, metrics or make_metrics())
         config = uvicorn.Config(
@@ -189,7 +193,6 @@ class _Page:
     def look(self) -> None:
         """Bring the page up to date with the newest snapshot."""
         snapshot, now_ms = self._feed.snapshot, _now_ms()
-        range_ms = RANGES[self._range][1]
         waiting = html.waiting(snapshot, self._kafka)
         _show(self._chips, html.chips(snapshot, now_ms))
         _show(self._wait, waiting)
@@ -206,14 +209,25 @@ class _Page:
         drawn = (last, now, snapshot.registry, len(snapshot.titles), *choices)
         if drawn != self._drawn:
             self._drawn = drawn
-            _show(self._numbers, html.tiles(snapshot, range_ms, now_ms))
-            _show(self._models, html.models(snapshot, self._kind, range_ms, known))
-            self._draw(snapshot, range_ms, known)
+            windows = in_range(snapshot.windows, RANGES[self._range][1])
+            found = totals(windows, self._kind)
+            interactions = found
+            if self._kind != "interaction":
+                interactions = totals(windows, "interaction")
+            everything = together(interactions.values()).sums
+            _show(self._numbers, html.tiles(snapshot, everything, now_ms))
+            _show(self._models, html.models(snapshot, found, known))
+            self._draw(snapshot, windows, found, known)
 
-    def _draw(self, snapshot: Snapshot, range_ms: int | None, known: Sequence[str]) -> None:
-        windows = in_range(snapshot.windows, range_ms)
+    def _draw(
+        self,
+        snapshot: Snapshot,
+        windows: Sequence[Window],
+        found: Mapping[str, Scored],
+        known: Sequence[str],
+    ) -> None:
         marks = swaps(snapshot)
-        scored = together(totals(windows, self._kind).values())
+        scored = together(found.values())
         some = scored.sums.rated > 0
         self._flow.draw(charts.flow(windows, marks) if windows else None)
         self._against.draw(charts.against(windows, self._kind, marks) if some else None)

@@ -43,7 +43,8 @@ _CLOCK = """v => {
   const time = new Date(v).toTimeString();
   return time.slice(0, time.slice(6, 8) === "00" ? 5 : 8);
 }"""
-_PERCENT = "p => p.value.toFixed(p.value >= 10 ? 0 : 1) + '%'"
+_PERCENT = "p => p.value.toFixed(p.value >= 10 || !p.value ? 0 : 1) + '%'"
+_HEADROOM = "v => Math.ceil(v.max * 2 + 0.2) / 2"
 
 
 def flow(windows: Sequence[Window], swaps: Sequence[Swap]) -> Options:
@@ -132,7 +133,7 @@ def error(
         "grid": {"left": 38, "right": 16, "top": 50, "bottom": 28},
         "legend": _legend([each["name"] for each in series]),
         "xAxis": _time_axis(low, high),
-        "yAxis": _value_axis("", "v => v.toFixed(1)") | {"min": 0},
+        "yAxis": _value_axis("", "v => v.toFixed(1)") | {"min": 0, ":max": _HEADROOM},
         "series": series,
     }
 

@@ -51,7 +51,7 @@ STOP_SECONDS = 4.0
 
 MOST_WINDOWS = 2_000
 TAIL = 12  # newest predictions read of each partition
-SHOWN = 60  # predictions kept, each kind by itself
+SHOWN = 30  # predictions kept, each kind by itself
 ALERTS = 50
 LONGEST_SPAN = 500  # records between the oldest and the newest source looked up in one partition
 TITLES = 5_000  # titles remembered
@@ -189,7 +189,9 @@ def _follow_store(feed: Feed, store: Store, key: str, wait: Wait) -> None:
             feed.link("store", None)
         except (redis_client.RedisError, OSError) as error:
             rows = []
-            feed.link("store", f"{error}. Start Redis or Valkey, or set STARCAST_REDIS__URL.")
+            feed.link(
+                "store", f"{str(error).rstrip('.')}. Start the store, or set STARCAST_REDIS__URL."
+            )
         if rows:
             last = rows[-1][0]
             kept = feed.snapshot.windows + tuple(_windows(fields for _, fields in rows))
@@ -219,21 +221,26 @@ def _follow_registry(feed: Feed, url: str, wait: Wait) -> None:
 
 
 def _follow_kafka(feed: Feed, kafka: KafkaConfig, store: Store, wait: Wait) -> None:
-    """Look at the ends of the topics again and again, outside any consumer group."""
-    client: tuple[AdminClient, Consumer] | None = None
-    while True:
+    """Look at the ends of the topics again and again, outside any consumer group.
+
+    A failure takes new clients: an old one may go on with what it knew of a broker's last life.
+    """
+    clients: tuple[AdminClient, Consumer] | None = None
+    going = True
+    while going:
         try:
-            if client is None:
-                client = reach(kafka, ANSWER_SECONDS), _consumer(kafka)
-            _look(feed, kafka, store, *client)
+            clients = clients or (reach(kafka, ANSWER_SECONDS), _consumer(kafka))
+            _look(feed, kafka, store, *clients)
             feed.link("broker", None)
         except (KafkaException, StarcastError) as error:
             told = error.args[0]
             feed.link("broker", told.str() if isinstance(told, KafkaError) else str(told))
-        if not wait(KAFKA_SECONDS):
-            break
-    if client is not None:
-        client[1].close()
+            if clients is not None:
+                clients[1].close()
+            clients = None
+        going = wait(KAFKA_SECONDS)
+    if clients is not None:
+        clients[1].close()
 
 
 def _consumer(kafka: KafkaConfig) -> Consumer:
@@ -247,8 +254,13 @@ def _consumer(kafka: KafkaConfig) -> Consumer:
             isolation_level="read_committed",
             fetch_wait_max_ms=50,
             fetch_message_max_bytes=262_144,
+            error_cb=_ignore,
         )
     )
+
+
+def _ignore(_: KafkaError) -> None:
+    """What matters is told by the next look."""
 
 
 def _look(
@@ -358,7 +370,6 @@ def _show(
         of_kind = [each for each in known.values() if each.kind == kind]
         newest += sorted(of_kind, key=lambda each: each.predicted_ms, reverse=True)[:SHOWN]
     newest.sort(key=lambda each: each.predicted_ms, reverse=True)
-    feed.update(predictions=tuple(newest))
     sources = {each.key[1:4] for each in newest if not each.action and each.kind != "request"}
     events = _decoded(kafka, _read_sources(kafka, consumer, sources))
     titles = _titles(feed, store, newest)

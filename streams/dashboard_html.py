@@ -11,16 +11,13 @@ from streams.dashboard_view import (
     LADDER,
     ModelRow,
     Stage,
-    in_range,
     model_rows,
     newest,
     short,
     silent,
     stages,
-    together,
-    totals,
 )
-from streams.windows import Sums
+from streams.windows import Scored, Sums
 
 ROWS = 14  # newest predictions shown
 HERO = ("broker", "store", "topics", "events", "predictions", "insights")
@@ -144,19 +141,20 @@ def notes(snapshot: Snapshot, kafka: KafkaConfig, now_ms: int) -> str:
     return "".join(lines)
 
 
-def tiles(snapshot: Snapshot, range_ms: int | None, now_ms: int) -> str:
-    """The six numbers of interactions that tell whether all is well."""
+def tiles(snapshot: Snapshot, everything: Sums, now_ms: int) -> str:
+    """The six numbers of interactions that tell whether all is well.
+
+    `everything` sums up the range; without ratings in the window of now, errors are its.
+    """
     now = newest(snapshot, "interaction", now_ms)
-    everything = together(totals(in_range(snapshot.windows, range_ms), "interaction").values())
     firing = {
         name.partition("/")[0]
         for name in (snapshot.windows[-1].firing if now else [])
         if name.endswith("/interaction")
     }
-    # Without ratings in the window of now, errors are told over the whole range.
     sums = now.total().sums if now else Sums()
     where = "" if sums.rated else " in this range"
-    sums = sums if sums.rated else everything.sums
+    sums = sums if sums.rated else everything
     latency = now.latency_ms if now else None
     rate = now.per_second if now else 0.0
     waits = "not told by the scorer now"
@@ -178,7 +176,7 @@ def tiles(snapshot: Snapshot, range_ms: int | None, now_ms: int) -> str:
     if stable:
         model = escape(short(stable.version))
         model_text = f"promoted {_time(round(stable.at.timestamp() * 1_000))}"
-    range_text = f"{compact(everything.sums.count)} in this range"
+    range_text = f"{compact(everything.count)} in this range"
     return "".join(
         [
             _tile("Predictions a second", compact(rate), range_text),
@@ -239,9 +237,9 @@ def _prediction(row: Prediction, versions: Sequence[str]) -> str:
     )
 
 
-def models(snapshot: Snapshot, kind: Kind, range_ms: int | None, versions: Sequence[str]) -> str:
-    """Model versions with their errors in the range, newest first."""
-    rows = model_rows(snapshot, kind, range_ms)
+def models(snapshot: Snapshot, found: Mapping[str, Scored], versions: Sequence[str]) -> str:
+    """Model versions with their errors among `found`, newest first."""
+    rows = model_rows(snapshot, found)
     if not rows:
         return '<p class="blank">No model version has predicted anything in this range.</p>'
     body = "".join(_model(row, versions) for row in rows)

@@ -3,7 +3,7 @@
 Functions of a snapshot alone. A range is so many milliseconds back from the newest window.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -198,9 +198,8 @@ def short(version: str) -> str:
     return version.rpartition("-")[2][:8] or version
 
 
-def model_rows(snapshot: Snapshot, kind: Kind, range_ms: int | None) -> list[ModelRow]:
-    """Versions with predictions in the range or a part to play, newest first."""
-    found = totals(in_range(snapshot.windows, range_ms), kind)
+def model_rows(snapshot: Snapshot, found: Mapping[str, Scored]) -> list[ModelRow]:
+    """Versions with predictions among `found` (see `totals`) or a part to play, newest first."""
     registry = snapshot.registry
     stable = registry.stable.version if registry.stable else LADDER
     canary = registry.canary.version if registry.canary else None

@@ -14,7 +14,7 @@ from model.replay import Observation
 
 
 def select(observations: Sequence[Observation], rows: NDArray[np.intp]) -> Observation:
-    """The rows, by their position in all of them together and in its order, of several observations."""
+    """The rows, in order, by their position in all of several observations."""
     joined = {
         each.name: _joined([getattr(one, each.name) for one in observations])
         for each in fields(Observation)

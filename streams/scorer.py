@@ -7,7 +7,7 @@ go out in one transaction; user states are written to the store after it.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ from model.events import (
     opaque,
 )
 from model.features import FEATURE_HASH
-from model.ids import Hashes
+from model.ids import NONE, Hashes
+from model.ladder import TIERS
 from model.lookups import Lookups
 from model.predict import Predictions
 from model.replay import BatchResult, run_batch
@@ -40,7 +41,6 @@ from schemas.codec import encode_columns, format_times
 from schemas.journal import Journal
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
-from model.ladder import TIERS
 from streams.digests import Digests, Scored
 from streams.inputs import Inputs, split
 from streams.loop import Outcome, Output, OutputBatch, Position
@@ -52,9 +52,11 @@ from streams.user_states import UserStates
 
 SWEEP_SECONDS = 600.0  # expired states are looked for this often: it walks the whole store
 
-_FROM_RECORDS = dict(
-    zip(journal.TOPICS, (from_reviews, from_behavior, from_text_features), strict=True)
-)
+_FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
+    "reviews": from_reviews,
+    "behavior": from_behavior,
+    "text-features": from_text_features,
+}
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ class Scorer:
             ratings = _prediction_records(arrivals, parts, scored, predictions, predicted_at)
             updates = _item_updates(arrivals, parts)
             journals = self._journal_records(arrivals, parts, lookups, serving.encoder_hash)
-        for letter in letters:
-            self._metrics.dead_letters.labels(self.name, "contract").inc()
+        if letters:
+            self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
         return Outcome(
             batches=[ratings, updates],
             outputs=journals + letters,
@@ -228,22 +230,17 @@ class Scorer:
         self, arrivals: _Arrivals, parts: list[_Part], lookups: Lookups, encoder: str
     ) -> list[Output]:
         outputs: list[Output] = []
-        vectors = lookups.vectors
-        missing = -1 if vectors is None else len(vectors.hashes)
-        known = lookups.item_attributes.hashes
-        attributes = lookups.item_attributes.take(known)
-        texts = attributes["text"].copy()
-        if vectors is None:
-            texts[:] = 0
-        else:
-            texts[vectors.find(texts) == missing] = 0
-        reads = np.stack([known, texts, attributes["version"]], axis=1)  # (m, 3)
+        items, attributes = lookups.items, lookups.item_attributes
+        users = lookups.user_attributes
+        texts = _texts_read(lookups, attributes.rows["text"][:-1])
+        reads = np.stack([attributes.hashes, texts, attributes.rows["version"][:-1]], axis=1)
         for part in parts:
             rows, result = part.rows, part.result
             events, observation = arrivals.events[rows], result.observation
-            mine = np.isin(known, np.union1d(observation.recents, events["item"]))
+            mine = np.zeros(len(reads) + 1, np.bool_)
+            mine[attributes.find(observation.recents)] = True
+            mine[attributes.find(events["item"])] = True
             before = self._states[part.partition].header
-            found = observation.item_vectors != missing if vectors is not None else False
             entry = Journal(
                 topics=arrivals.topics[rows],
                 offsets=arrivals.offsets[rows],
@@ -252,11 +249,11 @@ class Scorer:
                 events=events.view(f"V{EVENT.itemsize}"),
                 duplicates=result.duplicate,
                 features=observation.features,
-                item_versions=lookups.items.take(events["item"])["offset"],
+                item_versions=items.rows["offset"][items.find(events["item"])],
                 item_attributes_versions=observation.item_attributes["version"],
-                user_attributes_versions=lookups.user_attributes.take(events["user"])["version"],
-                item_vectors=np.where(found, observation.item_attributes["text"], 0).astype("u8"),
-                recents=reads[mine],
+                user_attributes_versions=users.rows["version"][users.find(events["user"])],
+                item_vectors=_texts_read(lookups, observation.item_attributes["text"]),
+                recents=reads[mine[:-1]],
                 feature_hash=FEATURE_HASH,
                 layout_hash=LAYOUT_HASH,
                 encoder=encoder,
@@ -360,6 +357,14 @@ def _ends(messages: Sequence[Message], prefix: str) -> dict[int, list[int]]:
         mine = ends.setdefault(partition or 0, [-1] * len(journal.TOPICS))
         mine[journal.TOPICS.index(str(topic).removeprefix(prefix))] = (offset or 0) + 1
     return ends
+
+
+def _texts_read(lookups: Lookups, texts: Hashes) -> Hashes:
+    """Those of n texts whose vector was read; 0 in place of the others."""
+    vectors = lookups.vectors
+    if vectors is None:
+        return np.zeros_like(texts)
+    return np.where(vectors.find(texts) < len(vectors.hashes), texts, np.uint64(NONE))
 
 
 def _read_ends(before: Rows, after: Rows) -> list[int]:

@@ -111,7 +111,8 @@ class UserStates:
         held = self._held[partition]
         keys = partition_keys(self._store, USER_STATE, partition, users)
         self._store.write(held.claim, keys, to_bytes(rows), header.tobytes())
-        opaque(held.users.rows)[held.users.place(users)] = opaque(rows)
+        places = held.users.place(users)
+        opaque(held.users.rows)[places] = opaque(rows)
         held.header = header
 
     def expire(self, partition: int, watermark: int) -> int:

@@ -312,9 +312,16 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _believe(correction: Floats, left: Floats) -> float:
-    """The share of a correction, from none to all, that leaves the least squared error."""
+    """How much of a correction (n) of what is `left` (n) to believe, from nothing to all.
+
+    The share that leaves the least squared error, less its standard error: few validation rows, or
+    small corrections, tell little.
+    """
     power = float(np.sum(correction**2))
-    return float(np.clip(np.sum(correction * left) / power, 0, 1)) if power else 0.0
+    if not power:
+        return 0.0
+    share = float(np.sum(correction * left)) / power
+    return float(np.clip(share - left.std() / math.sqrt(power), 0, 1))
 
 
 @torch.no_grad()

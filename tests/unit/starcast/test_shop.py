@@ -77,6 +77,12 @@ def test_three_in_ten_events_are_rated_reviews(records: list[tuple[str, Record]]
     assert min(stars.values()) > 100
 
 
+def test_a_user_reviews_an_item_once() -> None:
+    made = list(shop(2, users=10, items=10, events=2_000, end=END))
+    reviews = reviews_of(made)
+    assert len({(review.user_id, review.item_id) for review in reviews}) == len(reviews) > 30
+
+
 def test_behaviour_has_every_action_and_prices(records: list[tuple[str, Record]]) -> None:
     behavior = [record for _, record in records if isinstance(record, Behavior)]
     actions = Counter(event.action for event in behavior)

@@ -121,11 +121,12 @@ class ScriptedConsumer:
         self.positions |= {(each.topic, each.partition): 0 for each in partitions}
 
     def unassign(self) -> None:
-        self.positions = {}
+        self.positions, self.paused = {}, set()
 
     def incremental_unassign(self, partitions: list[TopicPartition]) -> None:
         for each in partitions:
             del self.positions[each.topic, each.partition]
+            self.paused.discard((each.topic, each.partition))
 
     def pause(self, partitions: list[TopicPartition]) -> None:
         places = {(each.topic, each.partition) for each in partitions}

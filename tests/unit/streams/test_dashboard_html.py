@@ -8,13 +8,16 @@ from schemas.records import Alert
 from streams import dashboard_html as html
 from streams.config import KafkaConfig
 from streams.dashboard_data import Link, Prediction, Snapshot, Topics
-from streams.dashboard_view import LADDER
+from streams.dashboard_view import LADDER, together, totals
+from streams.windows import Sums
 from tests.digests import at, ms
 from tests.unit.streams.snapshots import FIRST, RATED, REGISTRY, UNRATED, UP, prediction
 
 KAFKA = KafkaConfig()
 WICKED = "<script>alert('x')</script>\"&"
 NOW = RATED[-1].end_ms + 1_000
+FOUND = totals(RATED, "interaction")
+ALL = together(FOUND.values()).sums
 LIVE = Snapshot(broker=UP, store=UP, models=UP, topics=Topics(events=1), windows=RATED)
 
 
@@ -91,8 +94,8 @@ def test_all_that_comes_from_outside_is_escaped() -> None:
         html.chips(wicked, NOW),
         html.waiting(replace(wicked, windows=()), KAFKA),
         html.notes(wicked, KAFKA, NOW),
-        html.tiles(wicked, None, NOW),
-        html.models(wicked, "interaction", None, known),
+        html.tiles(wicked, ALL, NOW),
+        html.models(wicked, FOUND, known),
         html.predictions([wicked_row, row(item_id=WICKED)], "interaction", known),
         html.alerts([alert]),
         html.bars([(WICKED, 3)], {}, ""),
@@ -132,20 +135,18 @@ def test_notes_say_what_is_still_missing_or_gone() -> None:
 
 
 def test_tiles_tell_now_and_when_it_is_silent_the_range() -> None:
-    now = str(Words(html.tiles(LIVE, None, NOW)))
+    now = str(Words(html.tiles(LIVE, ALL, NOW)))
     assert "Predictions a second 1 " in now
     assert "Waiting to be scored 0 caught up" in now
     assert "Error, RMSE 1.00 stars MAE 1.00, 1 rating" in now
     assert "4.00 against 3.00 +1.00 stars off" in now
     assert "Model cold start" in now
-    later = str(Words(html.tiles(LIVE, None, NOW + 3_600_000)))
+    later = str(Words(html.tiles(LIVE, ALL, NOW + 3_600_000)))
     assert "Predictions a second 0 " in later
     assert "Waiting to be scored – not told" in later
     assert "1 rating in this range" in later
-    assert "1a2b3c4d promoted" in str(
-        Words(html.tiles(replace(LIVE, registry=REGISTRY), None, NOW))
-    )
-    assert "no ratings yet" in html.tiles(replace(LIVE, windows=UNRATED), None, NOW)
+    assert "1a2b3c4d promoted" in str(Words(html.tiles(replace(LIVE, registry=REGISTRY), ALL, NOW)))
+    assert "no ratings yet" in html.tiles(replace(LIVE, windows=UNRATED), Sums(), NOW)
 
 
 def test_predictions_of_a_kind_stand_on_the_scale() -> None:
@@ -173,7 +174,7 @@ def test_a_prediction_beyond_the_scale_stays_on_it() -> None:
 
 
 def test_model_table_marks_the_one_in_service() -> None:
-    words = str(Words(html.models(replace(LIVE, registry=REGISTRY), "interaction", None, [FIRST])))
+    words = str(Words(html.models(replace(LIVE, registry=REGISTRY), FOUND, [FIRST])))
     assert "1a2b3c4d in service promoted" in words
     assert "cold start from running means 1 1.00 1.00 +1.00" in words
 
@@ -197,5 +198,5 @@ def test_compact(number: float, text: str) -> None:
 
 def test_times_are_told_by_the_browser() -> None:
     assert f'<time data-ms="{ms(15)}"></time>' in html.tiles(
-        replace(LIVE, registry=REGISTRY), None, NOW
+        replace(LIVE, registry=REGISTRY), ALL, NOW
     )

@@ -159,7 +159,7 @@ def test_model_rows_say_who_serves_since_when_and_how_well() -> None:
         windows=windows,
         registry=Registry(stable=entry(FIRST, 15), canary=canary, history=[promoted(FIRST, 15)]),
     )
-    rows = {row.name: row for row in model_rows(snapshot, "interaction", None)}
+    rows = {row.name: row for row in model_rows(snapshot, totals(windows, "interaction"))}
     assert rows["1a2b3c4d"].role == "in service"
     assert rows["1a2b3c4d"].since_ms == ms(15)
     assert rows["1a2b3c4d"].sums.rmse == pytest.approx(0.5)
@@ -167,8 +167,8 @@ def test_model_rows_say_who_serves_since_when_and_how_well() -> None:
     assert rows["9f8e7d6c"].sums.rated == 0
     assert rows["cold start"].sums.rmse == 1.0
     assert rows["cold start"].role == ""
-    # In a range without predictions only those with a part to play are left.
-    assert {row.name for row in model_rows(snapshot, "review", None)} == {"1a2b3c4d", "9f8e7d6c"}
+    # Without predictions only those with a part to play are left.
+    assert {row.name for row in model_rows(snapshot, {})} == {"1a2b3c4d", "9f8e7d6c"}
 
 
 def test_the_newest_window_with_interactions() -> None:

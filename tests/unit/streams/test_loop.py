@@ -263,14 +263,23 @@ def test_a_partition_that_goes_in_mid_poll_takes_its_messages_along(
     assert len(set(answered(world))) == 24
 
 
-def test_a_batch_of_an_older_generation_is_dropped(world: World) -> None:
-    """A worker that slept: the group has gone on without it, and it does not know yet."""
+@pytest.mark.parametrize("rejoined", [False, True])
+def test_a_batch_of_an_older_generation_is_dropped(world: World, rejoined: bool) -> None:
+    """A worker that slept over a batch: the group has gone on, and it has not been told yet."""
     processor = Counting()
     loop = world.loop(processor)
     fill(world, 3, 0)
     world.consumer.rebalance(new=places(0))
-    world.broker.generation += 1
-    world.turn(loop)
+    process = processor.process
+
+    def sleep(messages: list[Message]) -> Outcome:
+        world.broker.generation += 1
+        if rejoined:
+            world.consumer.generation = world.broker.generation
+        return process(messages)
+
+    with patch.object(processor, "process", sleep):
+        world.turn(loop)
     assert processor.batches
     assert (answered(world), processor.finished) == ([], [])
     assert processor.drops[-1] == {0}
@@ -799,6 +808,11 @@ class Group(RuleBasedStateMachine):
             for offset in range(end)
         ]
         assert sorted(map(bytes, filter(None, answers))) == sorted(expected)
+
+    @invariant()
+    def what_is_not_worked_on_waits_at_the_broker(self) -> None:
+        live = {(f"eu.{topic}", partition) for topic, partition in self.loop.live}
+        assert self.world.consumer.paused == self.world.consumer.positions.keys() - live
 
     @rule()
     def all_is_well_again(self) -> None:

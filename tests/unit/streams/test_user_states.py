@@ -1,0 +1,318 @@
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from model.events import Rows
+from model.exceptions import GapError, LayoutError
+from model.state import LAYOUT_HASH, to_bytes
+from schemas.journal import TOPICS, Transaction
+from streams import user_states
+from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
+from streams.exceptions import FencedError, JournalGapError, StoreAheadError
+from streams.reader import USER_STATE, partition_keys
+from streams.store import Store
+from streams.user_states import HEADER, UserStates, decode_header
+from tests.unit.streams.journals import USERS, Partition, events
+
+PARTITION = 2
+DAY_MS = 86_400_000
+
+history = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 2), st.integers(0, 9)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Partition], None]:
+    """Has a partition's transactions read in place of those in Kafka."""
+
+    def stands(partition: Partition) -> None:
+        def read(
+            kafka: KafkaConfig, archived: ArchiveConfig, number: int, start: int
+        ) -> Iterator[Transaction]:
+            assert number == PARTITION
+            return partition.read(start)
+
+        monkeypatch.setattr(user_states, "read_journal", read)
+
+    return stands
+
+
+def make(url: str, prefix: str = "shop", exactly_once: bool = True, **config: Any) -> UserStates:
+    store = Store(RedisConfig(url=SecretStr(url), key_prefix=prefix), LAYOUT_HASH, 4)
+    return UserStates(
+        store,
+        KafkaConfig(exactly_once=exactly_once),
+        ArchiveConfig(),
+        StatesConfig.model_validate(config),
+    )
+
+
+def batches(*rows: list[tuple[int, int, int, int]]) -> Partition:
+    partition = Partition()
+    for each in rows:
+        partition.apply(events(each))
+    return partition
+
+
+def stored(states: UserStates) -> list[bytes | None]:
+    keys = partition_keys(states._store, USER_STATE, PARTITION, USERS)
+    return states._store.read(keys)
+
+
+def expected(partition: Partition) -> list[bytes | None]:
+    places = partition.users.place(USERS)
+    rows = partition.users.rows[places]
+    return [value or None for value in to_bytes(rows)]  # a blank state has no key
+
+
+ONE = [(0, 0, 0, 0), (1, 1, 1, 1), (0, 2, 0, 2), (0, 0, 0, 0), (1, 0, 2, 3)]
+TWO = [(2, 0, 0, 4), (0, 3, 1, 5), (0, 2, 0, 6), (1, 1, 1, 1)]
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(rows=history, cuts=st.sets(st.integers(1, 39), max_size=6), data=st.data())
+def test_recovery_from_any_prefix_is_the_whole(
+    store: str,
+    journal: Callable[[Partition], None],
+    rows: list[tuple[int, int, int, int]],
+    cuts: set[int],
+    data: st.DataObject,
+) -> None:
+    """The store stands after any batch, with any part of the next one's states written as well."""
+    made, partition = events(rows), Partition()
+    for batch in np.split(made, sorted(cut for cut in cuts if cut < len(made))):
+        partition.apply(batch)
+    whole, whole_header = expected(partition), partition.steps[-1].header
+    journal(partition)
+    states = make(store, prefix=uuid4().hex)
+    old = states._store.claim(USER_STATE, PARTITION)
+
+    def write(users: Any, rows: Rows, header: bytes) -> None:
+        keys = partition_keys(states._store, USER_STATE, PARTITION, users)
+        states._store.write(old, keys, to_bytes(rows), header)
+
+    reached = data.draw(st.integers(0, len(partition.steps)), label="batches in the store")
+    for step in partition.steps[:reached]:
+        write(step.users, step.states, step.header.tobytes())
+    if reached < len(partition.steps):
+        step = partition.steps[reached]
+        part = data.draw(st.integers(0, len(step.users)), label="states of the next batch")
+        write(step.users[:part], step.states[:part], b"")
+
+    assert states.claim(PARTITION, partition.ends()) == partition.ends()
+    assert stored(states) == whole
+    assert states[PARTITION].header == whole_header
+    header = decode_header(states._store.header(USER_STATE, PARTITION))
+    assert header == whole_header
+    assert to_bytes(states.read(PARTITION, USERS)) == [value or b"" for value in whole]
+    with pytest.raises(FencedError):
+        write(USERS[:1], states.read(PARTITION, USERS[:1]), b"")
+
+
+def test_an_empty_partition_begins_at_the_beginning(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    journal(Partition())
+    states = make(store)
+    nothing: dict[str, int] = dict.fromkeys(TOPICS, -1)
+    assert states.claim(PARTITION, nothing) == nothing
+    assert states[PARTITION].header == decode_header(None)
+    assert stored(states) == [None] * len(USERS)
+
+
+def test_a_long_journal_is_applied_in_portions(
+    store: str, journal: Callable[[Partition], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_states, "RECOVERY_ROWS", 6)
+    partition = batches(ONE, TWO, ONE, TWO, ONE)
+    journal(partition)
+    states = make(store)
+    states.claim(PARTITION, partition.ends())
+    assert stored(states) == expected(partition)
+    assert states[PARTITION].header == partition.steps[-1].header
+
+
+def test_offsets_that_went_back_stop_the_partition(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    partition = batches(ONE, TWO)
+    journal(partition)
+    ends = partition.ends()
+    with pytest.raises(
+        StoreAheadError,
+        match=rf"partition 2 have applied behavior up to offset {ends['behavior']}, .* is 0",
+    ):
+        make(store).claim(PARTITION, ends | {"behavior": -1})
+
+
+def test_a_journal_that_lost_its_end_stops_the_partition(
+    store: str, journal: Callable[[Partition], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_states, "MARKER_SECONDS", 0.1)
+    partition = batches(ONE)
+    journal(partition)
+    ends = partition.ends()
+    with pytest.raises(JournalGapError, match="reviews partition 2 is 9, but the journal ends at"):
+        make(store).claim(PARTITION, ends | {"reviews": 9})
+
+
+def test_a_journal_whose_marker_is_late_is_waited_for(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka writes a commit's markers to the partitions one by one, offsets perhaps first."""
+    partition = batches(ONE, TWO)
+    started = time.monotonic()
+
+    def read(*arguments: Any) -> Iterator[Transaction]:
+        late = time.monotonic() < started + 0.2
+        return (
+            each
+            for each in partition.read(arguments[-1])
+            if not late or each is partition.steps[0].transaction
+        )
+
+    monkeypatch.setattr(user_states, "read_journal", read)
+    states = make(store)
+    assert states.claim(PARTITION, partition.ends()) == partition.ends()
+    assert stored(states) == expected(partition)
+    assert time.monotonic() - started < 2
+
+
+def test_without_transactions_the_journal_says_where_to_go_on(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    partition = batches(ONE, TWO)
+    journal(partition)
+    states = make(store, exactly_once=False)
+    assert states.claim(PARTITION, dict.fromkeys(TOPICS, 1)) == partition.ends()
+
+
+def test_a_hole_in_the_journal_is_an_error(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    partition = batches(ONE, TWO, ONE)
+    del partition.steps[1]
+    journal(partition)
+    with pytest.raises(GapError, match="missing"):
+        make(store).claim(PARTITION, partition.ends())
+
+
+@pytest.mark.parametrize("name", ["LAYOUT_HASH", "FEATURE_HASH"])
+def test_a_journal_of_another_layout_is_refused(
+    store: str,
+    journal: Callable[[Partition], None],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    partition = batches(ONE)
+    journal(partition)
+    monkeypatch.setattr(user_states, name, "12345678")
+    with pytest.raises(JournalGapError, match=r"this version has .*12345678"):
+        make(store).claim(PARTITION, partition.ends())
+
+
+def test_states_are_read_once_and_written_through(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    partition = batches(ONE)
+    journal(partition)
+    states = make(store)
+    states.claim(PARTITION, partition.ends())
+    first = states.read(PARTITION, USERS[:3])
+    step = partition.apply(events(TWO))
+    states.write(PARTITION, step.users, step.states, step.header)
+    assert stored(states) == expected(partition)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(states._store, "read", lambda keys: pytest.fail("read again"))
+        again = states.read(PARTITION, USERS[:3])
+    assert to_bytes(again) == [value or b"" for value in expected(partition)[:3]]
+    assert to_bytes(first) != to_bytes(again)
+    states.drop([PARTITION, 99])
+    states.claim(PARTITION, partition.ends())
+    assert to_bytes(states.read(PARTITION, USERS[:3])) == to_bytes(again)
+
+
+def test_few_states_at_hand_give_the_same(store: str, journal: Callable[[Partition], None]) -> None:
+    partition = batches(ONE)
+    journal(partition)
+    states = make(store, cache_users=2)
+    states.claim(PARTITION, partition.ends())
+    step = partition.apply(events(TWO))
+    states.write(PARTITION, step.users, step.states, step.header)
+    for user, value in zip(USERS, expected(partition), strict=True):
+        assert to_bytes(states.read(PARTITION, np.array([user]))) == [value or b""]
+    assert len(states[PARTITION].users.rows) <= 2  # the last batch's, or as many as are kept
+
+
+def test_an_owner_that_was_replaced_is_refused(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    partition = batches(ONE)
+    journal(partition)
+    old, new = make(store), make(store)
+    old.claim(PARTITION, partition.ends())
+    new.claim(PARTITION, partition.ends())
+    step = partition.steps[0]
+    with pytest.raises(FencedError):
+        old.write(PARTITION, step.users, step.states, step.header)
+    new.write(PARTITION, step.users, step.states, step.header)
+
+
+def test_states_expire_by_the_time_of_events(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    made = events([(0, 0, 0, 0), (1, 0, 0, 1), (2, 0, 0, 2)])
+    made["time"] += np.array([0, 5, 10]) * DAY_MS
+    partition = Partition()
+    partition.apply(made)
+    journal(partition)
+    states = make(store, expire_after_days=6)
+    states.claim(PARTITION, partition.ends())
+    kept = expected(partition)
+    latest = int(made["time"].max())
+    assert states.expire(PARTITION, 0) == 0
+    assert states.expire(PARTITION, latest - 5 * DAY_MS) == 0
+    assert states.expire(PARTITION, latest) == 1
+    assert stored(states) == [None, *kept[1:]]
+    assert not states.read(PARTITION, USERS[:1])["step"].any()
+    assert states.expire(PARTITION, latest) == 0
+    assert decode_header(states._store.header(USER_STATE, PARTITION)) == partition.steps[0].header
+    forever = make(store)
+    forever.claim(PARTITION, partition.ends())
+    assert forever.expire(PARTITION, latest + 999 * DAY_MS) == 0
+
+
+@given(
+    st.integers(0, 2**63),
+    st.lists(st.integers(-1, 2**62), min_size=3, max_size=3),
+    st.integers(0, 2**63),
+    st.floats(0, 1e15),
+)
+def test_a_header_is_read_as_it_was_written(
+    at: int, ends: list[int], step: int, total: float
+) -> None:
+    header = decode_header(None)
+    header["journal"], header["ends"] = at, ends
+    header["partition"]["step"], header["partition"]["rating_sum"] = step, total
+    assert decode_header(header.tobytes()) == header
+    assert decode_header(header.tobytes()).dtype == HEADER
+
+
+def test_a_header_of_another_size_is_refused() -> None:
+    with pytest.raises(LayoutError, match="has 3 bytes"):
+        decode_header(b"abc")
+    assert decode_header(None)["ends"].tolist() == [-1, -1, -1]
