@@ -159,8 +159,7 @@ def tiles(snapshot: Snapshot, everything: Sums, now_ms: int) -> str:
     rate = now.per_second if now else 0.0
     waits = "not told by the scorer now"
     if now:
-        behind = f"about {_seconds(now.lag / rate)} behind" if rate >= 1 else "behind"
-        waits = behind if now.lag else "caught up"
+        waits = _behind(now.lag, rate)
     error, means, off, ratings = _NONE, _NONE, "", "no ratings yet"
     if sums.rated:
         error = f"{_number(sums.rmse)} <small>stars</small>"
@@ -193,6 +192,15 @@ def tiles(snapshot: Snapshot, everything: Sums, now_ms: int) -> str:
             _tile("Model", model, model_text),
         ]
     )
+
+
+def _behind(lag: int, rate: float) -> str:
+    """How long what waits would take at the rate of now."""
+    if not lag:
+        return "caught up"
+    if lag < rate:
+        return "less than a second behind"
+    return f"about {_seconds(lag / rate)} behind" if rate >= 1 else "behind"
 
 
 def _tile(name: str, value: str, text: str, alarm: bool = False) -> str:
@@ -347,7 +355,7 @@ def _swatch(version: str, versions: Sequence[str]) -> str:
 
 
 def _milliseconds(value: float) -> str:
-    if value < 10_000:
+    if value < 1_000:
         return f"{value:.{0 if value >= 10 else 1}f} <small>ms</small>"
     return _seconds(value / 1_000)
 

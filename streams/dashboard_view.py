@@ -44,7 +44,7 @@ class ModelRow(BaseModel):
 
     version: str
     name: str
-    role: str  # in service, canary, shadow, cold start, or empty
+    role: str  # in service, canary 10%, shadow, or empty
     since_ms: int | None
     by: str = ""
     reason: str = ""
@@ -210,7 +210,7 @@ def model_rows(snapshot: Snapshot, found: Mapping[str, Scored]) -> list[ModelRow
         sums = found.get(version, Scored()).sums
         role = ""
         if version == stable:
-            role = "cold start" if version == LADDER else "in service"
+            role = "in service"
         elif version == canary and registry.canary:
             role = f"canary {registry.canary.share:.0%}" if registry.canary.share else "shadow"
         if not (sums.count or role):

@@ -47,6 +47,19 @@ TICK_SECONDS = 0.25
 COMMIT_SECONDS = 1.0
 REBALANCE_SECONDS = 6.0  # the embedded broker waits half of this for others to join
 
+_SECURITY_OPTIONS = {
+    "enable.ssl.certificate.verification",
+    "sasl.mechanism",
+    "sasl.mechanisms",
+    "sasl.password",
+    "sasl.username",
+    "ssl.ca.location",
+    "ssl.ca.pem",
+    "ssl.certificate.location",
+    "ssl.endpoint.identification.algorithm",
+    "ssl.key.location",
+    "ssl.key.password",
+}
 _LOG = structlog.get_logger(__name__)
 
 
@@ -126,6 +139,12 @@ def broker_credentials(kafka: KafkaConfig) -> SASLCredentials | SSLCredentials |
     Raises KafkaOptionError for what cannot be expressed: insights alone reads through aiokafka.
     """
     options = {option_name(name): value for name, value in kafka.options.items()}
+    security = {name for name in options if name.startswith(("ssl.", "sasl.", "enable.ssl."))}
+    if unknown := security - _SECURITY_OPTIONS:
+        raise KafkaOptionError(
+            f"insights cannot use {', '.join(sorted(unknown))}: it reads through another client, "
+            f"which takes {', '.join(sorted(_SECURITY_OPTIONS))}."
+        )
     protocol = options.get("security.protocol", "plaintext").upper()
     context = _ssl_context(options) if protocol in ("SSL", "SASL_SSL") else None
     if protocol == "PLAINTEXT":
@@ -149,12 +168,6 @@ def broker_credentials(kafka: KafkaConfig) -> SASLCredentials | SSLCredentials |
 
 
 def _ssl_context(options: dict[str, str]) -> ssl.SSLContext:
-    unsupported = {"ssl.certificate.pem", "ssl.key.pem", "ssl.keystore.location"} & set(options)
-    if unsupported:
-        raise KafkaOptionError(
-            f"insights cannot use {', '.join(sorted(unsupported))}: give the certificate and key "
-            "as files (ssl.certificate.location, ssl.key.location)."
-        )
     authorities = options.get("ssl.ca.location")
     try:
         context = ssl.create_default_context(

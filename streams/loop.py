@@ -555,7 +555,7 @@ class Loop:
             "client.id": self._group,
             "isolation.level": "read_committed",
             "queued.max.messages.kbytes": FETCH_KILOBYTES,
-            "fetch.wait.max.ms": 20,
+            "fetch.wait.max.ms": 100,
         }
         if self._config.group_protocol == "consumer":
             config |= {"group.protocol": "consumer", "group.remote.assignor": "range"}
