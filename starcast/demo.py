@@ -43,7 +43,7 @@ from trainer.baselines import running_baselines
 EVENTS = ("reviews", "behavior")
 TRAIN_SHARE = 0.8  # of the events of a file are in when the model is trained
 RATE = 600.0  # events a second of a played file: item states stay within a moment of their events
-SHOP_RATE = 60.0  # events a second of the generated shop, once its history is in
+SHOP_RATE = 40.0  # events a second of the generated shop, once its history is in
 SHOP_HISTORY = 6_000  # events played fast at the start, so that there is something to learn from
 SHOP_USERS, SHOP_ITEMS, SHOP_EVENTS = 600, 400, 200_000
 RETRAIN_AFTER = 1_200  # events after which the demo trains a second time

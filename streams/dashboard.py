@@ -59,6 +59,12 @@ ABOUT_KINDS: dict[Kind, str] = {
     "request": "Items ranked for a shopper on request; no rating follows from these.",
 }
 
+UNRATED: dict[Kind, str] = {
+    "interaction": "No rated review in this range yet: errors show once one has been scored.",
+    "review": "No text of a rated review in this range yet.",
+    "request": "Rankings are not rated, so there is no error to show.",
+}
+
 _LOG = structlog.get_logger(__name__)
 
 
@@ -228,15 +234,17 @@ class _Page:
     ) -> None:
         marks = swaps(snapshot)
         scored = together(found.values())
-        some = scored.sums.rated > 0
+        unrated = UNRATED[self._kind]
         self._flow.draw(charts.flow(windows, marks) if windows else None)
-        self._against.draw(charts.against(windows, self._kind, marks) if some else None)
-        self._error.draw(
-            charts.error(windows, self._kind, marks, known, self._measure) if some else None
-        )
         self._stars.draw(charts.stars(scored) if scored.sums.count else None)
-        tiers = charts.tiers(scored, self._measure) if scored.tiers and some else None
-        self._tiers.draw(tiers)
+        if scored.sums.rated:
+            self._against.draw(charts.against(windows, self._kind, marks))
+            self._error.draw(charts.error(windows, self._kind, marks, known, self._measure))
+            tiers = charts.tiers(scored, self._measure) if scored.tiers else None
+            self._tiers.draw(tiers, "What a text says needs no other facts: there are no tiers.")
+        else:
+            for chart in (self._against, self._error, self._tiers):
+                chart.draw(None, unrated)
         _show(self._about, ABOUT_KINDS[self._kind])
         last = last_busy(windows)
         items = last.top_items if last else []
@@ -266,7 +274,7 @@ class _Page:
     def _build_flow(self) -> None:
         with _block("section", "grid"), _block("div", "card span-12"):
             _title("Flow", "Predictions made and events that wait; dotted lines mark model swaps.")
-            self._flow = _Chart("Predictions a second and events waiting, over time", 306, "")
+            self._flow = _Chart("Predictions a second and events waiting, over time", 306)
 
     def _build_quality(self) -> None:
         with _block("section", "head"):
@@ -274,24 +282,21 @@ class _Page:
             self._about = _text("p", "")
             _segments("What was predicted", charts.KINDS, self._kind, self._choose_kind)
             _segments("Measure of error", MEASURES, self._measure, self._choose_measure)
-        ratings = "No rated review in this range yet: errors show once one has been scored."
         with _block("section", "grid"):
             with _block("div", "card span-7"):
                 _title("Predicted against true", "Mean stars of the same events, sliding window.")
-                self._against = _Chart("Mean predicted and true rating over time", 260, ratings)
+                self._against = _Chart("Mean predicted and true rating over time", 260)
             with _block("div", "card span-5"):
                 _title(
                     "Error by model version", "In stars, a line for each version, sliding window."
                 )
-                self._error = _Chart("Error of each model version over time", 260, ratings)
+                self._error = _Chart("Error of each model version over time", 260)
             with _block("div", "card span-4"):
                 _title("Predicted stars", "Share of predictions, rounded to whole stars.")
-                self._stars = _Chart("Distribution of predicted stars", 190, "No predictions yet.")
+                self._stars = _Chart("Distribution of predicted stars", 190)
             with _block("div", "card span-4"):
                 _title("Error by what was known", "Fewest facts first; ratings in grey.")
-                self._tiers = _Chart(
-                    "Error by tier", 190, "No tier has a rating yet; text predictions have none."
-                )
+                self._tiers = _Chart("Error by tier", 190)
             with _block("div", "card span-4 wide"):
                 _title("Model versions", "On what each predicted in this range.")
                 self._models = _text("div", "")
@@ -342,13 +347,15 @@ class _Page:
 class _Chart:
     """A chart, or in its place what it waits for."""
 
-    def __init__(self, label: str, height: int, nothing: str) -> None:
+    def __init__(self, label: str, height: int) -> None:
         self._chart = ui.echart({}, renderer="svg").classes("chart")
         self._chart.style(f"height:{height}px").props(f'role="img" aria-label="{label}"')
-        self._blank = _text("p", "blank", nothing).style(f"min-height:{height - 20}px")
+        self._blank = _text("p", "blank").style(f"min-height:{height - 20}px")
         self.draw(None)
 
-    def draw(self, options: Mapping[str, Any] | None) -> None:
+    def draw(self, options: Mapping[str, Any] | None, nothing: str = "Nothing yet.") -> None:
+        """Draw the chart; without options say why there is none."""
+        _show(self._blank, nothing)
         _set_hidden(self._chart, options is None)
         _set_hidden(self._blank, options is not None)
         if options is not None:

@@ -83,7 +83,9 @@ class Texts:
         return Outcome(outputs=digests) if digests else None
 
     def close(self) -> None:
-        """Nothing waits."""
+        """End the encoder's thread."""
+        if self._engine is not None:
+            self._engine.close()
 
     def process(self, messages: list[Message]) -> Outcome:
         """Encode the new texts of one batch, items before reviews.

@@ -1,0 +1,174 @@
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from model import registry
+from model.bundle import Written
+from model.encoder import StarHead
+from schemas.exceptions import UnreachableError
+from streams import models as following
+from streams.config import ModelsConfig
+from streams.metrics import make_metrics
+from streams.models import Models
+from tests.unit.model.test_bundle import write
+from tests.unit.model.test_encoder import HIDDEN, bert
+
+
+def make(url: Path, **config: Any) -> Models:
+    settings = {"url": str(url), "encoder": "none", "device": "cpu", **config}
+    return Models(ModelsConfig.model_validate(settings), make_metrics(CollectorRegistry()))
+
+
+def promote(url: Path, written: Written) -> str:
+    registry.promote(str(url), written.version, written.sha256, "a test", "to see")
+    return written.version
+
+
+def in_service(models: Models) -> dict[str, float]:
+    (family,) = (
+        each for each in models._metrics.registry.collect() if each.name == "starcast_model_info"
+    )
+    return {sample.labels["version"]: sample.value for sample in family.samples}
+
+
+def test_before_any_bundle_the_ladder_serves(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    assert models.serving.predictor.version == "ladder"
+    assert (models.serving.bundle, models.serving.encoder_hash) == (None, "")
+    models.refresh()
+    assert models.serving.predictor.version == "ladder"
+    assert in_service(models) == {"ladder": 1}
+
+
+def test_a_promoted_bundle_is_taken_up_between_two_looks(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    before = models.serving
+    first = promote(tmp_path, write(str(tmp_path)))
+    assert models.serving is before  # whoever took it for a batch keeps it
+    models.refresh()
+    assert models.serving.predictor.version == first
+    assert before.predictor.version == "ladder"
+    assert in_service(models) == {first: 1}
+    taken = models.serving
+    models.refresh()
+    assert models.serving is taken  # not loaded again
+    second = promote(tmp_path, write(str(tmp_path), seed=1))
+    models.refresh()
+    assert models.serving.predictor.version == second
+    registry.rollback(str(tmp_path), "a test", "to see")
+    models.refresh()
+    assert models.serving.predictor.version == first
+    assert in_service(models) == {first: 1}
+
+
+def cut(folder: Path) -> None:
+    file = folder / "network.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def change(folder: Path) -> None:
+    file = folder / "calibration.json"
+    file.write_text(file.read_text().replace("0.9", "0.8"))
+
+
+def forget(folder: Path) -> None:
+    (folder / "features.json").unlink()
+
+
+def pickle(folder: Path) -> None:
+    (folder / "weights.pkl").write_bytes(b"cos\nsystem\n")
+
+
+def swap(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"feature_hash": "0" * 8}))
+
+
+@pytest.mark.parametrize("damage", [cut, change, forget, pickle, swap])
+def test_a_damaged_bundle_is_refused_and_the_running_model_stays(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    models = make(tmp_path)
+    good = promote(tmp_path, write(str(tmp_path)))
+    models.refresh()
+    running = models.serving
+    bad = promote(tmp_path, write(str(tmp_path), seed=1))
+    damage(tmp_path / bad)
+    with capture_logs() as logs:
+        models.refresh()
+        models.refresh()
+    assert models.serving is running
+    assert in_service(models) == {good: 1}
+    refused = [line for line in logs if line["event"] == "bundle refused"]
+    assert len(refused) == 1  # said once
+    assert (refused[0]["log_level"], refused[0]["running"]) == ("error", good)
+    assert bad in refused[0]["reason"]
+    later = promote(tmp_path, write(str(tmp_path), seed=2))
+    models.refresh()
+    assert models.serving.predictor.version == later
+
+
+def test_a_registry_that_cannot_be_read_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = make(tmp_path)
+    good = promote(tmp_path, write(str(tmp_path)))
+    models.refresh()
+    (tmp_path / registry.FILE).write_text("{")
+    with capture_logs() as logs:
+        models.refresh()
+    assert models.serving.predictor.version == good
+    assert [line["event"] for line in logs] == ["registry not read"]
+
+    def gone(url: str) -> None:
+        raise UnreachableError(f"nothing at {url}")
+
+    monkeypatch.setattr(following.registry, "read", gone)
+    models.refresh()
+    assert models.serving.predictor.version == good
+
+
+def test_a_bundle_brings_its_encoder(tmp_path: Path) -> None:
+    source = tmp_path / "encoder"
+    bert(source)
+    head = StarHead(np.ones((5, HIDDEN), np.float32), np.zeros(5, np.float32))
+    models = make(tmp_path / "models", encoder=str(source))
+    before = models.serving
+    assert before.encoder_folder == source
+    assert before.encoder_hash
+    assert before.star_head is None
+    version = promote(
+        tmp_path / "models", write(str(tmp_path / "models"), encoder=source, star_head=head)
+    )
+    models.refresh()
+    assert models.serving.encoder_folder == tmp_path / "models" / version / "encoder"
+    assert models.serving.encoder_hash == before.encoder_hash  # whose vectors stay good
+    assert models.serving.star_head is not None
+
+
+def test_the_registry_is_followed_until_the_end(tmp_path: Path) -> None:
+    models = make(tmp_path, poll_seconds=0.02).start()
+    try:
+        version = promote(tmp_path, write(str(tmp_path)))
+        deadline = time.monotonic() + 20
+        while models.serving.predictor.version != version:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        models.close()
+    assert not models._thread.is_alive()
+    make(tmp_path).close()  # which was never started
+
+
+def test_what_is_stable_already_serves_from_the_start(tmp_path: Path) -> None:
+    version = promote(tmp_path, write(str(tmp_path)))
+    models = make(tmp_path).start()
+    models.close()
+    assert models.serving.predictor.version == version

@@ -1,0 +1,133 @@
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from schemas.exceptions import StarcastError, UnreachableError
+from starcast.settings import Settings
+from streams import admin
+from streams import run as running
+from streams.config import KafkaConfig
+from streams.run import PROCESSORS, _run_threads, run_processors, worker_slot
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def test_workers_of_a_host_have_numbers_of_their_own() -> None:
+    kafka = KafkaConfig(topic_prefix="eu.")
+    with ExitStack() as stack:
+        taken = [stack.enter_context(worker_slot(kafka, "scorer")) for _ in range(3)]
+        assert taken == [0, 1, 2]
+        assert stack.enter_context(worker_slot(kafka, "items")) == 0
+        other = kafka.model_copy(update={"group_id": "other"})
+        assert stack.enter_context(worker_slot(other, "scorer")) == 0
+    with worker_slot(kafka, "scorer") as slot:
+        assert slot == 0
+
+
+def test_the_lowest_free_number_is_taken_again() -> None:
+    kafka = KafkaConfig()
+    first, second = ExitStack(), ExitStack()
+    assert first.enter_context(worker_slot(kafka, "scorer")) == 0
+    assert second.enter_context(worker_slot(kafka, "scorer")) == 1
+    first.close()
+    with worker_slot(kafka, "scorer") as slot:
+        assert slot == 0
+    second.close()
+
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_worker_gives_its_number_back(tmp_path: Path) -> None:
+    with worker_slot(KafkaConfig(), "scorer"):
+        (file,) = tmp_path.rglob("*.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with worker_slot(KafkaConfig(), "scorer") as slot:
+            assert slot == 1
+        process.kill()
+        process.wait()
+    with worker_slot(KafkaConfig(), "scorer") as slot:
+        assert slot == 0
+
+
+def test_no_number_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "SLOTS", 1)
+    with (
+        worker_slot(KafkaConfig(), "scorer"),
+        pytest.raises(StarcastError, match="1 workers of scorer run on this host"),
+        worker_slot(KafkaConfig(), "scorer"),
+    ):
+        pass
+
+
+def test_processors_are_known_by_name() -> None:
+    with pytest.raises(StarcastError, match=r"no processor scorers, faust\. Choose from scorer, "):
+        run_processors(["items", "scorers", "faust"], Settings(), threading.Event())
+    assert len(PROCESSORS) == 8
+
+
+def test_a_broker_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "REACH_SECONDS", 0.3)
+    settings = Settings(kafka=KafkaConfig(bootstrap_servers="127.0.0.1:1"))
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1.*STARCAST_KAFKA__BOOTSTRAP"):
+        run_processors(["items"], settings, threading.Event())
+
+
+def run_tasks(**tasks: Callable[[threading.Event], None]) -> tuple[list[BaseException], float]:
+    """What failed, and how long it took."""
+    stop, failures = threading.Event(), list[BaseException]()
+    bound = {name: (lambda task=task: task(stop)) for name, task in tasks.items()}
+    started = time.monotonic()
+    _run_threads(bound, stop, failures)
+    return failures, time.monotonic() - started
+
+
+def test_one_processor_that_fails_ends_the_others() -> None:
+    ended: list[str] = []
+
+    def works(stop: threading.Event) -> None:
+        stop.wait()
+        ended.append("works")
+
+    def fails(_: threading.Event) -> None:
+        raise StarcastError("out of luck")
+
+    failures, _ = run_tasks(works=works, fails=fails)
+    assert [str(each) for each in failures] == ["out of luck"]
+    assert ended == ["works"]
+
+
+def test_processors_that_hang_do_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "STOP_SECONDS", 0.2)
+    released = threading.Event()
+
+    def hangs(_: threading.Event) -> None:
+        released.wait()
+
+    def stops(stop: threading.Event) -> None:
+        stop.set()
+
+    failures, seconds = run_tasks(a=hangs, b=hangs, c=hangs, d=stops)
+    released.set()
+    assert failures == []
+    assert seconds < 0.5  # together, not one after the other

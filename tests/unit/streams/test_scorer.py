@@ -1,0 +1,410 @@
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from confluent_kafka import Message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
+
+from model.events import EVENT
+from model.features import INDEX
+from model.ids import hash_ids
+from model.ladder import TIERS
+from model.state import LAYOUT_HASH, USER, from_bytes
+from schemas import journal
+from schemas.records import (
+    Behavior,
+    DeadLetter,
+    ItemUpdate,
+    PredictedRating,
+    Record,
+    Review,
+    TextFeatures,
+)
+from streams.config import (
+    ArchiveConfig,
+    KafkaConfig,
+    ModelsConfig,
+    RedisConfig,
+    ScorerConfig,
+    StatesConfig,
+)
+from streams.inputs import split
+from streams.loop import Outcome
+from streams.metrics import make_metrics
+from streams.models import Models
+from streams.reader import USER_STATE, Reader, partition_keys
+from streams.scorer import Scorer, _arrange, _ends
+from streams.store import Store
+from streams.user_states import Held, UserStates, decode_header
+from tests.unit.streams.messages import NOW_MS, PREFIX, message
+
+PARTITIONS = 3
+START = datetime(2026, 11, 1, tzinfo=UTC)
+KINDS = ("reviews", "behavior", "text-features")
+
+Make = Callable[[], Scorer]
+
+
+@pytest.fixture
+def make(store: str, tmp_path: Path) -> Iterator[Make]:
+    """Scorers that own all partitions of a shop of their own, and serve the ladder."""
+    opened: list[Store] = []
+
+    def scorer() -> Scorer:
+        metrics = make_metrics(CollectorRegistry())
+        redis = RedisConfig(url=SecretStr(store), key_prefix=uuid4().hex)
+        kept = Store(redis, LAYOUT_HASH, PARTITIONS)
+        opened.append(kept)
+        states = UserStates(kept, KafkaConfig(), ArchiveConfig(), StatesConfig())
+        for partition in range(PARTITIONS):
+            claim = kept.claim(USER_STATE, partition)
+            states._held[partition] = Held(claim, decode_header(None))
+        models = Models(ModelsConfig(url=str(tmp_path), encoder="none"), metrics)
+        config = ScorerConfig(digest_seconds=1e-9)
+        return Scorer(config, PREFIX, states, Reader(kept), models, metrics, "scorer-0")
+
+    yield scorer
+    for each in opened:
+        each.close()
+
+
+def record(kind: str, number: int, user: str = "ann", item: str = "cup", **more: Any) -> Record:
+    fields = {
+        "event_id": f"{kind}-{number}",
+        "user_id": user,
+        "item_id": item,
+        "event_time": START + timedelta(minutes=number),
+    }
+    if kind == "reviews":
+        return Review.model_validate({**fields, "rating": 1 + number % 5, **more})
+    if kind == "behavior":
+        return Behavior.model_validate({**fields, "action": "view", "price": 9.5, **more})
+    distribution = [0.1, 0.1, 0.2, 0.3, 0.3]
+    return TextFeatures.model_validate(
+        {**fields, "distribution": distribution, "encoder": "e", **more}
+    )
+
+
+def log(
+    kind: str, partition: int, records: Sequence[Record | bytes], start: int = 0
+) -> list[Message]:
+    """Consecutive messages of one topic partition."""
+    return [message(kind, each, partition, start + at) for at, each in enumerate(records)]
+
+
+def finish(scorer: Scorer, outcome: Outcome) -> None:
+    """As the loop does after a commit."""
+    assert outcome.finish is not None
+    outcome.finish({("journal", partition): 10 for partition in range(PARTITIONS)})
+
+
+def values(outcome: Outcome, topic: str) -> list[bytes]:
+    batches = [
+        each["value"]
+        for batch in outcome.batches
+        if batch.topic == topic
+        for each in batch.messages
+    ]
+    return batches + [each.value or b"" for each in outcome.outputs if each.topic == topic]
+
+
+def told(outcome: Outcome) -> list[PredictedRating]:
+    return [
+        PredictedRating.model_validate_json(each) for each in values(outcome, "predicted-ratings")
+    ]
+
+
+def updates(outcome: Outcome) -> list[ItemUpdate]:
+    return [ItemUpdate.model_validate_json(each) for each in values(outcome, "item-updates")]
+
+
+def letters(outcome: Outcome) -> list[DeadLetter]:
+    return [DeadLetter.model_validate_json(each) for each in values(outcome, "dead-letters")]
+
+
+def users(scorer: Scorer, partition: int, *names: str) -> Any:
+    """USER rows as the store has them."""
+    kept = scorer._states._store
+    return from_bytes(kept.read(partition_keys(kept, USER_STATE, partition, hash_ids(names))), USER)
+
+
+logs = st.dictionaries(
+    st.tuples(st.sampled_from(KINDS), st.integers(0, PARTITIONS - 1)),
+    st.lists(st.integers(-50, 50), min_size=1, max_size=8),
+    max_size=6,
+)
+
+
+@given(logs, st.randoms(use_true_random=False))
+def test_a_partitions_own_order_is_kept(
+    appended: dict[tuple[str, int], list[int]], random: Any
+) -> None:
+    """Whatever the brokers' clocks say, and however a poll mixes the partitions."""
+    left = {
+        (kind, partition): [
+            message(kind, record(kind, at), partition, at, timestamp=(2, NOW_MS + clock))
+            for at, clock in enumerate(clocks)
+        ]
+        for (kind, partition), clocks in appended.items()
+    }
+    polled: list[Message] = []
+    while left:
+        chosen = random.choice(sorted(left))
+        polled.append(left[chosen].pop(0))
+        if not left[chosen]:
+            del left[chosen]
+    inputs, _ = split(polled, PREFIX, "scorer")
+    arrived = _arrange(inputs)
+    rows = list(
+        zip(
+            arrived.partitions.tolist(),
+            arrived.topics.tolist(),
+            arrived.offsets.tolist(),
+            strict=True,
+        )
+    )
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    for (kind, partition), clocks in appended.items():
+        topic = journal.TOPICS.index(kind)
+        assert [row[2] for row in rows if row[:2] == (partition, topic)] == list(range(len(clocks)))
+    assert len(rows) == len(polled)
+    for at, (partition, topic, offset) in enumerate(rows):
+        assert arrived.records[at] == record(KINDS[topic], offset)
+        assert (arrived.messages[at].partition(), arrived.messages[at].offset()) == (
+            partition,
+            offset,
+        )
+
+
+def test_topics_are_merged_by_the_time_of_their_append() -> None:
+    clocks = {"reviews": [10, 40], "behavior": [5, 20, 50]}
+    polled = [
+        message(kind, record(kind, at), 0, at, timestamp=(2, NOW_MS + clock))
+        for kind, times in clocks.items()
+        for at, clock in enumerate(times)
+    ]
+    arrived = _arrange(split(polled, PREFIX, "scorer")[0])
+    assert (arrived.timestamps - NOW_MS).tolist() == [5, 10, 20, 40, 50]
+    np.testing.assert_array_equal(
+        arrived.events["event_id"], hash_ids([each.event_id for each in arrived.records])
+    )
+
+
+def test_nothing_arrives() -> None:
+    assert _arrange({}).events.dtype == EVENT
+    assert not len(_arrange({}).events)
+
+
+def test_ends_stand_after_the_last_message_of_each_topic() -> None:
+    polled = [
+        *log("reviews", 0, [record("reviews", 0)], 7),
+        *log("behavior", 2, [record("behavior", 0), b"spoilt"], 3),
+        *log("text-features", 0, [record("text-features", 0)]),
+    ]
+    assert _ends(polled, PREFIX) == {0: [8, -1, 1], 2: [-1, 5, -1]}
+
+
+def test_an_event_is_predicted_before_it_is_applied(make: Make) -> None:
+    scorer = make()
+    first = record("reviews", 0, rating=1)
+    outcome = scorer.process(log("reviews", 1, [first, record("reviews", 1, item="pot", rating=1)]))
+    one, two = told(outcome)
+    assert (one.event_id, one.user_id, one.item_id) == ("reviews-0", "ann", "cup")
+    assert (one.event_time, one.kind, one.model_version) == (START, "interaction", "ladder")
+    assert one.source.model_dump() == {"topic": "reviews", "partition": 1, "offset": 0}
+    assert (one.tier, two.tier) == ("global", "user_state")
+    assert one.rating is not None
+    assert two.rating is not None
+    assert two.rating < one.rating  # the second knows of the first, which knew of nothing
+    assert (
+        one.rating
+        == told(make().process(log("reviews", 1, [record("reviews", 0, rating=5)])))[0].rating
+    )
+
+
+def test_predictions_go_where_their_users_events_are_and_count_up(make: Make) -> None:
+    scorer = make()
+    polled = [
+        *log("behavior", 2, [record("behavior", 0, "bob"), record("behavior", 1, "bob")]),
+        *log("reviews", 0, [record("reviews", 0)]),
+    ]
+    outcome = scorer.process(polled)
+    (batch,) = [each for each in outcome.batches if each.topic == "predicted-ratings"]
+    assert [(each["key"], each["partition"]) for each in batch.messages] == [
+        (b"ann", 0),
+        (b"bob", 2),
+        (b"bob", 2),
+    ]
+    assert [each.seq for each in told(outcome)] == [1, 1, 2]
+    finish(scorer, outcome)
+    later = scorer.process(log("behavior", 2, [record("behavior", 2, "bob")], 2))
+    assert [each.seq for each in told(later)] == [3]
+
+
+def test_texts_are_applied_but_not_predicted(make: Make) -> None:
+    scorer = make()
+    outcome = scorer.process(log("text-features", 0, [record("text-features", 0)]))
+    assert not told(outcome)
+    assert not updates(outcome)
+    finish(scorer, outcome)
+    assert users(scorer, 0, "ann")["text_count"].tolist() == [1]
+
+
+def test_item_updates_sum_up_what_a_batch_did(make: Make) -> None:
+    bought = record("behavior", 2, "bob", action="purchase", price=20)
+    outcome = make().process(
+        [
+            *log(
+                "behavior", 1, [record("behavior", 0), record("behavior", 1, item="pot"), bought], 5
+            ),
+            *log(
+                "reviews",
+                1,
+                [record("reviews", 3, rating=4), record("reviews", 4, "bob", rating=2)],
+            ),
+        ]
+    )
+    (batch,) = [each for each in outcome.batches if each.topic == "item-updates"]
+    assert [each["key"].decode() for each in batch.messages] == [
+        each.item_id for each in updates(outcome)
+    ]
+    assert all("partition" not in each for each in batch.messages)  # the item's key decides
+    found = {(each.item_id, each.source.topic): each for each in updates(outcome)}
+    assert len(found) == len(updates(outcome)) == 3
+    cup, reviewed = found["cup", "behavior"], found["cup", "reviews"]
+    assert cup.counts == {"view": 1, "purchase": 1}
+    assert (cup.source.partition, cup.source.first_offset, cup.source.last_offset) == (1, 5, 7)
+    assert (cup.first_event_time, cup.last_event_time) == (START, START + timedelta(minutes=2))
+    assert (reviewed.rating_count, reviewed.rating_sum) == (2, 6)
+    assert reviewed.rating_histogram == [0, 1, 0, 1, 0]
+    assert (reviewed.source.first_offset, reviewed.source.last_offset) == (0, 1)
+
+
+def test_a_repeated_event_is_predicted_but_not_applied(make: Make) -> None:
+    scorer = make()
+    once = record("reviews", 0)
+    finish(scorer, scorer.process(log("reviews", 0, [once])))
+    outcome = scorer.process(log("reviews", 0, [once], 1))
+    finish(scorer, outcome)
+    assert len(told(outcome)) == 1
+    assert not updates(outcome)
+    assert users(scorer, 0, "ann")["rating_count"].tolist() == [1]
+    assert scorer._metrics.duplicates.labels("scorer")._value.get() == 1
+
+
+def test_events_from_the_future_are_dead_letters(make: Make) -> None:
+    scorer = make()
+    ahead = datetime.now(UTC) + timedelta(days=2)
+    polled = [
+        *log("reviews", 0, [record("reviews", 0), record("reviews", 1, event_time=ahead)]),
+        *log("behavior", 0, [b"{", record("behavior", 2, "bob")]),
+    ]
+    outcome = scorer.process(polled)
+    assert [each.event_id for each in told(outcome)] == ["reviews-0", "behavior-2"]
+    assert [(each.source.topic, each.source.offset, each.field) for each in letters(outcome)] == [
+        ("behavior", 0, None),
+        ("reviews", 1, "event_time"),
+    ]
+    assert "86400 s in the future" in letters(outcome)[1].reason
+    finish(scorer, outcome)
+    # What was set aside has been read all the same.
+    assert scorer._states[0].header["ends"].tolist() == [2, 2, -1]
+
+
+def test_a_batch_of_bad_records_still_moves_on(make: Make) -> None:
+    scorer = make()
+    outcome = scorer.process(log("reviews", 0, [b"{", b"[]"]))
+    assert len(letters(outcome)) == 2
+    finish(scorer, outcome)
+    assert scorer._states[0].header["ends"].tolist() == [2, -1, -1]
+    (piece,) = [journal.decode(each) for each in values(outcome, "journal")]
+    assert len(piece.journal) == 0
+    assert piece.journal.ends == (2, -1, -1)
+
+
+def test_the_journal_holds_what_was_read_and_done(make: Make) -> None:
+    scorer = make()
+    records = [record("reviews", at, rating=1 + at) for at in range(3)]
+    finish(scorer, scorer.process(log("reviews", 1, records[:1])))
+    before = scorer._states[1].header.tobytes()
+    outcome = scorer.process(log("reviews", 1, records[1:], 1))
+    (output,) = [each for each in outcome.outputs if each.topic == "journal"]
+    assert (output.key, output.partition) == (b"1", 1)
+    entry = journal.decode(output.value or b"").journal
+    assert entry.partition_state == before
+    assert entry.ends == (3, -1, -1)
+    assert entry.offsets.tolist() == [1, 2]
+    assert entry.steps.tolist() == [1, 2]
+    assert entry.seqs.tolist() == [each.seq for each in told(outcome)] == [2, 3]
+    assert entry.events.view(EVENT)["rating"].tolist() == [2, 3]
+    bias = np.clip(entry.features[:, INDEX["bias"]], 1.02, 4.98)
+    np.testing.assert_allclose([each.rating for each in told(outcome)], bias, atol=1e-4)
+
+
+events = st.lists(
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 3), st.integers(0, 30)),
+    min_size=1,
+    max_size=25,
+)
+
+
+@given(events, st.sets(st.integers(0, 25)))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_batches_change_nothing(
+    make: Make, rows: list[tuple[str, int, int, int]], cuts: set[int]
+) -> None:
+    """User states, numbers and predictions are the same however the events are cut into batches."""
+    polled: list[Message] = []
+    counts = dict.fromkeys(KINDS, 0)
+    for at, (kind, user, item, number) in enumerate(rows):
+        each = record(kind, number, f"user-{user}", f"item-{item}")
+        polled.append(message(kind, each, 0, counts[kind], timestamp=(2, NOW_MS + at)))
+        counts[kind] += 1
+    whole, cut = make(), make()
+    outcome = whole.process(polled)
+    finish(whole, outcome)
+    several: list[PredictedRating] = []
+    edges = [0, *sorted(each for each in cuts if 0 < each < len(polled)), len(polled)]
+    for low, high in pairwise(edges):
+        part = cut.process(polled[low:high])
+        several += told(part)
+        finish(cut, part)
+    names = [f"user-{user}" for user in range(4)]
+    assert users(whole, 0, *names).tobytes() == users(cut, 0, *names).tobytes()
+    assert whole._states[0].header.tobytes() == cut._states[0].header.tobytes()
+    together = told(outcome)
+    drop = {"predicted_at"}
+    assert [each.model_dump(exclude=drop) for each in together] == [
+        each.model_dump(exclude=drop) for each in several
+    ]
+    assert {each.tier for each in together} <= set(TIERS)
+
+
+def test_a_forgotten_partition_is_read_again_from_the_store(make: Make) -> None:
+    scorer = make()
+    finish(scorer, scorer.process(log("reviews", 0, [record("reviews", 0)])))
+    held = scorer._states[0]
+    scorer.drop([0])
+    scorer._states._held[0] = Held(held.claim, held.header)
+    finish(scorer, scorer.process(log("reviews", 0, [record("reviews", 1, item="pot")], 1)))
+    assert users(scorer, 0, "ann")["rating_count"].tolist() == [2]
+
+
+def test_digests_tell_of_what_was_scored(make: Make) -> None:
+    scorer = make()
+    finish(scorer, scorer.process(log("reviews", 0, [record("reviews", 0, rating=2)])))
+    time.sleep(0.001)
+    outcome = scorer.idle()
+    assert outcome is not None
+    (output,) = outcome.outputs
+    assert output.topic == "score-digests"
+    assert b'"kinds":{"interaction":1}' in (output.value or b"")

@@ -1,0 +1,234 @@
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from confluent_kafka import Message
+from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
+
+from model import encoder, registry
+from model.catalog import item_text
+from model.encoder import StarHead
+from model.ids import hash_ids
+from model.state import LAYOUT_HASH
+from schemas.records import Item, PredictedRating, Review, TextFeatures
+from streams.config import ModelsConfig, RedisConfig, TextsConfig
+from streams.exceptions import StoreError
+from streams.loop import Outcome
+from streams.metrics import make_metrics
+from streams.models import Models
+from streams.reader import VECTOR_DTYPE, vector_keys
+from streams.store import Store
+from streams.texts import Texts
+from tests.unit.model.test_bundle import write
+from tests.unit.model.test_encoder import HIDDEN, bert
+from tests.unit.streams.messages import PREFIX, message
+
+TIME = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder."""
+    made = tmp_path_factory.mktemp("encoder")
+    bert(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A models folder whose stable bundle has the encoder and a star head."""
+    url = tmp_path_factory.mktemp("models")
+    random = np.random.default_rng(3)
+    head = StarHead(random.normal(size=(5, HIDDEN)).astype(np.float32), np.zeros(5, np.float32))
+    written = write(str(url), encoder=folder, star_head=head)
+    registry.promote(str(url), written.version, written.sha256, "a test", "to see")
+    return url
+
+
+def make(url: str, models: Path, encoder_: Path | str = "none", **config: Any) -> Texts:
+    metrics = make_metrics(CollectorRegistry())
+    settings = ModelsConfig(url=str(models), encoder=str(encoder_), device="cpu")
+    served = Models(settings, metrics)
+    served.refresh()
+    store = Store(RedisConfig(url=SecretStr(url)), LAYOUT_HASH, 4)
+    texts = TextsConfig.model_validate(config)
+    return Texts(texts, settings, PREFIX, store, served, metrics, "texts-0", 1e-9)
+
+
+def item(name: str, title: str | None = "a good guitar") -> Item:
+    return Item(item_id=name, event_time=TIME, title=title)
+
+
+def review(name: str, text: str | None = "very good", **changes: Any) -> Review:
+    fields: dict[str, Any] = {
+        "event_id": name,
+        "user_id": f"user of {name}",
+        "item_id": "i",
+        "event_time": TIME,
+        "text": text,
+    }
+    return Review.model_validate(fields | changes)
+
+
+def messages(topic: str, records: Sequence[Item | Review | bytes | None]) -> list[Message]:
+    return [message(topic, each, 2, offset) for offset, each in enumerate(records)]
+
+
+def vectors(texts: Texts, *names: str) -> list[bytes | None]:
+    found = texts._models.serving.encoder_hash
+    return texts._store.read(vector_keys(texts._store, found, hash_ids(names)))
+
+
+def counts(texts: Texts) -> Counter[str]:
+    (family,) = (
+        each for each in texts._metrics.registry.collect() if each.name == "starcast_events"
+    )
+    found = {
+        sample.labels["kind"]: int(sample.value)
+        for sample in family.samples
+        if sample.name == "starcast_events_total"
+    }
+    return Counter({kind: count for kind, count in found.items() if count})
+
+
+def finish(outcome: Outcome) -> None:
+    assert outcome.finish is not None
+    outcome.finish({})
+
+
+def test_new_item_texts_become_vectors_that_stay(store: str, tmp_path: Path, folder: Path) -> None:
+    texts = make(store, tmp_path, folder)
+    batch = messages("items", [item("a"), item("b"), item("c", "the drum"), item("d", None), None])
+    outcome = texts.process([*batch, message("items", b"broken", 2, 9)])
+    finish(outcome)
+    assert (outcome.outputs, outcome.batches) == ([], [])
+    first, second = vectors(texts, "a good guitar", "the drum")
+    loaded = encoder.load(folder, "cpu")
+    expected = loaded.project(loaded.encode(["a good guitar", "the drum"])).astype(VECTOR_DTYPE)
+    np.testing.assert_allclose(
+        np.frombuffer((first or b"") + (second or b""), VECTOR_DTYPE).astype(np.float32),
+        expected.astype(np.float32).ravel(),
+        atol=2e-3,
+    )
+    assert counts(texts) == {"item": 2}
+    texts._store.put(vector_keys(texts._store, loaded.hash, hash_ids(["the drum"])), [b"kept"])
+    finish(texts.process(batch))
+    assert vectors(texts, "the drum") == [b"kept"]
+    assert counts(texts) == {"item": 2}
+    assert item_text(item("a")) == "a good guitar"
+
+
+def test_vectors_are_stored_before_the_offsets_are_committed(
+    store: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is gone after the commit would lose them: nobody would read the texts again."""
+    texts = make(store, tmp_path, folder)
+    put, tries = texts._store.put, [StoreError("gone")]
+
+    def failing(keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        if tries:
+            raise tries.pop()
+        put(keys, values)
+
+    monkeypatch.setattr(texts._store, "put", failing)
+    batch = messages("items", [item("a")])
+    with pytest.raises(StoreError):
+        texts.process(batch)
+    texts.process(batch)  # the loop, from the offsets as they were
+    assert vectors(texts, "a good guitar") != [None]
+
+
+def test_reviews_become_predictions_and_text_features(store: str, bundles: Path) -> None:
+    texts = make(store, bundles)
+    records = [
+        review("r1", rating=5),
+        review("r2", None),
+        review("r3", None, title="broke"),
+        b"[]",
+        review("r4", "the string broke"),
+    ]
+    texts._digests.due(0)
+    outcome = texts.process(messages("reviews", records))
+    assert outcome.outputs == []  # bad reviews are dead letters of the scorer
+    by_topic = {batch.topic: batch.messages for batch in outcome.batches}
+    assert by_topic.keys() == {"predicted-ratings", "text-features"}
+    for rows in by_topic.values():
+        assert [row["partition"] for row in rows] == [2, 2, 2]
+        assert [row["key"] for row in rows] == [b"user of r1", b"user of r3", b"user of r4"]
+    predicted = [
+        PredictedRating.model_validate_json(row["value"]) for row in by_topic["predicted-ratings"]
+    ]
+    features = [TextFeatures.model_validate_json(row["value"]) for row in by_topic["text-features"]]
+    for prediction, feature in zip(predicted, features, strict=True):
+        assert (prediction.kind, prediction.tier, prediction.seq) == ("review", None, None)
+        assert prediction.event_id == feature.event_id
+        assert prediction.distribution == feature.distribution
+        shares = np.array(prediction.distribution)
+        assert prediction.rating == pytest.approx(float(shares @ np.arange(1, 6)), abs=1e-3)
+        low, high = prediction.interval or (0, 0)
+        assert 1 <= low <= (prediction.rating or 0) <= high <= 5
+        assert prediction.model_version == texts._models.serving.predictor.version
+        assert feature.encoder == texts._models.serving.encoder_hash
+    assert [each.source.offset for each in predicted] == [0, 2, 4]
+    assert counts(texts) == {}
+    assert texts.idle() is None  # nothing is counted before the commit
+    finish(outcome)
+    assert counts(texts) == {"review": 3, "skipped: too old or no text": 1}
+    digest = texts.idle()
+    assert digest is not None
+    assert b'"kinds":{"review":3}' in (digest.outputs[0].value or b"")
+
+
+def test_texts_past_the_age_limit_are_skipped_and_counted(store: str, bundles: Path) -> None:
+    texts = make(store, bundles, age_limit_days=10)
+    now = datetime.now(UTC)
+    records = [
+        review("old", event_time=now - timedelta(days=11)),
+        review("new", event_time=now - timedelta(days=9)),
+    ]
+    outcome = texts.process(messages("reviews", records))
+    finish(outcome)
+    assert {len(batch.messages) for batch in outcome.batches} == {1}
+    assert counts(texts) == {"review": 1, "skipped: too old or no text": 1}
+
+
+def test_without_a_star_head_reviews_are_skipped_and_counted(
+    store: str, tmp_path: Path, folder: Path
+) -> None:
+    texts = make(store, tmp_path, folder)
+    outcome = texts.process([*messages("reviews", [review("r")]), *messages("items", [item("a")])])
+    finish(outcome)
+    assert outcome.batches == []
+    assert counts(texts) == {"skipped: no star head": 1, "item": 1}
+
+
+def test_without_an_encoder_all_is_skipped_and_counted(store: str, tmp_path: Path) -> None:
+    texts = make(store, tmp_path)
+    finish(texts.process([*messages("reviews", [review("r")]), *messages("items", [item("a")])]))
+    assert counts(texts) == {"skipped: no encoder": 2}
+
+
+def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) -> None:
+    other = tmp_path / "other"
+    bert(other)
+    texts = make(store, tmp_path / "models", folder)
+    batch = messages("items", [item("a")])
+    finish(texts.process(batch))
+    before = texts._models.serving.encoder_hash
+    written = write(str(tmp_path / "models"), encoder=other)
+    registry.promote(str(tmp_path / "models"), written.version, written.sha256, "a test", "")
+    texts._models.refresh()
+    finish(texts.process(batch))
+    assert texts._models.serving.encoder_hash != before
+    assert vectors(texts, "a good guitar") != [None]
+    keys = vector_keys(texts._store, before, hash_ids(["a good guitar"]))
+    assert texts._store.read(keys) != [None]  # beside the old one's
+    assert counts(texts) == {"item": 2}
+    texts.close()
+    assert not texts._engine or not texts._engine._thread.is_alive()
+    make(store, tmp_path).close()  # which has encoded nothing

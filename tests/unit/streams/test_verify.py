@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import SecretStr
+
+from schemas.exceptions import StarcastError
+from streams.config import ArchiveConfig, ModelsConfig, RedisConfig
+from streams.store import Store
+from streams.verify import EXAMPLES, Verification, verify_replay
+
+
+def test_differences_are_counted_and_some_told_in_full() -> None:
+    report = Verification()
+    assert not report.clean  # nothing was compared
+    report.check("state", np.ones(5, bool), str)
+    assert report.clean
+    report.check("state", np.array([True, False, True, False]), lambda at: f"user {at}")
+    report.check("feature row", np.zeros(100, bool), lambda at: f"row {at}")
+    assert not report.clean
+    assert report.compared == {"state": 9, "feature row": 100}
+    assert report.differences == {"state": 2, "feature row": 100}
+    assert report.examples[:3] == ["state: user 1", "state: user 3", "feature row: row 0"]
+    assert len(report.examples) == EXAMPLES
+
+
+def test_without_a_journal_there_is_nothing_to_verify(store: str, tmp_path: Path) -> None:
+    kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 2)
+    with pytest.raises(StarcastError, match=r"holds no journal.*STARCAST_ARCHIVE__URL"):
+        verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)

@@ -1,0 +1,168 @@
+"""Rows from a record file and from an archive."""
+
+from collections import Counter
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import features
+from model.events import EVENT, REVIEW, VIEW
+from model.ids import hash_ids, partitions_of
+from model.replay import History
+from model.state import LAYOUT_HASH, PARTITION
+from schemas import codec, journal
+from schemas.archive import Row
+from schemas.files import write_records
+from schemas.journal import Journal
+from schemas.records import Record
+from streams.archiver import Archive
+from tests.unit.trainer.shop import ITEMS, REVIEWS, START, USERS, item, review, shop
+from trainer.data import Examples, Log, from_archive, from_file, item_texts, replay
+from trainer.exceptions import TrainerError
+
+PARTITIONS = 3
+
+
+def examples(log: Log, encoder: str = "") -> Examples:
+    return replay(log, None, encoder, 0, lambda done, total: None)
+
+
+def test_a_file_gives_its_events_in_order_with_what_is_known_beside_them(shop_file: Path) -> None:
+    log = from_file(shop_file)
+    assert len(log) == 2 * REVIEWS
+    assert (log.rated, len(log.items), len(log.users)) == (REVIEWS, ITEMS, USERS)
+    assert log.events["action"][:4].tolist() == [VIEW, REVIEW, VIEW, REVIEW]
+    assert log.reviews["row"].to_list() == list(range(1, 2 * REVIEWS, 2))
+    assert log.reviews["event_id"][0] == "r0"
+    assert hash_ids(["r0"])[0] == log.events["event_id"][1]
+    assert len(item_texts(log)) == ITEMS
+
+
+def test_a_file_without_events_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    write_records(path, [("items", item(1))])
+    with pytest.raises(TrainerError, match="no reviews, behavior or text-features"):
+        from_file(path)
+
+
+def test_examples_are_the_rated_reviews_and_see_nothing_of_their_own_stars(shop_file: Path) -> None:
+    log = from_file(shop_file)
+    found = examples(log)
+    assert len(found) == REVIEWS
+    assert found.rating.tolist() == log.reviews["rating"].to_list()
+    assert found.history[0] == 0
+    other = log.events.copy()
+    last = found.row[-1]
+    other["rating"][last] = 1.0 if log.events["rating"][last] != 1 else 5.0
+    changed = examples(replace(log, events=other))
+    np.testing.assert_array_equal(found.inputs.features, changed.inputs.features)
+    assert changed.rating[-1] != found.rating[-1]
+
+
+def test_attributes_are_not_known_before_they_are_said(tmp_path: Path) -> None:
+    def events(first: int, count: int) -> list[tuple[str, Record]]:
+        times = [START + timedelta(hours=number) for number in range(first, first + count)]
+        return [("reviews", review(first + n, n, 1, time, 4)) for n, time in enumerate(times)]
+
+    path = tmp_path / "late.jsonl"
+    write_records(path, [*events(0, 100), ("items", item(1)), *events(100, 100)])
+    known = examples(from_file(path)).inputs.features[:, features.INDEX["item_known"]]
+    assert not np.nan_to_num(known[:100]).any()
+    assert (known[128:] == 1).all()  # from the next batch of the replay on
+
+
+def write_archive(url: str, entries: list[tuple[str, Record]]) -> None:
+    """What scorer and archiver leave of a shop: records, and a journal for each user partition."""
+    archive = Archive(url)
+    for topic in ("items", "users"):
+        rows = [record for name, record in entries if name == topic]
+        archive.append(topic, [row(0, n, record) for n, record in enumerate(rows)])
+    for partition in range(PARTITIONS):
+        mine = [
+            (topic, record)
+            for topic, record in entries
+            if topic in journal.TOPICS
+            and partitions_of(hash_ids([record.model_dump()["user_id"]]), PARTITIONS)[0]
+            == partition
+        ]
+        offsets = Counter[str]()
+        codes: list[int] = []
+        places: list[int] = []
+        for topic, record in mine:
+            codes.append(journal.TOPICS.index(topic))
+            places.append(offsets[topic])
+            archive.append(topic, [row(partition, offsets[topic], record)])
+            offsets[topic] += 1
+        path = Path(url) / f"{partition}.jsonl"
+        write_records(path, mine)
+        log = from_file(path)
+        path.unlink()
+        history = History(batch_events=100)
+        values: list[bytes] = []
+        for batch in history.run(log.events):
+            count = len(batch.result.step)
+            zeros = np.zeros(count, np.uint64)
+            entry = Journal(
+                topics=np.array(codes[batch.rows], np.uint8),
+                offsets=np.array(places[batch.rows], np.int64),
+                steps=batch.result.step,
+                seqs=batch.result.seq,
+                events=log.events[batch.rows].view(f"V{EVENT.itemsize}"),
+                duplicates=batch.result.duplicate,
+                features=batch.result.observation.features,
+                item_versions=zeros,
+                item_attributes_versions=zeros,
+                user_attributes_versions=zeros,
+                item_vectors=zeros,
+                recents=np.zeros((0, 3), np.uint64),
+                feature_hash=features.FEATURE_HASH,
+                layout_hash=LAYOUT_HASH,
+                encoder="",
+                partition_state=np.zeros((), PARTITION).tobytes(),
+                ends=(-1, -1, -1),
+            )
+            values += journal.encode(entry)
+        archive.append(
+            "journal", [Row(partition, n, 0, b"", value) for n, value in enumerate(values)]
+        )
+    archive.commit()
+
+
+def row(partition: int, offset: int, record: Record) -> Row:
+    return Row(partition, offset, 0, b"key", codec.encode(record))
+
+
+def test_an_archive_gives_the_same_events_with_the_features_that_were_journalled(
+    tmp_path: Path, shop_file: Path
+) -> None:
+    write_archive(str(tmp_path), shop())
+    log, same = from_archive(str(tmp_path)), from_file(shop_file)
+    assert len(log) == len(same)
+    assert (log.rated, len(log.items), len(log.users)) == (REVIEWS, ITEMS, USERS)
+    np.testing.assert_array_equal(log.events["event_id"], same.events["event_id"])
+    assert log.reviews.drop("row").equals(same.reviews.drop("row"))
+    found, replayed = examples(log), examples(same)
+    np.testing.assert_array_equal(found.inputs.recents, replayed.inputs.recents)
+    # The scorer of this journal knew no attributes and kept a mean for each partition.
+    known = features.INDEX["item_known"]
+    assert not np.nan_to_num(found.inputs.features[:, known]).any()
+    assert (replayed.inputs.features[:, known] == 1).all()
+
+
+def test_features_of_another_encoder_or_table_are_replayed(tmp_path: Path) -> None:
+    write_archive(str(tmp_path), shop())
+    log = from_archive(str(tmp_path))
+    assert log.journalled is not None
+    known = features.INDEX["item_known"]
+    assert (examples(log, "another encoder").inputs.features[:, known] == 1).all()
+    foreign = replace(log.journalled, usable=np.zeros(len(log), bool))
+    again = examples(replace(log, journalled=foreign))
+    assert (again.inputs.features[:, known] == 1).all()
+
+
+def test_an_empty_archive_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="run the scorer and the archiver"):
+        from_archive(str(tmp_path))

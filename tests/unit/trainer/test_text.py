@@ -1,0 +1,101 @@
+"""The star head, alone and with the encoder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import encoder as encoders
+from model.encoder import TextEncoder
+from tests.unit.trainer.shop import WORDS
+from trainer.config import TextConfig
+from trainer.text import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    ReviewTexts,
+    fit,
+    fit_star_head,
+    soft_labels,
+    stars,
+)
+
+
+def texts(count: int = 240) -> ReviewTexts:
+    """Texts whose only telling word says the stars."""
+    random = np.random.default_rng(0)
+    rating = random.integers(1, 6, count)
+    span = np.repeat([TRAIN, VALIDATION, TEST], [count - 80, 40, 40]).astype(np.int8)
+    words = [f"{WORDS[star - 1]} thing" for star in rating]
+    return ReviewTexts(words, rating.astype(np.float64), span)
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder: Path) -> TextEncoder:
+    return encoders.load(encoder_folder, "cpu")
+
+
+def test_soft_labels_by_hand() -> None:
+    found = soft_labels(np.array([1.0, 3.5, 5.0, 4.25]))
+    assert found.tolist() == [
+        [1, 0, 0, 0, 0],
+        [0, 0, 0.5, 0.5, 0],
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0.75, 0.25],
+    ]
+
+
+def test_without_information_the_head_says_the_shares_of_the_labels() -> None:
+    labels = soft_labels(np.array([1.0, 5.0, 5.0, 5.0]))
+    head = fit_star_head(np.zeros((4, 3), np.float32), labels, l2=0.1)
+    assert stars(head, np.zeros((1, 3), np.float32))[0] == pytest.approx(
+        [0.25, 0, 0, 0, 0.75], abs=1e-3
+    )
+
+
+def test_a_stronger_penalty_gives_smaller_weights() -> None:
+    random = np.random.default_rng(1)
+    vectors = random.normal(size=(100, 4)).astype(np.float32)
+    labels = soft_labels(np.where(vectors[:, 0] > 0, 5.0, 1.0))
+    weak, strong = (fit_star_head(vectors, labels, l2) for l2 in (1e-3, 1.0))
+    assert np.abs(strong.weight).sum() < 0.3 * np.abs(weak.weight).sum()
+
+
+def test_the_frozen_head_reads_the_word_that_tells(encoder: TextEncoder, tmp_path: Path) -> None:
+    done: list[int] = []
+    found = fit(
+        texts(), encoder, TextConfig(), tmp_path, 0, lambda count, total: done.append(count)
+    )
+    assert found.encoder is encoder
+    assert found.scores.rows == 40
+    assert found.scores.accuracy == 1
+    assert found.scores.rmse < 0.3
+    assert done[-1] == 240
+
+
+@pytest.mark.parametrize("method", ["top_layers", "full", "lora"])
+def test_fine_tuning_gives_a_new_encoder_and_leaves_the_old_one(
+    method: str, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    config = TextConfig.model_validate(
+        {"method": method, "top_layers": 1, "epochs": 1, "learning_rate": 1e-3}
+    )
+    before = encoder.encode(["good thing"])
+    found = fit(texts(), encoder, config, tmp_path / "new", 0, lambda done, total: None)
+    assert (encoder.encode(["good thing"]) == before).all()
+    assert found.encoder.hash != encoder.hash
+    assert not np.allclose(found.encoder.encode(["good thing"]), before, atol=1e-4)
+    assert found.scores.accuracy == 1
+    again = encoders.load(tmp_path / "new", "cpu")
+    assert again.hash == found.encoder.hash
+
+
+def test_top_layers_leave_the_layers_below_as_they_are(
+    encoder: TextEncoder, tmp_path: Path
+) -> None:
+    config = TextConfig(method="top_layers", top_layers=1, epochs=1, learning_rate=1e-2)
+    found = fit(texts(), encoder, config, tmp_path / "new", 0, lambda done, total: None)
+    old, new = encoder.model.state_dict(), found.encoder.model.state_dict()
+    changed = {name for name in old if not (old[name] == new[name]).all()}
+    assert changed
+    assert all(name.startswith("encoder.layer.1.") for name in changed)

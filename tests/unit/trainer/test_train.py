@@ -1,0 +1,159 @@
+"""From a small generated shop to a promoted bundle."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from model import bundle as bundles
+from model import registry
+from model.predict import predictor
+from schemas.files import write_records
+from tests.unit.trainer.shop import shop
+from tests.unit.trainer.test_data import write_archive
+from trainer.assess import assess, summary
+from trainer.config import TrainerConfig
+from trainer.data import from_file
+from trainer.exceptions import TrainerError
+from trainer.retrain import retrain_once
+from trainer.train import TrainResult, train
+
+CONFIG = TrainerConfig.model_validate(
+    {
+        "threads": 1,
+        "device": "cpu",
+        "fit": {
+            "epochs": 4,
+            "batch_rows": 128,
+            "learning_rate": 3e-3,
+            "sizes": {"members": 1, "width": 16, "token": 8},
+        },
+        "gate": {"resamples": 200},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def result(models: str, shop_file: Path, encoder_folder: Path) -> TrainResult:
+    log = from_file(shop_file)
+    return train(log, models, CONFIG, encoder=str(encoder_folder), source="a generated shop")
+
+
+def test_it_beats_the_baselines_that_cannot_know_tastes(result: TrainResult) -> None:
+    errors = {name: found.all.rmse for name, found in result.evaluations.items()}
+    assert set(errors) == {"model", "global", "global_running", "bias", "bias_running", "lightgbm"}
+    assert errors["model"] < 0.85 * errors["bias_running"]
+    assert len({found.all.rows for found in result.evaluations.values()}) == 1
+    assert "bias_running" in result.claims
+    assert result.verdict.passed, result.verdict.reason
+    assert result.rows["test"] == 70
+    assert result.text is not None
+    assert result.text.accuracy == 1
+
+
+def test_the_bundle_loads_and_says_what_it_was_made_from(result: TrainResult, models: str) -> None:
+    bundle = bundles.load(models, result.version, result.sha256)
+    assert predictor(bundle, "cpu").version == result.version
+    assert bundle.star_head is not None
+    assert bundle.metrics["rating"]["model"]["all"]["rmse"] == result.evaluations["model"].all.rmse
+    assert bundle.metrics["gate"]["passed"] is True
+    card = (bundle.folder / "MODEL_CARD.md").read_text()
+    assert "a generated shop" in card
+    assert "2024-01-01" in card
+
+
+def test_the_report_needs_no_network_and_shows_every_plot(result: TrainResult) -> None:
+    page = Path(result.report).read_text()
+    for title in ("Error by model", "Reliability", "Error over time", "Cleaning", "Gate: "):
+        assert title in page
+    assert page.count("<svg") == 5
+    outside = page.replace("http://www.w3.org/", "")  # names of SVG's own vocabulary
+    assert "http://" not in outside
+    assert "https://" not in outside
+    assert "<script" not in page
+
+
+def test_the_same_settings_give_the_same_model(
+    result: TrainResult, shop_file: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    again = train(from_file(shop_file), str(tmp_path), CONFIG, encoder=str(encoder_folder))
+    assert again.evaluations == result.evaluations
+    assert again.calibration == result.calibration
+
+
+def test_assessing_the_bundle_and_the_ladder(
+    result: TrainResult, models: str, shop_file: Path
+) -> None:
+    log = from_file(shop_file)
+    bundle = bundles.load(models, result.version)
+    found = assess(log, bundle, CONFIG)
+    assert found.evaluations["bias_running"] == result.evaluations["bias_running"]
+    assert found.evaluations["model"].all.rmse < found.evaluations["bias_running"].all.rmse
+    assert found.text is not None
+    ladder = assess(log, None, CONFIG)
+    assert ladder.evaluations["model"].all.rmse == pytest.approx(
+        ladder.evaluations["bias_running"].all.rmse, abs=0.01
+    )
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(summary(found))
+    assert "bias_running" in shown.get()
+
+
+def test_too_few_ratings_are_an_error_that_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    write_records(path, shop()[:300])
+    with pytest.raises(TrainerError, match=r"only \d+ rated reviews of \d+ are left"):
+        train(from_file(path), str(tmp_path), CONFIG, encoder="none")
+
+
+def test_retraining_promotes_what_passes_and_judges_it_against_stable(
+    tmp_path: Path, encoder_folder: Path
+) -> None:
+    archive, models = str(tmp_path / "archive"), str(tmp_path / "models")
+    (tmp_path / "archive").mkdir()
+    write_archive(archive, shop())
+    told: list[str] = []
+
+    def tell(new: registry.Registry) -> None:
+        assert new.stable is not None
+        told.append(new.stable.version)
+
+    first = retrain_once(
+        archive, models, CONFIG, encoder=str(encoder_folder), on_promoted=tell, by="test"
+    )
+    assert first.promoted, first.reason
+    assert first.previous is None
+    stable = registry.read(models).stable
+    assert stable is not None
+    assert (stable.version, stable.by) == (first.result.version, "test")
+    assert told == [first.result.version]
+    second = retrain_once(archive, models, CONFIG, on_promoted=tell)
+    assert second.previous == first.result.version
+    names = [check.name for check in second.result.verdict.checks]
+    assert "not worse than the stable model" in names
+    kept = bundles.load(models, second.result.version)
+    assert kept.encoder_hash == bundles.load(models, first.result.version).encoder_hash
+
+
+def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Path) -> None:
+    archive, models = str(tmp_path / "archive"), str(tmp_path / "models")
+    (tmp_path / "archive").mkdir()
+    write_archive(archive, shop())
+    strict = CONFIG.model_copy(
+        update={"gate": CONFIG.gate.model_copy(update={"least_coverage": 1.0})}
+    )
+    done = retrain_once(
+        archive, models, strict, encoder="none", on_promoted=lambda new: pytest.fail("promoted")
+    )
+    assert not done.promoted
+    assert "80% intervals" in done.reason
+    assert registry.read(models).stable is None
+    metrics = json.loads((Path(models) / done.result.version / "metrics.json").read_text())
+    assert metrics["gate"]["passed"] is False
