@@ -1,0 +1,680 @@
+"""The processors together on a real Kafka and a real store, exactly-once."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import polars as pl
+import pytest
+import redis
+from confluent_kafka import Message, Producer
+from deltalake import DeltaTable, write_deltalake
+
+from model.ids import hash_ids
+from schemas import archive, journal
+from schemas.codec import encode
+from schemas.records import Behavior, PredictedRating, Record, Review, ScoreRequest, TextFeatures
+from schemas.topics import BY_NAME
+from starcast.shop import shop as generated_shop
+from streams import embedded
+from streams.admin import client_config
+from streams.embedded import HOST, Child, free_port, start_child
+from streams.exceptions import BrokerError, StoreAheadError
+from streams.loop import Loop
+from streams.producer import Outgoing
+from streams.reader import ITEM_STATE, USER_STATE, store_keys
+from streams.verify import Verification, verify_replay
+from tests.shops import (
+    PARTITIONS,
+    Shop,
+    archive_topics,
+    check_each_once,
+    check_states,
+    make_shop,
+    partition_of,
+    until,
+)
+
+EVENTS = 3_000
+END = datetime(2026, 1, 1, tzinfo=UTC)
+Sent = list[tuple[str, Any]]
+
+
+def events(count: int, seed: int = 7) -> Sent:
+    """A generated shop's records: users, items, then events; and what some texts say."""
+    records = list(generated_shop(seed=seed, events=count, end=END))
+    random = np.random.default_rng(seed)
+    for topic, record in records:
+        yield_text = isinstance(record, Review) and random.random() < 0.3
+        if yield_text:
+            shares = random.dirichlet(np.ones(5)).round(4).tolist()
+            records.append(
+                (
+                    "text-features",
+                    TextFeatures(
+                        event_id=record.event_id,
+                        user_id=record.user_id,
+                        item_id=record.item_id,
+                        event_time=record.event_time,
+                        distribution=shares,
+                        encoder="none",
+                    ),
+                )
+            )
+        assert topic
+    return records
+
+
+def only_events(records: Sent) -> Sent:
+    return [each for each in records if each[0] in ("reviews", "behavior")]
+
+
+@pytest.fixture
+def shop(kafka: str, store_server: str, tmp_path: Path) -> Shop:
+    return make_shop(kafka, store_server, tmp_path)
+
+
+@dataclass
+class Whole:
+    """A shop whose events have gone all the way."""
+
+    shop: Shop
+    sent: Sent
+    predictions: list[PredictedRating]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def whole(kafka: str, store_server: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    shop, sent = make_shop(kafka, store_server, folder), events(EVENTS)
+    with shop.workers("archiver"):
+        with shop.workers("scorer", "items", "catalog") as workers:
+            shop.play(sent)
+            predictions = shop.until_predicted(EVENTS)
+            shop.until_items_are_applied()
+            until(lambda: all(each.lag == 0 for each in workers.processors.values()))
+        shop.until_archived()
+    return Whole(shop, sent, predictions, folder)
+
+
+def test_each_event_is_predicted_once_and_in_order(whole: Whole) -> None:
+    check_each_once(whole.predictions, whole.sent)
+    for message in whole.shop.read("predicted-ratings"):
+        record = PredictedRating.model_validate_json(message.value() or b"")
+        assert message.partition() == record.source.partition == partition_of(record.user_id)
+        assert message.key() == record.user_id.encode()
+    assert whole.shop.letters() == []
+
+
+def test_predictions_learn_from_what_came_before(whole: Whole) -> None:
+    truth = {r.event_id: r.rating for topic, r in whole.sent if topic == "reviews" and r.rating}
+    rated = [each for each in whole.predictions if each.event_id in truth]
+    first = [each for each in rated if each.tier in ("global", "item_text")]
+    assert first
+    assert {"full", "user_state", "item_state"} <= {each.tier for each in whole.predictions}
+    later = rated[len(rated) // 2 :]
+    error = np.sqrt(np.mean([(each.rating - truth[each.event_id]) ** 2 for each in later]))  # pyright: ignore[reportOptionalOperand, reportArgumentType]
+    spread = np.std([truth[each.event_id] for each in later])  # pyright: ignore[reportArgumentType]
+    assert error < spread
+
+
+def test_states_are_what_a_recount_gives(whole: Whole) -> None:
+    check_states(whole.shop, whole.sent)
+
+
+def test_archive_rows_equal_topic_rows(whole: Whole) -> None:
+    for topic in archive_topics():
+        rows = archive.read(whole.shop.settings.archive.url, topic).collect()
+        messages = whole.shop.read(topic)
+        assert len(rows) == len(messages)
+        for row, message in zip(rows.iter_rows(named=True), messages, strict=True):
+            assert (row["kafka_partition"], row["kafka_offset"]) == (
+                message.partition(),
+                message.offset(),
+            )
+            assert row["kafka_key"] == message.key()
+            assert row["kafka_value"] == message.value()
+            stamp = row["kafka_timestamp"].timestamp() * 1_000
+            assert round(stamp) == message.timestamp()[1]
+    assert set(archive.tables(whole.shop.settings.archive.url)) <= BY_NAME.keys()
+
+
+def verify(whole: Whole, url: str | None = None) -> Verification:
+    archived = whole.shop.settings.archive
+    if url is not None:
+        archived = archived.model_copy(update={"url": url})
+    return verify_replay(archived, whole.shop.settings.models, whole.shop.store)
+
+
+def test_a_replay_finds_no_difference(whole: Whole) -> None:
+    report = verify(whole)
+    assert report.differences == {}, report.examples
+    assert report.notes == []
+    assert report.clean
+    assert report.compared["prediction"] == EVENTS
+    texts = sum(topic == "text-features" for topic, _ in whole.sent)
+    assert report.compared["feature row"] == EVENTS + texts
+    assert report.compared["user state"] == len({r.user_id for t, r in only_events(whole.sent)})
+    assert report.compared["item state"] == len({r.item_id for t, r in only_events(whole.sent)})
+
+
+@pytest.mark.parametrize(("kind", "what"), [(USER_STATE, "user state"), (ITEM_STATE, "item state")])
+def test_a_changed_state_is_found(whole: Whole, kind: bytes, what: str) -> None:
+    record = whole.sent[-400][1]
+    (name,) = hash_ids([record.user_id if kind == USER_STATE else record.item_id]).tolist()
+    (key,) = store_keys(whole.shop.store, kind, np.array([name], np.uint64))
+    (value,) = whole.shop.store.read([key])
+    assert value is not None
+    changed = bytearray(value)
+    changed[40] ^= 1
+    whole.shop.store.put([key], [bytes(changed)])
+    try:
+        report = verify(whole)
+    finally:
+        whole.shop.store.put([key], [value])
+    assert report.differences == {what: 1}
+    assert f"{name:#x}" in report.examples[0]
+
+
+def rewritten(whole: Whole, topic: str, change: Callable[[pl.DataFrame], pl.DataFrame]) -> str:
+    """A copy of the archive in which a topic's table is another."""
+    copy = whole.folder / f"copy of {topic}"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(whole.shop.settings.archive.url, copy)
+    rows = archive.read(str(copy), topic).collect()
+    schema = DeltaTable(str(copy / topic)).schema()
+    table = change(rows).to_arrow().cast(archive.schema(topic))
+    write_deltalake(str(copy / topic), table, mode="overwrite")
+    assert DeltaTable(str(copy / topic)).schema() == schema
+    return str(copy)
+
+
+def at_row(rows: pl.DataFrame, at: int, value: bytes) -> pl.DataFrame:
+    values = rows["kafka_value"].to_list()
+    values[at] = value
+    return rows.with_columns(pl.Series("kafka_value", values, pl.Binary))
+
+
+def test_an_altered_prediction_is_found(whole: Whole) -> None:
+    def change(rows: pl.DataFrame) -> pl.DataFrame:
+        record = PredictedRating.model_validate_json(rows["kafka_value"][500])
+        lower = max((record.rating or 0) - 0.01, 1)
+        return at_row(rows, 500, encode(record.model_copy(update={"rating": lower})))
+
+    report = verify(whole, rewritten(whole, "predicted-ratings", change))
+    assert report.differences == {"prediction": 1}
+    source = whole.predictions[500].source
+    assert f"partition {source.partition} offset {source.offset}" in report.examples[0]
+
+
+def test_a_missing_or_doubled_prediction_is_found(whole: Whole) -> None:
+    report = verify(whole, rewritten(whole, "predicted-ratings", lambda rows: rows[:-1]))
+    assert report.differences == {"predicted": 1}
+
+    def double(rows: pl.DataFrame) -> pl.DataFrame:
+        again = rows[-1:].with_columns(pl.col("kafka_offset") + 1)
+        return pl.concat([rows, again])
+
+    report = verify(whole, rewritten(whole, "predicted-ratings", double))
+    assert report.differences == {"one prediction a position": 1}
+
+
+def test_a_missing_input_is_found(whole: Whole) -> None:
+    at = 7
+    report = verify(
+        whole, rewritten(whole, "reviews", lambda rows: pl.concat([rows[:at], rows[at + 1 :]]))
+    )
+    assert report.differences["archived input"] == 1
+    assert not report.clean
+
+
+def test_an_altered_item_update_is_found(whole: Whole) -> None:
+    def change(rows: pl.DataFrame) -> pl.DataFrame:
+        value: bytes = rows["kafka_value"][3]
+        assert b'"sessions":' in value
+        number = value.split(b'"sessions":')[1].split(b",")[0]
+        return at_row(rows, 3, value.replace(b'"sessions":' + number, b'"sessions":77'))
+
+    report = verify(whole, rewritten(whole, "item-updates", change))
+    assert report.differences["item update"] == 1
+    assert report.differences["item state"] == 1
+
+
+def test_an_altered_feature_row_is_found(whole: Whole) -> None:
+    def change(rows: pl.DataFrame) -> pl.DataFrame:
+        piece = journal.decode(rows["kafka_value"][2])
+        features = piece.journal.features.copy()
+        features[3, 5] += 1
+        altered = journal.replace(piece.journal, features=features)
+        (value,) = journal.encode(altered)
+        return at_row(rows, 2, value)
+
+    report = verify(whole, rewritten(whole, "journal", change))
+    assert report.differences == {"feature row": 1}
+
+
+def test_a_lost_store_is_rebuilt_from_the_journal(whole: Whole) -> None:
+    shop = whole.shop
+    before = shop.states()
+    assert len(before) > 200
+    shop.empty_store()
+    assert not any(shop.states().values())
+    with shop.workers("scorer", "items", "catalog"):
+        until(lambda: shop.states() == before)
+    shop.until_items_are_applied()
+    assert verify(whole).clean
+    assert len(shop.predictions()) == EVENTS
+
+
+# -- takeovers -----------------------------------------------------------------------------------
+
+WORKER = """
+import sys, threading
+from streams.run import *
+from tests.shops import Shop, Settings
+settings = Settings.model_validate_json(sys.argv[1])
+settings.redis.url = type(settings.redis.url)(sys.argv[2])
+with Shop(settings).workers("scorer", "items", slot=1):
+    print("working", flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_a_killed_worker_is_taken_over(shop: Shop) -> None:
+    sent = only_events(events(2_000))
+    command = [
+        sys.executable,
+        "-c",
+        WORKER,
+        shop.settings.model_dump_json(),
+        shop.settings.redis.url.get_secret_value(),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"working\n"
+        playing = threading.Thread(target=shop.play, args=(sent,), kwargs={"rate": 400})
+        playing.start()
+        reached = len(shop.until_predicted(300))
+        process.kill()
+        process.wait()
+        assert reached < 2_000
+        with shop.workers("scorer", "items"):
+            playing.join()
+            predictions = shop.until_predicted(2_000)
+            shop.until_items_are_applied()
+    check_each_once(predictions, sent)
+    check_states(shop, sent)
+
+
+def test_a_worker_that_wakes_late_changes_nothing(shop: Shop) -> None:
+    """It sleeps over a batch for so long that the group goes on without it, then commits."""
+    sent = only_events(events(1_000))
+    asleep, wake = threading.Event(), threading.Event()
+    options = {"max.poll.interval.ms": "2000"}
+    with shop.workers("scorer", "items", slot=0, options=options) as late:
+        process = late.processors["scorer"].process
+
+        def sleep(messages: list[Message]) -> Any:
+            outcome = process(messages)
+            if not asleep.is_set():
+                asleep.set()
+                wake.wait(60)
+            return outcome
+
+        with patch.object(late.processors["scorer"], "process", sleep):
+            shop.play(sent)
+            assert asleep.wait(60)
+            with shop.workers("scorer", slot=1):
+                shop.until_predicted(1_000)
+                wake.set()
+                until(lambda: late.value("rebalances_total", processor="scorer") >= 2)
+                more = [
+                    (topic, record.model_copy(update={"event_id": f"{record.event_id} more"}))
+                    for topic, record in sent
+                    if topic == "behavior"
+                ]
+                shop.play(more)
+                predictions = shop.until_predicted(1_000 + len(more))
+                shop.until_items_are_applied()
+    check_each_once(predictions, sent + more)
+    check_states(shop, sent + more)
+
+
+def test_a_fenced_producer_is_replaced_once(shop: Shop) -> None:
+    sent = only_events(events(600))
+    with (
+        pytest.raises(BrokerError, match="give each host its own name"),
+        shop.workers("scorer") as workers,
+    ):
+        shop.play(sent[:200])
+        shop.until_predicted(200)
+        config = {"transactional.id": workers.loops["scorer"]._transactional_id}
+        for part in (sent[200:400], sent[400:]):
+            other = Producer(client_config(shop.settings.kafka, **config))
+            other.init_transactions(30)
+            shop.play(part)
+            until(lambda: bool(workers.errors) or len(shop.predictions()) == 400)
+        until(lambda: bool(workers.errors))
+    assert len(shop.predictions()) == 400
+    with shop.workers("scorer", "items"):
+        predictions = shop.until_predicted(600)
+        shop.until_items_are_applied()
+    check_each_once(predictions, sent)
+    check_states(shop, sent)
+
+
+def test_two_workers_of_a_kip_848_group_share_the_work(shop: Shop) -> None:
+    sent = only_events(events(1_200))
+    modern = {"group_protocol": "consumer"}
+    with shop.workers("scorer", "items", slot=0, **modern) as first:
+        shop.play(sent[:400])
+        shop.until_predicted(400)
+        with shop.workers("scorer", slot=1, **modern) as second:
+            until(lambda: bool(second.loops["scorer"].live))
+            until(lambda: not first.loops["scorer"].waiting)
+            shop.play(sent[400:800])
+            shop.until_predicted(800)
+            mine, its = first.loops["scorer"].live, second.loops["scorer"].live
+            assert not mine & its
+            assert len(mine) + len(its) == 3 * PARTITIONS
+        shop.play(sent[800:])
+        predictions = shop.until_predicted(1_200)
+        shop.until_items_are_applied()
+    check_each_once(predictions, sent)
+    check_states(shop, sent)
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def review(name: str, user: str = "ann", item: str = "i", **changes: Any) -> Review:
+    fields: dict[str, Any] = {
+        "event_id": name,
+        "user_id": user,
+        "item_id": item,
+        "event_time": END,
+        "rating": 4.0,
+    }
+    return Review.model_validate(fields | changes)
+
+
+GOOD = encode(review("good"))
+BAD: dict[str, tuple[bytes | None, str, str | None]] = {
+    "malformed": (GOOD[:-1], "not JSON in UTF-8", None),
+    "no object": (b"[1]", "JSON object", None),
+    "wrong type": (GOOD.replace(b"4.0", b'"4"'), "number", "rating"),
+    "out of range": (GOOD.replace(b"4.0", b"5.5"), "less than or equal to 5", "rating"),
+    "not a number": (GOOD.replace(b"4.0", b"NaN"), "not JSON", None),
+    "missing id": (GOOD.replace(b'"user_id":"ann",', b""), "missing", "user_id"),
+    "empty id": (GOOD.replace(b'"ann"', b'""'), "at least 1 character", "user_id"),
+    "empty text": (GOOD.replace(b"4.0", b'4,"text":""'), "at least 1 character", "text"),
+    "long text": (GOOD.replace(b"4.0", b'4,"text":"%b"' % (b"x" * 1_000_000)), "65536", "text"),
+    "long ago": (GOOD.replace(b"2026-01", b"1026-01"), "from 1990", "event_time"),
+    "far away": (GOOD.replace(b"2026-01", b"2099-01"), "in the future", "event_time"),
+    "no offset": (GOOD.replace(b"00Z", b"00"), "with an offset", "event_time"),
+    "milliseconds": (
+        GOOD.replace(b'"2026-01-01T00:00:00.000Z"', b"1767225600000"),
+        "RFC 3339",
+        "event_time",
+    ),
+    "null": (None, "null value", None),
+    "latin-1": (encode(review("ü")).decode().encode("latin-1"), "not JSON in UTF-8", None),
+    "utf-16": (GOOD.decode().encode("utf-16"), "not JSON in UTF-8", None),
+    "nothing": (b"", "not JSON", None),
+}
+BAD_BEHAVIOR: dict[str, tuple[bytes | None, str, str | None]] = {
+    "unknown action": (
+        encode(
+            Behavior(event_id="b", user_id="u", item_id="i", event_time=END, action="cart")
+        ).replace(b'"cart"', b'"stare"'),
+        "'view', 'click'",
+        "action",
+    ),
+}
+
+
+def test_bad_input_becomes_dead_letters_and_the_rest_is_as_without_it(
+    kafka: str, store_server: str, tmp_path: Path
+) -> None:
+    good = [each for each in events(1_500) if each[0] == "reviews"]
+    plain, spoilt = (make_shop(kafka, store_server, tmp_path / name) for name in "ab")
+    plain.play(good)
+    mixed: list[Any] = list(good)
+    for at, (value, _, _) in enumerate(BAD.values()):
+        key = good[at * 20][1].user_id.encode()  # into the partitions that the good ones take
+        headers = [("trace", b"%d" % at)]
+        mixed.insert(at * 21, Outgoing("reviews", key, value, headers))
+    for value, _, _ in BAD_BEHAVIOR.values():
+        mixed.append(Outgoing("behavior", b"u", value))
+    spoilt.play(mixed)
+    found: list[dict[str | None, tuple[Any, ...]]] = []
+    for shop in (plain, spoilt):
+        with shop.workers("scorer", "archiver"):  # not items: predictions hang on users alone
+            predictions = shop.until_predicted(len(good))
+            if shop is spoilt:
+                until(lambda: len(spoilt.letters()) >= len(BAD) + len(BAD_BEHAVIOR))
+                shop.until_archived()
+        check_each_once(predictions, good)
+        found.append(
+            {
+                each.event_id: (each.rating, each.distribution, each.interval, each.tier, each.seq)
+                for each in predictions
+            }
+        )
+    assert found[0] == found[1]
+    sources = {
+        (
+            each.topic().removeprefix(spoilt.settings.kafka.topic_prefix),
+            each.partition(),
+            each.offset(),
+        ): each  # pyright: ignore[reportOptionalMemberAccess]
+        for topic in ("reviews", "behavior")
+        for each in spoilt.read(topic)
+    }
+    letters = spoilt.letters()
+    wanted = {
+        value: (reason, field) for value, reason, field in [*BAD.values(), *BAD_BEHAVIOR.values()]
+    }
+    assert len(letters) == len(wanted)
+    for letter in letters:
+        source = letter.source
+        message = sources[source.topic, source.partition, source.offset]
+        reason, field = wanted.pop(message.value())
+        assert reason in letter.reason
+        assert (letter.field, letter.processor, letter.attempts) == (field, "scorer", 1)
+    assert wanted == {}
+    report = verify_replay(spoilt.settings.archive, spoilt.settings.models, spoilt.store)
+    assert report.clean, report.examples
+
+
+def test_a_repeated_event_is_answered_and_not_applied_and_an_edit_replaces(shop: Shop) -> None:
+    first, edited = review("r1", rating=2.0), review("r2", rating=5.0)
+    view = Behavior(
+        event_id="b1", user_id="ann", item_id="i", event_time=END, action="view", session_id="s"
+    )
+    sent: Sent = [("reviews", first), ("behavior", view)] * 3
+    with shop.workers("scorer", "items") as workers:
+        shop.play(sent)
+        shop.until_predicted(6)
+        assert workers.value("duplicates_total", processor="scorer") == 4
+        shop.play([("reviews", edited), ("reviews", review("r3", user="bob"))])
+        predictions = shop.until_predicted(8)
+        shop.until_items_are_applied()
+    check_each_once(predictions, [*sent, ("reviews", edited), ("reviews", review("r3"))])
+    (ann,) = shop.users(["ann"])
+    assert (ann["rating_count"], ann["rating_sum"], ann["rating_square_sum"]) == (1, 5, 25)
+    assert ann["histogram"].tolist() == [0, 0, 0, 0, 1]
+    assert ann["actions"][:2].tolist() == [2, 1]  # an edit is an event too
+    (item,) = shop.items(["i"])
+    assert (item["rating_count"], item["rating_sum"]) == (2, 9)
+    assert item["actions"][:2].tolist() == [3, 1]
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+def test_requests_pass_the_backlog_and_are_ranked(shop: Shop) -> None:
+    records = events(1_000)
+    known = sorted({record.item_id for topic, record in only_events(records)})
+    with shop.workers("scorer", "items", "catalog"):
+        shop.play(records)
+        shop.until_predicted(1_000)
+        shop.until_items_are_applied()
+    user = next(record.user_id for topic, record in records if topic == "reviews")
+    shop.play((topic, record) for topic, record in only_events(events(1_000, seed=8)))  # a backlog
+    now = datetime.now(UTC)
+    asked = ScoreRequest(
+        request_id="q", user_id=user, item_ids=[*known[:50], "never seen"], event_time=now
+    )
+    late = asked.model_copy(
+        update={"request_id": "late", "event_time": now - timedelta(seconds=5), "deadline_ms": 100}
+    )
+    bad = Outgoing("score-requests", b"u", encode(asked).replace(b'["item', b'[7,"item'))
+    with shop.workers("answers"):
+        shop.play([("score-requests", asked), ("score-requests", late), bad])
+        answers = shop.until_predicted(2 * 51, kind="request")
+        until(lambda: len(shop.letters()) == 1)
+    assert len(shop.predictions()) == 1_000  # the backlog still waits
+    assert len(answers) == 2 * 51
+    ranked = sorted((each for each in answers if each.request_id == "q"), key=lambda e: e.rank or 0)
+    assert [each.rank for each in ranked] == list(range(1, 52))
+    assert {each.item_id for each in ranked} == {*known[:50], "never seen"}
+    ratings = [each.rating or 0 for each in ranked]
+    assert ratings == sorted(ratings, reverse=True)
+    assert len(set(ratings)) > 10
+    assert {each.status for each in ranked} == {"ok"}
+    expired = [each for each in answers if each.request_id == "late"]
+    assert {(each.status, each.rating, each.rank, each.of) for each in expired} == {
+        ("expired", None, None, 51)
+    }
+    (letter,) = shop.letters()
+    assert (letter.processor, letter.source.topic) == ("answers", "score-requests")
+
+
+# -- outages -------------------------------------------------------------------------------------
+
+
+def store_at(port: int, folder: Path) -> Child:
+    url = f"redis://{HOST}:{port}/0"
+    command = [embedded._store_binary(), "--port", str(port), "--bind", HOST, "--save", ""]
+
+    def answers() -> bool:
+        return embedded._store_answers(url)
+
+    return start_child("store", command, url, folder, answers)
+
+
+def test_a_store_outage_pauses_and_drops_nothing(kafka: str, tmp_path: Path) -> None:
+    """The store ends and comes back empty, twice: once in the middle, once between batches."""
+    port = free_port()
+    sent = only_events(events(1_500))
+    child = store_at(port, tmp_path)
+    try:
+        shop = make_shop(kafka, child.address, tmp_path)
+        with shop.workers("scorer", "items"):
+            playing = threading.Thread(target=shop.play, args=(sent[:1_000],), kwargs={"rate": 300})
+            playing.start()
+            shop.until_predicted(200)
+            child.stop()
+            playing.join()
+            time.sleep(1)
+            assert len(shop.predictions()) < 1_000
+            child = store_at(port, tmp_path)
+            shop.until_predicted(1_000)
+            child.stop()
+            child = store_at(port, tmp_path)
+            shop.play(sent[1_000:])
+            predictions = shop.until_predicted(1_500)
+            shop.until_items_are_applied()
+        check_each_once(predictions, sent)
+        check_states(shop, sent)
+    finally:
+        child.stop()
+
+
+def test_topics_made_anew_are_told_from_the_old_ones(shop: Shop) -> None:
+    sent = events(300)
+    with shop.workers("scorer", "items", "catalog", "archiver"):
+        shop.play(sent)
+        shop.until_predicted(300)
+        shop.until_items_are_applied()
+        shop.until_archived()
+    anew = make_shop(
+        shop.settings.kafka.bootstrap_servers, "redis://unused:1", Path(shop.settings.archive.url)
+    )
+    kafka = anew.settings.kafka
+    mixed = Shop(shop.settings.model_copy(update={"kafka": kafka}))
+    for name, what in (
+        ("scorer", "journal"),
+        ("items", "item-updates"),
+        ("catalog", "items"),
+        ("archiver", "behavior"),
+    ):
+        with (
+            pytest.raises(StoreAheadError, match="made anew") as told,
+            mixed.workers(name) as workers,
+        ):
+            until(lambda workers=workers: bool(workers.errors))
+        assert what in str(told.value) or name == "archiver"
+
+
+def test_records_that_retention_took_are_told(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    with shop.workers("items", "catalog"):
+        shop.play(record for record in events(1) if record[0] in ("users", "items"))
+        store = shop.store
+        until(lambda: all(store.header(b"b", each) for each in range(PARTITIONS)))
+    from confluent_kafka import TopicPartition
+
+    from streams.admin import reach
+
+    shop.play(record for record in events(1) if record[0] == "users")
+    name = f"{shop.settings.kafka.topic_prefix}users"
+    counts = [
+        sum(each.partition() == partition for each in shop.read("users"))
+        for partition in range(PARTITIONS)
+    ]
+    places = [TopicPartition(name, each, counts[each] // 2 + 20) for each in range(PARTITIONS)]
+    for future in reach(shop.settings.kafka).delete_records(places).values():
+        future.result()
+    with shop.workers("catalog") as workers:
+        until(
+            lambda: all(
+                int(shop.store.header(b"b", each) or 0) == counts[each]
+                for each in range(PARTITIONS)
+            )
+        )
+        lost = [
+            workers.value(
+                "lost_records_total", processor="catalog", topic="users", partition=str(p)
+            )
+            for p in range(PARTITIONS)
+        ]
+    assert lost == [20] * PARTITIONS
+
+
+def test_a_clean_stop_archives_what_waits(shop: Shop) -> None:
+    settings = shop.settings.model_copy(deep=True)
+    settings.archive.flush_seconds = 600
+    patient = Shop(settings)
+    with patient.workers("archiver") as workers:
+        patient.play(only_events(events(100)))
+        until(lambda: sum(len(rows) for rows in waiting(workers.processors["archiver"])) == 100)
+        assert archive.tables(settings.archive.url) == []
+    positions = [
+        archive.positions(settings.archive.url, topic) for topic in ("reviews", "behavior")
+    ]
+    assert sum(end for each in positions for end in each.values()) == 100
+
+
+def waiting(archiver: Any) -> Iterator[list[Any]]:
+    return iter(archiver._archive._pending.values())

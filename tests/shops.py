@@ -1,0 +1,276 @@
+"""A shop on real servers: its own topics, keys, archive and models, and workers in threads."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import redis
+from confluent_kafka import Message
+from pydantic import SecretStr
+
+from model.events import CODES, COUNTED
+from model.ids import hash_ids, partitions_of
+from model.state import ITEM, LAYOUT_HASH, USER, from_bytes
+from schemas import archive
+from schemas.records import Behavior, DeadLetter, PredictedRating, Record, Review
+from starcast.settings import Settings
+from streams.admin import apply_topics
+from streams.loop import Loop, Processor
+from streams.metrics import make_metrics
+from streams.models import Models
+from streams.producer import Outgoing, outgoing, play
+from streams.reader import ITEM_STATE, USER_STATE, store_keys
+from streams.run import _make, _Shared
+from streams.store import Store
+from streams.tail import read_topic
+
+PARTITIONS = 3
+WAIT_SECONDS = 90.0  # on a machine that does much else
+
+
+@dataclass
+class Workers:
+    """Processors at work, a thread each."""
+
+    processors: dict[str, Processor]
+    loops: dict[str, Loop]
+    metrics: Any
+    errors: list[BaseException] = field(default_factory=list[BaseException])
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"starcast_{name}", labels) or 0.0
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Where a shop's things lie."""
+
+    settings: Settings
+
+    @property
+    def store(self) -> Store:
+        return Store(self.settings.redis, LAYOUT_HASH, PARTITIONS)
+
+    def play(self, records: Iterable[tuple[str, Record] | Outgoing], **pace: Any) -> None:
+        each = (
+            record if isinstance(record, Outgoing) else next(outgoing([record]))
+            for record in records
+        )
+        report = play(each, self.settings.kafka, **pace)
+        assert not report.failed
+
+    def read(self, topic: str) -> list[Message]:
+        """All committed messages of a topic, by partition and offset."""
+        found = [each for batch in read_topic(self.settings.kafka, topic) for each in batch]
+        return sorted(found, key=lambda each: (each.partition() or 0, each.offset() or 0))
+
+    def predictions(self, kind: str = "interaction") -> list[PredictedRating]:
+        """In the order of their partitions."""
+        found = [
+            PredictedRating.model_validate_json(each.value() or b"")
+            for each in self.read("predicted-ratings")
+        ]
+        return [each for each in found if each.kind == kind]
+
+    def letters(self) -> list[DeadLetter]:
+        return [
+            DeadLetter.model_validate_json(each.value() or b"")
+            for each in self.read("dead-letters")
+        ]
+
+    def users(self, names: Sequence[str]) -> np.ndarray[Any, Any]:
+        """Their USER rows in the store."""
+        keys = store_keys(self.store, USER_STATE, hash_ids(names))
+        return from_bytes(self.store.read(keys), USER)
+
+    def items(self, names: Sequence[str]) -> np.ndarray[Any, Any]:
+        """Their ITEM rows in the store."""
+        keys = store_keys(self.store, ITEM_STATE, hash_ids(names))
+        return from_bytes(self.store.read(keys), ITEM)
+
+    def states(self) -> dict[bytes, bytes]:
+        """All that the store holds of users and items, their headers too."""
+        with redis.Redis.from_url(self.settings.redis.url.get_secret_value()) as client:
+            found: dict[bytes, bytes] = {}
+            for kind in (USER_STATE, ITEM_STATE):
+                for partition in range(PARTITIONS):
+                    for key in self.store.scan(kind, partition):
+                        found[key] = client.get(key)  # pyright: ignore[reportArgumentType]
+                    header = self.store.header(kind, partition)
+                    found[self.store.header_key(kind, partition)] = header or b""
+            return found
+
+    def empty_store(self) -> None:
+        """As a store that came back without its memory."""
+        with redis.Redis.from_url(self.settings.redis.url.get_secret_value()) as client:
+            prefix = self.settings.redis.key_prefix
+            for key in list(client.scan_iter(match=f"{prefix}:*")):
+                client.delete(key)
+            client.function_flush()
+
+    @contextmanager
+    def workers(self, *names: str, slot: int = 0, **kafka: Any) -> Generator[Workers]:
+        """Work until the block ends; raises what a worker raised."""
+        settings = self.settings.model_copy(
+            update={"kafka": self.settings.kafka.model_copy(update=kafka)}
+        )
+        stop, metrics = threading.Event(), make_metrics()
+        models = Models(settings.models, metrics).start()
+        shared = _Shared(settings, self.store, models, metrics)
+        processors = {name: _make(name, shared, slot) for name in names}
+        loops = {
+            name: Loop(processor, settings.kafka, metrics, stop, slot)
+            for name, processor in processors.items()
+        }
+        workers = Workers(processors, loops, metrics)
+
+        def run(loop: Loop) -> None:
+            try:
+                loop.run()
+            except BaseException as error:  # noqa: BLE001  raised again below
+                workers.errors.append(error)
+
+        threads = [
+            threading.Thread(target=run, args=(loop,), name=name) for name, loop in loops.items()
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield workers
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(WAIT_SECONDS)
+            models.close()
+        assert not any(thread.is_alive() for thread in threads)
+        if workers.errors:
+            raise workers.errors[0]
+
+    def until_predicted(self, count: int, kind: str = "interaction") -> list[PredictedRating]:
+        """Wait until so many records are predicted, and return them all."""
+        found: list[PredictedRating] = []
+
+        def enough() -> bool:
+            found[:] = self.predictions(kind)
+            return len(found) >= count
+
+        until(enough)
+        return found
+
+    def until_archived(self) -> None:
+        """Wait until the archive has all that the topics have."""
+        for topic in archive_topics():
+            ends = {each.partition(): (each.offset() or 0) + 1 for each in self.read(topic)}
+            url = self.settings.archive.url
+            until(lambda topic=topic, ends=ends: archive.positions(url, topic) == ends)
+
+    def until_items_are_applied(self) -> None:
+        """Wait until item states stand where the item updates end."""
+        ends = {each.partition(): (each.offset() or 0) + 1 for each in self.read("item-updates")}
+        store = self.store
+        until(
+            lambda: all(
+                int(store.header(ITEM_STATE, partition or 0) or 0) == end
+                for partition, end in ends.items()
+            )
+        )
+
+
+def archive_topics() -> Iterator[str]:
+    """Topics that a pipeline writes, but for digests, which never end."""
+    yield from (
+        ("reviews", "behavior", "text-features", "items", "users")
+        + ("predicted-ratings", "journal", "item-updates", "dead-letters")
+    )
+
+
+def until(done: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def make_shop(kafka: str, store: str, folder: Path, **changes: dict[str, Any]) -> Shop:
+    """A new shop with its topics; `changes` are settings by section."""
+    prefix = f"{uuid4().hex[:8]}."
+    settings = Settings.model_validate(
+        {
+            "kafka": {
+                "bootstrap_servers": kafka,
+                "topic_prefix": prefix,
+                "group_id": prefix.rstrip("."),
+                "partitions": PARTITIONS,
+                "session_timeout_ms": 1_500,
+                **changes.get("kafka", {}),
+            },
+            "redis": {"url": SecretStr(store), "key_prefix": prefix.rstrip(".")},
+            "archive": {"url": str(folder / "archive"), "flush_seconds": 0.5},
+            "models": {"url": str(folder / "models"), "encoder": "none", "device": "cpu"},
+            "scorer": {"batch_events": 200, **changes.get("scorer", {})},
+        }
+    )
+    apply_topics(settings.kafka)
+    return Shop(settings)
+
+
+def check_each_once(
+    predictions: Sequence[PredictedRating], sent: Sequence[tuple[str, Any]]
+) -> None:
+    """Each event is predicted once, and in each partition numbers are dense and sources in order."""
+    expected = Counter(
+        record.event_id for topic, record in sent if topic in ("reviews", "behavior")
+    )
+    assert Counter(each.event_id for each in predictions) == expected
+    places = [
+        (each.source.topic, each.source.partition, each.source.offset) for each in predictions
+    ]
+    assert len(set(places)) == len(places)
+    last: dict[tuple[str, int], int] = {}
+    numbers: dict[int, list[int | None]] = {}
+    for each in predictions:
+        numbers.setdefault(each.source.partition, []).append(each.seq)
+        place = (each.source.topic, each.source.partition)
+        assert each.source.offset > last.get(place, -1)
+        last[place] = each.source.offset
+    for seqs in numbers.values():
+        assert seqs == list(range(len(seqs)))
+
+
+def check_states(shop: Shop, sent: Sequence[tuple[str, Any]]) -> None:
+    """User and item states are what a plain recount of the events gives.
+
+    For events without repetitions, in which nobody reviews an item twice.
+    """
+    events = [record for topic, record in sent if topic in ("reviews", "behavior")]
+    for name, rows in (
+        ("user_id", shop.users),
+        ("item_id", shop.items),
+    ):
+        names = sorted({getattr(each, name) for each in events})
+        found = rows(names)
+        counts = np.zeros((len(names), COUNTED), np.int64)
+        ratings: list[list[float]] = [[] for _ in names]
+        for each in events:
+            at = names.index(getattr(each, name))
+            action = each.action if isinstance(each, Behavior) else "review"
+            counts[at, CODES[action]] += 1
+            if isinstance(each, Review) and each.rating is not None:
+                ratings[at].append(each.rating)
+        np.testing.assert_array_equal(found["actions"], counts)
+        assert found["rating_count"].tolist() == [len(each) for each in ratings]
+        assert found["rating_sum"].tolist() == [sum(each) for each in ratings]
+        assert found["rating_square_sum"].tolist() == [sum(r * r for r in each) for each in ratings]
+
+
+def partition_of(user: str) -> int:
+    """The partition of a user's events."""
+    return int(partitions_of(hash_ids([user]), PARTITIONS)[0])
