@@ -7,6 +7,7 @@ law (rank to the power of minus the exponent).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 import orjson
@@ -24,6 +25,7 @@ REVIEW_SHARE = 0.25
 SHORTEST_TEXT, LONGEST_TEXT = 170, 400  # characters of a review
 STEP_MS = 20  # between two events
 TEXTS = 2_000  # different review texts
+CHUNK = 50_000  # events drawn at once
 
 # Shares of actions in REES46's multi-category store, with a few of the rarer kinds.
 ACTIONS = {"view": 0.88, "click": 0.03, "wishlist": 0.01, "cart": 0.05, "purchase": 0.03}
@@ -36,7 +38,7 @@ class World:
 
     users: Sequence[User]
     items: Sequence[Item]
-    texts: Sequence[str]  # of reviews
+    texts: Sequence[tuple[str, str]]  # titles and texts of reviews
 
     @property
     def records(self) -> Iterator[Outgoing]:
@@ -63,32 +65,47 @@ def make_events(
     """Reviews and behaviour in order of time, the last at `end` (now)."""
     random = np.random.default_rng(seed)
     first = (end or datetime.now(UTC)) - timedelta(milliseconds=STEP_MS * count)
-    times = int(first.timestamp() * 1000) + np.arange(1, count + 1) * STEP_MS
-    user = zipf(random, len(world.users), USER_EXPONENT, count).tolist()
-    item = zipf(random, len(world.items), ITEM_EXPONENT, count).tolist()
-    reviews = (random.random(count) < REVIEW_SHARE).tolist()
-    action = random.choice(list(ACTIONS), count, p=list(ACTIONS.values())).tolist()
-    stars = random.choice(list(STARS), count, p=list(STARS.values())).tolist()
-    text: list[int] = random.integers(len(world.texts), size=count).tolist()
-    for number, time in enumerate(format_times(times)):
-        user_id = world.users[user[number]].user_id
-        record = {
+    start = int(first.timestamp() * 1000)
+    for begin in range(0, count, CHUNK):
+        numbers = np.arange(begin, min(begin + CHUNK, count))
+        yield from _chunk(world, random, numbers, start)
+
+
+def _chunk(
+    world: World, random: np.random.Generator, numbers: NDArray[np.int64], start: int
+) -> Iterator[Outgoing]:
+    count = len(numbers)
+    user = zipf(random, len(world.users), USER_EXPONENT, count)
+    item = zipf(random, len(world.items), ITEM_EXPONENT, count)
+    columns = zip(
+        numbers.tolist(),
+        format_times(start + (numbers + 1) * STEP_MS),
+        user.tolist(),
+        item.tolist(),
+        (random.random(count) < REVIEW_SHARE).tolist(),
+        random.choice(list(ACTIONS), count, p=list(ACTIONS.values())).tolist(),
+        random.choice(list(STARS), count, p=list(STARS.values())).tolist(),
+        random.integers(len(world.texts), size=count).tolist(),
+        strict=True,
+    )
+    for number, time, user_at, item_at, reviewed, action, stars, text in columns:
+        known: dict[str, Any] = {
             "event_id": f"{number:024x}",
-            "user_id": user_id,
-            "item_id": world.items[item[number]].item_id,
+            "user_id": world.users[user_at].user_id,
+            "item_id": world.items[item_at].item_id,
             "event_time": time,
         }
-        if reviews[number]:
-            title, words = world.texts[text[number]].split(". ", 1)
-            record |= {"rating": stars[number], "title": title, "text": words}
+        if reviewed:
+            title, words = world.texts[text]
+            known |= {"rating": stars, "title": title, "text": words}
         else:
-            record |= {
-                "action": action[number],
-                "price": world.items[item[number]].price,
-                "session_id": f"{user[number]:08x}-5f3b-4c6e-9d2a-{number >> 16:012x}",
+            known |= {
+                "action": action,
+                "price": world.items[item_at].price,
+                "session_id": f"{user_at:08x}-5f3b-4c6e-9d2a-{number >> 16:012x}",
             }
-        topic = "reviews" if reviews[number] else "behavior"
-        yield Outgoing(topic, user_id.encode(), orjson.dumps(record))
+        topic = "reviews" if reviewed else "behavior"
+        yield Outgoing(topic, known["user_id"].encode(), orjson.dumps(known))
 
 
 def zipf(random: np.random.Generator, size: int, exponent: float, count: int) -> NDArray[np.intp]:
@@ -97,10 +114,11 @@ def zipf(random: np.random.Generator, size: int, exponent: float, count: int) ->
     return np.searchsorted(np.cumsum(weights) / weights.sum(), random.random(count))
 
 
-def _text(random: np.random.Generator, texts: Sequence[str]) -> str:
-    """Sentences of several reviews, up to a length drawn for this one."""
+def _text(random: np.random.Generator, texts: Sequence[str]) -> tuple[str, str]:
+    """A first sentence, and sentences of several reviews up to a length drawn for this one."""
     length = int(random.integers(SHORTEST_TEXT, LONGEST_TEXT))
     words = ""
     while len(words) < length:
         words += texts[int(random.integers(len(texts)))] + " "
-    return words[:length]
+    title, _, text = words[:length].partition(". ")
+    return title, text or title

@@ -10,16 +10,15 @@ loop with the cold-start ladder; the bare loop. Prints a table and writes `resul
 import argparse
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 from confluent_kafka import Consumer, Producer
 from pydantic import SecretStr
 from rich.console import Console
@@ -28,7 +27,8 @@ from rich.table import Table
 from bench.events import World, make_events, make_world
 from bench.model import default_models
 from bench.report import write
-from bench.watch import PHASES, Run, Stopwatch, Transaction, Watched
+from bench.watch import PHASES, Run, Stopwatch, Transaction
+from bench.worker import Scored, score, work
 from model import encoder
 from model.catalog import item_text
 from model.ids import hash_ids
@@ -37,23 +37,13 @@ from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.admin import apply_topics, client_config
 from streams.catalog import Catalog
-from streams.config import (
-    ArchiveConfig,
-    KafkaConfig,
-    ModelsConfig,
-    RedisConfig,
-    ScorerConfig,
-    StatesConfig,
-)
+from streams.config import KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
 from streams.items import Items
-from streams.loop import FETCH_KILOBYTES, Loop, Processor
-from streams.metrics import Metrics, make_metrics
-from streams.models import Models
+from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, play
-from streams.reader import VECTOR_DTYPE, Reader, vector_keys
+from streams.reader import VECTOR_DTYPE, vector_keys
 from streams.scorer import Scorer
 from streams.store import Store
-from streams.user_states import UserStates
 from tests.servers import servers
 
 ENCODED_TEXTS = 256  # item texts that the encoder sees; a vector's numbers cost nothing more
@@ -74,6 +64,11 @@ class Sizes:
     partitions: int
     batch: int
 
+    @property
+    def first_events(self) -> int:
+        """Events that leave the states which all runs begin with."""
+        return max(self.events // 4, self.batch)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -83,67 +78,48 @@ class Measured:
     bare: Run
     bytes_in: float  # an event
     bytes_out: float
-    memory: float  # MB of the worker at the end
+    memory_mb: float  # of the worker at the end
 
 
 class Bench:
     """The servers, filled, and what is measured on them."""
 
     def __init__(
-        self, sizes: Sizes, kafka: KafkaConfig, redis: RedisConfig, folder: Path, say: Console
+        self, sizes: Sizes, kafka: KafkaConfig, redis: RedisConfig, models: Mapping[str, str]
     ) -> None:
         self._sizes = sizes
         self._kafka = kafka
         self._bare = kafka.model_copy(update={"topic_prefix": "bare."})
-        self._archive = ArchiveConfig(url=str(folder / "archive"))
-        self._store = Store(redis, LAYOUT_HASH, sizes.partitions)
-        self._say = say
-        self._models = {
-            "bundle": ModelsConfig(url=default_models(say), threads=1),
-            "ladder": ModelsConfig(url=str(folder / "models"), threads=1),
-        }
+        self._redis = redis
+        self._models = {name: ModelsConfig(url=url) for name, url in models.items()}
         world = make_world(sizes.users, sizes.items)
-        total = sizes.events * (1 + len(MODELS) * sizes.rounds)
-        self._events = make_events(world, total)
+        runs = len(models) * sizes.rounds
+        self._events = make_events(world, sizes.first_events + runs * sizes.events)
         self._fill(world)
 
     def measure(self, model: str) -> Measured:
         """One run with a model on new events, and the bare loop after it."""
-        bytes_in = self._produce(self._sizes.events)
-        watched = self._score(model)
-        memory = psutil.Process().memory_info().rss
-        scoring, transactions = watched.run(), watched.transactions()
-        bytes_out = sum(each.bytes_out for each in transactions)
-        bare = run_bare(self._kafka, self._bare, transactions)
         events = self._sizes.events
+        bytes_in = self._produce(events)
+        scored = self._score(model, events)
+        bare = run_bare(self._kafka, self._bare, scored.transactions)
         return Measured(
-            scoring, bare, bytes_in / events, bytes_out / events, (memory - bytes_out) / 2**20
+            scored.run, bare, bytes_in / events, scored.bytes_out / events, scored.memory_mb
         )
 
     def _fill(self, world: World) -> None:
         apply_topics(self._kafka)
         apply_topics(self._bare)
-        self._say.print(f"{len(world.items):,} items, {len(world.users):,} users …")
-        known = play(world.records, self._kafka)
-        self._put_vectors(world)
         prefix = self._kafka.topic_prefix
-        self._run(lambda metrics: Catalog(self._store, prefix, metrics), known.sent.total())
-        self._say.print("first states …")
-        self._produce(self._sizes.events)
-        written = [each.outputs for each in self._score("ladder").transactions()]
-        updates = sum(len(outputs.get("item-updates", ())) for outputs in written)
-        self._run(lambda metrics: Items(self._store, prefix, metrics), updates)
-
-    def _put_vectors(self, world: World) -> None:
-        """Each item's text gets the vector of one of the texts that the encoder has seen."""
-        folder = encoder.locate("auto")
-        if folder is None:
-            raise StarcastError("The packaged text encoder is not installed; run: make setup")
-        texts = [item_text(item) for item in world.items]
-        loaded = encoder.load(folder)
-        vectors = loaded.project(loaded.encode(texts[:ENCODED_TEXTS])).astype(VECTOR_DTYPE)
-        keys = vector_keys(self._store, loaded.hash, hash_ids(texts))
-        self._store.put(keys, [vectors[at % len(vectors)].tobytes() for at in range(len(keys))])
+        store = Store(self._redis, LAYOUT_HASH, self._sizes.partitions)
+        put_vectors(store, world)
+        known = play(world.records, self._kafka).sent.total()
+        work(lambda metrics: Catalog(store, prefix, metrics), self._kafka, known)
+        self._produce(self._sizes.first_events)
+        written = self._score("ladder", self._sizes.first_events).transactions
+        updates = sum(len(each.outputs.get("item-updates", ())) for each in written)
+        work(lambda metrics: Items(store, prefix, metrics), self._kafka, updates)
+        store.close()
 
     def _produce(self, count: int) -> int:
         """Send the next events; how many bytes their keys and values have."""
@@ -158,26 +134,24 @@ class Bench:
         play(counted(islice(self._events, count)), self._kafka)
         return size
 
-    def _score(self, model: str) -> Watched:
+    def _score(self, model: str, events: int) -> Scored:
         config = ScorerConfig(batch_events=self._sizes.batch)
-        states = UserStates(self._store, self._kafka, self._archive, StatesConfig())
-        reader = Reader(self._store)
-        prefix = self._kafka.topic_prefix
-        with ExitStack() as stack:
+        with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+            return worker.submit(
+                score, self._kafka, self._redis, self._models[model], config, events
+            ).result()
 
-            def make(metrics: Metrics) -> Scorer:
-                models = Models(self._models[model], metrics).start()
-                stack.callback(models.close)
-                return Scorer(config, prefix, states, reader, models, metrics, "scorer-0")
 
-            return self._run(make, self._sizes.events)
-
-    def _run(self, make: Callable[[Metrics], Processor], records: int) -> Watched:
-        """Run a processor until it has worked on so many records."""
-        stop, metrics = threading.Event(), make_metrics()
-        watched = Watched(make(metrics), metrics, records, stop)
-        Loop(watched, self._kafka, metrics, stop).run()
-        return watched
+def put_vectors(store: Store, world: World) -> None:
+    """Each item's text gets the vector of one of the texts that the encoder has seen."""
+    folder = encoder.locate("auto")
+    if folder is None:
+        raise StarcastError("The packaged text encoder is not installed; run: make setup")
+    texts = [item_text(item) for item in world.items]
+    loaded = encoder.load(folder)
+    vectors = loaded.project(loaded.encode(texts[:ENCODED_TEXTS])).astype(VECTOR_DTYPE)
+    keys = vector_keys(store, loaded.hash, hash_ids(texts))
+    store.put(keys, [vectors[at % len(vectors)].tobytes() for at in range(len(keys))])
 
 
 def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Transaction]) -> Run:
@@ -255,7 +229,7 @@ def summary(measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     return figures | {
         "bytes_in_per_event": round(median(each.bytes_in for each in every)),
         "bytes_out_per_event": round(median(each.bytes_out for each in every)),
-        "memory_mb": round(max(each.memory for each in every)),
+        "memory_mb": round(max(each.memory_mb for each in every)),
     }
 
 
@@ -300,12 +274,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured: dict[str, list[Measured]] = {model: [] for model in MODELS}
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
         folder = Path(name)
+        models = {"bundle": default_models(console), "ladder": str(folder / "models")}
+        console.print("Filling Kafka and Valkey …")
         with servers(folder / "servers") as endpoints:
             kafka = KafkaConfig(
                 bootstrap_servers=endpoints.bootstrap_servers, partitions=sizes.partitions
             )
             redis = RedisConfig(url=SecretStr(endpoints.redis_url))
-            bench = Bench(sizes, kafka, redis, folder, console)
+            bench = Bench(sizes, kafka, redis, models)
             for _ in range(sizes.rounds):
                 for model in MODELS:
                     run = bench.measure(model)

@@ -9,8 +9,6 @@ from model import registry
 from model.features import FEATURE_HASH
 from schemas.files import write_records
 from starcast.shop import shop
-from trainer.data import from_file
-from trainer.train import train
 
 CACHE = Path(".cache/bench")
 
@@ -19,6 +17,10 @@ def default_models(console: Console) -> str:
     """The URL of a registry whose stable version is the default bundle; made once and kept."""
     url = str(CACHE / f"models-{FEATURE_HASH}")
     if registry.read(url).stable is None:
+        # Here, since the workers that this module is loaded into have no trainer in memory.
+        from trainer.data import from_file
+        from trainer.train import train
+
         sample = CACHE / "shop.jsonl.gz"
         write_records(sample, shop())
         with Progress(console=console) as progress:

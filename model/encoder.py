@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from model import device as devices
 from model.exceptions import EncoderError
+from model.texts import plain
 
 WIDTH = 64  # of projected vectors; the cosine of unrelated texts then errs by 1/8
 PROJECTION = "projection.safetensors"
@@ -166,8 +167,8 @@ class TextEncoder:
 
 
 def review_text(title: str | None, text: str | None) -> str:
-    """What is encoded of a review: its title, then its text."""
-    return "\n".join(part.strip() for part in (title, text) if part and part.strip())
+    """What is encoded of a review: its title, then its text, both plain."""
+    return "\n".join(part for part in (plain(title), plain(text)) if part)
 
 
 def locate(setting: str) -> Path | None:

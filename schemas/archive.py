@@ -129,13 +129,19 @@ def read(
         frame = cast(pl.DataFrame, pl.from_arrow(schema(topic).empty_table())).lazy()
     else:
         with reached(table_url(url, topic)):
-            frame = pl.scan_delta(found)
+            frame = _scan(found)
     if partitions is not None:
         frame = frame.filter(pl.col("kafka_partition").is_in(list(partitions)))
     if since is not None:
         frame = frame.filter(pl.col("kafka_timestamp") >= since)
     frame = frame.sort(_ORDER)
     return frame if columns is None else frame.select(columns)
+
+
+def _scan(found: DeltaTable) -> pl.LazyFrame:
+    if "%" in found.table_uri:  # Polars 2.1 looks for local files under their escaped names
+        return pl.scan_pyarrow_dataset(found.to_pyarrow_dataset())
+    return pl.scan_delta(found)
 
 
 def positions(url: str, topic: str, options: Mapping[str, str] | None = None) -> dict[int, int]:

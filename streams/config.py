@@ -68,7 +68,9 @@ class ModelsConfig(BaseModel):
         default=2.0, gt=0, description="how often the registry is looked at"
     )
     threads: int = Field(
-        default=0, ge=0, description="torch threads a process; 0: as torch decides"
+        default=1,
+        ge=0,
+        description="torch threads a process: more help texts alone, on idle cores; 0: all cores",
     )
 
 

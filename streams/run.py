@@ -1,6 +1,7 @@
 """Runs processors in one process: a thread each, one store, one model, one set of metrics."""
 
 import fcntl
+import gc
 import os
 import tempfile
 import threading
@@ -121,6 +122,7 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
                     checks,
                 )
             )
+        gc.freeze()  # what is loaded by now stays: no collection needs to walk through it again
         _run_threads(tasks, stop, failures)
     if failures:
         raise failures[0]

@@ -3,9 +3,10 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,6 +33,10 @@ from streams.store import Store
 from streams.tail import read_topic
 
 PARTITIONS = 3
+PIPELINE = (  # topics that end; digests come as long as a worker lives
+    *("reviews", "behavior", "text-features", "items", "users"),
+    *("predicted-ratings", "journal", "item-updates", "dead-letters"),
+)
 WAIT_SECONDS = 90.0  # on a machine that does much else
 
 
@@ -117,7 +122,7 @@ class Shop:
 
     @contextmanager
     def workers(self, *names: str, slot: int = 0, **kafka: Any) -> Generator[Workers]:
-        """Work until the block ends; raises what a worker raised."""
+        """Work until the block ends; raises what a worker raised, unless the block took it."""
         settings = self.settings.model_copy(
             update={"kafka": self.settings.kafka.model_copy(update=kafka)}
         )
@@ -166,10 +171,10 @@ class Shop:
 
     def until_archived(self) -> None:
         """Wait until the archive has all that the topics have."""
-        for topic in archive_topics():
+        url = self.settings.archive.url
+        for topic in PIPELINE:
             ends = {each.partition(): (each.offset() or 0) + 1 for each in self.read(topic)}
-            url = self.settings.archive.url
-            until(lambda topic=topic, ends=ends: archive.positions(url, topic) == ends)
+            until(partial(lambda *now: archive.positions(url, now[0]) == now[1], topic, ends))
 
     def until_items_are_applied(self) -> None:
         """Wait until item states stand where the item updates end."""
@@ -181,14 +186,6 @@ class Shop:
                 for partition, end in ends.items()
             )
         )
-
-
-def archive_topics() -> Iterator[str]:
-    """Topics that a pipeline writes, but for digests, which never end."""
-    yield from (
-        ("reviews", "behavior", "text-features", "items", "users")
-        + ("predicted-ratings", "journal", "item-updates", "dead-letters")
-    )
 
 
 def until(done: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
@@ -225,7 +222,7 @@ def make_shop(kafka: str, store: str, folder: Path, **changes: dict[str, Any]) -
 def check_each_once(
     predictions: Sequence[PredictedRating], sent: Sequence[tuple[str, Any]]
 ) -> None:
-    """Each event is predicted once, and in each partition numbers are dense and sources in order."""
+    """Each event is predicted once; in a partition numbers are dense and sources in order."""
     expected = Counter(
         record.event_id for topic, record in sent if topic in ("reviews", "behavior")
     )

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 
+from model.texts import plain
 from schemas.records import EARLIEST_TIME
 from trainer.config import CleanConfig
 
@@ -46,29 +47,9 @@ class Cleaned:
 
 
 def clean_text(column: str) -> pl.Expr:
-    """A text column without HTML, control characters and runs of space; null when nothing is left.
-
-    Tags become a space, the usual entities their characters. Unicode is normalised to NFC.
-    """
-    text = pl.col(column)
-    for pattern, value in _MARKUP:
-        text = text.str.replace_all(pattern, value)
-    text = text.str.normalize("NFC").str.strip_chars()
-    return pl.when(text.str.len_chars() > 0).then(text).otherwise(None).alias(column)
-
-
-_MARKUP = (
-    (r"(?is)<(script|style)\b.*?</(script|style)\s*>", " "),
-    (r"(?s)<!--.*?-->", " "),
-    (r"</?[A-Za-z][^<>]{0,500}>", " "),
-    (r"&(?:nbsp|#160|#xA0);", " "),
-    (r"&(?:quot|#34|#x22);", '"'),
-    (r"&(?:apos|#39|#x27);", "'"),
-    (r"&(?:lt|#60|#x3C);", "<"),
-    (r"&(?:gt|#62|#x3E);", ">"),
-    (r"&(?:amp|#38|#x26);", "&"),
-    (r"[\p{Cc}\p{Cf}\s\u{FFFD}]+", " "),
-)
+    """A text column as `model.texts.plain` makes it; null when nothing is left."""
+    text = pl.col(column).map_elements(plain, return_dtype=pl.String)
+    return pl.when(text != "").then(text).alias(column)
 
 
 def clean(reviews: pl.DataFrame, config: CleanConfig, now: datetime | None = None) -> Cleaned:

@@ -53,7 +53,7 @@ class TextConfig(BaseModel):
     text_limit: int = Field(
         default=6_000,
         ge=0,
-        description="newest review texts that are used; 0: all (22 ms each on a core)",
+        description="newest review texts that are used; 0: all (20 to 40 ms each on a core)",
     )
     least_texts: int = Field(
         default=100, ge=20, description="with fewer rated texts no head is fitted"

@@ -44,6 +44,19 @@ def test_rows_are_kept_raw_beside_their_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("topic", [topic.name for topic in TOPICS if topic.record])
+def test_a_path_may_have_spaces(tmp_path: Path, topic: str) -> None:
+    plain, odd = tmp_path / "plain", tmp_path / "my shop's ümläut+1"
+    for folder in (plain, odd):
+        write(folder, topic, [row(1, b"{"), row(0, EXAMPLES[topic]), row(2, EXAMPLES[topic], 1)])
+    expected = archive.read(str(plain), topic).collect()
+    assert expected.equals(archive.read(str(odd), topic).collect())
+    since = datetime.fromtimestamp((NOON + 1) / 1000, UTC)
+    part = archive.read(str(odd), topic, partitions=[0], since=since, columns=["kafka_offset"])
+    assert part.collect()["kafka_offset"].to_list() == [1]
+    assert archive.positions(str(odd), topic) == {0: 2, 1: 3}
+
+
+@pytest.mark.parametrize("topic", [topic.name for topic in TOPICS if topic.record])
 def test_every_record_has_its_columns(tmp_path: Path, topic: str) -> None:
     value = EXAMPLES[topic]
     write(tmp_path, topic, [row(0, value), row(1, b"{"), row(2, value, partition=1)])

@@ -145,6 +145,7 @@ logs = st.dictionaries(
 
 
 @given(logs, st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_a_partitions_own_order_is_kept(
     appended: dict[tuple[str, int], list[int]], random: Any
 ) -> None:

@@ -1,0 +1,72 @@
+"""The scorer in a process of its own, as `starcast run scorer` has it, with what it does noted."""
+
+import gc
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from bench.watch import Run, Transaction, Watched
+from model.state import LAYOUT_HASH
+from starcast.log import LogConfig, configure
+from streams.config import (
+    ArchiveConfig,
+    KafkaConfig,
+    ModelsConfig,
+    RedisConfig,
+    ScorerConfig,
+    StatesConfig,
+)
+from streams.loop import Loop, Processor
+from streams.metrics import Metrics, make_metrics
+from streams.models import Models
+from streams.reader import Reader
+from streams.scorer import Scorer
+from streams.store import Store
+from streams.user_states import UserStates
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a run of the scorer gave."""
+
+    run: Run
+    transactions: Sequence[Transaction]
+    bytes_out: int
+    memory_mb: float  # resident at the end, without the transactions noted
+
+
+def score(
+    kafka: KafkaConfig,
+    redis: RedisConfig,
+    models_config: ModelsConfig,
+    config: ScorerConfig,
+    events: int,
+) -> Scored:
+    """Score the next events; the process that calls this has nothing else to do."""
+    configure(LogConfig(level="warning"))
+    store = Store(redis, LAYOUT_HASH, kafka.partitions)
+    states = UserStates(store, kafka, ArchiveConfig(), StatesConfig())
+
+    def make(metrics: Metrics) -> Scorer:
+        models = Models(models_config, metrics).start()
+        return Scorer(
+            config, kafka.topic_prefix, states, Reader(store), models, metrics, "scorer-0"
+        )
+
+    watched = work(make, kafka, events)
+    memory = psutil.Process().memory_info().rss
+    transactions = watched.transactions()
+    bytes_out = sum(each.bytes_out for each in transactions)
+    return Scored(watched.run(), transactions, bytes_out, (memory - bytes_out) / 2**20)
+
+
+def work(make: Callable[[Metrics], Processor], kafka: KafkaConfig, records: int) -> Watched:
+    """Run a processor until it has worked on so many records."""
+    stop, metrics = threading.Event(), make_metrics()
+    watched = Watched(make(metrics), metrics, records, stop)
+    loop = Loop(watched, kafka, metrics, stop)
+    gc.freeze()  # as `streams.run` does
+    loop.run()
+    return watched

@@ -1,0 +1,32 @@
+"""Texts as they are read."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.texts import plain
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, ""),
+        ("<p>Good&nbsp;&amp; <b>loud</b></p><!-- ad --><script>x()</script>", "Good & loud"),
+        ("a\x00b\u200b  c\n\nd", "a b c d"),
+        ("5 < 6 and 7 > 3", "5 < 6 and 7 > 3"),
+        ("<br/>", ""),
+        ("e\u0301", "é"),
+        ("I&#39;d buy it &lt;again&gt;", "I'd buy it <again>"),
+        ("\ufffd?", "?"),
+    ],
+)
+def test_what_is_left(text: str | None, expected: str) -> None:
+    assert plain(text) == expected
+
+
+@given(st.text())
+def test_nothing_unseen_and_no_runs_of_space_are_left(text: str) -> None:
+    found = plain(text)
+    assert found.isprintable()
+    assert "  " not in found
+    assert found == found.strip()
