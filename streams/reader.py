@@ -56,7 +56,7 @@ class Fetched:
 
 
 class Copy:
-    """Rows read from the store, kept for `seconds` (and, where none was found, `missing_seconds`)."""
+    """Rows read from the store, kept for `seconds`; where none was found, for `missing_seconds`."""
 
     def __init__(
         self,

@@ -136,7 +136,7 @@ def _run_threads(
     def guarded(name: str, task: Callable[[], None]) -> None:
         try:
             task()
-        except BaseException as error:  # whatever ends one processor ends the process
+        except BaseException as error:  # noqa: BLE001 - what ends one processor ends the process
             structlog.get_logger(__name__).error("failed", processor=name, reason=str(error))
             failures.append(error)
             stop.set()
