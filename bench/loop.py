@@ -48,7 +48,6 @@ from tests.servers import servers
 
 ENCODED_TEXTS = 256  # item texts that the encoder sees; a vector's numbers cost nothing more
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
-COMMIT_SECONDS = 30.0
 MODELS = {"bundle": "", "ladder": "_ladder"}  # and the suffix of their ratios
 PACKAGES = ("confluent-kafka", "numpy", "orjson", "pyarrow", "pydantic", "redis", "torch")
 
@@ -186,7 +185,9 @@ def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Tr
     for at, transaction in enumerate(transactions):
         left = transaction.events
         while left:
-            left -= len(consumer.consume(left, WAIT_SECONDS))
+            if not (messages := consumer.consume(left, WAIT_SECONDS)):
+                raise StarcastError(f"Kafka gave the bare loop nothing for {WAIT_SECONDS:.0f} s.")
+            left -= len(messages)
         watch.mark("consume")
         producer.begin_transaction()
         for topic, records in transaction.outputs.items():

@@ -47,7 +47,7 @@ STORE_SECONDS = 0.5
 REGISTRY_SECONDS = 2.0
 ANSWER_SECONDS = 3.0  # a broker that is gone is reported, and noticed to be back, this soon
 ROUND_SECONDS = 2.0  # a topic that grows faster than it is read must not hold the page back
-STOP_SECONDS = 4.0
+STOP_SECONDS = 4.0  # a server that does not answer must not hold the process's end
 
 MOST_WINDOWS = 2_000
 TAIL = 12  # newest predictions read of each partition
@@ -169,8 +169,9 @@ def follow(
         yield feed
     finally:
         ended.set()
+        deadline = time.monotonic() + STOP_SECONDS
         for thread in threads:
-            thread.join(STOP_SECONDS)
+            thread.join(max(deadline - time.monotonic(), 0))
         store.close()
 
 

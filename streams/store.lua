@@ -14,6 +14,15 @@ local function claim(keys, args)
   return {token, redis.call('HGET', keys[1], 'data')}
 end
 
+-- KEYS: header, key...; ARGV: token. Returns the values, or false when a newer owner has claimed
+-- the partition or the store has lost it: then a missing key does not mean that there is no state.
+local function read(keys, args)
+  if redis.call('HGET', keys[1], 'token') ~= args[1] then
+    return false
+  end
+  return redis.call('MGET', unpack(keys, 2))
+end
+
 -- KEYS: header, key...; ARGV: token, header data ('' leaves it), value... ('' deletes the key).
 -- Returns 1, or 0 when a newer owner has claimed the partition: then nothing is changed.
 local function write(keys, args)
@@ -40,4 +49,5 @@ local function write(keys, args)
 end
 
 redis.register_function('starcast_claim', claim)
+redis.register_function{function_name='starcast_read', callback=read, flags={'no-writes'}}
 redis.register_function('starcast_write', write)

@@ -118,10 +118,23 @@ class Store:
                     [claim.token, data if last else b"", *values[start : start + WRITE_KEYS]],
                 )
                 if not done:
-                    raise FencedError(
-                        f"A newer worker has claimed {claim.kind.decode()} partition "
-                        f"{claim.partition}; this one's states were not written."
-                    )
+                    raise _refused(claim)
+
+    def read_owned(self, claim: Claim, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of keys of a claimed partition, None where there is none.
+
+        Raises `FencedError` when a newer owner has claimed the partition, or the store has lost it.
+        """
+        header = self.header_key(claim.kind, claim.partition)
+        values: list[bytes | None] = []
+        with _answering():
+            for start in range(0, len(keys), READ_KEYS):
+                part = keys[start : start + READ_KEYS]
+                found = self._call("starcast_read", [header, *part], [claim.token])
+                if found is None:
+                    raise _refused(claim)
+                values += found
+        return values
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of keys, None where there is none."""
@@ -166,6 +179,13 @@ class Store:
         library = files("streams").joinpath("store.lua").read_text()
         self.client.function_load(library, replace=True)
         return self.client.fcall(function, len(keys), *keys, *arguments)
+
+
+def _refused(claim: Claim) -> FencedError:
+    return FencedError(
+        f"A newer worker has claimed {claim.kind.decode()} partition {claim.partition}, or the "
+        "store was emptied; nothing was written."
+    )
 
 
 @contextmanager

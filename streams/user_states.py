@@ -94,15 +94,16 @@ class UserStates:
 
     def read(self, partition: int, users: Hashes) -> Rows:
         """USER rows (n) of distinct users, as they are now."""
-        cache = self._held[partition].users
-        if len(cache.rows) + len(users) > self._config.cache_users:
-            cache = self._held[partition].users = Rowstore(USER)
+        held = self._held[partition]
+        if len(held.users.rows) + len(users) > self._config.cache_users:
+            held.users = Rowstore(USER)
+        cache = held.users
         known = len(cache.rows)
         places = cache.place(users)
         new = places >= known
         if new.any():
             keys = partition_keys(self._store, USER_STATE, partition, users[new])
-            read = from_bytes(self._store.read(keys), USER)
+            read = from_bytes(self._store.read_owned(held.claim, keys), USER)
             opaque(cache.rows)[places[new]] = opaque(read)
         return cache.rows.take(places)
 

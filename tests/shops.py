@@ -212,7 +212,8 @@ def make_shop(kafka: str, store: str, folder: Path, **changes: dict[str, Any]) -
             "redis": {"url": SecretStr(store), "key_prefix": prefix.rstrip(".")},
             "archive": {"url": str(folder / "archive"), "flush_seconds": 0.5},
             "models": {"url": str(folder / "models"), "encoder": "none", "device": "cpu"},
-            "scorer": {"batch_events": 200, **changes.get("scorer", {})},
+            "scorer": {"batch_events": 200},
+            "states": changes.get("states", {}),
         }
     )
     apply_topics(settings.kafka)

@@ -7,6 +7,7 @@ are the processes that `starcast run` starts.
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
-from playwright.sync_api import Error, Page, Request, expect
+from playwright.sync_api import Page, Request, expect
 
 from model import registry
 from schemas.codec import encode
@@ -86,7 +87,7 @@ class Shop:
             "INSIGHTS__LEAST_RATED": "5",
             "INSIGHTS__HIGHEST_RMSE": "1.5",
         }
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
         environment |= {f"STARCAST_{name}": value for name, value in settings.items()}
         log = (self.folder / f"{'-'.join(processors)}.log").open("wb")
         process = subprocess.Popen(
@@ -99,6 +100,31 @@ class Shop:
         log.close()
         self.processes.append(process)
         return process
+
+    def stop(self, *processes: subprocess.Popen[bytes]) -> None:
+        """SIGTERM ends each in time, and well; one that hangs says where."""
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            try:
+                assert process.wait(STOP_SECONDS) == 0
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)  # faulthandler tells the stacks
+                process.wait()
+                logs = [log.read_text() for log in self.folder.glob("*.log")]
+                pytest.fail(f"did not end within {STOP_SECONDS} s\n" + "\n".join(logs))
+
+    def wait_for_page(self) -> None:
+        """Until the newest process, a dashboard, listens."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                socket.create_connection((HOST, self.web_port), timeout=5).close()
+                return
+            except OSError:
+                assert self.processes[-1].poll() is None, "the dashboard has ended"
+                assert time.monotonic() < deadline, "the dashboard does not start"
+                time.sleep(0.2)
 
     def produce(self, topic: str, *records: Record, key: str = "k") -> None:
         producer = Producer(client_config(self.kafka))
@@ -161,15 +187,8 @@ def only_ours(page: Page) -> Generator[None]:
 
 
 def open_page(page: Page, shop: Shop) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            page.goto(f"http://{HOST}:{shop.web_port}/")
-            return
-        except Error:  # nobody listens yet
-            assert shop.processes[-1].poll() is None, "the dashboard has ended"
-            assert time.monotonic() < deadline, "the dashboard does not start"
-            time.sleep(0.2)
+    shop.wait_for_page()
+    page.goto(f"http://{HOST}:{shop.web_port}/", timeout=PATIENCE_MS)
 
 
 def shoot(page: Page, name: str) -> None:
@@ -346,10 +365,7 @@ def test_from_nothing_to_a_model_swap_and_a_store_that_restarts(page: Page, shop
     assert "process_resident_memory_bytes" in metrics
     assert page.request.get(f"http://{HOST}:{shop.web_port}/ready").ok
     assert page.request.get(f"http://{HOST}:{shop.web_port}/health").ok
-    for process in (dashboard, others):
-        process.send_signal(signal.SIGTERM)
-    for process in (dashboard, others):
-        assert process.wait(STOP_SECONDS) == 0
+    shop.stop(dashboard, others)
 
 
 @pytest.mark.slow
@@ -359,9 +375,9 @@ def test_a_page_finds_its_dashboard_again(page: Page, shop: Shop) -> None:
     first = shop.run("dashboard")
     open_page(page, shop)
     expect(page.locator(".wait")).to_contain_text("Waiting for Kafka")
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(STOP_SECONDS) == 0
+    shop.stop(first)
     shop.start_broker()
     shop.run("dashboard")
+    shop.wait_for_page()
     # The page reconnects by itself and shows what the new process sees.
     expect(page.locator(".wait")).to_contain_text("Waiting for the store")

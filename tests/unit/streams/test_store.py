@@ -69,6 +69,26 @@ def test_an_older_owner_changes_nothing(store: str) -> None:
     assert mine.header(KIND, 3) == b"new"
 
 
+def test_an_owner_reads_until_another_claims(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "READ_KEYS", 7)
+    mine = make(store)
+    old = mine.claim(KIND, 3)
+    keys = keys_of(mine, 23)
+    mine.write(old, keys[::2], [b"%d" % number for number in range(0, 23, 2)], b"")
+    expected = [b"%d" % number if number % 2 == 0 else None for number in range(23)]
+    assert mine.read_owned(old, keys) == expected
+    assert mine.read_owned(old, []) == []
+    new = mine.claim(KIND, 3)
+    with pytest.raises(FencedError):
+        mine.read_owned(old, keys)
+    assert mine.read_owned(new, keys) == expected
+    with redis.Redis.from_url(store) as client:
+        client.flushall()
+    with pytest.raises(FencedError):
+        mine.read_owned(new, keys)
+    assert mine.read(keys) == [None] * 23
+
+
 def test_an_owner_from_before_the_store_was_emptied_changes_nothing(store: str) -> None:
     mine = make(store)
     old = mine.claim(KIND, 3)
@@ -201,11 +221,11 @@ def test_a_full_store_says_so(full: str, act: Callable[[Store], object]) -> None
     mine = make(full)
     with redis.Redis.from_url(full) as client:
         client.config_set("maxmemory", "0")
-        mine.claim(KIND, 3)  # loads the functions
+        claim = mine.claim(KIND, 3)  # loads the functions
         client.config_set("maxmemory", "1")
     with pytest.raises(StoreError, match=r"full.*maxmemory.*STARCAST_STATES__EXPIRE_AFTER_DAYS"):
         act(mine)
-    assert mine.read(keys_of(mine, 1)) == [None]
+    assert mine.read(keys_of(mine, 1)) == mine.read_owned(claim, keys_of(mine, 1)) == [None]
 
 
 ACTS: Sequence[Callable[[Store], object]] = (
@@ -213,6 +233,7 @@ ACTS: Sequence[Callable[[Store], object]] = (
     lambda store: store.header(KIND, 3),
     lambda store: store.write(Claim(KIND, 3, 1, None), keys_of(store, 1), [b"x"], b""),
     lambda store: store.read(keys_of(store, 1)),
+    lambda store: store.read_owned(Claim(KIND, 3, 1, None), keys_of(store, 1)),
     lambda store: store.put(keys_of(store, 1), [b"x"]),
     lambda store: list(store.scan(KIND, 3)),
     lambda store: store.ping(),
@@ -279,6 +300,7 @@ def test_a_cluster_takes_the_same(tmp_path: Path) -> None:
             mine.write(old, keys[:1], [b"old"], b"")
         others = keys_of(mine, 3, partition=6)
         mine.put(others, [b"a", b"b", b"c"])
+        assert mine.read_owned(new, keys) == [b"x"] * 1_100
         assert mine.read([*others, *keys]) == [b"a", b"b", b"c"] + [b"x"] * 1_100
         assert mine.header(KIND, 3) == b"header"
         assert set(mine.scan(KIND, 3)) == set(keys)

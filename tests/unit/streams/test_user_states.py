@@ -5,6 +5,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
@@ -237,7 +238,7 @@ def test_states_are_read_once_and_written_through(
     states.write(PARTITION, step.users, step.states, step.header)
     assert stored(states) == expected(partition)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(states._store, "read", lambda keys: pytest.fail("read again"))
+        patch.setattr(states._store, "read_owned", lambda *_: pytest.fail("read again"))
         again = states.read(PARTITION, USERS[:3])
     assert to_bytes(again) == [value or b"" for value in expected(partition)[:3]]
     assert to_bytes(first) != to_bytes(again)
@@ -270,6 +271,25 @@ def test_an_owner_that_was_replaced_is_refused(
     with pytest.raises(FencedError):
         old.write(PARTITION, step.users, step.states, step.header)
     new.write(PARTITION, step.users, step.states, step.header)
+
+
+def test_states_of_a_store_that_was_emptied_are_not_taken_for_blank(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    """A worker that has not read a user yet would score them as one who has just come."""
+    partition = batches(ONE)
+    journal(partition)
+    states = make(store)
+    states.claim(PARTITION, partition.ends())
+    states.drop([PARTITION])
+    states.claim(PARTITION, partition.ends())
+    with redis.Redis.from_url(store) as client:
+        client.flushall()
+    with pytest.raises(FencedError, match="or the store was emptied"):
+        states.read(PARTITION, USERS[:2])
+    states.drop([PARTITION])
+    states.claim(PARTITION, partition.ends())
+    assert to_bytes(states.read(PARTITION, USERS)) == [v or b"" for v in expected(partition)]
 
 
 def test_states_expire_by_the_time_of_events(
