@@ -34,6 +34,9 @@ def read_journal(
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
                 "auto.offset.reset": "error",
+                # It joins no group, so settings for members must not matter to it.
+                "session.timeout.ms": 6_000,
+                "max.poll.interval.ms": 300_000,
                 "fetch.wait.max.ms": 20,
             },
         )

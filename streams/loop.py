@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from socket import gethostname
 from typing import Any, Protocol
@@ -199,7 +199,8 @@ class Loop:
         finally:
             self._processor.drop({partition for _, partition in self._live})
             self._consumer.close()
-            self._producer.flush(CONTROL_SECONDS)
+            with suppress(KafkaException):  # a fenced one repeats why, over the error that tells
+                self._producer.flush(CONTROL_SECONDS)
 
     def _close(self) -> None:
         try:

@@ -219,6 +219,8 @@ class _Replay:
         """ITEM rows (m) of distinct items as of their versions; `states` is brought up to them."""
         places = states.place(items)
         known = states.rows[places]
+        # A version goes back where the store was lost and the item was read before its rebuild.
+        known[versions < known["offset"]] = from_bytes([None], ITEM)[0]
         low = np.searchsorted(self.updates["item"], items, "left")
         high = np.searchsorted(self.updates["item"], items, "right")
         chosen: list[NDArray[np.intp]] = []
@@ -234,7 +236,7 @@ class _Replay:
             known = apply_items(
                 known, np.concatenate(index), self.updates[rows], self.update_offsets[rows]
             )
-            states.rows[places] = known
+        states.rows[places] = known
         return known
 
     def vectors(self, encoder_hash: str, texts: NDArray[np.uint64]) -> Table | None:

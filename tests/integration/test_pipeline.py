@@ -515,10 +515,10 @@ def test_a_repeated_event_is_answered_and_not_applied_and_an_edit_replaces(shop:
     (ann,) = shop.users(["ann"])
     assert (ann["rating_count"], ann["rating_sum"], ann["rating_square_sum"]) == (1, 5, 25)
     assert ann["histogram"].tolist() == [0, 0, 0, 0, 1]
-    assert ann["actions"][:2].tolist() == [2, 1]  # an edit is an event too
+    assert ann["actions"][:2].tolist() == [1, 1]  # an edit replaces, it is no second review
     (item,) = shop.items(["i"])
     assert (item["rating_count"], item["rating_sum"]) == (2, 9)
-    assert item["actions"][:2].tolist() == [3, 1]
+    assert item["actions"][:2].tolist() == [2, 1]
 
 
 # -- answers -------------------------------------------------------------------------------------
