@@ -443,8 +443,17 @@ class Loop:
     ) -> dict[Position, int] | None:
         """Outputs without a transaction; what was not delivered is worked on again."""
         failed: list[KafkaError] = []
-        delivered = self._send(outcome, failed)
-        if self._producer.flush(COMMIT_SECONDS) or failed:
+        try:
+            delivered = self._send(outcome, failed)
+            left = self._producer.flush(COMMIT_SECONDS)
+        except KafkaException as error:
+            if _error(error).fatal():
+                raise BrokerError(
+                    f"Kafka ended this producer: {error}. Start the worker again."
+                ) from error
+            self._restart(error)
+            return None
+        if failed or left:
             self._restart(
                 KafkaException(failed[0]) if failed else StoreError("Kafka took no output in time.")
             )

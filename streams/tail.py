@@ -61,6 +61,8 @@ def read_topic(
         client_config(
             kafka,
             group_id=f"{kafka.group_id}-reader",  # never joined: partitions are assigned
+            session_timeout_ms=6_000,  # it joins no group: settings for members must not matter
+            max_poll_interval_ms=300_000,
             enable_auto_commit=False,
             enable_partition_eof=True,
             fetch_wait_max_ms=LONG_POLL_MS if follow else SHORT_POLL_MS,

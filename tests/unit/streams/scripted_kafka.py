@@ -247,6 +247,7 @@ class ScriptedProducer:
         return 0
 
     def flush(self, timeout: float) -> int:
+        self.broker.may_fail("flush")
         for report in self.reports:
             report()
         self.reports = []

@@ -606,6 +606,22 @@ def test_what_was_not_delivered_is_worked_on_again(world: World) -> None:
     assert len(set(answered(world))) == 4
 
 
+@pytest.mark.parametrize("step", ["produce", "produce_batch", "flush"])
+def test_outputs_that_kafka_does_not_take_are_made_again(world: World, step: str) -> None:
+    loop = world.loop(Counting(), exactly_once=False)
+    fill(world, 2, 0)
+    world.consumer.rebalance(new=places(0))
+    world.broker.fail(step, failure(KafkaError.MSG_SIZE_TOO_LARGE))
+    world.turn(loop)
+    assert world.broker.committed == {}
+    world.turn(loop)
+    assert len(set(answered(world))) == 4
+    world.broker.fail(step, failure(KafkaError._FATAL, fatal=True))
+    fill(world, 1, 0)
+    with pytest.raises(BrokerError, match="Kafka ended this producer"):
+        world.turn(loop)
+
+
 def test_offsets_that_are_not_taken_are_told(world: World) -> None:
     processor = Counting()
     loop = world.loop(processor, exactly_once=False)
@@ -685,6 +701,18 @@ def test_a_run_that_fails_writes_nothing_more(world: World) -> None:
         loop.run()
     assert (processor.closes, world.consumer.closed) == (0, True)
     assert processor.drops[-1] == {0}
+
+
+def test_a_run_that_was_fenced_for_good_says_so(world: World) -> None:
+    """Though its producer then refuses even to be flushed."""
+    loop = world.loop(Counting())
+    loop._fenced_at = world.clock.now
+    fill(world, 3, 0)
+    world.consumer.between.append(lambda: world.consumer.rebalance(new=places(0)))
+    world.broker.fail("commit_transaction", fenced())
+    world.broker.fail("flush", fenced())
+    with pytest.raises(BrokerError, match="Another worker uses"):
+        loop.run()
 
 
 def test_clients_are_set_up_for_exactly_once(world: World) -> None:
