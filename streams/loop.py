@@ -161,6 +161,7 @@ class Loop:
         self._transactional_id = f"{config.topic_prefix}{self._group}-{gethostname()}-{slot}"
         self._owned: set[Position] = set()
         self._live: set[Position] = set()  # claimed and recovered, of those owned
+        self._passed = False  # retention has deleted what a live partition was to read next
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
         self._fenced_at = -TWICE_SECONDS
@@ -219,6 +220,9 @@ class Loop:
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = self._consumer.consumer_group_metadata()
         batch = [message for message in messages if self._usable(message)]
+        if self._passed:
+            self._restart(BrokerError("retention has passed what was to be read next"))
+            return
         try:
             if batch:
                 with self._phase("process"):
@@ -238,6 +242,8 @@ class Loop:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._metrics.rebalances.labels(self._processor.name).inc()
+        for each in partitions:
+            each.offset = 0  # a placeholder, so that none is looked up: the claim seeks
         if self._config.group_protocol == "consumer":
             consumer.incremental_assign(partitions)
         else:
@@ -329,6 +335,7 @@ class Loop:
 
     def _restart(self, reason: Exception) -> None:
         """Begin again from the committed offsets."""
+        self._passed = False
         self._stop_work(set(self._live))
         self._wait_longer(reason)
 
@@ -345,9 +352,10 @@ class Loop:
         if error is None:
             # A rebalance inside the poll leaves messages of partitions that are not live now;
             # they are read again after the claim.
-            topic = str(message.topic()).removeprefix(self._config.topic_prefix)
-            return (topic, message.partition() or 0) in self._live
-        if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            return self._place(message) in self._live
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            self._passed |= self._place(message) in self._live
+        elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
             self._log.warning(
                 "topic missing", reason=error.str(), do="run `starcast topics apply`, once"
             )
@@ -356,6 +364,10 @@ class Loop:
         elif error.code() != KafkaError._PARTITION_EOF:
             self._log.warning("poll", reason=error.str())
         return False
+
+    def _place(self, message: Message) -> Position:
+        topic = str(message.topic()).removeprefix(self._config.topic_prefix)
+        return topic, message.partition() or 0
 
     # -- output ------------------------------------------------------------------------------
 
@@ -561,7 +573,7 @@ class Loop:
         config: dict[str, Any] = {
             "group.id": self._group,
             "enable.auto.commit": False,
-            "auto.offset.reset": "earliest",
+            "auto.offset.reset": "error",  # what retention deleted is counted, never skipped
             "client.id": self._group,
             "isolation.level": "read_committed",
             "queued.max.messages.kbytes": FETCH_KILOBYTES,

@@ -171,7 +171,8 @@ class Scorer:
         )
 
     def idle(self) -> Outcome | None:
-        """Digests that are due; now and then, a look for expired states."""
+        """Digests that are due; now and then, a look at the claims and for expired states."""
+        self._states.check()
         if time.monotonic() > self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_SECONDS
             gone = sum(self._states.expire(each, self._watermark) for each in self._owned)

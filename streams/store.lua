@@ -1,9 +1,17 @@
-#!lua name=starcast
+#!lua name=starcast_VERSION
 
--- A partition's header is a hash: `token` is that of its newest claim, `data` the owner's header.
--- All keys of one call share the header's hash tag, so the functions work in a cluster.
+-- A partition's header is a hash: `token` is that of its newest claim, `data` the owner's header,
+-- `writes` the number of writes. All keys of one call share the header's hash tag, so the
+-- functions work in a cluster.
 
--- KEYS: header. Returns {token, data or false}.
+-- Whether the caller is the owner, and the store has all that the owner has written: a replica
+-- that took over without the last writes has fewer.
+local function owned(header, token, writes)
+  local found = redis.call('HMGET', header, 'token', 'writes')
+  return found[1] == token and (found[2] or '0') == writes
+end
+
+-- KEYS: header. Returns {token, data or false, writes}.
 -- A token is higher than the last and no lower than the clock, so that none comes back after the
 -- store was emptied: a worker from before could pass for the new owner.
 local function claim(keys, args)
@@ -11,43 +19,49 @@ local function claim(keys, args)
   local last = tonumber(redis.call('HGET', keys[1], 'token') or 0)
   local token = string.format('%.0f', math.max(last + 1, now[1] * 1000000 + now[2]))
   redis.call('HSET', keys[1], 'token', token)
-  return {token, redis.call('HGET', keys[1], 'data')}
+  local found = redis.call('HMGET', keys[1], 'data', 'writes')
+  return {token, found[1], found[2] or '0'}
 end
 
--- KEYS: header, key...; ARGV: token. Returns the values, or false when a newer owner has claimed
--- the partition or the store has lost it: then a missing key does not mean that there is no state.
+-- KEYS: header, key...; ARGV: token, writes. Returns the values, or false when the caller is not
+-- the owner or the store has lost something: then a missing key does not mean that there is no
+-- state.
 local function read(keys, args)
-  if redis.call('HGET', keys[1], 'token') ~= args[1] then
+  if not owned(keys[1], args[1], args[2]) then
     return false
+  end
+  if #keys == 1 then
+    return {}
   end
   return redis.call('MGET', unpack(keys, 2))
 end
 
--- KEYS: header, key...; ARGV: token, header data ('' leaves it), value... ('' deletes the key).
--- Returns 1, or 0 when a newer owner has claimed the partition: then nothing is changed.
+-- KEYS: header, key...; ARGV: token, writes, header data ('' leaves it), value... ('' deletes the
+-- key). Returns 1, or 0 when the caller is not the owner or the store has lost something: then
+-- nothing is changed.
 local function write(keys, args)
-  local token = redis.call('HGET', keys[1], 'token')
-  if token ~= args[1] then
+  if not owned(keys[1], args[1], args[2]) then
     return 0
   end
   local pairs_ = {}
   for i = 2, #keys do
-    if args[i + 1] == '' then
+    if args[i + 2] == '' then
       redis.call('DEL', keys[i])
     else
       pairs_[#pairs_ + 1] = keys[i]
-      pairs_[#pairs_ + 1] = args[i + 1]
+      pairs_[#pairs_ + 1] = args[i + 2]
     end
   end
   if #pairs_ > 0 then
     redis.call('MSET', unpack(pairs_))
   end
-  if args[2] ~= '' then
-    redis.call('HSET', keys[1], 'data', args[2])
+  redis.call('HINCRBY', keys[1], 'writes', 1)
+  if args[3] ~= '' then
+    redis.call('HSET', keys[1], 'data', args[3])
   end
   return 1
 end
 
-redis.register_function('starcast_claim', claim)
-redis.register_function{function_name='starcast_read', callback=read, flags={'no-writes'}}
-redis.register_function('starcast_write', write)
+redis.register_function('starcast_claim_VERSION', claim)
+redis.register_function{function_name='starcast_read_VERSION', callback=read, flags={'no-writes'}}
+redis.register_function('starcast_write_VERSION', write)

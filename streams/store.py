@@ -1,18 +1,25 @@
 """The store: states, attributes, vectors and partition headers in Redis or Valkey.
 
 A partition's keys share a hash tag. Only the worker that claimed the partition last may write
-them: each write carries the claim's token, and the store refuses an older one (`store.lua`).
+them: each write carries the claim's token, and the store refuses an older one (`store.lua`). The
+store counts an owner's writes, and refuses an owner whose count is another: a replica that took
+over without the last of them.
 """
 
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 from redis.cluster import RedisCluster
+from redis.exceptions import RedisClusterException
+from redis.sentinel import Sentinel
 
 from schemas.exceptions import UnreachableError
 from streams.config import RedisConfig
@@ -23,9 +30,11 @@ WRITE_KEYS = 500  # keys in one guarded write: 2,000 block the server for 8 ms
 READ_KEYS = 2_000  # keys in one MGET
 ANSWER_SECONDS = 5.0  # a store that hangs must not hold a worker past its session
 CONNECT_SECONDS = 3.0  # a host that drops packets is told from one that is slow
+SENTINEL = "redis+sentinel"  # a URL's scheme: sentinels are asked which server is the primary
+SENTINEL_PORT = 26379
 
 
-@dataclass(frozen=True)
+@dataclass
 class Claim:
     """A worker's right to write one partition, until a newer claim."""
 
@@ -33,6 +42,7 @@ class Claim:
     partition: int
     token: int
     data: bytes | None  # the header that the last owner left
+    writes: int = 0  # calls of `starcast_write` that the partition has seen, this owner's included
 
 
 def connect(config: RedisConfig) -> Any:
@@ -46,11 +56,31 @@ def connect(config: RedisConfig) -> Any:
     try:
         if config.cluster:
             return RedisCluster.from_url(url, **options)
+        if url.startswith(f"{SENTINEL}://"):
+            return _primary(url, options)
         return redis.Redis.from_url(url, **options)
-    except (redis.RedisError, ValueError, OSError) as error:
+    except (redis.RedisError, RedisClusterException, ValueError, OSError) as error:
         raise UnreachableError(
             f"The store's address is no good: {error}. Set STARCAST_REDIS__URL."
         ) from error
+
+
+def _primary(url: str, options: dict[str, Any]) -> Any:
+    """A client of the primary that sentinels name: redis+sentinel://[:password@]a:1,b:2/name[/0]."""
+    parts = urlsplit(url)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = credentials.partition(":")
+    sentinels = [
+        (host, int(port or SENTINEL_PORT))
+        for host, _, port in (each.partition(":") for each in hosts.split(","))
+    ]
+    name, _, database = parts.path.strip("/").partition("/")
+    if not name or not all(host for host, _ in sentinels):
+        raise ValueError(f"{SENTINEL}://HOST:PORT,HOST:PORT/NAME names sentinels and the primary")
+    found = Sentinel(sentinels, sentinel_kwargs=options, **options)
+    return found.master_for(
+        name, db=int(database or 0), username=user or None, password=password or None
+    )
 
 
 class Store:
@@ -92,8 +122,9 @@ class Store:
     def claim(self, kind: bytes, partition: int) -> Claim:
         """Take a partition over from whoever had it, and read the header that they left."""
         with _answering():
-            token, data = self._call("starcast_claim", [self.header_key(kind, partition)], [])
-        return Claim(kind, partition, int(token), data)
+            found = self._call("starcast_claim", [self.header_key(kind, partition)], [])
+        token, data, writes = found
+        return Claim(kind, partition, int(token), data, int(writes))
 
     def header(self, kind: bytes, partition: int) -> bytes | None:
         """A partition's header, without claiming it."""
@@ -105,7 +136,8 @@ class Store:
     ) -> None:
         """Write states in chunks and the header last; an empty value deletes its key.
 
-        Raises `FencedError` when a newer owner has claimed the partition.
+        Raises `FencedError` when a newer owner has claimed the partition, or the store has lost
+        some of what this one wrote.
         """
         header = self.header_key(claim.kind, claim.partition)
         with _answering():
@@ -115,22 +147,29 @@ class Store:
                 done = self._call(
                     "starcast_write",
                     [header, *keys[start : start + WRITE_KEYS]],
-                    [claim.token, data if last else b"", *values[start : start + WRITE_KEYS]],
+                    [
+                        claim.token,
+                        claim.writes,
+                        data if last else b"",
+                        *values[start : start + WRITE_KEYS],
+                    ],
                 )
                 if not done:
                     raise _refused(claim)
+                claim.writes += 1
 
     def read_owned(self, claim: Claim, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of keys of a claimed partition, None where there is none.
 
-        Raises `FencedError` when a newer owner has claimed the partition, or the store has lost it.
+        Without keys it only asks whether the claim holds. Raises `FencedError` when a newer owner
+        has claimed the partition, or the store has lost it or some of what was written to it.
         """
         header = self.header_key(claim.kind, claim.partition)
         values: list[bytes | None] = []
         with _answering():
-            for start in range(0, len(keys), READ_KEYS):
+            for start in range(0, max(len(keys), 1), READ_KEYS):
                 part = keys[start : start + READ_KEYS]
-                found = self._call("starcast_read", [header, *part], [claim.token])
+                found = self._call("starcast_read", [header, *part], [claim.token, claim.writes])
                 if found is None:
                     raise _refused(claim)
                 values += found
@@ -171,20 +210,32 @@ class Store:
 
     def _call(self, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
         """Call a store function; load the library where it is not there yet."""
+        version, library = _library()
+        name = f"{function}_{version}"
         try:
-            return self.client.fcall(function, len(keys), *keys, *arguments)
+            return self.client.fcall(name, len(keys), *keys, *arguments)
         except redis.ResponseError as error:
             if "unction not found" not in str(error):
                 raise
-        library = files("streams").joinpath("store.lua").read_text()
         self.client.function_load(library, replace=True)
-        return self.client.fcall(function, len(keys), *keys, *arguments)
+        return self.client.fcall(name, len(keys), *keys, *arguments)
+
+
+@cache
+def _library() -> tuple[str, str]:
+    """The version of our store functions and their text.
+
+    The version stands in their names, so that workers before and after an upgrade each call theirs.
+    """
+    text = files("streams").joinpath("store.lua").read_text()
+    version = sha256(text.encode()).hexdigest()[:8]
+    return version, text.replace("VERSION", version)
 
 
 def _refused(claim: Claim) -> FencedError:
     return FencedError(
         f"A newer worker has claimed {claim.kind.decode()} partition {claim.partition}, or the "
-        "store was emptied; nothing was written."
+        "store has lost writes (emptied, or failed over); nothing was written."
     )
 
 
@@ -197,7 +248,7 @@ def _answering() -> Generator[None]:
             f"The store is full and, as it must, evicts nothing: {error}. Give it more memory "
             "(maxmemory) or set STARCAST_STATES__EXPIRE_AFTER_DAYS."
         ) from error
-    except (redis.RedisError, OSError) as error:
+    except (redis.RedisError, RedisClusterException, OSError) as error:
         raise StoreError(
             f"The store does not answer: {error}. Check that Redis or Valkey runs where "
             "STARCAST_REDIS__URL says; work goes on when it is back."

@@ -31,6 +31,7 @@ from streams.store import Claim, Store
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
 MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
 MARKER_PAUSE_SECONDS = 0.05
+CHECK_SECONDS = 5.0  # a store that lost what it had is noticed this soon though nothing happens
 MILLISECONDS_A_DAY = 86_400_000
 
 HEADER = np.dtype(
@@ -62,6 +63,7 @@ class UserStates:
         self._archive = archived
         self._config = config
         self._held: dict[int, Held] = {}
+        self._check_at = 0.0
         self._log = structlog.get_logger(__name__)
 
     def __getitem__(self, partition: int) -> Held:
@@ -86,6 +88,17 @@ class UserStates:
         for topic in TOPICS:
             _compare(topic, partition, ends[topic], committed[topic])
         return committed
+
+    def check(self) -> None:
+        """Raise `FencedError` when a claim no longer holds, or the store has lost writes.
+
+        A write would tell, but a partition without events has none.
+        """
+        if time.monotonic() < self._check_at:
+            return
+        self._check_at = time.monotonic() + CHECK_SECONDS
+        for held in self._held.values():
+            self._store.read_owned(held.claim, [])
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions; their next owner reads them from the store."""

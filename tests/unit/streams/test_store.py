@@ -103,6 +103,41 @@ def test_an_owner_from_before_the_store_was_emptied_changes_nothing(store: str) 
     assert mine.read(keys_of(mine, 1)) == [b"new"]
 
 
+def test_a_store_that_lost_the_last_writes_is_noticed(store: str) -> None:
+    """As when a replica takes over before it had them: the token is the same, a state is old."""
+    mine = make(store)
+    claim = mine.claim(KIND, 3)
+    keys = keys_of(mine, 2)
+    mine.write(claim, keys, [b"a", b"b"], b"one")
+    with redis.Redis.from_url(store) as client:
+        header = client.dump(mine.header_key(KIND, 3).decode())
+        mine.write(claim, keys[:1], [b"A"], b"two")
+        assert mine.read_owned(claim, []) == []
+        client.restore(mine.header_key(KIND, 3).decode(), 0, header, replace=True)  # pyright: ignore[reportArgumentType]
+        client.set(keys[0].decode(), b"a")
+    for act in (
+        lambda: mine.read_owned(claim, []),
+        lambda: mine.read_owned(claim, keys),
+        lambda: mine.write(claim, keys[1:], [b"B"], b"three"),
+    ):
+        with pytest.raises(FencedError, match="failed over"):
+            act()
+    assert mine.read(keys) == [b"a", b"b"]
+    again = mine.claim(KIND, 3)
+    assert (again.data, again.writes) == (b"one", 1)
+    mine.write(again, keys, [b"A", b"B"], b"three")
+    assert mine.read_owned(again, keys) == [b"A", b"B"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis+sentinel://127.0.0.1:1", "redis+sentinel:///shop", "redis+sentinel://h:port/shop"],
+)
+def test_a_sentinel_address_that_is_none(url: str) -> None:
+    with pytest.raises(UnreachableError, match="STARCAST_REDIS__URL"):
+        make(url)
+
+
 def test_tokens_rise_though_the_clock_goes_back(store: str) -> None:
     mine = make(store)
     first = mine.claim(KIND, 3)

@@ -285,7 +285,7 @@ def test_states_of_a_store_that_was_emptied_are_not_taken_for_blank(
     states.claim(PARTITION, partition.ends())
     with redis.Redis.from_url(store) as client:
         client.flushall()
-    with pytest.raises(FencedError, match="or the store was emptied"):
+    with pytest.raises(FencedError, match="the store has lost writes"):
         states.read(PARTITION, USERS[:2])
     states.drop([PARTITION])
     states.claim(PARTITION, partition.ends())
