@@ -99,6 +99,10 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
 	$(BIN)/python -m bench.loop $(ARGS)
 
+.PHONY: soak
+soak: setup system kafka-jars ## Play at half the peak and see whether anything grows (MINUTES=60)
+	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60) $(ARGS)
+
 .PHONY: wheel
 wheel: setup ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation
