@@ -35,8 +35,8 @@ Left out: more than one partition and input topic (one transaction commits all o
 at-least-once mode, a store that answers late or not at all (a crash there is worse), retention and
 the archive, expiry, and what features and predictions say. A late look at the metadata may find
 any generation that the member could have; librdkafka gives fewer. A worker that was thrown out
-between `committed` and `recover` may find the store ahead of offsets that are old by then, and ends;
-here it starts again.
+between `committed` and `recover` may find the store ahead of offsets that are old by then, and ends
+with an error; here it starts again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
