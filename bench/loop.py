@@ -37,7 +37,7 @@ from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.admin import apply_topics, client_config
 from streams.catalog import Catalog
-from streams.config import KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
+from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
 from streams.items import Items
 from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, play
@@ -117,7 +117,11 @@ class Bench:
         self._produce(self._sizes.first_events)
         written = self._score("ladder", self._sizes.first_events).transactions
         updates = sum(len(each.outputs.get("item-updates", ())) for each in written)
-        work(lambda metrics: Items(store, prefix, metrics), self._kafka, updates)
+        work(
+            lambda metrics: Items(store, self._kafka, ArchiveConfig(), metrics),
+            self._kafka,
+            updates,
+        )
         store.close()
 
     def _produce(self, count: int) -> int:

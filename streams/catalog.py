@@ -15,16 +15,17 @@ from model.ids import hash_ids
 from model.lookups import Table, table
 from model.state import CATEGORY, ITEM_ATTRIBUTES, from_bytes, to_bytes
 from schemas.records import Item, User
+from streams.claims import Claims, ends
 from streams.inputs import Inputs, split
-from streams.items import header_data, header_offset
 from streams.loop import Outcome, Position
 from streams.metrics import Metrics
 from streams.reader import ITEM_KIND, USER_KIND, partition_keys
-from streams.store import WRITE_KEYS, Claim, Store
+from streams.store import WRITE_KEYS, Store
 
 # Rows and running prices of a batch are one guarded write: a part of it would count prices twice.
 BATCH = WRITE_KEYS - 1  # records in one turn
 LINGER_SECONDS = 0.05
+KINDS = {"items": ITEM_KIND, "users": USER_KIND}  # of attributes, by topic
 PRICES = b"c"  # kind of the running prices of a partition's categories, all under one key
 PRICE_ROW = np.dtype([("category", "<u8"), ("prices", CATEGORY)])
 LONGEST_TITLE = 120  # characters kept beside an item's attributes
@@ -47,24 +48,20 @@ class Catalog:
         self._store = store
         self._prefix = prefix
         self._metrics = metrics
+        self._claims = Claims(store, metrics, self.name)
         self.lag = 0
-        self._claims: dict[tuple[bytes, int], Claim] = {}
 
     def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
         """Claim both kinds of attributes and read on where their headers stand."""
-        starts: dict[str, int] = {}
-        for kind, topic in ((ITEM_KIND, "items"), (USER_KIND, "users")):
-            claim = self._claims[kind, partition] = self._store.claim(kind, partition)
-            starts[topic] = header_offset(claim.data)
-        return starts
+        return {topic: self._claims.claim(kind, partition) for topic, kind in KINDS.items()}
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""
-        gone = set(partitions)
-        self._claims = {key: claim for key, claim in self._claims.items() if key[1] not in gone}
+        self._claims.drop(partitions)
 
     def idle(self) -> Outcome | None:
-        """Nothing."""
+        """Now and then, a look at the claims."""
+        self._claims.check()
         return None
 
     def close(self) -> None:
@@ -73,19 +70,17 @@ class Catalog:
     def process(self, messages: list[Message]) -> Outcome:
         """Describe the items and users of one batch; only the newest record of each counts."""
         inputs, letters = split(messages, self._prefix, self.name)
-        writes: list[tuple[Claim, list[bytes], list[bytes], int]] = []
+        writes: list[tuple[bytes, int, list[bytes], list[bytes], int]] = []
         for topic, each in inputs.items():
-            kind = ITEM_KIND if topic == "items" else USER_KIND
-            for partition, end in _ends(messages, self._prefix + topic).items():
-                keys, values = self._describe(each, kind, partition)
-                writes.append((self._claims[kind, partition], keys, values, end))
+            kind = KINDS[topic]
+            for partition, end in ends(messages, self._prefix + topic).items():
+                writes.append((kind, partition, *self._describe(each, kind, partition), end))
             self._metrics.events.labels(self.name, topic).inc(len(each.messages))
 
         def finish(_: dict[Position, int]) -> None:
             self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
-            for claim, keys, values, end in writes:
-                self._store.write(claim, keys, values, header_data(end))
-                self._metrics.state_writes.labels(self.name, "written").inc(len(keys))
+            for each in writes:
+                self._claims.write(*each)
 
         return Outcome(outputs=letters, finish=finish)
 
@@ -93,22 +88,18 @@ class Catalog:
         self, inputs: Inputs, kind: bytes, partition: int
     ) -> tuple[list[bytes], list[bytes]]:
         """Keys and values to write for one partition; an empty value deletes."""
-        entries = [
-            (id_of(message.key(), record), record, (message.offset() or 0) + 1)
-            for message, record in zip(inputs.messages, inputs.records, strict=True)
-            if message.partition() == partition
-        ]
+        entries = entries_of(inputs, partition)
         names = list(dict.fromkeys(name for name, _, _ in entries))
         keys = partition_keys(self._store, kind, partition, hash_ids(names))
         if kind == USER_KIND:
             newest = {name: (record, version) for name, record, version in entries}
-            return keys, [_user_value(*newest[name]) for name in names]
-        price_key = self._store.key(PRICES, partition, b"")
+            return keys, [user_value(*newest[name]) for name in names]
+        price_key = prices_key(self._store, partition)
         known = dict(zip(names, attributes_of(self._store.read(keys))[:, None], strict=True))
-        prices = _price_table(self._store.read([price_key])[0])
+        prices = price_table(self._store.read([price_key])[0])
         rows, prices = describe_log(entries, known, prices)
         values = {
-            name: _item_value(row, record)
+            name: item_value(row, record)
             for (name, record, _), row in zip(entries, rows, strict=True)
         }
         return [*keys, price_key], [values[name] for name in names] + [_price_data(prices)]
@@ -155,11 +146,27 @@ def _runs(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         yield run
 
 
-def _user_value(user: User | None, version: int) -> bytes:
+def entries_of(inputs: Inputs, partition: int) -> list[Entry]:
+    """The good records of one partition in a batch, in order."""
+    return [
+        (id_of(message.key(), record), record, (message.offset() or 0) + 1)
+        for message, record in zip(inputs.messages, inputs.records, strict=True)
+        if message.partition() == partition
+    ]
+
+
+def prices_key(store: Store, partition: int) -> bytes:
+    """The key of the running prices of a partition's categories."""
+    return store.key(PRICES, partition, b"")
+
+
+def user_value(user: User | None, version: int) -> bytes:
+    """What the store has of a user; empty for one that is deleted."""
     return b"" if user is None else to_bytes(describe_users([user], [version]))[0]
 
 
-def _item_value(row: Rows, item: Item | None) -> bytes:
+def item_value(row: Rows, item: Item | None) -> bytes:
+    """What the store has of an item; empty for one that is deleted."""
     return b"" if item is None else row.tobytes() + (item.title or "")[:LONGEST_TITLE].encode()
 
 
@@ -170,7 +177,8 @@ def id_of(key: bytes | str | None, record: Item | User | None) -> str:
     return key if isinstance(key, str) else (key or b"").decode(errors="replace")
 
 
-def _price_table(data: bytes | None) -> Table:
+def price_table(data: bytes | None) -> Table:
+    """Running prices as the store has them."""
     rows = np.frombuffer(data or b"", PRICE_ROW)
     return table(rows["category"].copy(), rows["prices"].copy())
 
@@ -190,11 +198,3 @@ def attributes_of(values: Sequence[bytes | None]) -> Rows:
     """ITEM_ATTRIBUTES rows (n) of stored values."""
     size = ITEM_ATTRIBUTES.itemsize
     return from_bytes([each and each[:size] for each in values], ITEM_ATTRIBUTES)
-
-
-def _ends(messages: Iterable[Message], topic: str) -> dict[int, int]:
-    return {
-        message.partition() or 0: (message.offset() or 0) + 1
-        for message in messages
-        if message.topic() == topic
-    }

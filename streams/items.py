@@ -1,19 +1,23 @@
 """Items: item updates to item states. The store's header is its offset."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
+import structlog
 from confluent_kafka import Message
 
 from model.state import ITEM, apply_items, from_bytes, to_bytes
 from model.updates import from_updates
+from streams.claims import Claims, ends
+from streams.config import ArchiveConfig, KafkaConfig
 from streams.inputs import split
 from streams.loop import Outcome, Position
 from streams.metrics import Metrics
 from streams.reader import ITEM_STATE, partition_keys
-from streams.store import Claim, Store
+from streams.store import Store
+from streams.tail import archived_end, first_offset, read_archived
 
+TOPIC = "item-updates"
 BATCH = 5_000  # updates in one turn
 LINGER_SECONDS = 0.01  # an item's state is behind its events by little more than this
 
@@ -22,31 +26,42 @@ class Items:
     """One worker's item states, a processor of `streams.loop`."""
 
     name = "items"
-    topics = ("item-updates",)
+    topics = (TOPIC,)
     together = True
     transactional = False
     batch_size = BATCH
     linger_seconds = LINGER_SECONDS
 
-    def __init__(self, store: Store, prefix: str, metrics: Metrics) -> None:
+    def __init__(
+        self, store: Store, kafka: KafkaConfig, archived: ArchiveConfig, metrics: Metrics
+    ) -> None:
         self._store = store
-        self._prefix = prefix
+        self._kafka = kafka
+        self._archive = archived
         self._metrics = metrics
+        self._claims = Claims(store, metrics, self.name)
+        self._log = structlog.get_logger(__name__)
         self.lag = 0
-        self._claims: dict[int, Claim] = {}
 
     def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        """Claim the partition and read on where its header stands."""
-        claim = self._claims[partition] = self._store.claim(ITEM_STATE, partition)
-        return {"item-updates": header_offset(claim.data)}
+        """Claim the partition and read on where its header stands.
+
+        What retention has taken from Kafka is applied from the archive here. Where the archive
+        lacks it too, the start stays before what Kafka has, and the loop counts what is lost.
+        """
+        start = self._claims.claim(ITEM_STATE, partition)
+        if not self._kafka.exactly_once:  # the embedded broker has no retention, nor tells of it
+            return {TOPIC: start}
+        low = first_offset(self._kafka, TOPIC, partition)
+        return {TOPIC: self._catch_up(partition, start, low) if start < low else start}
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""
-        for partition in partitions:
-            self._claims.pop(partition, None)
+        self._claims.drop(partitions)
 
     def idle(self) -> Outcome | None:
-        """Nothing."""
+        """Now and then, a look at the claims."""
+        self._claims.check()
         return None
 
     def close(self) -> None:
@@ -54,12 +69,13 @@ class Items:
 
     def process(self, messages: list[Message]) -> Outcome:
         """Apply one batch of updates; states are written once the dead letters are out."""
-        inputs, letters = split(messages, self._prefix, self.name)
-        updates = inputs["item-updates"]
+        prefix = self._kafka.topic_prefix
+        inputs, letters = split(messages, prefix, self.name)
+        updates = inputs[TOPIC]
         partitions, offsets = updates.partitions(), updates.offsets()
         deltas = from_updates(updates.records)
         written: list[tuple[int, list[bytes], list[bytes], int]] = []
-        for partition, end in _ends(messages).items():
+        for partition, end in ends(messages, prefix + TOPIC).items():
             mine = partitions == partition
             items, index = np.unique(deltas["item"][mine], return_inverse=True)
             keys = partition_keys(self._store, ITEM_STATE, partition, items)
@@ -70,23 +86,25 @@ class Items:
         def finish(_: dict[Position, int]) -> None:
             self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
             for partition, keys, values, end in written:
-                self._store.write(self._claims[partition], keys, values, header_data(end))
-                self._metrics.state_writes.labels(self.name, "written").inc(len(keys))
+                self._claims.write(ITEM_STATE, partition, keys, values, end)
             self._metrics.events.labels(self.name, "update").inc(len(deltas))
 
         return Outcome(outputs=letters, finish=finish)
 
+    def _catch_up(self, partition: int, start: int, low: int) -> int:
+        """Apply archived updates from `start` on; where to read on in Kafka, which begins at `low`.
 
-def header_offset(data: bytes | None) -> int:
-    """The next offset to read, as a header of one topic keeps it."""
-    return int(data) if data else 0
-
-
-def header_data(offset: int) -> bytes:
-    """The header of one topic."""
-    return b"%d" % offset
-
-
-def _ends(messages: Iterable[Any]) -> dict[int, int]:
-    """By partition, the next offset after these messages."""
-    return {message.partition(): message.offset() + 1 for message in messages}
+        Item updates are written by our own scorer, so none of them is a dead letter; one that
+        cannot be read is left out, as a dead letter is, and told in the log.
+        """
+        reached = start
+        for messages in read_archived(self._kafka, self._archive, TOPIC, partition, start, low):
+            outcome = self.process(messages)
+            assert outcome.finish is not None
+            outcome.finish({})
+            reached = (messages[-1].offset() or 0) + 1
+            if outcome.outputs:
+                self._log.error("left out", partition=partition, updates=len(outcome.outputs))
+        self._log.info("caught up", partition=partition, first=start, end=reached, kafka=low)
+        # Ends of transactions have offsets, but no rows: an archive that goes on has all before.
+        return low if archived_end(self._archive, TOPIC, partition) >= low else reached

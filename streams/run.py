@@ -167,7 +167,7 @@ def _make(name: str, shared: _Shared, slot: int) -> Processor:
                 settings.scorer, prefix, store, Reader(store), shared.models, metrics, worker
             )
         case "items":
-            return Items(store, prefix, metrics)
+            return Items(store, settings.kafka, settings.archive, metrics)
         case "catalog":
             return Catalog(store, prefix, metrics)
         case "texts":

@@ -1,11 +1,17 @@
-"""Reading a topic outside any consumer group: to its end, or for as long as it grows."""
+"""Reading a topic outside any consumer group: to its end, or for as long as it grows.
+
+And what stands before and beside it in the archive: retention and compaction take records away.
+"""
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
+from heapq import merge
+from itertools import chain, groupby, islice
 from typing import Literal
 
+import polars as pl
 from confluent_kafka import (
     OFFSET_BEGINNING,
     OFFSET_END,
@@ -16,6 +22,8 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from schemas import archive
+from schemas.topics import BY_NAME
 from streams.admin import (
     REQUEST_SECONDS,
     TopicError,
@@ -24,12 +32,13 @@ from streams.admin import (
     topic_name,
     unreachable,
 )
-from streams.config import KafkaConfig
+from streams.config import ArchiveConfig, KafkaConfig
 
 WAIT_SECONDS = 0.2  # a stop, or the end of a silent topic, is noticed this soon
 STALL_SECONDS = 60.0  # a broker that goes away meanwhile would leave a reader waiting for the end
 LONG_POLL_MS, SHORT_POLL_MS = 500, 20  # the end of a partition is told only after one
 BATCH = 1_000
+ARCHIVED_ROWS = 20_000  # archived rows in memory at once
 
 Start = Literal["beginning", "end"] | datetime | Mapping[int, int]
 """A mapping holds the offset to begin at of each partition; those that it lacks begin at 0."""
@@ -40,14 +49,16 @@ def read_topic(
     topic: str,
     *,
     start: Start = "beginning",
+    partitions: Collection[int] | None = None,
     follow: bool = False,
     stop: threading.Event | None = None,
 ) -> Iterator[list[Message]]:
     """Batches of a topic's committed messages; of one partition they come in order.
 
-    `topic` is without the prefix in settings. Ends when every partition has once been read
-    to its end, or, when it is to `follow`, only with `stop`; then batches may be empty. Raises
-    UnreachableError when no broker answers and TopicError when there is no such topic.
+    `topic` is without the prefix in settings; `partitions` are all when left out. Ends when every
+    partition has once been read to its end, or, when it is to `follow`, only with `stop`; then
+    batches may be empty. Raises UnreachableError when no broker answers and TopicError when there
+    is no such topic.
     """
     stop = stop or threading.Event()
     name = topic_name(kafka, topic)
@@ -71,7 +82,7 @@ def read_topic(
         )
     )
     try:
-        left = set(found.partitions)
+        left = set(found.partitions if partitions is None else partitions)
         consumer.list_topics(name, REQUEST_SECONDS)  # else its leaders are found half a second late
         moved = time.monotonic()
         consumer.assign(_positions(consumer, name, sorted(left), start))
@@ -93,6 +104,84 @@ def read_topic(
                 yield batch
     finally:
         consumer.close()
+
+
+def first_offset(kafka: KafkaConfig, topic: str, partition: int) -> int:
+    """Where a partition begins: what stood before, retention has taken."""
+    consumer = Consumer(client_config(kafka, group_id=f"{kafka.group_id}-reader"))
+    try:
+        where = TopicPartition(topic_name(kafka, topic), partition)
+        return consumer.get_watermark_offsets(where, REQUEST_SECONDS)[0]
+    finally:
+        consumer.close()
+
+
+def read_log(
+    kafka: KafkaConfig, archived: ArchiveConfig, topic: str, partition: int
+) -> Iterator[list[Message]]:
+    """Batches of all that is left of one partition, up to its stable end, in order.
+
+    What retention has taken from Kafka comes from the archive, and so does what compaction has.
+    """
+    low = first_offset(kafka, topic, partition)
+    if BY_NAME[topic].cleanup == "delete":
+        yield from read_archived(kafka, archived, topic, partition, 0, low)
+        yield from read_topic(kafka, topic, start={partition: low}, partitions=[partition])
+        return
+    both = merge(
+        chain.from_iterable(read_archived(kafka, archived, topic, partition)),
+        chain.from_iterable(read_topic(kafka, topic, partitions=[partition])),
+        key=_offset,
+    )
+    distinct = (next(same) for _, same in groupby(both, _offset))
+    while batch := list(islice(distinct, BATCH)):
+        yield batch
+
+
+def read_archived(
+    kafka: KafkaConfig,
+    archived: ArchiveConfig,
+    topic: str,
+    partition: int,
+    start: int = 0,
+    end: int | None = None,
+) -> Iterator[list[Message]]:
+    """Batches of a partition's archived rows from `start` to before `end`, as messages."""
+    options = _options(archived)
+    frame = archive.read(archived.url, topic, options, partitions=[partition])
+    wanted = pl.col("kafka_offset") >= start
+    if end is not None:
+        wanted &= pl.col("kafka_offset") < end
+    offsets = frame.filter(wanted).select("kafka_offset").collect()["kafka_offset"]
+    for at in range(0, len(offsets), ARCHIVED_ROWS):
+        chunk = offsets[at : at + ARCHIVED_ROWS]
+        span = pl.col("kafka_offset").is_between(chunk[0], chunk[-1])
+        yield [
+            Message(
+                topic=topic_name(kafka, topic),
+                partition=partition,
+                offset=offset,
+                key=key,
+                value=value,
+            )
+            for offset, key, value in frame.filter(span)
+            .select("kafka_offset", "kafka_key", "kafka_value")
+            .collect()
+            .iter_rows()
+        ]
+
+
+def archived_end(archived: ArchiveConfig, topic: str, partition: int) -> int:
+    """The offset after a partition's last archived row; 0 where there is none."""
+    return archive.positions(archived.url, topic, _options(archived)).get(partition, 0)
+
+
+def _offset(message: Message) -> int:
+    return message.offset() or 0
+
+
+def _options(archived: ArchiveConfig) -> dict[str, str]:
+    return {name: value.get_secret_value() for name, value in archived.options.items()}
 
 
 def _positions(

@@ -3,11 +3,15 @@
 An item's text becomes a vector in the store, kept under encoder and text hash for good. A review's
 text becomes a distribution over stars: a predicted rating of kind `review` and text features for
 its user. It has a group of its own, so however slow it is, the scorer never waits for it.
+
+A header in the store says, for an encoder and a partition of `items`, up to which offset there are
+vectors. When the store has lost some, or the encoder is another, `items` is read from there again;
+what has a vector already is not encoded again.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,8 +26,10 @@ from model.engine import Engine
 from model.ids import hash_ids
 from schemas.codec import encode_columns, format_times, time_ms
 from schemas.records import Review
+from streams.claims import ends, header_data, header_offset
 from streams.config import ModelsConfig, TextsConfig
 from streams.digests import NO_TIER, Digests, Scored
+from streams.exceptions import StoreError
 from streams.inputs import Inputs, split
 from streams.loop import Outcome, OutputBatch, Position
 from streams.metrics import Metrics
@@ -35,6 +41,7 @@ from streams.store import Store
 LINGER_SECONDS = 0.02
 NORMAL_80 = 1.2816  # deviations around the mean that hold 80% of a normal distribution
 MILLISECONDS_A_DAY = 86_400_000
+CHECK_SECONDS = 5.0  # a store that lost its vectors, and a new encoder, are noticed this soon
 STARS = np.arange(1.0, 6.0)
 
 
@@ -68,17 +75,33 @@ class Texts:
         self._digests = Digests(worker, "review", digest_seconds)
         self._loaded: tuple[Serving, TextEncoder] | None = None
         self._engine: Engine[str, NDArray[np.float32]] | None = None
+        # By partition of `items`: under which encoder it is read, and how far its vectors reach.
+        self._reached: dict[int, tuple[str, int]] = {}
+        self._check_at = 0.0
         self.lag = 0
 
     def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        """Nothing is claimed: a vector never changes under its key."""
-        return committed
+        """Where to read on: `items` from where its vectors end, if that is before the commit.
+
+        Nothing is claimed in the store: a vector never changes under its key.
+        """
+        if "items" not in committed:
+            return committed
+        used = self._models.serving.encoder_hash
+        (reached,) = self._headers(used, [partition])
+        self._reached[partition] = used, reached
+        return committed | {"items": min(committed["items"], reached)} if used else committed
 
     def drop(self, partitions: Iterable[int]) -> None:
-        """Nothing is held."""
+        """Forget how far vectors reach."""
+        for partition in partitions:
+            self._reached.pop(partition, None)
 
     def idle(self) -> Outcome | None:
-        """Digests that are due."""
+        """Digests that are due; now and then, a look at the vectors' headers."""
+        if time.monotonic() > self._check_at:
+            self._check_at = time.monotonic() + CHECK_SECONDS
+            self._check(self._models.serving, self._reached)
         digests = self._digests.due(self.lag)
         return Outcome(outputs=digests) if digests else None
 
@@ -92,10 +115,13 @@ class Texts:
 
         Bad records are left to the processors that own their topics, which make them dead letters.
         Vectors are stored before the commit: after it, a store that is gone would lose them, and
-        stored twice they are the same.
+        stored twice they are the same. Raises `StoreError` when the store has lost vectors or the
+        encoder is another than at the claim: then the loop claims again.
         """
         inputs, _ = split(messages, self._prefix, self.name)
         serving = self._models.serving
+        reached = ends(messages, self._prefix + "items")
+        self._check(serving, reached)
         text_encoder = self._encoder(serving)
         counts = Counter[str]()
         batches: list[OutputBatch] = []
@@ -105,6 +131,7 @@ class Texts:
         else:
             vectors = self._encode_items(text_encoder, inputs.get("items"), counts)
             self._store.put(*vectors)
+            self._reach(serving.encoder_hash, reached)
             reviews = inputs.get("reviews")
             batches, scored = self._encode_reviews(serving, text_encoder, reviews, counts)
 
@@ -115,6 +142,31 @@ class Texts:
                 self._digests.add(scored)
 
         return Outcome(batches=batches, finish=finish)
+
+    def _headers(self, used: str, partitions: Sequence[int]) -> list[int]:
+        """The next offset of each partition of `items` whose vectors are not there yet."""
+        return [
+            header_offset(each) for each in self._store.read(self._header_keys(used, partitions))
+        ]
+
+    def _header_keys(self, used: str, partitions: Iterable[int]) -> list[bytes]:
+        return [self._store.plain_key(f"texts:{used}:{each}") for each in partitions]
+
+    def _check(self, serving: Serving, partitions: Iterable[int]) -> None:
+        """Raise `StoreError` when `items` has to be read again."""
+        held = {each: self._reached[each] for each in partitions if each in self._reached}
+        if any(used != serving.encoder_hash for used, _ in held.values()):
+            raise StoreError("Another encoder serves: items are read again for its vectors.")
+        if serving.encoder_hash and held:
+            found = self._headers(serving.encoder_hash, list(held))
+            if any(now < known for now, (_, known) in zip(found, held.values(), strict=True)):
+                raise StoreError("The store has lost vectors: items are read again for them.")
+
+    def _reach(self, used: str, reached: dict[int, int]) -> None:
+        """Write the headers; their vectors are there by now."""
+        mine = {partition: end for partition, end in reached.items() if partition in self._reached}
+        self._store.put(self._header_keys(used, mine), [header_data(end) for end in mine.values()])
+        self._reached |= {partition: (used, end) for partition, end in mine.items()}
 
     def _encoder(self, serving: Serving) -> TextEncoder | None:
         """The serving model's encoder, loaded when it has changed."""

@@ -156,7 +156,7 @@ def test_an_owner_that_was_replaced_changes_nothing(store: str) -> None:
         outcome.finish({})
     assert stored(new, "a") == [None]
     old.drop([0])
-    assert old._claims == {}
+    assert old._claims._held == {}
 
 
 entries = st.lists(
@@ -240,8 +240,8 @@ def _keep_in(catalog: Catalog, held: dict[bytes, bytes]) -> None:
 
     def call(function: str, keys: list[bytes], arguments: list[Any]) -> Any:
         if function == "starcast_claim":
-            return [1, held.get(keys[0])]
-        for key, value in zip(keys, arguments[1:], strict=True):
+            return [1, held.get(keys[0]), 0]
+        for key, value in zip(keys, arguments[2:], strict=True):
             if value:
                 held[key] = value
             else:

@@ -1,12 +1,14 @@
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
 from confluent_kafka import Message
+from deltalake import write_deltalake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -15,11 +17,14 @@ from pydantic import SecretStr
 from model.events import REVIEW, VIEW, Rows
 from model.ids import hash_ids, partitions_of
 from model.state import ITEM, LAYOUT_HASH, from_bytes
+from schemas import archive
+from schemas.archive import Row
 from schemas.codec import encode
 from schemas.records import DeadLetter, ItemUpdate, UpdateSource
-from streams.config import RedisConfig
+from streams.claims import header_data, header_offset
+from streams.config import ArchiveConfig, KafkaConfig, RedisConfig
 from streams.exceptions import FencedError
-from streams.items import Items, header_data, header_offset
+from streams.items import Items
 from streams.metrics import make_metrics
 from streams.reader import ITEM_STATE, store_keys
 from streams.store import Claim, Store
@@ -29,9 +34,19 @@ TIME = datetime(2026, 1, 1, tzinfo=UTC)
 PARTITIONS = 4
 
 
-def make(url: str, prefix: str = "shop") -> Items:
+@pytest.fixture(autouse=True)
+def low(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Where partitions begin in Kafka; 0 for those that are not in it."""
+    first: dict[int, int] = {}
+    monkeypatch.setattr("streams.items.first_offset", lambda *where: first.get(where[-1], 0))
+    return first
+
+
+def make(url: str, prefix: str = "shop", archived_at: str = "nowhere") -> Items:
     store = Store(RedisConfig(url=SecretStr(url), key_prefix=prefix), LAYOUT_HASH, PARTITIONS)
-    return Items(store, PREFIX, make_metrics(CollectorRegistry()))
+    kafka = KafkaConfig(topic_prefix=PREFIX)
+    archived = ArchiveConfig(url=archived_at)
+    return Items(store, kafka, archived, make_metrics(CollectorRegistry()))
 
 
 def update(item: str, **changes: Any) -> ItemUpdate:
@@ -141,7 +156,67 @@ def test_an_owner_that_was_replaced_changes_nothing(store: str) -> None:
         outcome.finish({})
     assert not states(new, "a")["offset"].any()
     old.drop(range(PARTITIONS))
-    assert old._claims == {}
+    assert old._claims._held == {}
+
+
+def archived(folder: Path, updates: Sequence[ItemUpdate], first: int = 0) -> str:
+    """An archive whose partition 0 has these updates from an offset on."""
+    rows = [Row(0, first + at, 0, b"k", encode(each)) for at, each in enumerate(updates)]
+    write_deltalake(str(folder / "item-updates"), archive.table("item-updates", rows))
+    return str(folder)
+
+
+def of_partition_0(count: int) -> list[str]:
+    names = (f"item {number}" for number in range(1_000))
+    return [name for name in names if partition_of(name) == 0][:count]
+
+
+def test_what_retention_has_taken_comes_from_the_archive(
+    store: str, low: dict[int, int], tmp_path: Path
+) -> None:
+    a, b = of_partition_0(2)
+    log = [update(a), update(b), update(a), update(a)]
+    items = make(store, archived_at=archived(tmp_path, log))
+    items.claim(0, {})
+    work(items, [message("item-updates", log[0], 0, 0)])
+    low[0] = 3
+    assert items.claim(0, {}) == {"item-updates": 3}  # 1 and 2 are applied, 3 is in Kafka
+    assert states(items, a, b)["rating_count"].tolist() == [2, 1]
+    low[0] = 4
+    assert items.claim(0, {}) == {"item-updates": 4}
+    assert states(items, a, b)["rating_count"].tolist() == [3, 1]
+
+
+def test_what_the_archive_lacks_too_is_left_for_the_loop_to_count(
+    store: str, low: dict[int, int], tmp_path: Path
+) -> None:
+    (a,) = of_partition_0(1)
+    items = make(store, archived_at=archived(tmp_path, [update(a)] * 3))
+    low[0] = 5
+    assert items.claim(0, {}) == {"item-updates": 3}
+    assert states(items, a)["rating_count"] == 3
+    low[0] = 9
+    assert make(store, "other", str(tmp_path / "none")).claim(0, {}) == {"item-updates": 0}
+
+
+def test_an_end_of_a_transaction_is_no_loss(
+    store: str, low: dict[int, int], tmp_path: Path
+) -> None:
+    """It has an offset, 0 here, but no row."""
+    (a,) = of_partition_0(1)
+    items = make(store, archived_at=archived(tmp_path, [update(a)] * 2, first=1))
+    low[0] = 1
+    assert items.claim(0, {}) == {"item-updates": 1}
+
+
+def test_a_store_that_was_emptied_is_noticed_though_nothing_comes(store: str) -> None:
+    items = make(store)
+    claim_all(items)
+    assert items.idle() is None
+    items._store.client.flushall()
+    items._claims._check_at = 0
+    with pytest.raises(FencedError):
+        items.idle()
 
 
 @settings(
