@@ -64,36 +64,38 @@ def decode(
     """
     validate = _adapter(_record_type(topic)).validate_python
     loads = orjson.loads
-    try:
-        return Decoded(validate([loads(value) for value in values]))  # type: ignore[arg-type]
-    except (orjson.JSONDecodeError, ValidationError):
-        pass
-
     faults: dict[int, tuple[str | None, str]] = {}
     tombstones: list[int] = []
-    parsed: dict[int, Any] = {}
-    for index, value in enumerate(values):
-        if value is None:
-            if topic.cleanup == "compact":
-                tombstones.append(index)
-            else:
-                faults[index] = (None, "null value; only a compacted topic takes one")
-            continue
-        try:
-            parsed[index] = loads(value)
-        except orjson.JSONDecodeError as error:
-            faults[index] = (None, f"not JSON in UTF-8: {error.msg} at byte {error.pos}")
-
-    records: list[Record | None] = [None] * len(values)
-    indices = list(parsed)
+    indices: Sequence[int] = range(len(values))
     try:
-        good = validate(list(parsed.values()))
+        parsed: list[Any] = [loads(value) for value in values]  # type: ignore[arg-type]
+    except orjson.JSONDecodeError:
+        indices, parsed = [], []
+        for index, value in enumerate(values):
+            if value is None:
+                if topic.cleanup == "compact":
+                    tombstones.append(index)
+                else:
+                    faults[index] = (None, "null value; only a compacted topic takes one")
+                continue
+            try:
+                parsed.append(loads(value))
+            except orjson.JSONDecodeError as error:
+                faults[index] = (None, f"not JSON in UTF-8: {error.msg} at byte {error.pos}")
+            else:
+                indices.append(index)
+
+    try:
+        good = validate(parsed)
     except ValidationError as error:
         details = _first_faults(error)
         faults |= {indices[at]: (_path(found), _reason(found)) for at, found in details.items()}
         fine = [at not in details for at in range(len(indices))]
         indices = list(compress(indices, fine))
-        good = validate(list(compress(parsed.values(), fine)))
+        good = validate(list(compress(parsed, fine)))
+    if len(good) == len(values):
+        return Decoded(good)
+    records: list[Record | None] = [None] * len(values)
     for index, record in zip(indices, good, strict=True):
         records[index] = record
 
