@@ -1,30 +1,50 @@
 """Dead letters: what could not be used, with all that is needed to send it again.
 
 `redrive` sends a letter's record to the topic that it came from, with its key and headers. A
-header counts the attempts, so a record that fails again returns with its history.
+header counts the attempts, so a record that fails again returns with its history. In the same
+transaction it writes a *mark* to `dead-letters`: a null value with the letter's position in a
+header. A letter that is marked has been sent and is left alone from then on.
 """
 
 import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
+import orjson
 import structlog
-from confluent_kafka import Message
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from schemas.codec import decode, encode
-from schemas.records import DeadLetter, Header, Source, format_time
-from schemas.topics import BY_NAME
+from schemas.codec import decode
+from schemas.exceptions import ContractError
+from schemas.records import DeadLetter, format_time
+from schemas.topics import BY_NAME, LARGEST_MESSAGE
+from streams.admin import TopicError, client_config, reach, refused_option, topic_name
 from streams.config import KafkaConfig
+from streams.exceptions import BrokerError
 from streams.loop import Output
-from streams.producer import Outgoing, Sender, Sent
+from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent
 from streams.tail import read_topic
 
 HEADER_PREFIX = "starcast-"
 ATTEMPTS_HEADER = "starcast-attempts"
 FIRST_FAILED_HEADER = "starcast-first-failed-at"
-REDRIVEN_HEADER = "starcast-redriven-from"
+REDRIVEN_HEADER = "starcast-redriven-from"  # of a record sent again: its letter's position
+MARK_HEADER = "starcast-redriven"  # of a mark: the position of the letter that was sent
 
+BUNCH_LETTERS = 500  # letters in one transaction
+BUNCH_CHARACTERS = 16 * 1024 * 1024  # of their values: bounds the memory that a bunch takes
+OVERHEAD_BYTES = 128  # of a record in its batch, at most
+TRANSACTION_SECONDS = 60.0  # a redrive that was killed blocks readers no longer than this
+
+# What a producer and its records are told once a newer one has its transactional id.
+_FENCED = (
+    KafkaError._FENCED,  # pyright: ignore[reportPrivateUsage]
+    KafkaError._PURGE_QUEUE,  # pyright: ignore[reportPrivateUsage]
+    KafkaError._PURGE_INFLIGHT,  # pyright: ignore[reportPrivateUsage]
+    KafkaError.INVALID_PRODUCER_EPOCH,
+)
 _LOG = structlog.get_logger(__name__)
 
 
@@ -45,21 +65,28 @@ def dead_letter(
     history = dict(headers)
     attempts = history.get(ATTEMPTS_HEADER)
     first = history.get(FIRST_FAILED_HEADER)
-    now = datetime.now(UTC)
-    letter = DeadLetter(
-        key=_text(message.key()),
-        value=_text(message.value()),
-        headers=[Header(key=name, value=_text(value)) for name, value in headers],
-        source=Source(
-            topic=topic, partition=message.partition() or 0, offset=message.offset() or 0
-        ),
-        processor=processor,
-        reason=reason,
-        field=field,
-        first_failed_at=_time(first) or now,
-        attempts=_count(attempts) + 1,
-    )
-    return Output("dead-letters", topic.encode(), encode(letter))
+    failed_at = _time(first) or datetime.now(UTC)
+    # A flood of bad records comes through here: a plain dict costs a third of a DeadLetter.
+    letter: dict[str, Any] = {
+        "key": _text(message.key()),
+        "value": _text(message.value()),
+        "headers": [_present(key=name, value=_text(value)) for name, value in headers],
+        "source": {
+            "topic": topic,
+            "partition": message.partition() or 0,
+            "offset": message.offset() or 0,
+        },
+        "processor": processor,
+        "reason": reason,
+        "field": field,
+        "first_failed_at": format_time(failed_at),
+        "attempts": _count(attempts) + 1,
+    }
+    return Output("dead-letters", topic.encode(), orjson.dumps(_present(**letter)))
+
+
+def _present(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _count(value: bytes | str | None) -> int:
@@ -83,6 +110,7 @@ class Letter:
     partition: int
     offset: int
     letter: DeadLetter
+    redriven: bool = False  # it is marked as sent again
 
     @property
     def position(self) -> str:
@@ -114,31 +142,211 @@ class Wanted:
         )
 
 
-def read_letters(kafka: KafkaConfig, wanted: Wanted | None = None) -> Iterator[Letter]:
+def read_letters(
+    kafka: KafkaConfig, wanted: Wanted | None = None, redriven: bool = False
+) -> Iterator[Letter]:
     """The letters that are meant, in order, up to the end of the topic as it is now.
 
-    Left out are letters of records that were redriven and failed again, since a newer letter tells
-    of them; and, with a line in the log, what lies in the topic but is no dead letter. What fails
-    while the letters are taken is not among them. Raises UnreachableError.
+    Left out are letters that are marked as sent again, unless `redriven`; letters of records that
+    were sent again and failed again, since a newer letter tells of them; and, with a line in the
+    log, what lies in the topic but is no dead letter. What fails while the letters are taken is
+    not among them. Raises UnreachableError.
     """
+    marked: set[str] = set()
     told_again: set[str | None] = set()
     last: dict[int, int] = {}
-    for letter in _all_letters(kafka):
-        told_again.add(_redriven_from(letter.letter))
-        last[letter.partition] = letter.offset
-    for letter in _all_letters(kafka):
-        if letter.offset > last.get(letter.partition, -1) or letter.position in told_again:
+    for each in _entries(kafka):
+        if isinstance(each, str):
+            marked.add(each)
             continue
-        if wanted is None or wanted.takes(letter):
+        told_again.add(_redriven_from(each.letter))
+        last[each.partition] = each.offset
+    for each in _entries(kafka, quiet=True):
+        if (
+            isinstance(each, str)
+            or each.offset > last.get(each.partition, -1)
+            or each.position in told_again
+        ):
+            continue
+        letter = Letter(each.partition, each.offset, each.letter, each.position in marked)
+        if (redriven or not letter.redriven) and (wanted is None or wanted.takes(letter)):
             yield letter
 
 
-def redrive(kafka: KafkaConfig, letters: Iterable[Letter]) -> Sent:
-    """Sends each letter's record to the topic it came from; raises UnreachableError."""
-    sender = Sender(kafka)
+def redrive(kafka: KafkaConfig, wanted: Wanted | None = None, again: bool = False) -> Sent:
+    """Sends each wanted letter's record to the topic it came from, and marks the letter.
+
+    Records and marks of a bunch of letters are one transaction, so a letter is sent once however
+    often this is called; marked letters are sent only when asked for `again`. Letters are sent in
+    their order, so the records of one key keep theirs. A second redrive fences the first before
+    it reads which letters are marked. Where Kafka has no transactions (`exactly_once` is off),
+    marks are written once the records are acknowledged: what is cut off in between is sent again
+    by the next call. A record that is too large is counted as failed and left unmarked.
+
+    Raises UnreachableError, TopicError for a source topic that is missing, and BrokerError when
+    Kafka ends a transaction: for the one of two redrives that was fenced, above all.
+    """
+    sender = _Redriver(kafka)
+    for bunch in _bunches(read_letters(kafka, wanted, again)):
+        sender.send(bunch)
+    return sender.report
+
+
+class _Redriver:
+    """Sends bunches of letters, each with its marks."""
+
+    def __init__(self, kafka: KafkaConfig) -> None:
+        self.report = Sent()
+        self._kafka = kafka
+        self._transactional_id = f"{kafka.topic_prefix}{kafka.group_id}-redrive"
+        self._present = set(reach(kafka).list_topics(timeout=DELIVERY_SECONDS).topics)
+        options: dict[str, Any] = {
+            "acks": "all",
+            "enable_idempotence": True,  # it keeps the order, too
+            "partitioner": "murmur2_random",
+            "message_max_bytes": LARGEST_MESSAGE,
+        }
+        if kafka.exactly_once:
+            options["transactional_id"] = self._transactional_id
+            options["transaction_timeout_ms"] = int(TRANSACTION_SECONDS * 1_000)
+        else:
+            options["message_timeout_ms"] = int(DELIVERY_SECONDS * 1_000)
+        try:
+            self._producer = Producer(client_config(kafka, **options))
+        except KafkaException as problem:
+            raise refused_option(problem) from None
+        if kafka.exactly_once:
+            try:
+                self._producer.init_transactions(FLUSH_SECONDS)
+            except KafkaException as problem:
+                raise BrokerError(
+                    f"Kafka gives no transactions to {self._transactional_id}: {problem}. Set "
+                    "STARCAST_KAFKA__EXACTLY_ONCE=false for a broker without them."
+                ) from problem
+
+    def send(self, letters: list[Letter]) -> None:
+        """Send the records of some letters and mark them."""
+        lot: list[tuple[Letter, Outgoing, str]] = []
+        for letter in letters:
+            record = redriven(letter)
+            name = self._existing(record.topic)
+            self.report.sent[record.topic] += 1
+            if _size(record) > BY_NAME[record.topic].largest_message:
+                # Told here, since a record that Kafka refuses spoils its whole transaction.
+                self.report.failed["too large for its topic, with the headers of its history"] += 1
+            else:
+                lot.append((letter, record, name))
+        if not self._kafka.exactly_once:
+            self._deliver(lot)
+        elif lot:
+            self._transact(lot)
+
+    def _transact(self, lot: list[tuple[Letter, Outgoing, str]]) -> None:
+        """Records and marks in one transaction."""
+        failed: list[KafkaError] = []
+
+        def settle(error: KafkaError | None, _: Message | None) -> None:
+            if error is not None:
+                failed.append(error)
+
+        try:
+            self._producer.begin_transaction()
+            for letter, record, name in lot:
+                self._produce(name, record, settle)
+                self._produce(topic_name(self._kafka, "dead-letters"), _mark(letter), settle)
+            self._producer.commit_transaction(FLUSH_SECONDS)
+        except KafkaException as problem:
+            raise self._ended([*failed, problem.args[0]]) from problem
+        for _, record, _ in lot:
+            self.report.delivered[record.topic] += 1
+
+    def _ended(self, errors: list[KafkaError]) -> BrokerError:
+        """What to tell of a transaction that was not committed; Kafka aborts it by itself."""
+        done = f"{self.report.delivered.total()} records were sent and are marked, the rest waits."
+        if all(error.code() in _FENCED for error in errors):
+            return BrokerError(
+                f"Another redrive of this prefix and group has begun and goes on in this one's "
+                f"place: {done} When the other has ended, run this again for what is left."
+            )
+        reason = next(error.str() for error in errors if error.code() not in _FENCED)
+        return BrokerError(f"Kafka does not take what is sent again: {reason}. {done}")
+
+    def _deliver(self, lot: list[tuple[Letter, Outgoing, str]]) -> None:
+        """Records, then the marks of those that were acknowledged."""
+        taken: list[Letter] = []
+
+        def settle(letter: Letter, error: KafkaError | None) -> None:
+            if error is None:
+                taken.append(letter)
+                self.report.delivered[letter.letter.source.topic] += 1
+            else:
+                self.report.failed[error.str()] += 1
+
+        for letter, record, name in lot:
+            self._produce(name, record, lambda error, _, letter=letter: settle(letter, error))
+        self._flush()
+        for letter in taken:
+            self._produce(topic_name(self._kafka, "dead-letters"), _mark(letter), None)
+        self._flush()
+
+    def _produce(self, name: str, record: Outgoing, settle: Any) -> None:
+        while True:
+            try:
+                self._producer.produce(
+                    name,
+                    key=record.key,
+                    value=record.value,
+                    headers=list(record.headers),
+                    on_delivery=settle,
+                )
+            except BufferError:
+                self._producer.poll(0.1)
+            else:
+                return
+
+    def _flush(self) -> None:
+        if left := self._producer.flush(FLUSH_SECONDS):
+            raise BrokerError(
+                f"Kafka acknowledged all but {left} records within {FLUSH_SECONDS:g} s. Run it "
+                "again when Kafka answers; some records may then come twice."
+            )
+
+    def _existing(self, topic: str) -> str:
+        """A source topic's name on the cluster."""
+        if topic not in BY_NAME:
+            raise ContractError(f"There is no topic {topic!r}; topics are: {', '.join(BY_NAME)}.")
+        name = topic_name(self._kafka, topic)
+        if name not in self._present:
+            raise TopicError(
+                f"Topic {name} does not exist at {self._kafka.bootstrap_servers}. "
+                "Make all topics with `starcast topics apply`."
+            )
+        return name
+
+
+def _bunches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:
+    bunch: list[Letter] = []
+    characters = 0
     for letter in letters:
-        sender.send(redriven(letter))
-    return sender.finish()
+        bunch.append(letter)
+        characters += len(letter.letter.value or "")
+        if len(bunch) >= BUNCH_LETTERS or characters >= BUNCH_CHARACTERS:
+            yield bunch
+            bunch, characters = [], 0
+    if bunch:
+        yield bunch
+
+
+def _size(record: Outgoing) -> int:
+    """Bytes that a record takes in Kafka, at most."""
+    headers = sum(len(name.encode()) + len(value or b"") for name, value in record.headers)
+    return len(record.key or b"") + len(record.value or b"") + headers + OVERHEAD_BYTES
+
+
+def _mark(letter: Letter) -> Outgoing:
+    """What says in `dead-letters` that a letter's record was sent again."""
+    key = letter.letter.source.topic.encode()
+    return Outgoing("dead-letters", key, None, [(MARK_HEADER, letter.position.encode())])
 
 
 def redriven(letter: Letter) -> Outgoing:
@@ -153,16 +361,31 @@ def redriven(letter: Letter) -> Outgoing:
     return Outgoing(about.source.topic, _bytes(about.key), _bytes(about.value), [*kept, *history])
 
 
-def _all_letters(kafka: KafkaConfig) -> Iterator[Letter]:
+def _entries(kafka: KafkaConfig, quiet: bool = False) -> Iterator[Letter | str]:
+    """All of `dead-letters` in order: letters, and of marks the position of the letter marked."""
     topic = BY_NAME["dead-letters"]
     for batch in read_topic(kafka, topic.name):
         positions = [(message.partition() or 0, message.offset() or 0) for message in batch]
+        marks = [_marked(message) for message in batch]
         decoded = decode(topic, [message.value() for message in batch], positions)
         for rejection in decoded.rejections:
-            _LOG.warning("not a dead letter", reason=str(rejection))
-        for (partition, offset), record in zip(positions, decoded.records, strict=True):
+            if not quiet and marks[rejection.index] is None:
+                _LOG.warning("not a dead letter", reason=str(rejection))
+        for (partition, offset), record, mark in zip(
+            positions, decoded.records, marks, strict=True
+        ):
             if isinstance(record, DeadLetter):
                 yield Letter(partition, offset, record)
+            elif mark is not None:
+                yield mark
+
+
+def _marked(message: Message) -> str | None:
+    """The position of the letter that a mark is about, when the message is a mark."""
+    if message.value() is not None:
+        return None
+    found = dict(message.headers() or []).get(MARK_HEADER)
+    return found.decode(errors="replace") if isinstance(found, bytes) else found
 
 
 def _redriven_from(letter: DeadLetter) -> str | None:

@@ -43,20 +43,26 @@ def list_(
     since: Since = None,
     until: Until = None,
     limit: Annotated[int, typer.Option(min=1, help="Most letters to print.")] = 100,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also those that were sent again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List dead letters, oldest first."""
+    """List dead letters that wait, oldest first."""
     wanted = Wanted(reason, topic, processor, since, until)
     table = Table("position", "source", "processor", "attempts", "reason", "value", box=None)
+    if everything:
+        table.add_column("sent again")
     found = 0
-    for letter in read_letters(settings_of(context).kafka, wanted):
+    for letter in read_letters(settings_of(context).kafka, wanted, everything):
         found += 1
         if found > limit:
             continue
         if as_json:
             _print_line(letter)
         else:
-            table.add_row(*map(Text, _row(letter)))
+            sent_again = ("yes" if letter.redriven else "",) if everything else ()
+            table.add_row(*map(Text, _row(letter) + sent_again))
     if not as_json and found:
         output.print(table)
     more = f", {found - limit} of them not shown (--limit)" if found > limit else ""
@@ -71,9 +77,11 @@ def show(
 ) -> None:
     """Show one dead letter with its key, value and headers."""
     wanted = Wanted(positions=frozenset([position]))
-    letter = next(read_letters(settings_of(context).kafka, wanted), None)
+    letter = next(read_letters(settings_of(context).kafka, wanted, redriven=True), None)
     if letter is None:
-        raise fail(f"There is no dead letter at {position}; `starcast dead-letters list` has all.")
+        raise fail(
+            f"There is no dead letter at {position}; `starcast dead-letters list --all` has all."
+        )
     if as_json:
         _print_line(letter)
         return
@@ -86,6 +94,7 @@ def show(
         ("field", about.field or ""),
         ("first failed", format_time(about.first_failed_at)),
         ("attempts", str(about.attempts)),
+        ("sent again", "yes" if letter.redriven else "no"),
         ("key", _readable(about.key)),
         *((f"header {header.key}", _readable(header.value)) for header in about.headers),
         ("value", _readable(about.value)),
@@ -107,19 +116,22 @@ def redrive_(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be sent.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also those that were sent again before.")
+    ] = False,
 ) -> None:
     """Send records of dead letters to their topics again, with their keys and headers.
 
-    A letter is sent each time it is asked for: narrow the choice by position, reason or time.
+    A letter is sent once, however often this runs.
     """
     kafka = settings_of(context).kafka
     wanted = Wanted(reason, topic, processor, since, until, frozenset(positions or ()))
-    letters = read_letters(kafka, wanted)
     if dry_run:
+        letters = read_letters(kafka, wanted, again)
         counts = Counter(letter.letter.source.topic for letter in letters)
         output.print(f"Would send {_counted(counts)}.")
         return
-    sent = redrive(kafka, letters)
+    sent = redrive(kafka, wanted, again)
     output.print(f"Sent {_counted(sent.delivered)}.")
     if sent.failed:
         raise fail("".join(f"{count} failed: {why}\n" for why, count in sent.failed.items()))
@@ -146,6 +158,7 @@ def _row(letter: Letter) -> tuple[str, ...]:
 def _print_line(letter: Letter) -> None:
     line = {
         "position": letter.position,
+        "redriven": letter.redriven,
         **orjson.loads(encode(letter.letter)),
     }
     output.print(orjson.dumps(line).decode(), markup=False, soft_wrap=True)

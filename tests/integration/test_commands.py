@@ -160,6 +160,14 @@ def test_dead_letters(topics: KafkaConfig) -> None:
     assert dry.stdout == "Would send 2 records (2 to reviews).\n"
     assert run("dead-letters", "redrive", position).stdout == "Sent 1 records (1 to reviews).\n"
     assert run("dead-letters", "redrive", "--until", "2025-12-31").stdout == "Sent 0 records.\n"
+    assert run("dead-letters", "redrive", position).stdout == "Sent 0 records.\n"
+    assert "1 dead letters" in run("dead-letters", "list").stderr
+    everything = run("dead-letters", "list", "--all", "--json").stdout.splitlines()
+    assert [json.loads(line)["redriven"] for line in everything] == [True, False]
+    assert "sent again" in run("dead-letters", "list", "--all").stdout
+    assert "yes" in run("dead-letters", "show", position).stdout
+    again = run("dead-letters", "redrive", position, "--again")
+    assert again.stdout == "Sent 1 records (1 to reviews).\n"
 
 
 def findings(result: Result) -> dict[str, str]:

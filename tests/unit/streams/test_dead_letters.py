@@ -7,13 +7,16 @@ from confluent_kafka import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.codec import encode
 from schemas.records import DeadLetter
 from streams.dead_letters import (
     ATTEMPTS_HEADER,
+    BUNCH_LETTERS,
     FIRST_FAILED_HEADER,
     HEADER_PREFIX,
     REDRIVEN_HEADER,
     Letter,
+    _bunches,
     dead_letter,
     redriven,
 )
@@ -28,7 +31,9 @@ def letter_of(letter_message: Message, **changes: Any) -> DeadLetter:
     fields = {"topic": "reviews", "processor": "scorer", "reason": "not JSON", **changes}
     output = dead_letter(letter_message, **fields)
     assert (output.topic, output.key) == ("dead-letters", fields["topic"].encode())
-    return DeadLetter.model_validate_json(output.value or b"")
+    found = DeadLetter.model_validate_json(output.value or b"")
+    assert output.value == encode(found)
+    return found
 
 
 def again(outgoing: Outgoing) -> Message:
@@ -104,3 +109,13 @@ def test_a_null_value_is_not_an_empty_one() -> None:
     assert (null.value, null.key) == (None, None)
     empty = letter_of(message("reviews", b"", key=b""))
     assert (empty.value, empty.key) == ("", "")
+
+
+def test_bunches_are_bounded_by_letters_and_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (letter_of(message("reviews", b"x" * size)) for size in (30, 3_000))
+    letters = [Letter(0, at, small) for at in range(BUNCH_LETTERS + 1)]
+    assert [len(bunch) for bunch in _bunches(letters)] == [BUNCH_LETTERS, 1]
+    monkeypatch.setattr("streams.dead_letters.BUNCH_CHARACTERS", 8_000)
+    letters = [Letter(0, at, large) for at in range(5)]
+    assert [[each.offset for each in bunch] for bunch in _bunches(letters)] == [[0, 1], [2, 3], [4]]
+    assert list(_bunches([])) == []
