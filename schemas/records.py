@@ -134,7 +134,7 @@ class Behavior(Record):
 
 
 class ScoreRequest(Record):
-    """Items to be scored and ranked for a user; answered until `deadline_ms` after `event_time`."""
+    """Items to be scored and ranked for a user; expired `deadline_ms` after they reached Kafka."""
 
     request_id: Identifier
     user_id: Identifier

@@ -2,6 +2,12 @@
 
 It has a group of its own and reads states from the store, so a request passes the backlog of
 events; it changes nothing.
+
+A request waits from the moment at which the broker took it (its append time), by the worker's
+clock: what it has waited longer than its deadline is answered as expired. The producer's clock
+counts only where it says that the request is more than CLOCK_MS older than its append, as one is
+that a producer held back while Kafka was away. So a producer whose clock is somewhat slow, or fast
+by any amount, is answered like any other.
 """
 
 import time
@@ -34,6 +40,7 @@ from streams.user_states import decode_header
 
 BATCH = 200  # requests in one transaction: each may ask for a thousand items
 LINGER_SECONDS = 0.005  # a shopper waits for this
+CLOCK_MS = 1_000  # producers' clocks may be off by so much
 HEADER_SECONDS = 1.0  # a partition's running mean moves slowly
 
 
@@ -86,7 +93,10 @@ class Answers:
         inputs, letters = split(messages, self._prefix, self.name)
         asked = inputs["score-requests"]
         now = int(time.time() * 1_000)
-        late = [_late(request, now) for request in asked.records]
+        late = [
+            _late(request, stamp, now)
+            for request, stamp in zip(asked.records, asked.timestamps().tolist(), strict=True)
+        ]
         batches: list[OutputBatch] = []
         counted: list[Scored] = []
         for expired in (False, True):
@@ -208,10 +218,10 @@ class Answers:
         self._digests.add(scored)
 
 
-def _late(request: ScoreRequest, now: int) -> bool:
-    return (
-        request.deadline_ms is not None and now > time_ms(request.event_time) + request.deadline_ms
-    )
+def _late(request: ScoreRequest, appended: int, now: int) -> bool:
+    """Whether a request has waited for longer than its deadline; times in ms."""
+    since = min(appended, time_ms(request.event_time) + CLOCK_MS)
+    return request.deadline_ms is not None and now - since > request.deadline_ms
 
 
 def _ranks(ratings: NDArray[np.float32], request: NDArray[np.intp]) -> NDArray[np.int64]:

@@ -22,11 +22,12 @@ class Metrics:
     events: Counter  # processor, kind
     batch_seconds: Histogram  # processor, phase
     lag: Gauge  # processor, topic, partition
-    dead_letters: Counter  # processor, reason
+    dead_letters: Counter  # processor, reason (contract, future)
     predictions: Counter  # kind, tier, model_version
     state_writes: Counter  # processor, outcome
     rebalances: Counter  # processor
     duplicates: Counter  # processor
+    disorder: Counter  # processor, kind (late, out_of_order, future)
     lost: Counter  # processor, topic, partition
     model: Gauge  # version
 
@@ -60,7 +61,8 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         ),
         dead_letters=Counter(
             "starcast_dead_letters",
-            "Records that were sent to dead-letters.",
+            "Records that were sent to dead-letters: they break the contract, or say that they "
+            "are from the future.",
             ("processor", "reason"),
             registry=registry,
         ),
@@ -86,6 +88,14 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             "starcast_duplicates",
             "Records that had been seen before and were not applied again.",
             ("processor",),
+            registry=registry,
+        ),
+        disorder=Counter(
+            "starcast_disorder",
+            "Events whose time does not fit: long before Kafka took them (late), before an earlier "
+            "event of their user (out_of_order), or long after Kafka took them (future: a dead "
+            "letter).",
+            ("processor", "kind"),
             registry=registry,
         ),
         lost=Counter(

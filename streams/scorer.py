@@ -3,6 +3,11 @@
 For each event in order: predict what the user will rate the item from what was known before, then
 apply the event to the user's state. Predictions, item updates, the journal and the input offsets
 go out in one transaction; user states are written to the store after it.
+
+Events are applied in the order in which Kafka took them, whatever their own times say; what comes
+late, out of order or a second time is counted. An event from too far in the future is a dead
+letter. "Future" and "late" are measured against the time at which the broker took the record,
+never against this worker's clock: each replay and each worker comes to the same verdict.
 """
 
 import time
@@ -37,8 +42,9 @@ from model.replay import BatchResult, run_batch
 from model.state import LAYOUT_HASH, SOURCES, USER
 from model.updates import to_updates
 from schemas import journal
-from schemas.codec import encode_columns, format_times
+from schemas.codec import encode_columns, format_times, time_ms
 from schemas.journal import Journal
+from schemas.records import LATEST_TIME
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
 from streams.digests import Digests, Scored
@@ -50,6 +56,8 @@ from streams.predictions import prediction_columns, select
 from streams.reader import Reader
 from streams.user_states import UserStates
 
+LATEST_MS = time_ms(LATEST_TIME) + 1  # above all event times
+LATE_MS = 86_400_000  # an event that Kafka took so long after it happened counts as late
 SWEEP_SECONDS = 600.0  # expired states are looked for this often: it walks the whole store
 
 _FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
@@ -93,6 +101,7 @@ class _Part:
     users: Hashes
     result: BatchResult
     header: Rows  # after the batch, but for the journal's end
+    disorder: Counter[str]  # applied events, by kind
 
 
 class Scorer:
@@ -143,8 +152,7 @@ class Scorer:
         """Score and apply one batch."""
         with self._phase("decode"):
             inputs, letters = split(messages, self._prefix, self.name)
-            arrivals, late = self._set_aside(_arrange(inputs))
-            letters += late
+            arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
         parts, lookups = self._run(messages, arrivals)
@@ -159,15 +167,17 @@ class Scorer:
             ratings = _prediction_records(arrivals, parts, scored, predictions, predicted_at)
             updates = _item_updates(arrivals, parts)
             journals = self._journal_records(arrivals, parts, lookups, serving.encoder_hash)
-        if letters:
-            self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
+
+        def finish(delivered: dict[Position, int]) -> None:
+            self._write(delivered, parts)
+            self._count_unusual(parts, {"contract": len(letters), "future": len(ahead)})
+            self._count_scored(arrivals, scored, predictions, predicted_at)
+
         return Outcome(
             batches=[ratings, updates],
-            outputs=journals + letters,
+            outputs=journals + letters + ahead,
             tracked=frozenset({"journal"}),
-            finish=lambda delivered: self._finish(
-                delivered, arrivals, parts, scored, predictions, predicted_at
-            ),
+            finish=finish,
         )
 
     def idle(self) -> Outcome | None:
@@ -185,22 +195,22 @@ class Scorer:
         """Nothing waits."""
 
     def _set_aside(self, arrivals: _Arrivals) -> tuple[_Arrivals, list[Output]]:
-        """The events without those whose clock is ahead of ours by too much: dead letters."""
+        """The events without those from too far in the future, and dead letters for these."""
         longest = self._config.longest_future_seconds
-        late = arrivals.events["time"] > (time.time() + longest) * 1_000
-        if not late.any():
+        ahead = arrivals.events["time"] > arrivals.timestamps + longest * 1_000
+        if not ahead.any():
             return arrivals, []
         letters = [
             dead_letter(
                 arrivals.messages[at],
                 journal.TOPICS[arrivals.topics[at]],
                 self.name,
-                f"more than {longest:.0f} s in the future",
+                f"more than {longest:.0f} s in the future when Kafka took it",
                 "event_time",
             )
-            for at in np.flatnonzero(late)
+            for at in np.flatnonzero(ahead)
         ]
-        return arrivals.take(np.flatnonzero(~late)), letters
+        return arrivals.take(np.flatnonzero(~ahead)), letters
 
     def _run(self, messages: list[Message], arrivals: _Arrivals) -> tuple[list[_Part], Lookups]:
         """Read what the batch needs, then observe and apply it partition by partition."""
@@ -224,7 +234,8 @@ class Scorer:
                 header["partition"] = result.partition
                 read = np.array(ends[partition])
                 header["ends"] = np.where(read >= 0, read, header["ends"])
-                parts.append(_Part(partition, rows, users, result, header))
+                disorder = _disorder(arrivals, rows, index, states["last_time"], result)
+                parts.append(_Part(partition, rows, users, result, header, disorder))
         return parts, lookups
 
     def _journal_records(
@@ -267,27 +278,39 @@ class Scorer:
             ]
         return outputs
 
-    def _finish(
-        self,
-        delivered: dict[Position, int],
-        arrivals: _Arrivals,
-        parts: list[_Part],
-        scored: NDArray[np.intp],
-        predictions: Predictions,
-        predicted_at: int,
-    ) -> None:
+    def _write(self, delivered: dict[Position, int], parts: list[_Part]) -> None:
         for part in parts:
             part.header["journal"] = delivered["journal", part.partition]
             self._states.write(part.partition, part.users, part.result.states, part.header)
             self._metrics.state_writes.labels(self.name, "written").inc(len(part.users))
+
+    def _count_unusual(self, parts: list[_Part], letters: dict[str, int]) -> None:
+        for reason, count in letters.items():
+            self._metrics.dead_letters.labels(self.name, reason).inc(count)
+        disorder = Counter(future=letters["future"])
+        for part in parts:
+            disorder += part.disorder
             self._metrics.duplicates.labels(self.name).inc(int(part.result.duplicate.sum()))
+        for kind, count in disorder.items():
+            self._metrics.disorder.labels(self.name, kind).inc(count)
+
+    def _count_scored(
+        self,
+        arrivals: _Arrivals,
+        scored: NDArray[np.intp],
+        predictions: Predictions,
+        predicted_at: int,
+    ) -> None:
         events = arrivals.events.take(scored)
         if not len(events):
             return
         self._watermark = max(self._watermark, int(events["time"].max()))
         codes, counts = np.unique(events["action"], return_counts=True)
-        for code, count in zip(codes, counts, strict=True):
-            self._metrics.events.labels(self.name, ACTIONS[code]).inc(int(count))
+        actions = Counter(
+            {ACTIONS[code]: int(count) for code, count in zip(codes, counts, strict=True)}
+        )
+        for action, count in actions.items():
+            self._metrics.events.labels(self.name, action).inc(count)
         tiers, counts = np.unique(predictions.tier, return_counts=True)
         for tier, count in zip(tiers, counts, strict=True):
             self._metrics.predictions.labels("interaction", TIERS[tier], predictions.version).inc(
@@ -300,14 +323,7 @@ class Scorer:
                 truths=events["rating"],
                 tiers=predictions.tier,
                 items=[arrivals.records[at].item_id for at in scored.tolist()],
-                actions=Counter(
-                    {
-                        ACTIONS[c]: int(k)
-                        for c, k in zip(
-                            *np.unique(events["action"], return_counts=True), strict=True
-                        )
-                    }
-                ),
+                actions=actions,
                 latencies_ms=(predicted_at - arrivals.timestamps[scored]).astype(np.float32),
             )
         )
@@ -347,6 +363,32 @@ def _order(arrivals: _Arrivals) -> NDArray[np.intp]:
     for rows in np.split(by_log, np.flatnonzero(np.diff(log)) + 1):
         arrival[rows] = np.maximum.accumulate(arrival[rows])
     return np.lexsort((offset, topic, arrival, partition))
+
+
+def _disorder(
+    arrivals: _Arrivals,
+    rows: slice,
+    users: NDArray[np.intp],
+    last_times: NDArray[np.int64],
+    result: BatchResult,
+) -> Counter[str]:
+    """How many of a partition's applied events came late, and how many out of order.
+
+    `users` (n): each event's row in `last_times`, the users' latest event times so far.
+    """
+    events = arrivals.events[rows]
+    applied = ~result.duplicate & (events["action"] != TEXT)
+    late = arrivals.timestamps[rows] - events["time"] > LATE_MS
+    order = np.argsort(users, kind="stable")
+    order = order[applied[order]]
+    user, time = users[order], events["time"][order]
+    # The latest time of each user's events so far: a user's numbers lie above those of the last.
+    above = user * LATEST_MS
+    latest = np.maximum.accumulate(time + above) - above
+    return Counter(
+        late=int((late & applied).sum()),
+        out_of_order=int((time < np.maximum(latest, last_times[user])).sum()),
+    )
 
 
 def _ends(messages: Sequence[Message], prefix: str) -> dict[int, list[int]]:

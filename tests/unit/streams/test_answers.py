@@ -142,14 +142,19 @@ def test_a_request_gets_the_same_alone_and_among_others(answers: Answers) -> Non
     assert means["bob"] != means["cleo"]  # of another partition, and so another running mean
 
 
-def test_a_request_past_its_deadline_is_answered_as_expired(answers: Answers) -> None:
+def test_a_request_that_waited_past_its_deadline_is_answered_as_expired(answers: Answers) -> None:
     rate(answers, good=[5] * 20)
-    old = datetime.now(UTC) - timedelta(seconds=2)
-    batch = asked(
+    old = datetime.now(UTC) - timedelta(seconds=20)
+    arrived = (2, int(old.timestamp() * 1_000))
+    requests = [
         request("late", "x", "good", event_time=old, deadline_ms=1_000),
         request("in time", "x", "good", event_time=old, deadline_ms=60_000),
         request("patient", "good", event_time=old - timedelta(days=100)),
-    )
+    ]
+    batch = [
+        message("score-requests", each, 1, offset, timestamp=arrived)
+        for offset, each in enumerate(requests)
+    ]
     found = told(answers.process(batch))
     assert {(each.request_id, each.status) for each in found} == {
         ("late", "expired"),
@@ -160,6 +165,32 @@ def test_a_request_past_its_deadline_is_answered_as_expired(answers: Answers) ->
     assert [each.item_id for each in late] == ["x", "good"]
     assert {(each.rating, each.rank, each.of) for each in late} == {(None, None, 2)}
     assert {each.source.offset for each in late} == {0}
+
+
+@pytest.mark.parametrize(
+    ("asked_ms", "waited_ms", "expired"),
+    [
+        (0, 200, False),  # within the deadline
+        (0, 201, True),
+        (-900, 100, False),  # a producer's clock is a little slow
+        (3_600_000, 201, True),  # a fast one does not keep a request alive
+        (3_600_000, 200, False),
+        (-1_300, 0, True),  # held back by its producer
+        (0, -2_000, False),  # a worker's clock is slow: answered
+    ],
+)
+def test_a_request_waits_from_its_arrival_in_kafka(
+    answers: Answers,
+    monkeypatch: pytest.MonkeyPatch,
+    asked_ms: int,
+    waited_ms: int,
+    expired: bool,
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: (NOW_MS + waited_ms) / 1_000)
+    event_time = datetime.fromtimestamp((NOW_MS + asked_ms) / 1_000, UTC)
+    each = request("q", "x", event_time=event_time, deadline_ms=200)
+    (found,) = told(answers.process(asked(each)))
+    assert found.status == ("expired" if expired else "ok")
 
 
 def test_nothing_is_counted_before_the_commit(answers: Answers) -> None:

@@ -13,6 +13,7 @@ def test_names_are_those_of_the_dashboards_and_rules_that_read_them() -> None:
     metrics.state_writes.labels("scorer", "written").inc()
     metrics.rebalances.labels("scorer").inc()
     metrics.duplicates.labels("scorer").inc()
+    metrics.disorder.labels("scorer", "late").inc(2)
     text = generate_latest(metrics.registry).decode()
     for line in (
         'starcast_events_total{kind="review",processor="scorer"} 3.0',
@@ -23,6 +24,7 @@ def test_names_are_those_of_the_dashboards_and_rules_that_read_them() -> None:
         'starcast_state_writes_total{outcome="written",processor="scorer"} 1.0',
         'starcast_rebalances_total{processor="scorer"} 1.0',
         'starcast_duplicates_total{processor="scorer"} 1.0',
+        'starcast_disorder_total{kind="late",processor="scorer"} 2.0',
     ):
         assert line in text
 

@@ -302,12 +302,22 @@ def test_a_repeated_event_is_predicted_but_not_applied(make: Make) -> None:
     assert scorer._metrics.duplicates.labels("scorer")._value.get() == 1
 
 
+APPENDED = datetime.fromtimestamp(NOW_MS / 1_000, UTC)  # when Kafka took what `message` makes
+DAY = timedelta(days=1)
+
+
+def count(scorer: Scorer, name: str, **labels: str) -> float | None:
+    return scorer._metrics.registry.get_sample_value(
+        f"starcast_{name}_total", {"processor": "scorer", **labels}
+    )
+
+
 def test_events_from_the_future_are_dead_letters(make: Make) -> None:
     scorer = make()
-    ahead = datetime.now(UTC) + timedelta(days=2)
+    ahead = record("reviews", 1, event_time=APPENDED + DAY + timedelta(milliseconds=1))
     polled = [
-        *log("reviews", 0, [record("reviews", 0), record("reviews", 1, event_time=ahead)]),
-        *log("behavior", 0, [b"{", record("behavior", 2, "bob")]),
+        *log("reviews", 0, [record("reviews", 0), ahead]),
+        *log("behavior", 0, [b"{", record("behavior", 2, "bob", event_time=APPENDED + DAY)]),
     ]
     outcome = scorer.process(polled)
     assert [each.event_id for each in told(outcome)] == ["reviews-0", "behavior-2"]
@@ -319,6 +329,161 @@ def test_events_from_the_future_are_dead_letters(make: Make) -> None:
     finish(scorer, outcome)
     # What was set aside has been read all the same.
     assert scorer._states[0].header["ends"].tolist() == [2, 2, -1]
+
+
+@pytest.mark.parametrize("jump", [-2, 0, 2])
+def test_a_workers_clock_does_not_say_what_is_the_future(
+    make: Make, monkeypatch: pytest.MonkeyPatch, jump: int
+) -> None:
+    """Good events stay good when the clock jumps back, and a bad one bad when it jumps ahead."""
+    clock = NOW_MS / 1_000 + jump * DAY.total_seconds()
+    monkeypatch.setattr(time, "time", lambda: clock)
+    good = record("reviews", 0, event_time=APPENDED)
+    bad = record("reviews", 1, event_time=APPENDED + DAY * 1.5)
+    outcome = make().process(log("reviews", 0, [good, bad]))
+    assert [each.event_id for each in told(outcome)] == ["reviews-0"]
+    assert [each.source.offset for each in letters(outcome)] == [1]
+
+
+def test_letters_and_disorder_are_counted_after_the_commit(make: Make) -> None:
+    scorer = make()
+    at = {
+        "now": APPENDED,
+        "on time": APPENDED - DAY,
+        "late": APPENDED - DAY - timedelta(milliseconds=1),
+        "future": APPENDED + 2 * DAY,
+    }
+    events = [
+        record("behavior", 0, "ann", event_time=at["late"]),  # late
+        record("behavior", 1, "ann", event_time=at["now"]),
+        record("behavior", 2, "ann", event_time=at["on time"]),  # out of order
+        record("behavior", 3, "bob", event_time=at["on time"]),
+        record("behavior", 4, "ann", event_time=at["late"]),  # both
+        record("behavior", 4, "ann", event_time=at["late"]),  # a repetition, and nothing else
+        record("behavior", 5, "ann", event_time=at["now"]),
+        record("behavior", 6, "cyd", event_time=at["future"]),
+        b"{",
+        b"null",
+    ]
+    outcome = scorer.process(log("behavior", 0, events))
+    counters = [
+        ("dead_letters", {"reason": "contract"}, 2),
+        ("dead_letters", {"reason": "future"}, 1),
+        ("disorder", {"kind": "late"}, 2),
+        ("disorder", {"kind": "out_of_order"}, 2),
+        ("disorder", {"kind": "future"}, 1),
+        ("duplicates", {}, 1),
+        ("events", {"kind": "view"}, 7),
+    ]
+    assert [count(scorer, name, **labels) for name, labels, _ in counters] == [None] * 7
+    finish(scorer, outcome)
+    assert [count(scorer, name, **labels) for name, labels, _ in counters] == [
+        expected for _, _, expected in counters
+    ]
+    # In the next batch the user's latest time is known from the state.
+    more = [record("behavior", 7, "ann", event_time=at["on time"])]
+    finish(scorer, scorer.process(log("behavior", 0, more, 10)))
+    assert count(scorer, "disorder", kind="out_of_order") == 3
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3), st.integers(-3, 1), st.integers(0, 5), st.sampled_from(KINDS[:2])
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_disorder_is_what_a_look_at_each_event_finds(
+    make: Make, rows: list[tuple[int, int, int, str]]
+) -> None:
+    expected = {"late": 0, "out_of_order": 0}
+    latest: dict[int, int] = {}
+    seen: dict[tuple[int, str, int], None] = {}
+    polled: list[Message] = []
+    offsets = dict.fromkeys(KINDS, 0)
+    for at, (user, days, number, kind) in enumerate(rows):
+        event_time = APPENDED + days * DAY
+        polled.append(
+            message(
+                kind,
+                record(kind, number, f"user-{user}", event_time=event_time),
+                0,
+                offsets[kind],
+                timestamp=(2, NOW_MS + at),
+            )
+        )
+        offsets[kind] += 1
+        mine = [key for key in seen if key[0] == user][-16:]
+        if (user, kind, number) in mine or days * 86_400_000 > at + 86_400_000:
+            continue
+        seen.pop((user, kind, number), None)
+        seen[user, kind, number] = None
+        expected["late"] += days * 86_400_000 < at - 86_400_000
+        expected["out_of_order"] += days < latest.get(user, -10)
+        latest[user] = max(days, latest.get(user, -10))
+    scorer = make()
+    cut = len(polled) // 2
+    for part in (polled[:cut], polled[cut:]):
+        if part:
+            finish(scorer, scorer.process(part))
+    assert {kind: count(scorer, "disorder", kind=kind) or 0 for kind in expected} == expected
+
+
+def test_a_repetition_is_known_among_the_last_sixteen_events_of_its_user(make: Make) -> None:
+    once = record("behavior", 0)
+    for between, applied in ((15, 16), (16, 18)):
+        scorer = make()
+        others = [record("behavior", number) for number in range(1, between + 1)]
+        outcome = scorer.process(log("behavior", 0, [once, *others, once]))
+        finish(scorer, outcome)
+        assert len(told(outcome)) == between + 2  # each is answered
+        assert users(scorer, 0, "ann")["actions"].sum() == applied
+        assert count(scorer, "duplicates") == between + 2 - applied
+
+
+def test_an_event_out_of_order_turns_no_time_back(make: Make) -> None:
+    scorer = make()
+    early, noon = APPENDED - timedelta(hours=8), APPENDED
+    polled = log(
+        "behavior",
+        0,
+        [
+            record("behavior", 0, event_time=noon, session_id="late"),
+            record(
+                "behavior", 1, item="pot", event_time=early
+            ),  # in no session: in the current one
+            record("behavior", 2, event_time=early, session_id="early"),  # opens a session
+            record("behavior", 3, event_time=noon),
+        ],
+    )
+    outcome = scorer.process(polled)
+    finish(scorer, outcome)
+    (ann,) = users(scorer, 0, "ann")
+    assert ann["last_time"] == NOW_MS  # a maximum
+    assert ann["first_second"] == NOW_MS // 1_000  # of the event applied first, not the earliest
+    assert ann["sessions"] == 2
+    assert ann["session_second"] == int(early.timestamp())
+    assert ann["session_events"] == 2
+    cup, pot = ann["recent"][0], ann["recent"][1]
+    assert cup["second"] == NOW_MS // 1_000  # the newest event with the item
+    assert pot["second"] == int(early.timestamp())
+    (entry,) = [journal.decode(each).journal for each in values(outcome, "journal")]
+    features = {
+        name: entry.features[:, INDEX[name]].tolist()
+        for name in ("user_recency", "user_tenure", "session_age", "item_seen")
+    }
+    nan = pytest.approx(np.nan, nan_ok=True)
+    # A time that lies behind what is known counts as no time at all, never as a negative one.
+    assert features["user_recency"] == [nan, 0, 0, 0]
+    assert features["user_tenure"] == [nan, 0, 0, 0]
+    assert features["session_age"][:3] == [0, 0, 0]
+    assert features["session_age"][3] == pytest.approx(np.log1p(8 * 60))
+    assert features["item_seen"] == [nan, nan, 0, 0]
 
 
 def test_a_batch_of_bad_records_still_moves_on(make: Make) -> None:
