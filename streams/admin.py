@@ -100,6 +100,20 @@ def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
     return defaults | settings | {"bootstrap.servers": kafka.bootstrap_servers} | wanted
 
 
+def reader_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
+    """The configuration of a consumer that joins no group: settings for members do not matter."""
+    return client_config(
+        kafka,
+        group_id=f"{kafka.group_id}-reader",  # required, never joined
+        session_timeout_ms=6_000,
+        max_poll_interval_ms=300_000,
+        enable_auto_commit=False,
+        enable_partition_eof=True,
+        isolation_level="read_committed",
+        **options,
+    )
+
+
 def reach(kafka: KafkaConfig, seconds: float | None = None) -> AdminClient:
     """An administrative client whose broker has answered.
 

@@ -7,13 +7,14 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from schemas import archive, journal
 from schemas.journal import Transaction
-from streams.admin import client_config
+from streams.admin import reader_config
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 
 TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
 WAIT_SECONDS = 0.5
+SHORT_POLL_MS = 20  # the end of a partition is told only after one
 
 
 def read_journal(
@@ -26,20 +27,7 @@ def read_journal(
     """
     topic = kafka.topic_prefix + TOPIC
     consumer = Consumer(
-        client_config(
-            kafka,
-            **{
-                "group.id": f"{kafka.group_id}-journal-reader",  # required, never joined
-                "isolation.level": "read_committed",
-                "enable.auto.commit": False,
-                "enable.partition.eof": True,
-                "auto.offset.reset": "error",
-                # It joins no group, so settings for members must not matter to it.
-                "session.timeout.ms": 6_000,
-                "max.poll.interval.ms": 300_000,
-                "fetch.wait.max.ms": 20,
-            },
-        )
+        reader_config(kafka, auto_offset_reset="error", fetch_wait_max_ms=SHORT_POLL_MS)
     )
     try:
         low, _ = consumer.get_watermark_offsets(TopicPartition(topic, partition), END_SECONDS)

@@ -27,8 +27,8 @@ from schemas.topics import BY_NAME
 from streams.admin import (
     REQUEST_SECONDS,
     TopicError,
-    client_config,
     reach,
+    reader_config,
     topic_name,
     unreachable,
 )
@@ -69,16 +69,10 @@ def read_topic(
             "Make all topics with `starcast topics apply`."
         )
     consumer = Consumer(
-        client_config(
+        reader_config(
             kafka,
-            group_id=f"{kafka.group_id}-reader",  # never joined: partitions are assigned
-            session_timeout_ms=6_000,  # it joins no group: settings for members must not matter
-            max_poll_interval_ms=300_000,
-            enable_auto_commit=False,
-            enable_partition_eof=True,
             fetch_wait_max_ms=LONG_POLL_MS if follow else SHORT_POLL_MS,
             auto_offset_reset="earliest",
-            isolation_level="read_committed",
         )
     )
     try:
@@ -108,7 +102,7 @@ def read_topic(
 
 def first_offset(kafka: KafkaConfig, topic: str, partition: int) -> int:
     """Where a partition begins: what stood before, retention has taken."""
-    consumer = Consumer(client_config(kafka, group_id=f"{kafka.group_id}-reader"))
+    consumer = Consumer(reader_config(kafka))
     try:
         where = TopicPartition(topic_name(kafka, topic), partition)
         return consumer.get_watermark_offsets(where, REQUEST_SECONDS)[0]

@@ -1,0 +1,312 @@
+"""What must hold when the dust has settled: read everything back, and count again.
+
+Nothing here uses the code that made the states: what the events say is counted in `numbered`.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+import polars as pl
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from numpy.typing import NDArray
+
+from model.ids import hash_ids
+from model.state import ITEM, USER, from_bytes
+from schemas import archive
+from schemas.exceptions import StarcastError
+from schemas.topics import BY_NAME, TOPICS
+from streams.admin import client_config
+from streams.config import KafkaConfig
+from streams.reader import ITEM_STATE, USER_STATE, store_keys
+from streams.tail import read_topic
+from streams.verify import verify_replay
+from tests.faults.numbered import CANDIDATES, recount
+from tests.faults.world import PARTITIONS, FaultyShop
+
+INPUTS = ("reviews", "behavior", "text-features")
+SETTLED_SECONDS = 120.0  # after the last fault, lag is 0 within this; else something is stuck
+ANSWER_SECONDS = 20.0  # a broker that does not answer is asked again
+EXAMPLES = 10
+
+
+@dataclass
+class Verdict:
+    """What was checked of one shop, how often, and what was wrong."""
+
+    checked: dict[str, int] = field(default_factory=dict[str, int])
+    wrong: dict[str, int] = field(default_factory=dict[str, int])
+    examples: list[str] = field(default_factory=list[str])
+    settled_seconds: float = 0.0
+
+    @property
+    def clean(self) -> bool:
+        return not self.wrong
+
+    def note(self, what: str, checked: int, wrong: int, example: str = "") -> None:
+        """So many were checked, and so many of them wrong."""
+        self.checked[what] = self.checked.get(what, 0) + checked
+        if wrong:
+            self.wrong[what] = self.wrong.get(what, 0) + wrong
+            if len(self.examples) < EXAMPLES:
+                self.examples.append(f"{what}: {example}")
+
+
+def wait_settled(
+    shop: FaultyShop, verdict: Verdict, waiting: Callable[[FaultyShop], dict[str, int]]
+) -> bool:
+    """Wait until nothing waits any more; whether it came to that."""
+    started, left = time.monotonic(), {"": 1}
+    while any(left.values()) and time.monotonic() < started + SETTLED_SECONDS:
+        time.sleep(0.5)
+        try:
+            left = waiting(shop)
+        except (KafkaException, StarcastError) as error:  # a server that is not back yet
+            left = {str(error): 1}
+    verdict.settled_seconds += round(time.monotonic() - started, 1)
+    stuck = any(left.values())
+    verdict.note("settled", 1, int(stuck), f"after {SETTLED_SECONDS:.0f} s {left} wait")
+    return not stuck
+
+
+def unscored(shop: FaultyShop) -> dict[str, int]:
+    """Records that wait, by processor that scores or keeps states."""
+    kafka, left = shop.kafka, {"scorer": 0, "answers": 0, "items": 0}
+    for processor, topics in (("scorer", INPUTS), ("answers", ("score-requests",))):
+        # Committed offsets are those of a group, and are asked for by a member that never joins.
+        member = Consumer(client_config(kafka, **{"group.id": f"{kafka.group_id}-{processor}"}))
+        try:
+            where = [
+                TopicPartition(kafka.topic_prefix + topic, partition)
+                for topic in topics
+                for partition in range(PARTITIONS)
+            ]
+            for each in member.committed(where, ANSWER_SECONDS):
+                _, high = member.get_watermark_offsets(each, ANSWER_SECONDS)
+                left[processor] += high - max(each.offset, 0)
+        finally:
+            member.close()
+    store = shop.store
+    for (_, partition), end in ends(kafka, ["item-updates"]).items():
+        left["items"] += max(end - int(store.header(ITEM_STATE, partition) or 0), 0)
+    store.close()
+    return left
+
+
+def unarchived(shop: FaultyShop) -> dict[str, int]:
+    """Records that wait for the archiver, by topic."""
+    url, left = shop.settings.archive.url, Counter[str]()
+    names = [topic.name for topic in TOPICS]
+    found = {name: archive.positions(url, name) for name in names}
+    for (name, partition), end in ends(shop.kafka, names).items():
+        left[name] += max(end - found[name].get(partition, 0), 0)
+    return +left
+
+
+def ends(kafka: KafkaConfig, topics: Sequence[str]) -> dict[tuple[str, int], int]:
+    """The offset after the last record of each partition; 0 where there is none.
+
+    A transaction's marker takes an offset and is no record, so a partition's end does not tell.
+    """
+    consumer = Consumer(
+        client_config(
+            kafka,
+            **{
+                "group.id": "harness",
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "fetch.wait.max.ms": 20,
+            },
+        )
+    )
+    try:
+        marks: dict[tuple[str, int], tuple[int, int]] = {}
+        for name in topics:
+            for partition in range(BY_NAME[name].partitions(PARTITIONS)):
+                where = TopicPartition(kafka.topic_prefix + name, partition)
+                marks[name, partition] = consumer.get_watermark_offsets(where, ANSWER_SECONDS)
+        last = dict.fromkeys(marks, 0)
+        for back in (20, 5_000, 10**9):
+            left = {
+                (f"{kafka.topic_prefix}{name}", partition): max(high - back, low)
+                for (name, partition), (low, high) in marks.items()
+                if not last[name, partition] and low < high
+            }
+            consumer.assign([TopicPartition(*place, start) for place, start in left.items()])
+            until = time.monotonic() + ANSWER_SECONDS
+            while left and time.monotonic() < until:
+                for each in consumer.consume(5_000, 0.2):
+                    place = (str(each.topic()), each.partition() or 0)
+                    if each.error() is None:
+                        name = place[0].removeprefix(kafka.topic_prefix)
+                        last[name, place[1]] = (each.offset() or 0) + 1
+                    else:
+                        left.pop(place, None)
+        return last
+    finally:
+        consumer.close()
+
+
+def check_predictions(shop: FaultyShop, verdict: Verdict) -> None:
+    """Every record answered once, in order, numbered without gap or repeat."""
+    sent: dict[tuple[str, int], NDArray[Any]] = {}
+    there = 0
+    for topic in ("reviews", "behavior"):
+        rows: dict[int, list[tuple[int, bytes]]] = {}
+        for batch in read_topic(shop.kafka, topic):
+            for each in batch:
+                rows.setdefault(each.partition() or 0, []).append(
+                    (each.offset() or 0, each.value() or b"")
+                )
+        for partition, found in rows.items():
+            there += len(found)
+            sent[topic, partition] = np.array([offset for offset, _ in found])
+    expected = shop.played["reviews"] + shop.played["behavior"]
+    verdict.note("sent", expected, abs(expected - there), f"{there} are in the topics")
+    answered: dict[tuple[str, int], list[int]] = {}
+    seqs: dict[int, list[int]] = {}
+    events: list[int] = []
+    asked: dict[tuple[str, str], int] = {}
+    last: dict[tuple[str, str], tuple[int, int]] = {}
+    disorder = 0
+    for batch in read_topic(shop.kafka, "predicted-ratings"):
+        for each in batch:
+            record = orjson.loads(each.value() or b"")
+            if record["kind"] == "request":
+                key = (record["request_id"], record["item_id"])
+                asked[key] = asked.get(key, 0) + 1
+                continue
+            source = record["source"]
+            answered.setdefault((source["topic"], source["partition"]), []).append(source["offset"])
+            seqs.setdefault(source["partition"], []).append(record["seq"])
+            number = int(record["event_id"][1:])
+            events.append(number)
+            user = (record["user_id"], source["topic"])
+            if (number, source["offset"]) < last.get(user, (-1, -1)):
+                disorder += 1
+            last[user] = (number, source["offset"])
+    lost = twice = 0
+    for place, offsets in sent.items():
+        found, counts = np.unique(np.array(answered.get(place, []), np.int64), return_counts=True)
+        lost += len(np.setdiff1d(offsets, found))
+        twice += int((counts - 1).sum())
+    verdict.note("lost", there, lost, "positions that no prediction names")
+    verdict.note("duplicated", there, twice, "positions that several predictions name")
+    columns = shop.events.columns()
+    told = np.bincount(np.array(events, np.int64), minlength=shop.events.count)
+    whole = shop.played["sent"] >= shop.events.records() + shop.events.requests()
+    if whole:
+        differ = int((told[: shop.events.count] != columns["sent"]).sum())
+        verdict.note("answers an event", shop.events.count, differ, "events answered too often")
+    verdict.note("order of a user", len(events), disorder, "a later event was predicted first")
+    gaps = sum(found != list(range(len(found))) for found in seqs.values())
+    verdict.note("seq without gap or repeat", len(seqs), gaps, "partitions")
+    wrong = sum(count != 1 for count in asked.values())
+    missing = abs(len(asked) - shop.played["score-requests"] * CANDIDATES)
+    verdict.note("requests answered once", len(asked), wrong + missing, f"{missing} missing")
+
+
+def check_states(shop: FaultyShop, verdict: Verdict) -> None:
+    """Every count and sum of users and items is what the events say."""
+    columns = shop.events.columns()
+    if shop.played["sent"] < shop.events.records() + shop.events.requests():
+        raise AssertionError("states are checked when all events were sent")
+    store = shop.store
+    kinds: tuple[tuple[str, str, bytes, np.dtype[Any]], ...] = (
+        ("user", "u", USER_STATE, USER),
+        ("item", "i", ITEM_STATE, ITEM),
+    )
+    for whose, letter, kind, dtype in kinds:
+        names = np.unique(columns[whose])
+        ids = hash_ids([f"{letter}{name}" for name in names.tolist()])
+        stored = from_bytes(store.read(store_keys(store, kind, ids)), dtype)
+        wrong = np.zeros(len(names), np.bool_)
+        for name, expected in recount(columns, whose, names).items():
+            if name in (dtype.names or ()):
+                same = stored[name] == expected
+                wrong |= ~(same if same.ndim == 1 else same.all(axis=1))
+        first = f"{letter}{names[np.argmax(wrong)]}" if wrong.any() else ""
+        verdict.note(f"{whose} states recounted", len(names), int(wrong.sum()), first)
+    store.close()
+
+
+def check_archive(shop: FaultyShop, verdict: Verdict) -> None:
+    """Archive rows equal topic rows; each position is there once."""
+    for topic in TOPICS:
+        frame = (
+            archive.read(
+                shop.settings.archive.url,
+                topic.name,
+                columns=["kafka_partition", "kafka_offset", "kafka_value"],
+            )
+            .collect()
+            .sort("kafka_partition", "kafka_offset")
+        )
+        if topic.name not in archive.tables(shop.settings.archive.url):
+            continue
+        doubled = len(frame) - frame.select("kafka_partition", "kafka_offset").n_unique()
+        parts: list[pl.DataFrame] = []
+        for batch in read_topic(shop.kafka, topic.name):
+            parts.append(
+                pl.DataFrame(
+                    {
+                        "kafka_partition": [each.partition() for each in batch],
+                        "kafka_offset": [each.offset() for each in batch],
+                        "value": [each.value() for each in batch],
+                    },
+                    schema={
+                        "kafka_partition": frame.schema["kafka_partition"],
+                        "kafka_offset": frame.schema["kafka_offset"],
+                        "value": pl.Binary,
+                    },
+                ).with_columns(pl.col("value").hash().alias("sum"))
+                .drop("value")
+            )
+        if not parts:
+            continue
+        kept = pl.concat(parts)
+        rows = frame.with_columns(pl.col("kafka_value").hash().alias("sum")).drop("kafka_value")
+        first = kept.group_by("kafka_partition").agg(pl.col("kafka_offset").min().alias("low"))
+        both = kept.join(rows, on=["kafka_partition", "kafka_offset", "sum"], how="inner")
+        held = rows.join(first, on="kafka_partition").filter(
+            pl.col("kafka_offset") >= pl.col("low")
+        )
+        missing = len(kept) - len(both)
+        surplus = len(held) - len(both)
+        verdict.note(
+            "archive rows",
+            len(kept),
+            missing + surplus + doubled,
+            f"{topic.name}: {missing} missing, {surplus} surplus, {doubled} doubled",
+        )
+
+
+def check_replay(shop: FaultyShop, verdict: Verdict) -> None:
+    """verify-replay finds no difference."""
+    store = shop.store
+    report = verify_replay(shop.settings.archive, shop.settings.models, store)
+    store.close()
+    for what, count in report.compared.items():
+        verdict.note(f"replay: {what}", count, report.differences[what])
+    verdict.examples += report.examples[:EXAMPLES]
+    if report.notes:
+        verdict.note("replay: notes", 1, 1, "; ".join(report.notes[:EXAMPLES]))
+
+
+def check_all(shop: FaultyShop, verdict: Verdict, say: Callable[[str], None]) -> None:
+    """All checks but `wait_settled`, which comes first."""
+    checks: Sequence[Callable[[FaultyShop, Verdict], None]] = (
+        check_predictions,
+        check_states,
+        check_archive,
+        check_replay,
+    )
+    for check in checks:
+        started = time.monotonic()
+        check(shop, verdict)
+        say(f"shop {shop.name}: {check.__name__} took {time.monotonic() - started:.0f} s")
+

@@ -1,0 +1,89 @@
+"""Each protection of the loop, switched off: what the harness must then find.
+
+These replace functions of a running worker, for the harness alone. Starcast itself has no such
+switch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import TopicPartition
+
+from streams import loop as loops
+from streams import store as stores
+from streams.loop import Loop, Outcome
+from streams.store import Claim, Store
+from streams.user_states import UserStates
+
+
+def without_guard() -> None:
+    """The group's generation is read at the commit, not after the poll, and not looked at."""
+    transact = Loop._transact
+
+    def late(self: Loop, outcome: Outcome, offsets: list[TopicPartition], _: Any) -> Any:
+        return transact(self, outcome, offsets, self._consumer.consumer_group_metadata())
+
+    Loop._transact = late
+    loops._generation = lambda metadata: 1
+
+
+def without_fence() -> None:
+    """Whoever writes to the store does, whichever claim came last."""
+    call = Store._call
+
+    def unfenced(self: Store, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
+        if function == "starcast_read":
+            return self.client.mget(keys[1:]) if keys[1:] else []
+        if function == "starcast_write":
+            newest = self.client.hget(keys[0], "token")
+            writes = self.client.hget(keys[0], "writes")
+            arguments = [newest or b"", writes or b"0", *arguments[2:]]
+        return call(self, function, keys, arguments)
+
+    stores.Store._call = unfenced
+
+
+def without_order() -> None:
+    """States are written before the commit."""
+    transact = Loop._transact
+
+    def early(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> Any:
+        finish, outcome.finish = outcome.finish, None
+        send = self._send
+
+        def send_and_write(sent: Outcome, *failed: Any) -> Any:
+            delivered = send(sent, *failed)
+            self._producer.flush(10)
+            if finish is not None and sent is outcome:
+                finish(delivered)
+            return delivered
+
+        self._send = send_and_write
+        try:
+            return transact(self, outcome, offsets, metadata)
+        finally:
+            self._send = send
+
+    Loop._transact = early
+
+
+def without_recovery() -> None:
+    """A new owner takes the store's states as they are, and the committed offsets."""
+
+    def blind(self: UserStates, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        from streams.reader import USER_STATE
+        from streams.user_states import Held, decode_header
+
+        claim: Claim = self._store.claim(USER_STATE, partition)
+        self._held[partition] = Held(claim, decode_header(claim.data))
+        return committed
+
+    UserStates.claim = blind
+
+
+SWITCHES: dict[str, Callable[[], None]] = {
+    "guard": without_guard,
+    "fence": without_fence,
+    "order": without_order,
+    "recovery": without_recovery,
+}

@@ -1,0 +1,217 @@
+"""Faults while events flow, then the checks: one run, from its schedule to its verdict."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import bundle, registry
+from model.calibration import Calibration
+from model.network import FusedNetwork, default_config
+from tests.faults.check import Verdict, check_all, unarchived, unscored, wait_settled
+from tests.faults.kinds import BY_KIND, NotReached
+from tests.faults.schedule import Planned, Schedule
+from tests.faults.servers import start_servers
+from tests.faults.world import World, make_world
+from tests.servers import ServerError
+from tests.unit.model.test_bundle import CARD
+
+TRIES = 4  # to come to the point where a fault is to happen
+VERSIONS = 3  # bundles to swap
+
+
+@dataclass
+class Injected:
+    """One fault as it happened. `began`: seconds after the first event."""
+
+    kind: str
+    shop: str
+    lane: str
+    began: float
+    seconds: float
+    about: str
+    happened: bool
+
+
+@dataclass
+class Result:
+    """What came of a run."""
+
+    seed: int
+    faults: list[Injected] = field(default_factory=list[Injected])
+    verdicts: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
+    events: int = 0
+    stuck: list[str] = field(default_factory=list[str])
+    exits: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    stop_seconds: dict[str, float] = field(default_factory=dict[str, float])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    schedule: Any = None
+
+    @property
+    def injected(self) -> Counter[str]:
+        """Faults that happened, by kind."""
+        return Counter(fault.kind for fault in self.faults if fault.happened)
+
+    @property
+    def clean(self) -> bool:
+        """Whether all that was checked holds."""
+        return not self.stuck and all(each.clean for each in self.verdicts.values())
+
+
+def run(
+    schedule: Schedule,
+    shops: Sequence[str],
+    events: int,
+    users: int,
+    rate: float,
+    folder: Path,
+    say: Callable[[str], None],
+    switched_off: tuple[str, ...] = (),
+) -> Result:
+    """Play `events` to each shop at `rate` a second, inject the faults, and check everything.
+
+    Raises what a harness that cannot do its work raises (ServerError); damage is in the result.
+    """
+    result = Result(schedule.seed, schedule=asdict(schedule))
+    began = time.monotonic()
+    with ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        servers = start_servers(folder)
+        stack.callback(servers.close)
+        _write_bundles(str(folder / "models"))
+        world = make_world(servers, folder, events, users, shops, switched_off)
+        stack.callback(world.close)
+        say(f"servers and topics are there after {time.monotonic() - began:.0f} s")
+        world.start_workers()
+        result.seconds["set-up"] = time.monotonic() - began
+        _play(world, schedule, rate, result, say)
+        _settle(world, result, say)
+        for shop in world.shops:
+            if result.verdicts[shop.name].clean:
+                check_all(shop, result.verdicts[shop.name], say)
+        result.events = sum(
+            shop.played["reviews"] + shop.played["behavior"] for shop in world.shops
+        )
+        result.exits = {worker.name: dict(worker.exits) for worker in world.all_workers()}
+    result.seconds["total"] = time.monotonic() - began
+    return result
+
+
+def _play(
+    world: World, schedule: Schedule, rate: float, result: Result, say: Callable[[str], None]
+) -> None:
+    stop = threading.Event()
+    started = time.monotonic()
+    players = [
+        threading.Thread(target=shop.play, args=(rate, stop), name=f"plays {shop.name}")
+        for shop in world.shops
+    ]
+    for player in players:
+        player.start()
+
+    def inject(lane: Sequence[Planned]) -> None:
+        for planned in lane:
+            time.sleep(planned.pause)
+            result.faults.append(fault := _inject(world, planned, started))
+            say(
+                f"{fault.began:6.0f} s  {planned.lane}: {planned.kind}"
+                f"{'' if fault.happened else ' DID NOT HAPPEN'} ({fault.about})"
+            )
+
+    try:
+        inject(schedule.alone)
+        lanes = [
+            threading.Thread(target=inject, args=(lane,), name=name)
+            for name, lane in schedule.lanes.items()
+        ]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+        result.seconds["faults"] = time.monotonic() - started
+        say(f"all faults are injected after {result.seconds['faults']:.0f} s")
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        for player in players:
+            player.join()
+    result.seconds["playing"] = time.monotonic() - started
+
+
+def _inject(world: World, planned: Planned, started: float) -> Injected:
+    (shop,) = [shop for shop in world.shops if shop.name == planned.shop]
+    random = Random(planned.seed)
+    began = time.monotonic()
+    about, happened = "", False
+    for _ in range(TRIES):
+        try:
+            about = BY_KIND[planned.kind].harm(world, shop, random) or ""
+            happened = True
+            break
+        except (NotReached, ServerError) as error:
+            about = str(error)
+            time.sleep(2)
+        except Exception as error:  # noqa: BLE001 - a server that another fault has taken away
+            about = f"{type(error).__name__}: {error}"
+            time.sleep(2)
+    return Injected(
+        planned.kind,
+        planned.shop,
+        planned.lane,
+        round(began - started, 1),
+        round(time.monotonic() - began, 1),
+        about,
+        happened,
+    )
+
+
+def _settle(world: World, result: Result, say: Callable[[str], None]) -> None:
+    """Wait until all is worked off, then end everything in order."""
+    for shop in world.shops:
+        verdict = result.verdicts[shop.name] = Verdict()
+        for worker in shop.workers[:2]:  # a shop whose last worker left would wait for ever
+            worker.wanted = True
+        if shop.played["failed"]:
+            verdict.note("sent", 0, shop.played["failed"], "records were not acknowledged")
+        wait_settled(shop, verdict, unscored)
+        say(f"shop {shop.name}: scored after {verdict.settled_seconds:.0f} s")
+    world.done.set()
+    scoring = [worker for shop in world.shops for worker in shop.workers]
+    archivers = [shop.archiver for shop in world.shops]
+    for several in (scoring, archivers):
+        if several is archivers:
+            for shop in world.shops:
+                wait_settled(shop, result.verdicts[shop.name], unarchived)
+        for worker in several:
+            try:
+                result.stop_seconds[worker.name] = round(worker.stop(), 1)
+            except TimeoutError as error:
+                result.stuck.append(str(error))
+
+
+def _write_bundles(url: str) -> None:
+    """Small networks with weights by chance: other predictions with each."""
+    for seed in range(VERSIONS):
+        torch.manual_seed(seed)
+        network = FusedNetwork(default_config(vector=8, members=2, buckets=64, name_buckets=32))
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        written = bundle.write(
+            url,
+            network=network,
+            calibration=Calibration(slope=0.9, intercept=0.4),
+            metrics={"model": {"rmse": 0.9}},
+            card=CARD,
+        )
+        if not seed:
+            registry.promote(url, written.version, written.sha256, "harness", "the first")
+
