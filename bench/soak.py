@@ -68,14 +68,14 @@ WORKERS = {
 POOL = 100_000  # events made once and sent again and again, with new ids and times
 EVENTS_A_REQUEST = 100
 ITEMS_A_REQUEST = 20
-RETENTION = timedelta(minutes=5)  # else an hour's records would fill the disk
+RETENTION = timedelta(minutes=15)  # else an hour's records would fill the disk
 SEGMENT = timedelta(minutes=1)  # Kafka deletes whole segments only
 SEGMENT_BYTES = 16 * 1024 * 1024
 BACKLOG = 40_000  # events waiting while the peak is measured
 RAMP_SECONDS, PEAK_SECONDS = 15.0, 45.0
 TICK_SECONDS = 0.02
 SAMPLE_SECONDS = 10.0
-START_SECONDS = 120.0  # two cores that start four processes with torch, and claim
+START_SECONDS = 240.0  # two cores that start four processes with torch, and claim
 DRAIN_SECONDS = 240.0  # the archiver takes longest; under RETENTION, so that it loses nothing
 DRAINED_LAG = 1_000  # transactions' ends count as records that wait
 ANSWER_SECONDS = 10.0
