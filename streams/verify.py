@@ -19,7 +19,7 @@ from model.catalog import describe_users, item_text
 from model.events import EVENT, TEXT, Rows, from_behavior, from_reviews, from_text_features
 from model.exceptions import BundleError
 from model.features import FEATURES
-from model.ids import hash_ids, partitions_of
+from model.ids import Hashes, hash_ids, partitions_of
 from model.lookups import Lookups, Table, empty, table
 from model.lookups import Store as Rowstore
 from model.predict import Predictor, predictor
@@ -79,6 +79,15 @@ class Verification:
         """Whether everything agreed and there was something to compare."""
         return not self.differences and bool(self.compared)
 
+    def figures(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "compared": dict(self.compared),
+            "differences": dict(self.differences),
+            "examples": self.examples,
+            "notes": self.notes,
+        }
+
     def check(self, what: str, same: NDArray[np.bool_], name: Callable[[int], str]) -> None:
         """Count n comparisons; `name` tells of the one at a position."""
         self.compared[what] += len(same)
@@ -87,6 +96,14 @@ class Verification:
             self.differences[what] += len(wrong)
             room = max(EXAMPLES - len(self.examples), 0)
             self.examples += [f"{what}: {name(int(at))}" for at in wrong[:room]]
+
+    def check_states(self, whose: str, hashes: Hashes, stored: Rows, expected: Rows) -> None:
+        """Compare n stored states bit for bit; `whose` is user or item."""
+        self.check(
+            f"{whose} state",
+            _bits(stored) == _bits(expected),
+            lambda at: f"{whose} hash {int(hashes[at]):#x} in the store",
+        )
 
 
 def verify_replay(
@@ -290,12 +307,7 @@ class _Replay:
         ahead = stored["offset"] > np.array(archived, np.uint64)
         if ahead.any():
             self.report.notes.append(f"{ahead.sum()} items are ahead of the archive")
-        kept = np.flatnonzero(~ahead)
-        self.report.check(
-            "item state",
-            states[kept] == stored[kept],
-            lambda at: f"item hash {items[kept[at]]:#x} in the store",
-        )
+        self.report.check_states("item", items[~ahead], stored[~ahead], states[~ahead])
 
 
 class _Partition:
@@ -463,12 +475,7 @@ class _Partition:
             self._report.notes.append(
                 f"partition {self._partition}: {ahead.sum()} users are ahead of the archive"
             )
-        kept = np.flatnonzero(~ahead)
-        self._report.check(
-            "user state",
-            stored[kept] == replayed[kept],
-            lambda at: f"user hash {int(users[kept[at]]):#x} in the store",
-        )
+        self._report.check_states("user", users[~ahead], stored[~ahead], replayed[~ahead])
         header = decode_header(self._shared.store.header(USER_STATE, self._partition))
         if header["partition"]["step"] <= self._state["step"]:
             same = np.array([header["partition"] == self._state], bool)
@@ -477,6 +484,11 @@ class _Partition:
     def _place(self, entry: Journal, at: int) -> str:
         topic = TOPICS[entry.topics[at]]
         return f"{topic} partition {self._partition} offset {entry.offsets[at]}"
+
+
+def _bits(rows: Rows) -> NDArray[np.void]:
+    """Rows (n) that are equal where all their bytes are."""
+    return np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
 
 
 def _versions(

@@ -1,0 +1,106 @@
+"""Commands about states in the store: `state rebuild | check`.
+
+What they call imports torch, which takes seconds, so they import it only when they run.
+"""
+
+from typing import TYPE_CHECKING, Annotated
+
+import orjson
+import typer
+from rich.text import Text
+
+from starcast.commands.context import fail, notes, output, progress_bar, settings_of
+from starcast.settings import Settings
+from streams.admin import reach
+
+if TYPE_CHECKING:
+    from streams.rebuild import Shop
+    from streams.verify import Verification
+
+app = typer.Typer(help="States in the store: rebuild them, check them. Workers may run meanwhile.")
+
+Partition = Annotated[
+    int | None, typer.Option(min=0, help="Only this partition; all when left out.")
+]
+
+
+@app.command()
+def rebuild(context: typer.Context, partition: Partition = None) -> None:
+    """Delete what the store has of partitions and compute it again from archive and topics.
+
+    A worker that owns a partition may do the rest; the command waits until it is through.
+    """
+    settings = settings_of(context)
+    partitions = _chosen(settings, partition)
+    reach(settings.kafka)
+    from streams.rebuild import KINDS_OF_STATES
+    from streams.rebuild import rebuild as compute
+
+    shop = _shop(settings)
+    with progress_bar() as progress:
+        task = progress.add_task("Rebuilding", total=len(partitions) * KINDS_OF_STATES)
+        for each in partitions:
+            for done in compute(shop, each):
+                progress.update(task, advance=1)
+                by = ", by the worker that has taken over" if done.taken_over else ""
+                said = f"{done.what} of partition {each}: {done.seconds:.1f} s{by}"
+                output.print(Text.assemble(("✓", "green"), f" {said}"))
+    shop.store.close()
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    partition: Partition = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare states with a recount from archive and topics; ends with 1 when something differs."""
+    settings = settings_of(context)
+    partitions = _chosen(settings, partition)
+    reach(settings.kafka)
+    from streams.recount import CHECKS, check_states
+
+    shop = _shop(settings)
+    with progress_bar() as progress:
+        task = progress.add_task("Checking", total=len(partitions) * len(CHECKS))
+
+        def tell(what: str, number: int) -> None:
+            progress.update(task, advance=1, description=f"Checking {what} of partition {number}")
+
+        report = check_states(shop, partitions, tell)
+    shop.store.close()
+    if as_json:
+        output.print(orjson.dumps(report.figures()).decode(), markup=False, soft_wrap=True)
+    else:
+        _print(report)
+    if report.differences:
+        raise fail("States differ from the recount; `starcast state rebuild` computes them again.")
+
+
+def _print(report: "Verification") -> None:
+    """A line for each kind, then notes and examples."""
+    for what in sorted({*report.compared, *report.differences}):
+        wrong, count = report.differences[what], report.compared[what]
+        mark = ("✗", "red") if wrong else ("✓", "green")
+        said = f"{wrong:,} of {count:,} differ" if wrong else f"{count:,} agree"
+        output.print(Text.assemble(mark, f" {what}: {said if count or not wrong else wrong}"))
+    for line in (*report.notes, *report.examples):
+        notes.print(line, markup=False, soft_wrap=True)
+
+
+def _chosen(settings: Settings, partition: int | None) -> list[int]:
+    partitions = settings.kafka.partitions
+    if partition is None:
+        return list(range(partitions))
+    if partition >= partitions:
+        raise typer.BadParameter(f"there are {partitions} partitions, 0 to {partitions - 1}")
+    return [partition]
+
+
+def _shop(settings: Settings) -> "Shop":
+    from model.state import LAYOUT_HASH
+    from streams.rebuild import Shop
+    from streams.store import Store
+
+    store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
+    return Shop(store, settings.kafka, settings.archive, settings.states)
