@@ -103,6 +103,14 @@ bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare 
 soak: setup system kafka-jars ## Play at half the peak and see whether anything grows (MINUTES=60)
 	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60) $(ARGS)
 
+.PHONY: faults
+faults: setup system kafka-jars ## Prove that faults lose, double and spoil nothing; 40 minutes (ARGS="--seed N")
+	$(BIN)/python -m tests.faults --json bench/results/faults.json $(ARGS)
+
+.PHONY: faults-smoke
+faults-smoke: setup system kafka-jars ## A few minutes of the same; a part of `make test`
+	$(BIN)/pytest tests/faults/test_smoke.py $(ARGS)
+
 .PHONY: wheel
 wheel: setup ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation

@@ -165,6 +165,7 @@ class Loop:
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
         self._fenced_at = -TWICE_SECONDS
+        self._begun_at = 0.0
         self._lag_at = 0.0
         self._consumer = Consumer(self._consumer_config())
         self._producer = Producer(self._producer_config())
@@ -257,7 +258,7 @@ class Loop:
         # Classic groups call this after an overrun too, so revoked and lost are treated alike.
         gone = {each.partition for each in partitions}
         self._owned -= {self._position(each) for each in partitions}
-        self._stop_work({position for position in self._live if position[1] in gone})
+        self._forget(gone)
         if self._config.group_protocol == "consumer":
             consumer.incremental_unassign(partitions)
         else:
@@ -297,6 +298,7 @@ class Loop:
                     each.offset = self._start(each, starts[topic])
                     self._consumer.seek(each)
             except (StoreError, UnreachableError, KafkaException) as error:
+                self._forget({partition})  # it may be claimed already
                 self._wait_longer(error)
                 return
             self._consumer.resume(inputs)
@@ -323,9 +325,13 @@ class Loop:
             self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(low - offset)
         return max(offset, low)
 
-    def _stop_work(self, positions: set[Position]) -> None:
-        """Drop what is in memory of these; those still owned are claimed again."""
-        self._processor.drop({partition for _, partition in positions})
+    def _forget(self, partitions: set[int]) -> None:
+        """Drop what is in memory of these, live or only claimed."""
+        self._processor.drop(partitions)
+        self._pause({position for position in self._live if position[1] in partitions})
+
+    def _pause(self, positions: set[Position]) -> None:
+        """Those still owned are claimed again."""
         self._live -= positions
         for topic, partition in positions:
             self._metrics.lag.remove(self._processor.name, topic, str(partition))
@@ -336,7 +342,7 @@ class Loop:
     def _restart(self, reason: Exception) -> None:
         """Begin again from the committed offsets."""
         self._passed = False
-        self._stop_work(set(self._live))
+        self._forget({partition for _, partition in self._live})
         self._wait_longer(reason)
 
     def _wait_longer(self, reason: Exception) -> None:
@@ -359,7 +365,7 @@ class Loop:
             self._log.warning(
                 "topic missing", reason=error.str(), do="run `starcast topics apply`, once"
             )
-        elif error.fatal():
+        elif error.fatal() or error.code() == KafkaError._FATAL:
             raise BrokerError(f"Kafka ended this consumer: {error.str()}. Start the worker again.")
         elif error.code() != KafkaError._PARTITION_EOF:
             self._log.warning("poll", reason=error.str())
@@ -399,6 +405,7 @@ class Loop:
         if offsets and _generation(metadata) < 1:
             self._restart(BrokerError("The batch was polled outside a group generation."))
             return None
+        self._begun_at = time.monotonic()
         try:
             self._producer.begin_transaction()
             delivered = self._send(outcome)
@@ -441,12 +448,14 @@ class Loop:
         That happens to a worker that slept past the timeout of its transaction, and to one whose
         transactional id another worker has as well.
         """
-        if time.monotonic() < self._fenced_at + TWICE_SECONDS:
+        own = time.monotonic() - self._begun_at > TRANSACTION_SECONDS  # Kafka ended it: too slow
+        if not own and time.monotonic() < self._fenced_at + TWICE_SECONDS:
             raise BrokerError(
                 f"Kafka fenced this worker again: {reason}. Another worker uses the transactional "
                 f"id {self._transactional_id}; give each host its own name and start again."
             ) from reason
-        self._fenced_at = time.monotonic()
+        if not own:
+            self._fenced_at = time.monotonic()
         self._producer = Producer(self._producer_config())
         self._init_transactions()
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import structlog
@@ -18,7 +19,8 @@ from starcast.log import LogConfig, configure
 from tests.faults import report, schedule
 from tests.faults.kinds import BY_KIND
 from tests.faults.protections import SWITCHES
-from tests.faults.run import run
+from tests.faults.run import Load, run
+from tests.faults.servers import start_servers
 
 
 def main() -> int:
@@ -27,7 +29,7 @@ def main() -> int:
     parser.add_argument("--events", type=int, default=1_000_000, help="of all shops together")
     parser.add_argument("--users", type=int, default=2_000, help="of each shop")
     parser.add_argument("--each", type=int, default=6, help="faults of every kind, at least")
-    parser.add_argument("--rate", type=float, default=420, help="events a second to each shop")
+    parser.add_argument("--rate", type=float, default=330, help="events a second to each shop")
     parser.add_argument("--kinds", nargs="*", choices=[*BY_KIND], default=[*BY_KIND])
     parser.add_argument("--shops", nargs="*", choices=["a", "b"], default=["a", "b"])
     parser.add_argument("--mixed", action="store_true", help="no faults alone, all in mixture")
@@ -54,17 +56,22 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     schedule.save(planned, folder / "schedule.json")
     console.print(f"{planned.count} faults planned, seed {planned.seed}, folder {folder}")
+    load = Load(
+        tuple(arguments.shops),
+        arguments.events // len(arguments.shops),
+        arguments.users,
+        arguments.rate,
+    )
     try:
-        result = run(
-            planned,
-            arguments.shops,
-            arguments.events // len(arguments.shops),
-            arguments.users,
-            arguments.rate,
-            folder,
-            lambda line: console.print(line, markup=False, highlight=False),
-            tuple(arguments.without),
-        )
+        with closing(start_servers(folder)) as servers:
+            result = run(
+                servers,
+                planned,
+                load,
+                folder,
+                lambda line: console.print(line, markup=False, highlight=False),
+                tuple(arguments.without),
+            )
     except StarcastError as error:
         console.print(f"The harness itself failed: {error}", style="red", markup=False)
         console.print(f"Logs are in {folder}.")

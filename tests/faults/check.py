@@ -57,11 +57,14 @@ class Verdict:
 
 
 def wait_settled(
-    shop: FaultyShop, verdict: Verdict, waiting: Callable[[FaultyShop], dict[str, int]]
+    shop: FaultyShop,
+    verdict: Verdict,
+    waiting: Callable[[FaultyShop], dict[str, int]],
+    seconds: float = SETTLED_SECONDS,
 ) -> bool:
     """Wait until nothing waits any more; whether it came to that."""
     started, left = time.monotonic(), {"": 1}
-    while any(left.values()) and time.monotonic() < started + SETTLED_SECONDS:
+    while any(left.values()) and time.monotonic() < started + seconds:
         time.sleep(0.5)
         try:
             left = waiting(shop)
@@ -69,7 +72,7 @@ def wait_settled(
             left = {str(error): 1}
     verdict.settled_seconds += round(time.monotonic() - started, 1)
     stuck = any(left.values())
-    verdict.note("settled", 1, int(stuck), f"after {SETTLED_SECONDS:.0f} s {left} wait")
+    verdict.note("settled", 1, int(stuck), f"after {seconds:.0f} s {left} wait")
     return not stuck
 
 
@@ -263,7 +266,8 @@ def check_archive(shop: FaultyShop, verdict: Verdict) -> None:
                         "kafka_offset": frame.schema["kafka_offset"],
                         "value": pl.Binary,
                     },
-                ).with_columns(pl.col("value").hash().alias("sum"))
+                )
+                .with_columns(pl.col("value").hash().alias("sum"))
                 .drop("value")
             )
         if not parts:
@@ -309,4 +313,3 @@ def check_all(shop: FaultyShop, verdict: Verdict, say: Callable[[str], None]) ->
         started = time.monotonic()
         check(shop, verdict)
         say(f"shop {shop.name}: {check.__name__} took {time.monotonic() - started:.0f} s")
-

@@ -140,7 +140,7 @@ def _rolling_restart(world: World, shop: FaultyShop, random: Random) -> str:
     names: list[str] = []
     for worker in [*shop.workers]:
         if worker.wanted and (
-            shop.name != "a" or "group.instance.id" in worker.settings.kafka.options
+            not shop.name.startswith("a") or "group.instance.id" in worker.settings.kafka.options
         ):
             worker.restart()
             names.append(worker.name)
@@ -297,9 +297,11 @@ def _coordinator_moved(world: World, shop: FaultyShop, random: Random) -> str:
     slot = random.randrange(2)
     prefix, group = shop.kafka.topic_prefix, shop.kafka.group_id
     identity = f"{prefix}{group}-scorer-{gethostname()}-{slot}"
-    topic = reach(shop.kafka, ADMIN_SECONDS).list_topics("__transaction_state").topics[
-        "__transaction_state"
-    ]
+    topic = (
+        reach(shop.kafka, ADMIN_SECONDS)
+        .list_topics("__transaction_state")
+        .topics["__transaction_state"]
+    )
     partition = abs(_java_hash(identity)) % max(len(topic.partitions), 1)
     node = topic.partitions[partition].leader if topic.partitions else -1
     if node not in world.servers.kafka.brokers:
@@ -365,7 +367,14 @@ def _archiver_killed(world: World, shop: FaultyShop, random: Random) -> str:
 
 
 def _versions(world: World) -> list[Path]:
-    return sorted(path.parent for path in Path(world.models).glob("*/manifest.json"))
+    """Folders of the bundles that are whole and stay."""
+    found = Path(world.models).glob(f"*/{MANIFEST}")
+    return sorted(path.parent for path in found if not path.parent.name.startswith("2099"))
+
+
+def _other_version(random: Random) -> str:
+    """A name as versions have it, of no bundle that stays."""
+    return f"20990101T000000-{random.randrange(16**8):08x}"
 
 
 def _swapped(world: World, shop: FaultyShop, random: Random) -> str:
@@ -381,7 +390,7 @@ def _damaged(world: World, shop: FaultyShop, random: Random) -> str:
     """A copy of a bundle with a byte changed is made stable: it must be refused."""
     healthy = random.choice(_versions(world))
     before = registry.read(world.models).stable
-    broken = healthy.parent / f"damaged-{random.randrange(10**9)}"
+    broken = healthy.parent / _other_version(random)
     shutil.copytree(healthy, broken)
     weights = next(iter(sorted(broken.rglob("*.safetensors"))))
     data = bytearray(weights.read_bytes())
@@ -399,7 +408,7 @@ def _withdrawn(world: World, shop: FaultyShop, random: Random) -> str:
     """A bundle is made stable and its folder goes away; then the one before is stable again."""
     healthy = random.choice(_versions(world))
     before = registry.read(world.models).stable
-    gone = healthy.parent / f"withdrawn-{random.randrange(10**9)}"
+    gone = healthy.parent / _other_version(random)
     shutil.copytree(healthy, gone)
     _promote(world, gone)
     time.sleep(random.uniform(0, 2))

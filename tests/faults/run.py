@@ -16,10 +16,17 @@ from torch import nn
 from model import bundle, registry
 from model.calibration import Calibration
 from model.network import FusedNetwork, default_config
-from tests.faults.check import Verdict, check_all, unarchived, unscored, wait_settled
+from tests.faults.check import (
+    SETTLED_SECONDS,
+    Verdict,
+    check_all,
+    unarchived,
+    unscored,
+    wait_settled,
+)
 from tests.faults.kinds import BY_KIND, NotReached
 from tests.faults.schedule import Planned, Schedule
-from tests.faults.servers import start_servers
+from tests.faults.servers import Servers
 from tests.faults.world import World, make_world
 from tests.servers import ServerError
 from tests.unit.model.test_bundle import CARD
@@ -66,17 +73,26 @@ class Result:
         return not self.stuck and all(each.clean for each in self.verdicts.values())
 
 
+@dataclass(frozen=True)
+class Load:
+    """What flows while faults are injected: `events` of `users` users to each shop."""
+
+    shops: tuple[str, ...]
+    events: int
+    users: int
+    rate: float  # events a second, to each shop
+
+
 def run(
+    servers: Servers,
     schedule: Schedule,
-    shops: Sequence[str],
-    events: int,
-    users: int,
-    rate: float,
+    load: Load,
     folder: Path,
     say: Callable[[str], None],
     switched_off: tuple[str, ...] = (),
+    settled_seconds: float = SETTLED_SECONDS,
 ) -> Result:
-    """Play `events` to each shop at `rate` a second, inject the faults, and check everything.
+    """Play the load, inject the faults, and check everything.
 
     Raises what a harness that cannot do its work raises (ServerError); damage is in the result.
     """
@@ -84,16 +100,12 @@ def run(
     began = time.monotonic()
     with ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
-        servers = start_servers(folder)
-        stack.callback(servers.close)
         _write_bundles(str(folder / "models"))
-        world = make_world(servers, folder, events, users, shops, switched_off)
+        world = make_world(servers, folder, load.events, load.users, load.shops, switched_off)
         stack.callback(world.close)
-        say(f"servers and topics are there after {time.monotonic() - began:.0f} s")
         world.start_workers()
-        result.seconds["set-up"] = time.monotonic() - began
-        _play(world, schedule, rate, result, say)
-        _settle(world, result, say)
+        _play(world, schedule, load.rate, result, say)
+        _settle(world, result, say, settled_seconds)
         for shop in world.shops:
             if result.verdicts[shop.name].clean:
                 check_all(shop, result.verdicts[shop.name], say)
@@ -108,10 +120,10 @@ def run(
 def _play(
     world: World, schedule: Schedule, rate: float, result: Result, say: Callable[[str], None]
 ) -> None:
-    stop = threading.Event()
+    hurry = threading.Event()  # once all faults are injected: what is left is a burst
     started = time.monotonic()
     players = [
-        threading.Thread(target=shop.play, args=(rate, stop), name=f"plays {shop.name}")
+        threading.Thread(target=shop.play, args=(rate, hurry), name=f"plays {shop.name}")
         for shop in world.shops
     ]
     for player in players:
@@ -138,10 +150,8 @@ def _play(
             lane.join()
         result.seconds["faults"] = time.monotonic() - started
         say(f"all faults are injected after {result.seconds['faults']:.0f} s")
-    except BaseException:
-        stop.set()
-        raise
     finally:
+        hurry.set()
         for player in players:
             player.join()
     result.seconds["playing"] = time.monotonic() - started
@@ -174,7 +184,9 @@ def _inject(world: World, planned: Planned, started: float) -> Injected:
     )
 
 
-def _settle(world: World, result: Result, say: Callable[[str], None]) -> None:
+def _settle(
+    world: World, result: Result, say: Callable[[str], None], settled_seconds: float
+) -> None:
     """Wait until all is worked off, then end everything in order."""
     for shop in world.shops:
         verdict = result.verdicts[shop.name] = Verdict()
@@ -182,7 +194,7 @@ def _settle(world: World, result: Result, say: Callable[[str], None]) -> None:
             worker.wanted = True
         if shop.played["failed"]:
             verdict.note("sent", 0, shop.played["failed"], "records were not acknowledged")
-        wait_settled(shop, verdict, unscored)
+        wait_settled(shop, verdict, unscored, settled_seconds)
         say(f"shop {shop.name}: scored after {verdict.settled_seconds:.0f} s")
     world.done.set()
     scoring = [worker for shop in world.shops for worker in shop.workers]
@@ -190,7 +202,7 @@ def _settle(world: World, result: Result, say: Callable[[str], None]) -> None:
     for several in (scoring, archivers):
         if several is archivers:
             for shop in world.shops:
-                wait_settled(shop, result.verdicts[shop.name], unarchived)
+                wait_settled(shop, result.verdicts[shop.name], unarchived, settled_seconds)
         for worker in several:
             try:
                 result.stop_seconds[worker.name] = round(worker.stop(), 1)
@@ -214,4 +226,3 @@ def _write_bundles(url: str) -> None:
         )
         if not seed:
             registry.promote(url, written.version, written.sha256, "harness", "the first")
-

@@ -1,6 +1,7 @@
 """Two shops on servers that fail, their workers under a supervisor, and events on their way.
 
-Shop a: a classic group and a store behind sentinels. Shop b: a KIP-848 group and a store cluster.
+Shops whose names begin with a have classic groups and a store behind sentinels, others KIP-848 groups
+and a store cluster.
 """
 
 import threading
@@ -190,8 +191,11 @@ class FaultyShop:
         """Workers that score and are up."""
         return [each for each in self.workers if each.wanted and each.alive()]
 
-    def play(self, rate: float, stop: threading.Event) -> None:
-        """Send all events at a steady rate; each is acknowledged by all brokers in sync."""
+    def play(self, rate: float, hurry: threading.Event) -> None:
+        """Send all events at a steady rate, then, told to hurry, the rest as fast as can be.
+
+        Each is acknowledged by all brokers in sync.
+        """
         producer = Producer(
             client_config(
                 self.kafka,
@@ -213,11 +217,15 @@ class FaultyShop:
         started, sent = time.monotonic(), 0
         for topic, key, value in self.events.messages():
             if sent % 20 == 0:
-                while (wait := started + sent / rate - time.monotonic()) > 0 and not stop.is_set():
+                while (wait := started + sent / rate - time.monotonic()) > 0 and not hurry.is_set():
                     producer.poll(min(wait, 0.1))
-                if stop.is_set():
+                producer.poll(0)
+            while True:
+                try:
+                    producer.produce(self.kafka.topic_prefix + topic, value, key, on_delivery=note)
                     break
-            producer.produce(self.kafka.topic_prefix + topic, value, key, on_delivery=note)
+                except BufferError:
+                    producer.poll(0.1)
             sent += 1
         self.played["sent"] = sent
         producer.flush(DELIVERY_MS / 1000)
@@ -312,7 +320,7 @@ def _make_shop(
     users: int,
     switched_off: tuple[str, ...],
 ) -> FaultyShop:
-    classic = name == "a"
+    classic = name.startswith("a")
     stores: Stores = servers.sentinel if classic else servers.cluster
     url = servers.sentinel.url if classic else servers.cluster.url
     options = {
@@ -322,7 +330,7 @@ def _make_shop(
         "topic.metadata.refresh.interval.ms": "10000",
     }
 
-    def settings(bootstrap: str, **more: str) -> Settings:
+    def settings(bootstrap: str, options: dict[str, str]) -> Settings:
         return Settings.model_validate(
             {
                 "kafka": {
@@ -333,7 +341,7 @@ def _make_shop(
                     "replication": 3,
                     "group_protocol": "classic" if classic else "consumer",
                     "session_timeout_ms": 6_000,
-                    "options": options | more,
+                    "options": options,
                 },
                 "redis": {"url": SecretStr(url), "cluster": not classic, "key_prefix": name},
                 "archive": {"url": str(folder / name / "archive"), "flush_seconds": 2},
@@ -348,7 +356,7 @@ def _make_shop(
         return Worker(
             full,
             processors,
-            settings(servers.kafka.workers, **more),
+            settings(servers.kafka.workers, options | more),
             folder / f"{full}.log",
             switched_off,
         )
@@ -359,7 +367,7 @@ def _make_shop(
     (folder / name).mkdir(parents=True, exist_ok=True)
     return FaultyShop(
         name,
-        settings(servers.kafka.direct),
+        settings(servers.kafka.direct, {}),
         stores,
         Numbered(events, users, int(time.time() * 1000) - 86_400_000 // 2),
         workers,

@@ -227,6 +227,18 @@ def test_a_topic_that_goes_takes_its_partition_along(world: World) -> None:
     assert loop.live == {("behavior", 0), ("reviews", 1), ("behavior", 1)}
 
 
+def test_what_was_claimed_and_could_not_be_begun_is_dropped(world: World) -> None:
+    processor = Counting(starts={"reviews": 0, "behavior": 0})
+    loop = world.loop(processor)
+    fill(world, 2, 0)
+    world.broker.fail("get_watermark_offsets", failure(KafkaError._TRANSPORT))
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    assert (len(processor.claims), processor.drops, loop.live) == (1, [{0}], frozenset())
+    world.consumer.rebalance(gone=places(0))  # a claim that stayed would be looked after for ever
+    assert processor.drops == [{0}, {0}]
+
+
 def test_work_goes_on_from_the_committed_offsets(world: World) -> None:
     processor = Counting()
     loop = world.loop(processor)
@@ -687,7 +699,8 @@ def test_errors_of_a_poll(world: World) -> None:
         ("poll", None),
     ]
     assert len(answered(world)) == 2
-    world.consumer.errors.append(Message(error=KafkaError(KafkaError._FATAL, "odd", fatal=True)))
+    # As it comes of a real poll: by its code, and without the flag.
+    world.consumer.errors.append(Message(error=KafkaError(KafkaError._FATAL, "odd")))
     with pytest.raises(BrokerError, match="odd"):
         world.turn(loop)
 

@@ -1,0 +1,37 @@
+"""Each protection switched off: the harness finds the damage that it prevents."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.run import Load, run
+from tests.faults.schedule import make_schedule
+from tests.faults.servers import Servers
+
+DAMAGE = {
+    "guard": ("overrun with a batch in hand", {"duplicated"}),
+    "fence": ("zombie inside state write", {"user states recounted"}),
+    "order": ("killed before commit", {"settled"}),
+    "recovery": ("killed after commit", {"user states recounted"}),
+}
+
+
+@pytest.mark.parametrize("protection", DAMAGE)
+def test_without_a_protection_there_is_damage(
+    protection: str, faulty_servers: Servers, tmp_path: Path
+) -> None:
+    kind, expected = DAMAGE[protection]
+    shop = f"a-{protection}"
+    result = run(
+        faulty_servers,
+        make_schedule(1, [shop], 2, [kind], alone=False),
+        Load((shop,), 9_000, 500, 300),
+        tmp_path,
+        say=print,
+        switched_off=(protection,),
+        settled_seconds=30,
+    )
+    print(result.verdicts[shop])
+    assert result.injected[kind]
+    assert not result.clean
+    assert expected <= set(result.verdicts[shop].wrong)
