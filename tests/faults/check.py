@@ -252,24 +252,10 @@ def check_archive(shop: FaultyShop, verdict: Verdict) -> None:
         if topic.name not in archive.tables(shop.settings.archive.url):
             continue
         doubled = len(frame) - frame.select("kafka_partition", "kafka_offset").n_unique()
-        parts: list[pl.DataFrame] = []
-        for batch in read_topic(shop.kafka, topic.name):
-            parts.append(
-                pl.DataFrame(
-                    {
-                        "kafka_partition": [each.partition() for each in batch],
-                        "kafka_offset": [each.offset() for each in batch],
-                        "value": [each.value() for each in batch],
-                    },
-                    schema={
-                        "kafka_partition": frame.schema["kafka_partition"],
-                        "kafka_offset": frame.schema["kafka_offset"],
-                        "value": pl.Binary,
-                    },
-                )
-                .with_columns(pl.col("value").hash().alias("sum"))
-                .drop("value")
-            )
+        parts = [
+            _sums([(each.partition(), each.offset(), each.value()) for each in batch], frame.schema)
+            for batch in read_topic(shop.kafka, topic.name)
+        ]
         if not parts:
             continue
         kept = pl.concat(parts)
@@ -287,6 +273,13 @@ def check_archive(shop: FaultyShop, verdict: Verdict) -> None:
             missing + surplus + doubled,
             f"{topic.name}: {missing} missing, {surplus} surplus, {doubled} doubled",
         )
+
+
+def _sums(rows: Sequence[Any], schema: pl.Schema) -> pl.DataFrame:
+    """Positions and hashes of values."""
+    names = {name: schema[name] for name in ("kafka_partition", "kafka_offset")}
+    frame = pl.DataFrame(rows, {**names, "value": pl.Binary}, orient="row")
+    return frame.with_columns(pl.col("value").hash().alias("sum")).drop("value")
 
 
 def check_replay(shop: FaultyShop, verdict: Verdict) -> None:

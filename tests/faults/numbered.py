@@ -110,7 +110,7 @@ def recount(columns: dict[str, NDArray[Any]], whose: str, names: NDArray[Any]) -
     count = len(names)
 
     def add(weights: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(index, np.nan_to_num(weights), count)
+        return np.bincount(index, np.nan_to_num(weights), count).astype(np.float64)
 
     rating, price = columns["rating"], columns["price"]
     rated, priced = ~np.isnan(rating), ~np.isnan(price)

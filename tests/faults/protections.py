@@ -20,8 +20,9 @@ def without_guard() -> None:
     """The group's generation is read at the commit, not after the poll, and not looked at."""
     transact = Loop._transact
 
-    def late(self: Loop, outcome: Outcome, offsets: list[TopicPartition], _: Any) -> Any:
-        return transact(self, outcome, offsets, self._consumer.consumer_group_metadata())
+    def late(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> Any:
+        metadata = self._consumer.consumer_group_metadata()
+        return transact(self, outcome, offsets, metadata)
 
     Loop._transact = late
     loops._generation = lambda metadata: 1
@@ -51,10 +52,10 @@ def without_order() -> None:
         finish, outcome.finish = outcome.finish, None
         send = self._send
 
-        def send_and_write(sent: Outcome, *failed: Any) -> Any:
-            delivered = send(sent, *failed)
+        def send_and_write(outcome: Outcome, failed: Any = None) -> Any:
+            delivered = send(outcome, failed)
             self._producer.flush(10)
-            if finish is not None and sent is outcome:
+            if finish is not None:
                 finish(delivered)
             return delivered
 

@@ -74,6 +74,7 @@ class _Pair:
         self.client.peer, self.behind.peer = self.behind, self.client
         self.port = 0  # the client's
         self.rule: Rule | None = None
+        self._reaching: Any = None  # kept, or it may be collected before it is done
 
     @property
     def delay(self) -> float:
@@ -84,16 +85,14 @@ class _Pair:
             self.port = half.transport.get_extra_info("peername")[1]
             self.proxy.pairs.add(self)
             self.rule = self.proxy.rule_of(self)
-            asyncio.ensure_future(self._reach())
+            self._reaching = asyncio.ensure_future(self._reach())
         else:
             self.flow()
 
     async def _reach(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.create_connection(
-                lambda: self.behind, HOST, self.proxy.targets[self.server]
-            )
+            await loop.create_connection(lambda: self.behind, HOST, self.proxy.targets[self.server])
         except OSError:
             self.end()
 
@@ -187,6 +186,8 @@ class Proxy:
 
 def _local_ports(pid: int) -> set[int]:
     try:
-        return {each.laddr.port for each in psutil.Process(pid).net_connections("tcp") if each.laddr}
+        return {
+            each.laddr.port for each in psutil.Process(pid).net_connections("tcp") if each.laddr
+        }
     except psutil.Error:
         return set()

@@ -101,13 +101,13 @@ def install(points: Points) -> None:
             return super().consumer_group_metadata(*arguments)
 
     class PointedProducer(confluent_kafka.Producer):
-        def send_offsets_to_transaction(self, *arguments: Any) -> Any:
+        def send_offsets_to_transaction(self, *arguments: Any, **named: Any) -> Any:
             points.reach("sent")
-            return super().send_offsets_to_transaction(*arguments)
+            return super().send_offsets_to_transaction(*arguments, **named)
 
-        def commit_transaction(self, *arguments: Any) -> Any:
+        def commit_transaction(self, *arguments: Any, **named: Any) -> Any:
             points.reach("committing")
-            done = super().commit_transaction(*arguments)
+            done = super().commit_transaction(*arguments, **named)
             points.reach("committed")
             return done
 

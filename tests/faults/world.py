@@ -1,7 +1,7 @@
 """Two shops on servers that fail, their workers under a supervisor, and events on their way.
 
-Shops whose names begin with a have classic groups and a store behind sentinels, others KIP-848 groups
-and a store cluster.
+Shops whose names begin with a have classic groups and a store behind sentinels, others KIP-848
+groups and a store cluster.
 """
 
 import threading
