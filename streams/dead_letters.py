@@ -265,8 +265,9 @@ class _Redriver:
         done = f"{self.report.delivered.total()} records were sent and are marked, the rest waits."
         if all(error.code() in _FENCED for error in errors):
             return BrokerError(
-                f"Another redrive of this prefix and group has begun and goes on in this one's "
-                f"place: {done} When the other has ended, run this again for what is left."
+                "Another redrive of this prefix and group has begun and goes on in this one's "
+                f"place, or this one slept for more than {TRANSACTION_SECONDS:g} s: {done} When "
+                "the other has ended, run this again for what is left."
             )
         reason = next(error.str() for error in errors if error.code() not in _FENCED)
         return BrokerError(f"Kafka does not take what is sent again: {reason}. {done}")
