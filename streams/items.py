@@ -15,7 +15,7 @@ from streams.loop import Outcome, Position
 from streams.metrics import Metrics
 from streams.reader import ITEM_STATE, partition_keys
 from streams.store import Store
-from streams.tail import archived_end, first_offset, read_archived
+from streams.tail import archived_end, bounds, read_archived
 
 TOPIC = "item-updates"
 BATCH = 5_000  # updates in one turn
@@ -52,8 +52,8 @@ class Items:
         start = self._claims.claim(ITEM_STATE, partition)
         if not self._kafka.exactly_once:  # the embedded broker has no retention, nor tells of it
             return {TOPIC: start}
-        low = first_offset(self._kafka, TOPIC, partition)
-        return {TOPIC: self._catch_up(partition, start, low) if start < low else start}
+        low, high = bounds(self._kafka, TOPIC, partition)
+        return {TOPIC: self._catch_up(partition, start, low, high) if start < low else start}
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""
@@ -91,8 +91,8 @@ class Items:
 
         return Outcome(outputs=letters, finish=finish)
 
-    def _catch_up(self, partition: int, start: int, low: int) -> int:
-        """Apply archived updates from `start` on; where to read on in Kafka, which begins at `low`.
+    def _catch_up(self, partition: int, start: int, low: int, high: int) -> int:
+        """Apply archived updates from `start` on; where to read on in Kafka, from `low` to `high`.
 
         Item updates are written by our own scorer, so none of them is a dead letter; one that
         cannot be read is left out, as a dead letter is, and told in the log.
@@ -106,5 +106,7 @@ class Items:
             if outcome.outputs:
                 self._log.error("left out", partition=partition, updates=len(outcome.outputs))
         self._log.info("caught up", partition=partition, first=start, end=reached, kafka=low)
-        # Ends of transactions have offsets, but no rows: an archive that goes on has all before.
-        return low if archived_end(self._archive, TOPIC, partition) >= low else reached
+        # Ends of transactions have offsets, but no rows. So an archive that goes on has all before;
+        # and where nothing is left in Kafka, the last offset was that of an end.
+        whole = archived_end(self._archive, TOPIC, partition) >= low - (low == high)
+        return low if whole else reached

@@ -26,7 +26,7 @@ from streams.loop import Processor
 from streams.metrics import make_metrics
 from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE
 from streams.store import Store
-from streams.tail import archived_end, first_offset, read_archived, read_log, read_topic
+from streams.tail import archived_end, bounds, read_archived, read_log, read_topic
 from streams.user_states import UserStates, decode_header
 
 ATTEMPTS = 50  # a busy worker may claim again while its states are being cleared
@@ -91,7 +91,7 @@ def require_journal(shop: Shop, partition: int) -> None:
 def require_updates(shop: Shop, partition: int, end: int) -> None:
     """Raise `JournalGapError` unless archive and topic have all item updates before `end`."""
     topic = "item-updates"
-    low = first_offset(shop.kafka, topic, partition)
+    low, _ = bounds(shop.kafka, topic, partition)
     if not low or not end:
         return
     first = next(read_archived(shop.kafka, shop.archive, topic, partition, 0, low), None)

@@ -100,12 +100,12 @@ def read_topic(
         consumer.close()
 
 
-def first_offset(kafka: KafkaConfig, topic: str, partition: int) -> int:
-    """Where a partition begins: what stood before, retention has taken."""
+def bounds(kafka: KafkaConfig, topic: str, partition: int) -> tuple[int, int]:
+    """Where a partition begins, since retention has taken what stood before, and where it ends."""
     consumer = Consumer(reader_config(kafka))
     try:
         where = TopicPartition(topic_name(kafka, topic), partition)
-        return consumer.get_watermark_offsets(where, REQUEST_SECONDS)[0]
+        return consumer.get_watermark_offsets(where, REQUEST_SECONDS)
     finally:
         consumer.close()
 
@@ -117,7 +117,7 @@ def read_log(
 
     What retention has taken from Kafka comes from the archive, and so does what compaction has.
     """
-    low = first_offset(kafka, topic, partition)
+    low, _ = bounds(kafka, topic, partition)
     if BY_NAME[topic].cleanup == "delete":
         yield from read_archived(kafka, archived, topic, partition, 0, low)
         yield from read_topic(kafka, topic, start={partition: low}, partitions=[partition])

@@ -35,11 +35,11 @@ PARTITIONS = 4
 
 
 @pytest.fixture(autouse=True)
-def low(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Where partitions begin in Kafka; 0 for those that are not in it."""
-    first: dict[int, int] = {}
-    monkeypatch.setattr("streams.items.first_offset", lambda *where: first.get(where[-1], 0))
-    return first
+def kept(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """Where partitions begin and end in Kafka; at 0 and 99 those that are not in it."""
+    bounds: dict[int, tuple[int, int]] = {}
+    monkeypatch.setattr("streams.items.bounds", lambda *where: bounds.get(where[-1], (0, 99)))
+    return bounds
 
 
 def make(url: str, prefix: str = "shop", archived_at: str = "nowhere") -> Items:
@@ -172,41 +172,46 @@ def of_partition_0(count: int) -> list[str]:
 
 
 def test_what_retention_has_taken_comes_from_the_archive(
-    store: str, low: dict[int, int], tmp_path: Path
+    store: str, kept: dict[int, tuple[int, int]], tmp_path: Path
 ) -> None:
     a, b = of_partition_0(2)
     log = [update(a), update(b), update(a), update(a)]
     items = make(store, archived_at=archived(tmp_path, log))
     items.claim(0, {})
     work(items, [message("item-updates", log[0], 0, 0)])
-    low[0] = 3
+    kept[0] = 3, 99
     assert items.claim(0, {}) == {"item-updates": 3}  # 1 and 2 are applied, 3 is in Kafka
     assert states(items, a, b)["rating_count"].tolist() == [2, 1]
-    low[0] = 4
+    kept[0] = 4, 99
     assert items.claim(0, {}) == {"item-updates": 4}
     assert states(items, a, b)["rating_count"].tolist() == [3, 1]
 
 
 def test_what_the_archive_lacks_too_is_left_for_the_loop_to_count(
-    store: str, low: dict[int, int], tmp_path: Path
+    store: str, kept: dict[int, tuple[int, int]], tmp_path: Path
 ) -> None:
     (a,) = of_partition_0(1)
     items = make(store, archived_at=archived(tmp_path, [update(a)] * 3))
-    low[0] = 5
+    kept[0] = 5, 99
     assert items.claim(0, {}) == {"item-updates": 3}
     assert states(items, a)["rating_count"] == 3
-    low[0] = 9
+    kept[0] = 9, 99
     assert make(store, "other", str(tmp_path / "none")).claim(0, {}) == {"item-updates": 0}
 
 
 def test_an_end_of_a_transaction_is_no_loss(
-    store: str, low: dict[int, int], tmp_path: Path
+    store: str, kept: dict[int, tuple[int, int]], tmp_path: Path
 ) -> None:
     """It has an offset, 0 here, but no row."""
     (a,) = of_partition_0(1)
     items = make(store, archived_at=archived(tmp_path, [update(a)] * 2, first=1))
-    low[0] = 1
+    kept[0] = 1, 99
     assert items.claim(0, {}) == {"item-updates": 1}
+    kept[0] = 4, 4  # all is gone; 3 was the end of the last transaction
+    assert items.claim(0, {}) == {"item-updates": 4}
+    assert states(items, a)["rating_count"] == 2
+    kept[0] = 5, 5
+    assert items.claim(0, {}) == {"item-updates": 3}
 
 
 def test_a_store_that_was_emptied_is_noticed_though_nothing_comes(store: str) -> None:
