@@ -240,14 +240,7 @@ def _cut_store(world: World, shop: FaultyShop, random: Random) -> str:
 
 
 def _cut(world: World, worker: Worker, links: list[str], seconds: float) -> None:
-    rules = [Rule(link, worker.pid) for link in links]
-    for rule in rules:
-        world.servers.proxy.break_(rule)
-    try:
-        time.sleep(seconds)
-    finally:
-        for rule in rules:
-            world.servers.proxy.heal(rule)
+    _break(world, [Rule(link, worker.pid) for link in links], seconds)
 
 
 def _slow_links(world: World, shop: FaultyShop, random: Random) -> str:
@@ -255,14 +248,19 @@ def _slow_links(world: World, shop: FaultyShop, random: Random) -> str:
     kafka, delay = world.servers.kafka, random.uniform(0.02, 0.15)
     links = [*(kafka.link(node) for node in kafka.brokers), *shop.stores.links()]
     rules = [Rule(link, worker.pid, delay) for link in links]
-    for rule in rules:
-        world.servers.proxy.break_(rule)
+    _break(world, rules, random.uniform(*CUT_SECONDS))
+    return f"{worker.name} {delay * 1000:.0f} ms each way"
+
+
+def _break(world: World, rules: list[Rule], seconds: float) -> None:
+    proxy = world.servers.proxy
     try:
-        time.sleep(random.uniform(*CUT_SECONDS))
+        for rule in rules:
+            proxy.break_(rule)
+        time.sleep(seconds)
     finally:
         for rule in rules:
-            world.servers.proxy.heal(rule)
-    return f"{worker.name} {delay * 1000:.0f} ms each way"
+            proxy.heal(rule)
 
 
 # -- brokers -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import psutil
 
 from streams.embedded import HOST, free_port
 
-OPEN_SECONDS = 5.0  # a proxy that cannot listen ends the run
+ANSWER_SECONDS = 60.0  # a proxy that cannot listen ends the run
 _T = TypeVar("_T")
 
 
@@ -84,7 +84,6 @@ class _Pair:
         if half is self.client:
             self.port = half.transport.get_extra_info("peername")[1]
             self.proxy.pairs.add(self)
-            self.rule = self.proxy.rule_of(self)
             self._reaching = asyncio.ensure_future(self._reach())
         else:
             self.flow()
@@ -122,6 +121,7 @@ class Proxy:
         self.ports: dict[str, int] = {}  # ours
         self.pairs: set[_Pair] = set()
         self._rules: list[Rule] = []
+        self._local: dict[int, set[int]] = {}  # ports of processes whose links are broken
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True).start()
 
@@ -135,30 +135,41 @@ class Proxy:
 
     def break_(self, rule: Rule) -> None:
         """Cut or slow a link, until it heals."""
-        self._call(lambda: self._rules.append(rule))
+        mine = {} if rule.pid is None else {rule.pid: _local_ports(rule.pid)}
+
+        def begin() -> None:
+            self._local |= mine
+            self._rules.append(rule)
+
+        self._call(begin)
 
     def heal(self, rule: Rule, discard: bool = False) -> None:
-        """End a rule; with `discard`, what waits on its connections is lost, and they close."""
+        """End a rule, if it is there; with `discard`, what waits is lost, and connections close."""
 
         def end() -> None:
-            self._rules.remove(rule)
+            if rule in self._rules:
+                self._rules.remove(rule)
             if discard:
                 for pair in [pair for pair in self.pairs if pair.rule == rule]:
                     pair.end()
 
         self._call(end)
 
-    def rule_of(self, pair: _Pair, ports: dict[int, set[int]] | None = None) -> Rule | None:
+    def rule_of(self, pair: _Pair) -> Rule | None:
         """The rule that a connection is under; a cut before a slow link."""
         for rule in sorted(self._rules, key=lambda rule: rule.delay):
-            if rule.server != pair.server:
-                continue
-            if rule.pid is None:
-                return rule
-            mine = _local_ports(rule.pid) if ports is None else ports[rule.pid]
-            if pair.port in mine:
+            if rule.server == pair.server and (
+                rule.pid is None or pair.port in self._local[rule.pid]
+            ):
                 return rule
         return None
+
+    async def learn(self, port: int) -> None:
+        """Find out whether a new connection is of a process whose links are broken."""
+        loop = asyncio.get_running_loop()
+        for pid in {rule.pid for rule in self._rules if rule.pid is not None}:
+            if port in await loop.run_in_executor(None, _local_ports, pid):
+                self._local[pid].add(port)
 
     def close(self) -> None:
         """End all connections."""
@@ -173,15 +184,14 @@ class Proxy:
     def _call(self, change: Any) -> None:
         async def apply() -> None:
             change()
-            ports = {rule.pid: _local_ports(rule.pid) for rule in self._rules if rule.pid}
             for pair in list(self.pairs):
-                pair.rule = self.rule_of(pair, ports)
+                pair.rule = self.rule_of(pair)
                 pair.flow()
 
         self._run(apply())
 
     def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(OPEN_SECONDS)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(ANSWER_SECONDS)
 
 
 def _local_ports(pid: int) -> set[int]:

@@ -130,13 +130,18 @@ def _play(
         player.start()
 
     def inject(lane: Sequence[Planned]) -> None:
-        for planned in lane:
+        left, again = list(lane), set[Planned]()
+        while left:
+            planned = left.pop(0)
             time.sleep(planned.pause)
             result.faults.append(fault := _inject(world, planned, started))
             say(
                 f"{fault.began:6.0f} s  {planned.lane}: {planned.kind}"
                 f"{'' if fault.happened else ' DID NOT HAPPEN'} ({fault.about})"
             )
+            if not fault.happened and planned not in again:  # later it may
+                again.add(planned)
+                left.append(planned)
 
     try:
         inject(schedule.alone)

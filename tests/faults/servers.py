@@ -241,7 +241,14 @@ def _node(folder: Path, name: str, proxy: Proxy, *options: str, announce: str) -
     command = [
         *(embedded._store_binary(), "--port", str(port), "--bind", HOST, "--save", ""),
         *("--appendonly", "no", "--maxmemory-policy", "noeviction", "--dir", str(folder / name)),
-        *("--repl-diskless-sync-delay", "0", "--repl-timeout", "10", "--enable-debug-command", "yes"),
+        *(
+            "--repl-diskless-sync-delay",
+            "0",
+            "--repl-timeout",
+            "10",
+            "--enable-debug-command",
+            "yes",
+        ),
         *(f"--{announce}-port", str(proxied)),
         *options,
     ]
@@ -290,10 +297,12 @@ class Stores:
     def _lose(self, primary: Node, replica: Node, seconds: float) -> None:
         """Kill a primary whose last writes have not reached its replica."""
         cut = Rule(primary.link, replica.server.pid)
-        self.proxy.break_(cut)
-        time.sleep(seconds)
-        primary.server.kill()
-        self.proxy.heal(cut, discard=True)
+        try:
+            self.proxy.break_(cut)
+            time.sleep(seconds)
+            primary.server.kill()
+        finally:
+            self.proxy.heal(cut, discard=True)
 
 
 class SentinelStore(Stores):
@@ -337,9 +346,11 @@ class SentinelStore(Stores):
         (primary,) = self.primaries()
         (replica,) = [node for node in self.nodes if node is not primary]
         until(lambda: _in_sync(primary, 1), STORE_SECONDS)
-        self._lose(primary, replica, seconds)
-        until(lambda: replica.is_primary(), STORE_SECONDS)
-        primary.server.start()
+        try:
+            self._lose(primary, replica, seconds)
+            until(lambda: replica.is_primary(), STORE_SECONDS)
+        finally:
+            primary.server.start()
         self._settle(replica)
 
     def _settle(self, primary: Node) -> None:
@@ -429,9 +440,11 @@ class ClusterStore(Stores):
         replica = self._replicas()[which]
         proxied = int(replica.client().info("replication")["master_port"])
         (primary,) = [node for node in self.nodes if node.proxied == proxied]
-        self._lose(primary, replica, seconds)
-        until(lambda: replica.is_primary(), STORE_SECONDS)
-        primary.server.start()
+        try:
+            self._lose(primary, replica, seconds)
+            until(lambda: replica.is_primary(), STORE_SECONDS)
+        finally:
+            primary.server.start()
         self.wait()
 
     def _replicas(self) -> list[Node]:
