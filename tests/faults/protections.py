@@ -44,6 +44,19 @@ def without_fence() -> None:
     stores.Store._call = unfenced
 
 
+def without_count() -> None:
+    """An owner writes on though the store has lost some of what it wrote."""
+    call = Store._call
+
+    def uncounted(self: Store, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
+        if function in ("starcast_read", "starcast_write"):
+            writes = self.client.hget(keys[0], "writes")
+            arguments = [arguments[0], writes or b"0", *arguments[2:]]
+        return call(self, function, keys, arguments)
+
+    stores.Store._call = uncounted
+
+
 def without_order() -> None:
     """States are written before the commit."""
     transact = Loop._transact
@@ -85,6 +98,7 @@ def without_recovery() -> None:
 SWITCHES: dict[str, Callable[[], None]] = {
     "guard": without_guard,
     "fence": without_fence,
+    "count": without_count,
     "order": without_order,
     "recovery": without_recovery,
 }

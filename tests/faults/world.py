@@ -30,6 +30,7 @@ from tests.faults.worker import FAILED, Order, work
 
 PARTITIONS = 6
 SCORING = ("scorer", "items", "catalog", "answers")
+CACHED_USERS = 50  # so few that states are read from the store again and again
 OVERRUN_SECONDS = 10.0  # max.poll.interval: a worker that is silent for longer loses its partitions
 REACH_SECONDS = 20.0  # a worker without partitions never reaches a point
 END_SECONDS = 45.0  # a worker that does not end on SIGTERM is stuck
@@ -346,6 +347,7 @@ def _make_shop(
                 "redis": {"url": SecretStr(url), "cluster": not classic, "key_prefix": name},
                 "archive": {"url": str(folder / name / "archive"), "flush_seconds": 2},
                 "models": {"url": models, "encoder": "none", "device": "cpu", "poll_seconds": 1},
+                "states": {"cache_users": CACHED_USERS},
                 "scorer": {"digest_seconds": 5},
                 "web": {"metrics_port": 0},
             }
