@@ -243,7 +243,7 @@ def scripted_shop(
         patch.object(loops, "Consumer", kafka.consumer),
         patch.object(loops, "Producer", kafka.producer),
         patch.object(user_states, "read_journal", kafka.read_journal),
-        patch.object(items, "first_offset", lambda *_: 0),
+        patch.object(items, "bounds", lambda *_: (0, 0)),
     ):
         yield ScriptedShop(name, settings, store, models, kafka, metrics)
     store.close()
