@@ -108,9 +108,7 @@ def test_requests_past_their_deadline_are_answered_as_expired(shop: Shop) -> Non
     told = {(each.request_id, each.item_id): each for each in answers}
     assert len(told) == len(answers) == 2 * len(requests)
     for request in requests:
-        mine: Sequence[PredictedRating] = [
-            told[request.request_id, each] for each in request.item_ids
-        ]
+        mine = [told[request.request_id, item] for item in request.item_ids]
         late = request.deadline_ms is not None
         assert {each.status for each in mine} == {"expired" if late else "ok"}
         assert all((each.rating is None) == late for each in mine)
