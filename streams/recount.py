@@ -112,7 +112,9 @@ def _recount_users(shop: Shop, partition: int, end: int) -> tuple[Rowstore, Rows
         lambda entry: entry.last_offset < end,
         read_journal(shop.kafka, shop.archive, partition, 0),
     )
-    while several := [entry.journal for entry in islice(entries, TRANSACTIONS)]:
+    days = shop.states.expire_after_days
+    size = 1 if days else TRANSACTIONS  # states expire between transactions
+    while several := [entry.journal for entry in islice(entries, size)]:
         if any(each.layout_hash != LAYOUT_HASH for each in several):
             raise JournalGapError(
                 f"Journal partition {partition} holds rows of another layout than this version's "
@@ -122,7 +124,7 @@ def _recount_users(shop: Shop, partition: int, end: int) -> tuple[Rowstore, Rows
         hashes, index = np.unique(events["user"], return_inverse=True)
         places = users.place(hashes)
         newest = max(newest, int(events["time"].max(initial=0)))
-        if days := shop.states.expire_after_days:
+        if days:
             last = users.rows["last_time"][places]
             paused |= set(hashes[(last > 0) & (last < newest - days * MILLISECONDS_A_DAY)].tolist())
         users.rows[places], state = recover(
