@@ -96,6 +96,7 @@ def run(
 
     Raises what a harness that cannot do its work raises (ServerError); damage is in the result.
     """
+    torch.set_num_threads(1)  # several wait for one another on a machine that does much else
     result = Result(schedule.seed, schedule=asdict(schedule))
     began = time.monotonic()
     with ExitStack() as stack:
