@@ -11,6 +11,7 @@ committed offsets.
 import struct
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ CLAIM_SECONDS = 5.0  # a worker that recovers many partitions still polls, so th
 TWICE_SECONDS = 60.0  # fenced again so soon, a worker shares its transactional id with another
 FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again this soon,
 LAST_BACK_OFF_SECONDS = 5.0  # and later this often
+BY_KEY = -1  # a partition: that which the key's hash says
 LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
 FETCH_KILOBYTES = 32_768  # prefetched input a worker holds at most
 OUTPUT_MESSAGES = 200_000  # outputs in flight; more than the largest transaction makes
@@ -288,12 +290,7 @@ class Loop:
                 return
             inputs = [self._topic_partition(topic, partition) for topic in topics]
             try:
-                committed = {
-                    self._position(each)[0]: max(each.offset, -1)
-                    for each in self._consumer.committed(inputs, CONTROL_SECONDS)
-                    if _raise(each.error)
-                }
-                starts = self._processor.claim(partition, committed)
+                starts = self._claim(partition, inputs)
                 for each, topic in zip(inputs, topics, strict=True):
                     each.offset = self._start(each, starts[topic])
                     self._consumer.seek(each)
@@ -303,6 +300,24 @@ class Loop:
                 return
             self._consumer.resume(inputs)
             self._live |= {(topic, partition) for topic in topics}
+
+    def _claim(self, partition: int, inputs: list[TopicPartition]) -> dict[str, int]:
+        """Have the processor claim a partition; where each topic is to be read from."""
+        committed = self._committed(inputs)
+        try:
+            return self._processor.claim(partition, committed)
+        except StoreAheadError:
+            # A worker that slept in between compares with offsets that another has moved since.
+            if self._committed(inputs) == committed:
+                raise
+        return self._processor.claim(partition, self._committed(inputs))
+
+    def _committed(self, inputs: list[TopicPartition]) -> dict[str, int]:
+        return {
+            self._position(each)[0]: max(each.offset, -1)
+            for each in self._consumer.committed(inputs, CONTROL_SECONDS)
+            if _raise(each.error)
+        }
 
     def _start(self, where: TopicPartition, offset: int) -> int:
         """Where to begin: at `offset`, or the first record where it is negative or gone."""
@@ -524,17 +539,23 @@ class Loop:
 
     def _send_batch(self, batch: OutputBatch, track: Any) -> None:
         topic = self._config.topic_prefix + batch.topic
-        messages = batch.messages
-        while messages:
-            arguments = {} if track is None else {"on_delivery": track}
-            queued = self._producer.produce_batch(topic, messages, **arguments)
-            if queued == len(messages):
-                return
-            messages = [message for message in messages if "_error" in message]
-            for error in [message.pop("_error") for message in messages]:
-                if error.code() != KafkaError._QUEUE_FULL:
-                    raise KafkaException(error)
-            self._producer.poll(0.1)
+        arguments = {} if track is None else {"on_delivery": track}
+        # confluent-kafka 2.16 heeds the partition of a call, not those of its messages.
+        by_partition = defaultdict[int, list[dict[str, Any]]](list)
+        for message in batch.messages:
+            by_partition[message.get("partition", BY_KEY)].append(message)
+        for partition, messages in by_partition.items():
+            while True:
+                queued = self._producer.produce_batch(
+                    topic, messages, partition=partition, **arguments
+                )
+                if queued == len(messages):
+                    break
+                messages = [message for message in messages if "_error" in message]
+                for error in [message.pop("_error") for message in messages]:
+                    if error.code() != KafkaError._QUEUE_FULL:
+                        raise KafkaException(error)
+                self._producer.poll(0.1)
 
     def _init_transactions(self) -> None:
         while not self._stop.is_set():

@@ -150,6 +150,8 @@ class Scorer:
 
     def process(self, messages: list[Message]) -> Outcome:
         """Score and apply one batch."""
+        if not messages:
+            return Outcome()
         with self._phase("decode"):
             inputs, letters = split(messages, self._prefix, self.name)
             arrivals, ahead = self._set_aside(_arrange(inputs))

@@ -29,6 +29,7 @@ from tests.faults.servers import SentinelStore, until
 from tests.faults.worker import Order
 from tests.faults.world import (
     OVERRUN_SECONDS,
+    PARTITIONS,
     FaultyShop,
     NotReached,
     Worker,
@@ -44,6 +45,7 @@ FULL_SECONDS = (3.0, 6.0)
 LOST_SECONDS = (0.5, 2.0)  # of writes that a replica does not have
 CLOCK_SECONDS = 2 * 86_400.0  # how far a clock jumps
 ADMIN_SECONDS = 30.0
+ARCHIVED_SECONDS = 60.0  # every partition has something in the archive by then
 
 
 @dataclass(frozen=True)
@@ -208,12 +210,17 @@ def _full(world: World, shop: FaultyShop, random: Random) -> None:
 def _retention(world: World, shop: FaultyShop, random: Random) -> str:
     """What is archived of journal and item updates leaves Kafka; then the store forgets too."""
     admin = reach(shop.kafka, ADMIN_SECONDS)
-    url, ends = shop.settings.archive.url, []
-    for topic in ("journal", "item-updates"):
-        for partition, end in archive.positions(url, topic).items():
-            ends.append(TopicPartition(shop.kafka.topic_prefix + topic, partition, end))
-    if not ends:
-        raise NotReached("nothing is archived yet")
+    ends: list[TopicPartition] = []
+
+    def archived() -> bool:
+        ends[:] = [
+            TopicPartition(shop.kafka.topic_prefix + topic, partition, end)
+            for topic in ("journal", "item-updates")
+            for partition, end in archive.positions(shop.settings.archive.url, topic).items()
+        ]
+        return len(ends) == 2 * PARTITIONS
+
+    until(archived, ARCHIVED_SECONDS)
     try:
         for future in admin.delete_records(ends).values():
             future.result(ADMIN_SECONDS)

@@ -19,6 +19,7 @@ import confluent_kafka
 import structlog
 from pydantic import SecretStr
 
+import streams.catalog
 import streams.items
 import streams.scorer
 from schemas.exceptions import StarcastError
@@ -132,6 +133,7 @@ def install(points: Points) -> None:
     loops.Producer = PointedProducer  # pyright: ignore[reportPrivateImportUsage]
     stores.Store._call = pointed_call
     stores.WRITE_KEYS = CHUNK
+    streams.catalog.Catalog.batch_size = CHUNK - 1  # what it describes at once is one write
     streams.scorer.run_batch = pointed(streams.scorer.run_batch)
     streams.items.apply_items = pointed(streams.items.apply_items)
 

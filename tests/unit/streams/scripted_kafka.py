@@ -226,7 +226,11 @@ class ScriptedProducer:
             self.outputs = []
 
     def produce_batch(
-        self, topic: str, messages: list[dict[str, Any]], on_delivery: Any = None
+        self,
+        topic: str,
+        messages: list[dict[str, Any]],
+        partition: int = -1,
+        on_delivery: Any = None,
     ) -> int:
         queued = 0
         for message in messages:
@@ -235,7 +239,7 @@ class ScriptedProducer:
                 self.broker.may_fail("produce_batch")
                 if not self.room:
                     raise failure(KafkaError._QUEUE_FULL)
-                self.produce(topic, message["value"], on_delivery=on_delivery)
+                self.produce(topic, message["value"], partition=partition, on_delivery=on_delivery)
                 self.room -= 1
                 queued += 1
             except KafkaException as problem:
