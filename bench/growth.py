@@ -56,9 +56,18 @@ class Judged:
         first, last = self.handles
         return self.resident.bound < HIGHEST_BOUND and last <= first + SPARE_HANDLES
 
+    @property
+    def word(self) -> str:
+        """The verdict in a word or two."""
+        if self.good:
+            return "good"
+        first, last = self.handles
+        grows = self.resident.slope >= HIGHEST_BOUND or last > first + SPARE_HANDLES
+        return "grows" if grows else "too unsteady to tell"
+
     def figures(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"good": self.good, **asdict(self)}
+        return {"good": self.good, "verdict": self.word, **asdict(self)}
 
 
 def judge(samples: Sequence[Sample]) -> list[Judged]:

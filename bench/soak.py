@@ -523,7 +523,7 @@ def verdict_table(judged: Sequence[Judged]) -> Table:
             f"{each.unique.bound:+.2f}",
             "{:.0f} → {:.0f}".format(*each.handles),
             "{:.0f} → {:.0f}".format(*each.threads),
-            "good" if each.good else "[red]grows[/red]",
+            each.word if each.good else f"[red]{each.word}[/red]",
         )
     return table
 

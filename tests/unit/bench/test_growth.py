@@ -64,6 +64,15 @@ def test_memory_that_grows_is_not_good(growth: float, good: bool) -> None:
     assert (judged.resident.bound < HIGHEST_BOUND) == good
 
 
+def test_memory_that_swings_too_much_is_not_called_growth() -> None:
+    middle = (600 + HOUR[-1]) / 2  # of the time that is judged: the swing has no slope
+    swinging = 1e9 * (1 + 0.3 * np.cos((HOUR - middle) / 200))
+    (judged,) = judge(_samples(rss=swinging))
+    assert (judged.good, judged.word) == (False, "too unsteady to tell")
+    (judged,) = judge(_samples(rss=1e9 * (1 + 0.1 * HOUR / 3_600)))
+    assert judged.word == "grows"
+
+
 def test_growth_while_it_warms_up_does_not_count() -> None:
     rss = 1e9 * np.minimum(HOUR / 600, 1.0)
     (judged,) = judge(_samples(rss=rss))
