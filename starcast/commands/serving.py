@@ -204,7 +204,7 @@ def verify_replay(
         )
     store.close()
     if as_json:
-        output.print(orjson.dumps(asdict(report)).decode(), markup=False, soft_wrap=True)
+        output.print(orjson.dumps(report.figures()).decode(), markup=False, soft_wrap=True)
     else:
         for what, count in sorted(report.compared.items()):
             wrong = report.differences[what]

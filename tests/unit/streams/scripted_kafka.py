@@ -187,6 +187,7 @@ class ScriptedProducer:
         self.ready = False
         self.room = 1_000_000  # messages that `produce_batch` still takes
         self.outputs: list[tuple[str, bytes | None]] = []
+        self.partitions: list[int] = []  # that each output was sent to; -1: by its key
         self.offsets: list[TopicPartition] = []
         self.reports: list[Callable[[], None]] = []
 
@@ -212,6 +213,7 @@ class ScriptedProducer:
         self.broker.may_fail("produce")
         offset = sum(each == topic for each, _ in self.broker.outputs + self.outputs)
         self.outputs.append((topic, value))
+        self.partitions.append(partition)
         message = Message(topic=topic, partition=max(partition, 0), offset=offset, value=value)
         failed: KafkaError | None = None
         try:

@@ -227,6 +227,31 @@ def test_a_topic_that_goes_takes_its_partition_along(world: World) -> None:
     assert loop.live == {("behavior", 0), ("reviews", 1), ("behavior", 1)}
 
 
+def test_a_store_that_is_ahead_of_offsets_that_have_moved_is_not_called_ahead(world: World) -> None:
+    """A worker that slept after it had asked for the offsets compares with old ones."""
+
+    class Ahead(Counting):
+        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+            starts = super().claim(partition, committed)
+            if len(self.claims) == 1:
+                world.broker.committed["eu.reviews", 0] = 2  # by another, meanwhile
+            if committed["reviews"] < 2:
+                raise StoreAheadError("the store has applied 2")
+            return starts
+
+    processor = Ahead()
+    loop = world.loop(processor)
+    fill(world, 3, 0)
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    assert [committed["reviews"] for _, committed in processor.claims] == [-1, 2]
+    assert loop.live
+    world.broker.committed["eu.reviews", 0] = 1  # an operator's reset stays an error
+    world.consumer.rebalance(gone=places(0), new=places(0))
+    with pytest.raises(StoreAheadError):
+        world.turn(loop)
+
+
 def test_what_was_claimed_and_could_not_be_begun_is_dropped(world: World) -> None:
     processor = Counting(starts={"reviews": 0, "behavior": 0})
     loop = world.loop(processor)
@@ -455,6 +480,23 @@ def test_without_exactly_once_the_ends_of_partitions_are_not_asked_for(world: Wo
 
 
 # -- transactions --------------------------------------------------------------------------------
+
+
+def test_records_of_a_batch_go_to_the_partitions_that_they_name(world: World) -> None:
+    class Placing(Counting):
+        def process(self, messages: list[Message]) -> Outcome:
+            outcome = super().process(messages)
+            places = [{"value": b"%d" % at, "partition": at % 3} for at in range(7)]
+            outcome.batches = [OutputBatch("predicted-ratings", [*places, {"value": b"by key"}])]
+            return outcome
+
+    loop = world.loop(Placing())
+    fill(world, 1, 0)
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    (producer,) = world.broker.producers
+    sent = zip(answered(world), producer.partitions, strict=False)
+    assert sorted(sent) == [*((b"%d" % at, at % 3) for at in range(7)), (b"by key", -1)]
 
 
 def test_states_are_written_after_the_commit(world: World) -> None:

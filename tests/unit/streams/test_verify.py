@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from pydantic import SecretStr
 
@@ -22,6 +23,10 @@ def test_differences_are_counted_and_some_told_in_full() -> None:
     assert report.differences == {"state": 2, "feature row": 100}
     assert report.examples[:3] == ["state: user 1", "state: user 3", "feature row: row 0"]
     assert len(report.examples) == EXAMPLES
+    figures = orjson.loads(orjson.dumps(report.figures()))
+    assert figures["compared"] == {"state": 9, "feature row": 100}
+    assert figures["differences"] == {"state": 2, "feature row": 100}
+    assert len(figures["examples"]) == EXAMPLES
 
 
 def test_without_a_journal_there_is_nothing_to_verify(store: str, tmp_path: Path) -> None:
