@@ -111,6 +111,14 @@ faults: setup system kafka-jars ## Prove that faults lose, double and spoil noth
 faults-smoke: setup system kafka-jars ## A few minutes of the same; a part of `make test`
 	$(BIN)/pytest tests/faults/test_smoke.py $(ARGS)
 
+.PHONY: protections
+protections: setup system kafka-jars ## Switch off each protection in turn, and see that the harness finds the damage
+	$(BIN)/pytest tests/faults/proofs.py $(ARGS)
+
+.PHONY: bad-records
+bad-records: setup system kafka-jars ## Mix 100,000 bad records into a shop, and see that the good ones do not notice
+	$(BIN)/python -m tests.faults.bad_records --records 100000 $(ARGS)
+
 .PHONY: wheel
 wheel: setup ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation

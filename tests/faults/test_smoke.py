@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from tests.faults import report
@@ -26,6 +27,7 @@ KINDS = (
 )
 
 
+@pytest.mark.timeout(600)
 def test_a_short_run_is_clean(faulty_servers: Servers, tmp_path: Path) -> None:
     schedule = make_schedule(SEED, ["a", "b"], 2, KINDS, alone=False)
     save(schedule, tmp_path / "schedule.json")

@@ -1,4 +1,7 @@
-"""Each protection switched off: the harness finds the damage that it prevents."""
+"""Each protection switched off: the harness finds the damage that it prevents.
+
+Minutes long, so `make protections` runs it, not `make test`.
+"""
 
 from pathlib import Path
 
@@ -17,6 +20,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("protection", DAMAGE)
 def test_without_a_protection_there_is_damage(
     protection: str, faulty_servers: Servers, tmp_path: Path
