@@ -53,6 +53,11 @@ def _messages(consumer: Consumer, partition: int, start: int) -> Iterator[tuple[
             elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
                 return
             elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # pyright: ignore[reportPrivateUsage]
+                low, _ = consumer.get_watermark_offsets(
+                    TopicPartition(message.topic() or "", partition), END_SECONDS
+                )
+                if start < low:  # retention has passed it meanwhile: the next claim finds it
+                    raise KafkaException(error)
                 raise StoreAheadError(
                     f"States of partition {partition} stand at offset {start} of the journal, "
                     "which ends before: the topic was made anew. Take another "

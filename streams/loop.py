@@ -290,9 +290,8 @@ class Loop:
                 return
             inputs = [self._topic_partition(topic, partition) for topic in topics]
             try:
-                starts = self._claim(partition, inputs)
-                for each, topic in zip(inputs, topics, strict=True):
-                    each.offset = self._start(each, starts[topic])
+                for each, start in zip(inputs, self._claim(partition, inputs), strict=True):
+                    each.offset = start
                     self._consumer.seek(each)
             except (StoreError, UnreachableError, KafkaException) as error:
                 self._forget({partition})  # it may be claimed already
@@ -301,16 +300,35 @@ class Loop:
             self._consumer.resume(inputs)
             self._live |= {(topic, partition) for topic in topics}
 
-    def _claim(self, partition: int, inputs: list[TopicPartition]) -> dict[str, int]:
-        """Have the processor claim a partition; where each topic is to be read from."""
+    def _claim(self, partition: int, inputs: list[TopicPartition]) -> list[int]:
+        """Have the processor claim a partition; where each input is to be read from."""
         committed = self._committed(inputs)
         try:
-            return self._processor.claim(partition, committed)
+            starts = self._processor.claim(partition, committed)
         except StoreAheadError:
             # A worker that slept in between compares with offsets that another has moved since.
-            if self._committed(inputs) == committed:
+            moved = self._committed(inputs)
+            if moved == committed:
                 raise
-        return self._processor.claim(partition, self._committed(inputs))
+            committed = moved
+            starts = self._processor.claim(partition, committed)
+        if not self._config.exactly_once:  # the embedded broker does not tell a partition's ends
+            return [
+                OFFSET_BEGINNING if start < 0 else start
+                for start in (starts[self._position(each)[0]] for each in inputs)
+            ]
+        ends = self._ends(inputs)
+        # Retention may have passed a start meanwhile, and what left Kafka is in the archive.
+        while any(0 <= starts[topic] < low for topic, (low, _) in ends.items()):
+            again = self._processor.claim(partition, committed)
+            if again == starts:
+                break
+            starts, ends = again, self._ends(inputs)
+        return [
+            self._start(each, starts[topic], *ends[topic])
+            for each in inputs
+            for topic in [self._position(each)[0]]
+        ]
 
     def _committed(self, inputs: list[TopicPartition]) -> dict[str, int]:
         return {
@@ -319,13 +337,17 @@ class Loop:
             if _raise(each.error)
         }
 
-    def _start(self, where: TopicPartition, offset: int) -> int:
+    def _ends(self, inputs: list[TopicPartition]) -> dict[str, tuple[int, int]]:
+        """The first offset of each input and the next one to be written."""
+        return {
+            self._position(each)[0]: self._consumer.get_watermark_offsets(each, CONTROL_SECONDS)
+            for each in inputs
+        }
+
+    def _start(self, where: TopicPartition, offset: int, low: int, high: int) -> int:
         """Where to begin: at `offset`, or the first record where it is negative or gone."""
         if offset < 0:
             return OFFSET_BEGINNING
-        if not self._config.exactly_once:  # the embedded broker does not tell a partition's ends
-            return offset
-        low, high = self._consumer.get_watermark_offsets(where, CONTROL_SECONDS)
         place = f"{where.topic} partition {where.partition}"
         if offset > high:
             raise StoreAheadError(

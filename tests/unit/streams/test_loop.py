@@ -252,6 +252,27 @@ def test_a_store_that_is_ahead_of_offsets_that_have_moved_is_not_called_ahead(wo
         world.turn(loop)
 
 
+def test_retention_that_passes_a_start_while_it_is_claimed_costs_nothing(world: World) -> None:
+    """The processor takes from the archive what left Kafka, when it claims again."""
+
+    class Archived(Counting):
+        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+            start = world.broker.first.get(("eu.reviews", 0), 1)  # as far as the archive was needed
+            self.starts = {"reviews": start, "behavior": 0}
+            world.broker.first["eu.reviews", 0] = 4  # just after
+            return super().claim(partition, committed)
+
+    processor = Archived()
+    loop = world.loop(processor)
+    fill(world, 6, 0)
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    assert len(processor.claims) == 2
+    assert processor.batches[0][-2:] == [("reviews", 4), ("reviews", 5)]
+    lost = {"processor": "counting", "topic": "reviews", "partition": "0"}
+    assert world.value("lost_records_total", **lost) is None
+
+
 def test_what_was_claimed_and_could_not_be_begun_is_dropped(world: World) -> None:
     processor = Counting(starts={"reviews": 0, "behavior": 0})
     loop = world.loop(processor)
