@@ -32,7 +32,7 @@ PARTITIONS = 6
 SCORING = ("scorer", "items", "catalog", "answers")
 CACHED_USERS = 50  # so few that states are read from the store again and again
 OVERRUN_SECONDS = 10.0  # max.poll.interval: a worker that is silent for longer loses its partitions
-REACH_SECONDS = 20.0  # a worker without partitions never reaches a point
+REACH_SECONDS = 8.0  # a worker without partitions never reaches a point; another is tried
 END_SECONDS = 45.0  # a worker that does not end on SIGTERM is stuck
 DELIVERY_MS = 600_000  # a producer outside waits for brokers that are down
 
