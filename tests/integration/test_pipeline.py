@@ -521,6 +521,23 @@ def test_a_repeated_event_is_answered_and_not_applied_and_an_edit_replaces(shop:
     assert item["actions"][:2].tolist() == [2, 1]
 
 
+def test_a_prediction_lies_where_its_event_lay(shop: Shop) -> None:
+    """Also where a producer chose another key than the user."""
+    stray = [
+        Outgoing("reviews", b"key %d" % at, encode(review(f"r{at}", user=f"user {at}")))
+        for at in range(20)
+    ]
+    with shop.workers("scorer"):
+        shop.play(stray)
+        shop.until_predicted(20)
+    places = [
+        (message.partition(), PredictedRating.model_validate_json(message.value() or b""))
+        for message in shop.read("predicted-ratings")
+    ]
+    assert all(partition == record.source.partition for partition, record in places)
+    assert any(partition_of(record.user_id) != partition for partition, record in places)
+
+
 # -- answers -------------------------------------------------------------------------------------
 
 
