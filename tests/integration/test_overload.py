@@ -159,7 +159,7 @@ def test_a_slow_text_lane_does_not_hold_up_the_scorer(
 
 # -- memory ----------------------------------------------------------------------------------------
 
-BACKLOG_MEGABYTES = 300
+BACKLOG_MEGABYTES = 150
 LARGE_TEXT = 30_000  # characters that do not compress
 WORKER = """
 import sys, threading
