@@ -163,7 +163,6 @@ class Loop:
         self._transactional_id = f"{config.topic_prefix}{self._group}-{gethostname()}-{slot}"
         self._owned: set[Position] = set()
         self._live: set[Position] = set()  # claimed and recovered, of those owned
-        self._passed = False  # retention has deleted what a live partition was to read next
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
         self._fenced_at = -TWICE_SECONDS
@@ -223,9 +222,6 @@ class Loop:
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = self._consumer.consumer_group_metadata()
         batch = [message for message in messages if self._usable(message)]
-        if self._passed:
-            self._restart(BrokerError("retention has passed what was to be read next"))
-            return
         try:
             if batch:
                 with self._phase("process"):
@@ -246,7 +242,8 @@ class Loop:
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._metrics.rebalances.labels(self._processor.name).inc()
         for each in partitions:
-            each.offset = 0  # a placeholder, so that none is looked up: the claim seeks
+            # A placeholder: the claim seeks. An offset that retention deleted would stop the fetch.
+            each.offset = OFFSET_BEGINNING
         if self._config.group_protocol == "consumer":
             consumer.incremental_assign(partitions)
         else:
@@ -290,7 +287,8 @@ class Loop:
                 return
             inputs = [self._topic_partition(topic, partition) for topic in topics]
             try:
-                for each, start in zip(inputs, self._claim(partition, inputs), strict=True):
+                starts = self._claim(partition, inputs)
+                for each, (start, _) in zip(inputs, starts, strict=True):
                     each.offset = start
                     self._consumer.seek(each)
             except (StoreError, UnreachableError, KafkaException) as error:
@@ -299,9 +297,15 @@ class Loop:
                 return
             self._consumer.resume(inputs)
             self._live |= {(topic, partition) for topic in topics}
+            for topic, (start, lost) in zip(topics, starts, strict=True):
+                if lost:
+                    self._tell_lost(topic, partition, start, lost)
 
-    def _claim(self, partition: int, inputs: list[TopicPartition]) -> list[int]:
-        """Have the processor claim a partition; where each input is to be read from."""
+    def _claim(self, partition: int, inputs: list[TopicPartition]) -> list[tuple[int, int]]:
+        """Have the processor claim a partition.
+
+        Gives where each input is to be read from, and how many records before it are lost.
+        """
         committed = self._committed(inputs)
         try:
             starts = self._processor.claim(partition, committed)
@@ -314,7 +318,7 @@ class Loop:
             starts = self._processor.claim(partition, committed)
         if not self._config.exactly_once:  # the embedded broker does not tell a partition's ends
             return [
-                OFFSET_BEGINNING if start < 0 else start
+                (OFFSET_BEGINNING if start < 0 else start, 0)
                 for start in (starts[self._position(each)[0]] for each in inputs)
             ]
         ends = self._ends(inputs)
@@ -344,10 +348,10 @@ class Loop:
             for each in inputs
         }
 
-    def _start(self, where: TopicPartition, offset: int, low: int, high: int) -> int:
-        """Where to begin: at `offset`, or the first record where it is negative or gone."""
+    def _start(self, where: TopicPartition, offset: int, low: int, high: int) -> tuple[int, int]:
+        """Where to begin: at `offset`, or the first record where that is gone; and the loss."""
         if offset < 0:
-            return OFFSET_BEGINNING
+            return OFFSET_BEGINNING, 0
         place = f"{where.topic} partition {where.partition}"
         if offset > high:
             raise StoreAheadError(
@@ -356,11 +360,13 @@ class Loop:
                 "STARCAST_KAFKA__TOPIC_PREFIX, STARCAST_REDIS__KEY_PREFIX and STARCAST_ARCHIVE__URL"
                 " for the new topics, or bring the old ones back."
             )
-        if offset < low:
-            topic, partition = self._position(where)
-            self._log.error("records lost to retention", where=place, first=offset, left=low)
-            self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(low - offset)
-        return max(offset, low)
+        return max(offset, low), max(low - offset, 0)
+
+    def _tell_lost(self, topic: str, partition: int, start: int, lost: int) -> None:
+        where = f"{self._config.topic_prefix}{topic} partition {partition}"
+        first = start - lost
+        self._log.error("records lost to retention", where=where, first=first, left=start)
+        self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(lost)
 
     def _forget(self, partitions: set[int]) -> None:
         """Drop what is in memory of these, live or only claimed."""
@@ -378,7 +384,6 @@ class Loop:
 
     def _restart(self, reason: Exception) -> None:
         """Begin again from the committed offsets."""
-        self._passed = False
         self._forget({partition for _, partition in self._live})
         self._wait_longer(reason)
 
@@ -397,7 +402,12 @@ class Loop:
             # they are read again after the claim.
             return self._place(message) in self._live
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            self._passed |= self._place(message) in self._live
+            if self._place(message) in self._owned:  # librdkafka seeks there no more
+                raise BrokerError(
+                    f"Retention has deleted what was to be read next of {message.topic()} "
+                    f"partition {message.partition()}. Start the worker again: it takes what is "
+                    "in the archive and counts the rest as lost."
+                )
         elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
             self._log.warning(
                 "topic missing", reason=error.str(), do="run `starcast topics apply`, once"
