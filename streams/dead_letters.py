@@ -17,14 +17,13 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import decode
-from schemas.exceptions import ContractError
 from schemas.records import DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams.admin import TopicError, client_config, reach, refused_option, topic_name
+from streams.admin import client_config, reach, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError
 from streams.loop import Output
-from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent
+from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent, existing_topic
 from streams.tail import read_topic
 
 HEADER_PREFIX = "starcast-"
@@ -229,7 +228,7 @@ class _Redriver:
         lot: list[tuple[Letter, Outgoing, str]] = []
         for letter in letters:
             record = redriven(letter)
-            name = self._existing(record.topic)
+            name = existing_topic(self._kafka, record.topic, self._present)
             self.report.sent[record.topic] += 1
             if _size(record) > BY_NAME[record.topic].largest_message:
                 # Told here, since a record that Kafka refuses spoils its whole transaction.
@@ -311,18 +310,6 @@ class _Redriver:
                 f"Kafka acknowledged all but {left} records within {FLUSH_SECONDS:g} s. Run it "
                 "again when Kafka answers; some records may then come twice."
             )
-
-    def _existing(self, topic: str) -> str:
-        """A source topic's name on the cluster."""
-        if topic not in BY_NAME:
-            raise ContractError(f"There is no topic {topic!r}; topics are: {', '.join(BY_NAME)}.")
-        name = topic_name(self._kafka, topic)
-        if name not in self._present:
-            raise TopicError(
-                f"Topic {name} does not exist at {self._kafka.bootstrap_servers}. "
-                "Make all topics with `starcast topics apply`."
-            )
-        return name
 
 
 def _bunches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:

@@ -7,7 +7,7 @@ silence.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -81,7 +81,8 @@ class Sender:
         Raises TopicError when the topic is missing, ContractError when there is no such topic.
         """
         if record.topic not in self._lanes:
-            self._lanes[record.topic] = self._existing(record.topic), self._settle(record.topic)
+            name = existing_topic(self._kafka, record.topic, self._present)
+            self._lanes[record.topic] = name, self._settle(record.topic)
         name, settle = self._lanes[record.topic]
         while not self._accepted(name, record, settle):
             if stop and stop.is_set():
@@ -103,18 +104,6 @@ class Sender:
         if left:
             self.report.failed[f"not acknowledged within {FLUSH_SECONDS:g} s"] += left
         return self.report
-
-    def _existing(self, topic: str) -> str:
-        """A topic's name on the cluster, where it must exist: Kafka would make it the wrong way."""
-        if topic not in BY_NAME:
-            raise ContractError(f"There is no topic {topic!r}; topics are: {', '.join(BY_NAME)}.")
-        name = topic_name(self._kafka, topic)
-        if name not in self._present:
-            raise TopicError(
-                f"Topic {name} does not exist at {self._kafka.bootstrap_servers}. "
-                "Make all topics with `starcast topics apply`."
-            )
-        return name
 
     def _settle(self, topic: str) -> _Settle:
         def settle(error: KafkaError | None, _: Message | None) -> None:
@@ -140,6 +129,22 @@ class Sender:
         except KafkaException as problem:  # larger than LARGEST_MESSAGE, or a fatal error
             settle(problem.args[0], None)
         return True
+
+
+def existing_topic(kafka: KafkaConfig, topic: str, present: Collection[str]) -> str:
+    """A topic's name on the cluster, where it must be present: Kafka would make it the wrong way.
+
+    Raises TopicError when it is missing, ContractError when there is no such topic.
+    """
+    if topic not in BY_NAME:
+        raise ContractError(f"There is no topic {topic!r}; topics are: {', '.join(BY_NAME)}.")
+    name = topic_name(kafka, topic)
+    if name not in present:
+        raise TopicError(
+            f"Topic {name} does not exist at {kafka.bootstrap_servers}. "
+            "Make all topics with `starcast topics apply`."
+        )
+    return name
 
 
 def outgoing(records: Iterable[tuple[str, Record]]) -> Iterator[Outgoing]:

@@ -13,7 +13,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import structlog
 from confluent_kafka import Producer
 from pydantic import SecretStr
 
@@ -37,7 +36,6 @@ END_SECONDS = 45.0  # a worker that does not end on SIGTERM is stuck
 DELIVERY_MS = 600_000  # a producer outside waits for brokers that are down
 
 _processes = get_context("forkserver")  # forked from one that has all modules loaded
-_log = structlog.get_logger()
 
 
 class NotReached(Exception):
