@@ -162,7 +162,7 @@ class Loop:
         self._group = f"{config.group_id}-{processor.name}"
         self._transactional_id = f"{config.topic_prefix}{self._group}-{gethostname()}-{slot}"
         self._owned: set[Position] = set()
-        self._live: set[Position] = set()  # claimed and recovered, of those owned
+        self._live: dict[Position, int] = {}  # the next offset of what is claimed and recovered
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
         self._fenced_at = -TWICE_SECONDS
@@ -221,7 +221,7 @@ class Loop:
             )
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = self._consumer.consumer_group_metadata()
-        batch = [message for message in messages if self._usable(message)]
+        batch = self._usable(messages)
         try:
             if batch:
                 with self._phase("process"):
@@ -267,7 +267,7 @@ class Loop:
     def _claimable(self) -> dict[int, list[str]]:
         """Topics to claim, by partition."""
         idle: dict[int, list[str]] = {}
-        for topic, partition in sorted(self._owned - self._live):
+        for topic, partition in sorted(self._owned - self._live.keys()):
             idle.setdefault(partition, []).append(topic)
         if self._processor.together:
             return {
@@ -296,8 +296,8 @@ class Loop:
                 self._wait_longer(error)
                 return
             self._consumer.resume(inputs)
-            self._live |= {(topic, partition) for topic in topics}
             for topic, (start, lost) in zip(topics, starts, strict=True):
+                self._live[topic, partition] = start
                 if lost:
                     self._tell_lost(topic, partition, start, lost)
 
@@ -375,8 +375,8 @@ class Loop:
 
     def _pause(self, positions: set[Position]) -> None:
         """Those still owned are claimed again."""
-        self._live -= positions
         for topic, partition in positions:
+            del self._live[topic, partition]
             self._metrics.lag.remove(self._processor.name, topic, str(partition))
         self._consumer.pause(
             [self._topic_partition(*position) for position in positions & self._owned]
@@ -394,13 +394,34 @@ class Loop:
             self._log.warning("paused", reason=str(reason), seconds=self._back_off)
             self._back_off = min(self._back_off * 2, LAST_BACK_OFF_SECONDS)
 
-    def _usable(self, message: Message) -> bool:
-        """Whether a polled message may be worked on; errors are logged or raised."""
-        error = message.error()
-        if error is None:
+    def _usable(self, messages: Sequence[Message]) -> list[Message]:
+        """Of polled messages, those that may be worked on; errors are logged or raised."""
+        batch: list[Message] = []
+        back: set[int] = set()
+        for message in messages:
+            if not self._good(message):
+                continue
+            place, offset = self._place(message), message.offset() or 0
             # A rebalance inside the poll leaves messages of partitions that are not live now;
             # they are read again after the claim.
-            return self._place(message) in self._live
+            if place not in self._live:
+                continue
+            if offset < self._live[place]:
+                back.add(place[1])
+            self._live[place] = offset + 1
+            batch.append(message)
+        if back:
+            # librdkafka 2.16 answers an assignment's placeholder even after a seek, and goes there.
+            self._log.warning("went back", partitions=sorted(back))
+            self._forget(back)
+            batch = [message for message in batch if message.partition() not in back]
+        return batch
+
+    def _good(self, message: Message) -> bool:
+        """Whether this is a record; what it is otherwise is logged or raised."""
+        error = message.error()
+        if error is None:
+            return True
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             if self._place(message) in self._owned:  # librdkafka seeks there no more
                 raise BrokerError(

@@ -354,8 +354,10 @@ def test_a_compacted_catalogue_is_taken_from_the_archive(played: tuple[Shop, Sen
     before = everything(shop)
     uncompacted(shop, "items")
     cut(shop, "items")
-    assert run(shop, "check").exit_code == 0
-    assert run(shop, "rebuild").exit_code == 0
+    checked = run(shop, "check")
+    assert checked.exit_code == 0, checked.output
+    rebuilt = run(shop, "rebuild")
+    assert rebuilt.exit_code == 0, rebuilt.output
     assert everything(shop) == before
     nowhere = place(shop).archive.model_copy(update={"url": "nowhere"})
     shop.play(("items", each) for each in dearer[:1])

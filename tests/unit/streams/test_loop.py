@@ -387,6 +387,27 @@ def test_a_seek_that_comes_too_early_is_soon_repeated(world: World) -> None:
     assert logs == []
 
 
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_consumer_that_goes_back_to_where_its_assignment_began_repeats_nothing(
+    world: World, done: int
+) -> None:
+    """Seen with librdkafka 2.16 on a busy machine: the answer to its first query undoes a seek."""
+    loop = world.loop(Counting(batch_size=10))
+    world.broker.append("eu.reviews", 0, b"a", b"b", b"c", b"d")
+    world.broker.committed["eu.reviews", 0] = 2
+    world.consumer.rebalance(new=places(0))
+
+    def go_back() -> None:
+        world.consumer.positions["eu.reviews", 0] = 0
+
+    world.consumer.between.extend([lambda: None] * (done > 0) + [go_back])
+    with capture_logs() as logs:
+        world.turn(loop, 3)
+    assert answered(world) == [b"eu.reviews/0/2", b"eu.reviews/0/3"]
+    assert world.broker.committed["eu.reviews", 0] == 4
+    assert [(each["event"], each["partitions"]) for each in logs] == [("went back", [0])]
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -893,6 +914,17 @@ class Group(RuleBasedStateMachine):
         self.world.consumer.between.extend(
             [lambda: None, lambda: None, lambda: self._become(owned, True)]
         )
+
+    @rule(place=st.sampled_from(places(*range(PARTITIONS))), calls=st.integers(0, 1))
+    def go_back(self, place: tuple[str, int], calls: int) -> None:
+        """As librdkafka does when the answer to its first query comes after a seek."""
+        consumer = self.world.consumer
+
+        def happen() -> None:
+            if place in consumer.positions:
+                consumer.positions[place] = 0
+
+        self.world.consumer.between.extend([lambda: None] * calls + [happen])
 
     @rule(
         method=st.sampled_from([*ABORTS, "abort_transaction", "committed", "seek"]),
