@@ -550,9 +550,17 @@ class Loop:
         return delivered
 
     def _commit_plain(self, offsets: list[TopicPartition]) -> None:
+        """Ask for a commit; later polls tell how it went, and the next one mends a failure.
+
+        A commit that is waited for may hang for good (confluent-kafka-python issue 1801).
+        """
         try:
-            self._consumer.commit(offsets=offsets, asynchronous=False)
+            self._consumer.commit(offsets=offsets, asynchronous=True)
         except KafkaException as error:
+            self._on_commit(_error(error), offsets)
+
+    def _on_commit(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        if error is not None:
             self._log.warning("offsets not committed", reason=str(error))
 
     def _send(
@@ -659,6 +667,7 @@ class Loop:
             "auto.offset.reset": "error",  # what retention deleted is counted, never skipped
             "client.id": self._group,
             "isolation.level": "read_committed",
+            "on_commit": self._on_commit,
             "queued.max.messages.kbytes": FETCH_KILOBYTES,
             "fetch.wait.max.ms": 100,
         }

@@ -1,9 +1,10 @@
 """Rebuilding the states of one partition from archive and topics, while workers run.
 
 The header is cleared before the states: whoever takes the partition over meanwhile begins at the
-beginning too, and since states tell what they have applied, both may write. A worker that runs is
-fenced by the claim, claims again and goes on from the header; then it is the command's writes that
-are refused, and the command only waits until the worker is through.
+beginning too; states tell what they have applied, and attributes are then cleared once more, so
+both may write. A worker that runs is fenced by the claim, claims again and goes on from the header;
+then it is the command's writes that are refused, and the command only waits until the worker is
+through.
 """
 
 import time
@@ -238,9 +239,16 @@ def _wait(shop: Shop, what: str, partition: int, reached: Callable[[], bool]) ->
 
 
 def _clear(store: Store, kind: bytes, partition: int, header: bytes, *more: bytes) -> None:
-    """Clear a partition's header, then delete its states; raises FencedError as `write` does."""
+    """Clear a partition's header, then delete its states; raises FencedError as `write` does.
+
+    Attributes do not tell what they have applied, so one that was written since they were listed
+    would be described again beside itself: then too it raises FencedError.
+    """
+    before = store.header(kind, partition)
     keys = [*store.scan(kind, partition), *more]  # before the claim: it walks through the store
     claim = store.claim(kind, partition)
+    if kind in KINDS.values() and claim.data != before:
+        raise FencedError("A worker wrote attributes while they were listed.")
     store.write(claim, [], [], header)
     store.write(claim, keys, [b""] * len(keys), header)
 

@@ -151,6 +151,13 @@ def _run_threads(
     until = time.monotonic() + STOP_SECONDS
     for thread in threads:
         thread.join(max(until - time.monotonic(), 0))
+        if thread.is_alive():
+            failures.append(
+                StarcastError(
+                    f"The {thread.name} did not end within {STOP_SECONDS:.0f} s and was left; "
+                    "what it had not committed is read again."
+                )
+            )
 
 
 def _make(name: str, shared: _Shared, slot: int) -> Processor:

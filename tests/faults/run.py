@@ -200,7 +200,9 @@ def _settle(
             worker.wanted = True
         if shop.played["failed"]:
             verdict.note("sent", 0, shop.played["failed"], "records were not acknowledged")
-        wait_settled(shop, verdict, unscored, settled_seconds)
+        if not wait_settled(shop, verdict, unscored, settled_seconds):
+            for worker in shop.workers:
+                worker.tell_where()
         say(f"shop {shop.name}: scored after {verdict.settled_seconds:.0f} s")
     world.done.set()
     scoring = [worker for shop in world.shops for worker in shop.workers]
@@ -208,10 +210,15 @@ def _settle(
     for several in (scoring, archivers):
         if several is archivers:
             for shop in world.shops:
-                wait_settled(shop, result.verdicts[shop.name], unarchived, settled_seconds)
+                verdict = result.verdicts[shop.name]
+                if not wait_settled(shop, verdict, unarchived, settled_seconds):
+                    shop.archiver.tell_where()
         for worker in several:
+            clean, alive = worker.exits["clean"], worker.alive()
             try:
                 result.stop_seconds[worker.name] = round(worker.stop(), 1)
+                if alive and worker.exits["clean"] == clean:
+                    result.stuck.append(f"{worker.name} did not end cleanly; its log tells why")
             except TimeoutError as error:
                 result.stuck.append(str(error))
 

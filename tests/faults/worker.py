@@ -4,6 +4,7 @@
 two wrapped functions, put in place here alone: outside the harness they cost nothing.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -156,6 +157,7 @@ def work(
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the harness
+    faulthandler.register(signal.SIGUSR1)  # the harness asks a stuck worker where it is
     settings.redis.url = SecretStr(store_url)
     points = Points(control)
     install(points)

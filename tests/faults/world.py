@@ -4,6 +4,8 @@ Shops whose names begin with a have classic groups and a store behind sentinels,
 groups and a store cluster.
 """
 
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -123,6 +125,11 @@ class Worker:
             self.exits["clean" if self.process.exitcode == 0 else self._why()] += 1
             self.process = None
             return time.monotonic() - started
+
+    def tell_where(self) -> None:
+        """Have it write the stacks of its threads to its log."""
+        if self.alive():
+            os.kill(self.pid, signal.SIGUSR1)
 
     def restart(self) -> None:
         """End it by SIGTERM and start it again at once."""

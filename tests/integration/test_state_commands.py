@@ -331,6 +331,32 @@ def test_a_worker_that_takes_over_while_states_are_cleared(
     assert everything(shop) == before
 
 
+def test_an_item_that_comes_while_attributes_are_listed(
+    played: tuple[Shop, Sent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cleared prices with an item left that they had counted would rank all others otherwise."""
+    shop, sent = played
+    described = next(each for topic, each in sent if topic == "items")
+    new: Item = described.model_copy(update={"item_id": "new", "price": 9_999.0})
+    scan, came = Store.scan, list[bytes]()
+    with shop.workers("catalog"):
+
+        def late(self: Store, kind: bytes, partition: int) -> list[bytes]:
+            keys = list(scan(self, kind, partition))
+            if kind == ITEM_KIND and not came:
+                came.append(kind)
+                key = store_keys(shop.store, ITEM_KIND, hash_ids(["new"]))
+                shop.play([("items", new)])
+                until(lambda: shop.store.read(key) != [None])
+            return keys
+
+        monkeypatch.setattr(Store, "scan", late)
+        list(rebuild.rebuild(place(shop), partition_of("new")))
+        monkeypatch.undo()
+    report = check_states(place(shop), [partition_of("new")])
+    assert report.differences == {}, report.examples
+
+
 def test_a_compacted_catalogue_is_taken_from_the_archive(played: tuple[Shop, Sent]) -> None:
     """A price that was is gone from the topic, but ranks of other prices hang on it."""
     shop, sent = played

@@ -73,6 +73,7 @@ class ScriptedConsumer:
         self.generation = 0  # as this member knows it; below 1: it is in no group
         self.between: deque[Callable[[], None]] = deque()  # run by the next calls of `consume`
         self.errors: deque[Message] = deque()
+        self.commits: list[list[TopicPartition]] = []  # asked for, not answered
         self.closed = False
 
     def subscribe(
@@ -94,6 +95,7 @@ class ScriptedConsumer:
             self.on_assign(self, [TopicPartition(*place) for place in new])
 
     def consume(self, count: int, timeout: float) -> list[Message]:
+        self._answer_commits()
         if self.between:
             self.between.popleft()()
         found: list[Message] = []
@@ -169,10 +171,23 @@ class ScriptedConsumer:
         return self.broker.first.get(place, 0), len(self.broker.logs.get(place, []))
 
     def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> None:
+        assert asynchronous, "a commit that is waited for may hang"
         self.broker.may_fail("commit")
-        self.broker.commit(offsets)
+        self.commits.append(offsets)
+
+    def _answer_commits(self) -> None:
+        for offsets in self.commits:
+            problem: KafkaError | None = None
+            try:
+                self.broker.may_fail("answer commit")
+                self.broker.commit(offsets)
+            except KafkaException as error:
+                problem = error.args[0]
+            self.config["on_commit"](problem, offsets)
+        self.commits = []
 
     def close(self) -> None:
+        self._answer_commits()
         self.closed = True
 
 

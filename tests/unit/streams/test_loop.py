@@ -701,6 +701,7 @@ def test_without_transactions_offsets_come_last(world: World) -> None:
     assert len(answered(world)) == 8  # again: at least once
     assert len(set(answered(world))) == 4
     assert processor.finished == [{("journal", 0): 2}]
+    world.turn(loop)
     assert world.broker.committed == {("eu.reviews", 0): 2, ("eu.behavior", 0): 2}
 
 
@@ -732,14 +733,15 @@ def test_outputs_that_kafka_does_not_take_are_made_again(world: World, step: str
         world.turn(loop)
 
 
-def test_offsets_that_are_not_taken_are_told(world: World) -> None:
+@pytest.mark.parametrize("method", ["commit", "answer commit"])
+def test_offsets_that_are_not_taken_are_told(world: World, method: str) -> None:
     processor = Counting()
     loop = world.loop(processor, exactly_once=False)
     fill(world, 2, 0)
     world.consumer.rebalance(new=places(0))
-    world.broker.fail("commit", failure(KafkaError.REBALANCE_IN_PROGRESS))
+    world.broker.fail(method, failure(KafkaError.REBALANCE_IN_PROGRESS))
     with capture_logs() as logs:
-        world.turn(loop)
+        world.turn(loop, 2)
     assert "offsets not committed" in [line["event"] for line in logs]
     assert len(processor.finished) == 1
 
