@@ -335,10 +335,19 @@ class Loop:
         ]
 
     def _committed(self, inputs: list[TopicPartition]) -> dict[str, int]:
+        try:
+            found = self._consumer.committed(inputs, CONTROL_SECONDS)
+        except KafkaException as error:
+            if _code(error) != KafkaError._TIMED_OUT:
+                raise
+            where = ", ".join(f"{each.topic} partition {each.partition}" for each in inputs)
+            raise StoreError(
+                f"Kafka does not tell what {self._group} has committed of {where}: {error}. If it "
+                "goes on for minutes, a transaction hangs on the group's offsets: end it with "
+                "kafka-transactions.sh (docs/operate.md)."
+            ) from error
         return {
-            self._position(each)[0]: max(each.offset, -1)
-            for each in self._consumer.committed(inputs, CONTROL_SECONDS)
-            if _raise(each.error)
+            self._position(each)[0]: max(each.offset, -1) for each in found if _raise(each.error)
         }
 
     def _ends(self, inputs: list[TopicPartition]) -> dict[str, tuple[int, int]]:

@@ -30,6 +30,7 @@ from tests.faults.world import PARTITIONS, FaultyShop
 
 INPUTS = ("reviews", "behavior", "text-features")
 SETTLED_SECONDS = 120.0  # after the last fault, lag is 0 within this; else something is stuck
+OPERATOR_SECONDS = 35.0  # transactions that hang are told from young ones by then
 ANSWER_SECONDS = 20.0  # a broker that does not answer is asked again
 EXAMPLES = 10
 
@@ -61,11 +62,19 @@ def wait_settled(
     verdict: Verdict,
     waiting: Callable[[FaultyShop], dict[str, int]],
     seconds: float = SETTLED_SECONDS,
+    operate: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Wait until nothing waits any more; whether it came to that."""
+    """Wait until nothing waits any more; whether it came to that.
+
+    `operate` is called once when it takes long: what an operator then does.
+    """
     started, left = time.monotonic(), {"": 1}
+    operated = False
     while any(left.values()) and time.monotonic() < started + seconds:
         time.sleep(0.5)
+        if not operated and time.monotonic() > started + OPERATOR_SECONDS:
+            operate()
+            operated = True
         try:
             left = waiting(shop)
         except (KafkaException, StarcastError) as error:  # a server that is not back yet

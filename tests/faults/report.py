@@ -54,6 +54,10 @@ def show(result: Result, console: Console) -> None:
     console.print(f"workers ended: {dict(ends)}", markup=False)
     if missed:
         console.print(f"planned faults that did not happen: {dict(missed)}", markup=False)
+    if result.hanging:
+        console.print(
+            f"transactions that Kafka left hanging, ended by kafka-transactions: {result.hanging}"
+        )
     console.print(
         f"{result.events:,} events, {result.injected.total()} faults of "
         f"{len(result.injected)} kinds, seed {result.seed}, seconds {seconds}: "

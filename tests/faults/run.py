@@ -56,6 +56,7 @@ class Result:
     faults: list[Injected] = field(default_factory=list[Injected])
     verdicts: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
     events: int = 0
+    hanging: int = 0  # transactions that Kafka left hanging, ended as operate.md says
     stuck: list[str] = field(default_factory=list[str])
     exits: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     stop_seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -194,13 +195,17 @@ def _settle(
     world: World, result: Result, say: Callable[[str], None], settled_seconds: float
 ) -> None:
     """Wait until all is worked off, then end everything in order."""
+
+    def operate() -> None:
+        result.hanging += world.servers.kafka.end_hanging()
+
     for shop in world.shops:
         verdict = result.verdicts[shop.name] = Verdict()
         for worker in shop.workers[:2]:  # a shop whose last worker left would wait for ever
             worker.wanted = True
         if shop.played["failed"]:
             verdict.note("sent", 0, shop.played["failed"], "records were not acknowledged")
-        if not wait_settled(shop, verdict, unscored, settled_seconds):
+        if not wait_settled(shop, verdict, unscored, settled_seconds, operate):
             for worker in shop.workers:
                 worker.tell_where()
         say(f"shop {shop.name}: scored after {verdict.settled_seconds:.0f} s")

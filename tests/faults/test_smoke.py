@@ -37,3 +37,4 @@ def test_a_short_run_is_clean(faulty_servers: Servers, tmp_path: Path) -> None:
     assert result.clean
     assert result.events >= 24_000
     assert len(result.injected) == len(KINDS)
+    assert faulty_servers.kafka.end_hanging() == 0

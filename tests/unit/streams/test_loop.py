@@ -437,6 +437,19 @@ def test_a_claim_that_fails_is_tried_again_later_and_later(world: World, error: 
     assert len(answered(world)) == 2
 
 
+def test_offsets_that_kafka_does_not_tell_are_waited_for_and_told(world: World) -> None:
+    loop = world.loop(Counting())
+    world.consumer.rebalance(new=places(0))
+    world.broker.fail("committed", failure(KafkaError._TIMED_OUT))
+    with capture_logs() as logs:
+        world.turn(loop)
+        assert loop.live == frozenset()
+        world.turn(loop)
+    assert loop.live == {("reviews", 0), ("behavior", 0)}
+    (paused,) = [line for line in logs if line["event"] == "paused"]
+    assert "a transaction hangs" in paused["reason"]
+
+
 def test_what_cannot_be_mended_by_waiting_ends_the_worker(world: World) -> None:
     processor = Counting(errors={"claim": [StoreAheadError("offsets were reset")]})
     loop = world.loop(processor)
