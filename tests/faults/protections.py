@@ -4,6 +4,7 @@ These replace functions of a running worker, for the harness alone. Starcast its
 switch.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,17 +16,26 @@ from streams.loop import Loop, Outcome
 from streams.store import Claim, Store
 from streams.user_states import UserStates
 
+REJOIN_SECONDS = 15.0  # a worker that was thrown out is back with its partitions, or gives up
+
 
 def without_guard() -> None:
-    """The group's generation is read at the commit, not after the poll, and not looked at."""
+    """A batch that was refused is committed with the generation that the worker joins next."""
     transact = Loop._transact
 
-    def late(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> Any:
-        metadata = self._consumer.consumer_group_metadata()
-        return transact(self, outcome, offsets, metadata)
+    def again(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> Any:
+        delivered = transact(self, outcome, offsets, metadata)
+        wanted = {self._position(each) for each in offsets}
+        until = time.monotonic() + REJOIN_SECONDS
+        while delivered is None and time.monotonic() < until:
+            self._consumer.consume(1, 0.2)  # paused: only callbacks come
+            if wanted <= self._owned:
+                delivered = transact(
+                    self, outcome, offsets, self._consumer.consumer_group_metadata()
+                )
+        return delivered
 
-    Loop._transact = late
-    loops._generation = lambda metadata: 1
+    Loop._transact = again
 
 
 def without_fence() -> None:
