@@ -10,7 +10,6 @@ from typing import Any
 
 from confluent_kafka import TopicPartition
 
-from streams import loop as loops
 from streams import store as stores
 from streams.loop import Loop, Outcome
 from streams.store import Claim, Store
