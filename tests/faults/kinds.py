@@ -199,6 +199,12 @@ def _emptied(world: World, shop: FaultyShop, random: Random) -> None:
     shop.stores.empty()
 
 
+def _went_back(world: World, shop: FaultyShop, random: Random) -> str:
+    seconds = random.uniform(*LOST_SECONDS)
+    shop.stores.go_back(seconds)
+    return f"by {seconds:.1f} s"
+
+
 def _full(world: World, shop: FaultyShop, random: Random) -> None:
     shop.stores.fill(True)
     try:
@@ -519,6 +525,7 @@ KINDS: tuple[Kind, ...] = (
         "the primary is killed, its last writes never reached the replica",
     ),
     Kind("store emptied", "store", _emptied, "FLUSHALL and FUNCTION FLUSH on all primaries"),
+    Kind("store went back", "store", _went_back, "partitions are as they were, no link was lost"),
     Kind("store full", "store", _full, "maxmemory 1, noeviction"),
     Kind(
         "retention passed",

@@ -14,7 +14,7 @@ from tests.faults.servers import Servers
 DAMAGE = {
     "guard": ("overrun with a batch in hand", {"duplicated"}),
     "fence": ("zombie inside state write", {"user states recounted"}),
-    "count": ("store failover, writes lost", {"user states recounted"}),
+    "count": ("store went back", {"user states recounted"}),
     "order": ("killed before commit", {"settled"}),
     "recovery": ("killed after commit", {"user states recounted"}),
 }
