@@ -34,7 +34,7 @@ def test_without_a_protection_there_is_damage(
     result = run(
         faulty_servers,
         make_schedule(1, [shop], 2, [kind], alone=False),
-        Load((shop,), 9_000, 500, 300),
+        Load((shop,), 24_000, 500, 300),  # so many that events still come when a zombie wakes
         tmp_path,
         say=print,
         switched_off=(protection,),
