@@ -43,6 +43,7 @@ class Verdict:
     wrong: dict[str, int] = field(default_factory=dict[str, int])
     examples: list[str] = field(default_factory=list[str])
     settled_seconds: float = 0.0
+    doubled: int = 0  # inputs that Kafka holds twice though they were sent once
 
     @property
     def clean(self) -> bool:
@@ -166,7 +167,7 @@ def ends(kafka: KafkaConfig, topics: Sequence[str]) -> dict[tuple[str, int], int
 def check_predictions(shop: FaultyShop, verdict: Verdict) -> None:
     """Every record answered once, in order, numbered without gap or repeat."""
     sent: dict[tuple[str, int], NDArray[Any]] = {}
-    there = 0
+    there, numbers = 0, list[int]()
     for topic in ("reviews", "behavior"):
         rows: dict[int, list[tuple[int, bytes]]] = {}
         for batch in read_topic(shop.kafka, topic):
@@ -177,13 +178,19 @@ def check_predictions(shop: FaultyShop, verdict: Verdict) -> None:
         for partition, found in rows.items():
             there += len(found)
             sent[topic, partition] = np.array([offset for offset, _ in found])
+            numbers += [int(value.split(b'"', 4)[3][1:]) for _, value in found]
+    columns = shop.events.columns()
+    times = np.bincount(np.array(numbers, np.int64), minlength=shop.events.count)
     expected = shop.played["reviews"] + shop.played["behavior"]
-    verdict.note("sent", expected, abs(expected - there), f"{there} are in the topics")
+    # Kafka itself doubles a batch now and then when two brokers are killed, though its producer is
+    # idempotent: whoever reads the topic meets it twice, and so do we.
+    verdict.doubled = max(there - expected, 0)
+    verdict.note("sent", expected, max(expected - there, 0), f"{there} are in the topics")
     answered: dict[tuple[str, int], list[int]] = {}
     seqs: dict[int, list[int]] = {}
     events: list[int] = []
     asked: dict[tuple[str, str], int] = {}
-    last: dict[tuple[str, str], tuple[int, int]] = {}
+    last: dict[tuple[str, str], int] = {}
     disorder = 0
     for batch in read_topic(shop.kafka, "predicted-ratings"):
         for each in batch:
@@ -195,12 +202,11 @@ def check_predictions(shop: FaultyShop, verdict: Verdict) -> None:
             source = record["source"]
             answered.setdefault((source["topic"], source["partition"]), []).append(source["offset"])
             seqs.setdefault(source["partition"], []).append(record["seq"])
-            number = int(record["event_id"][1:])
-            events.append(number)
+            events.append(int(record["event_id"][1:]))
             user = (record["user_id"], source["topic"])
-            if (number, source["offset"]) < last.get(user, (-1, -1)):
+            if source["offset"] < last.get(user, -1):
                 disorder += 1
-            last[user] = (number, source["offset"])
+            last[user] = source["offset"]
     lost = twice = 0
     for place, offsets in sent.items():
         found, counts = np.unique(np.array(answered.get(place, []), np.int64), return_counts=True)
@@ -208,12 +214,11 @@ def check_predictions(shop: FaultyShop, verdict: Verdict) -> None:
         twice += int((counts - 1).sum())
     verdict.note("lost", there, lost, "positions that no prediction names")
     verdict.note("duplicated", there, twice, "positions that several predictions name")
-    columns = shop.events.columns()
     told = np.bincount(np.array(events, np.int64), minlength=shop.events.count)
     whole = shop.played["sent"] >= shop.events.records() + shop.events.requests()
     if whole:
-        differ = int((told[: shop.events.count] != columns["sent"]).sum())
-        verdict.note("answers an event", shop.events.count, differ, "events answered too often")
+        differ = int(((told != times) | (times < columns["sent"])).sum())
+        verdict.note("answers an event", shop.events.count, differ, "not as often as it came")
     verdict.note("order of a user", len(events), disorder, "a later event was predicted first")
     gaps = sum(found != list(range(len(found))) for found in seqs.values())
     verdict.note("seq without gap or repeat", len(seqs), gaps, "partitions")

@@ -42,6 +42,8 @@ def show(result: Result, console: Console) -> None:
         checks.add_row(name, *cells)
     console.print(checks)
     for name, verdict in result.verdicts.items():
+        if verdict.doubled:
+            console.print(f"shop {name}: {verdict.doubled} inputs were doubled by their producer")
         for example in verdict.examples:
             console.print(f"shop {name}: {example}", markup=False)
     for stuck in result.stuck:
