@@ -332,9 +332,9 @@ class Stores:
 
     def go_back(self, seconds: float) -> None:
         """Every partition is again as it was, at once: a failover too quick to be seen."""
-        before: list[tuple[redis.Redis, list[tuple[bytes, list[bytes]]]]] = []
+        before: list[tuple[Any, list[tuple[bytes, list[bytes]]]]] = []
         for node in self.primaries():
-            client = redis.Redis(HOST, node.port, socket_timeout=10)
+            client: Any = redis.Redis(HOST, node.port, socket_timeout=10)
             tags = {key[key.index(b"{") : key.index(b"}") + 1] for key in client.keys("*{*}*")}
             before.append((client, [(tag, client.eval(REMEMBER, 1, tag)) for tag in sorted(tags)]))
         time.sleep(seconds)
