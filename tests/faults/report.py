@@ -43,7 +43,7 @@ def show(result: Result, console: Console) -> None:
     console.print(checks)
     for name, verdict in result.verdicts.items():
         if verdict.doubled:
-            console.print(f"shop {name}: {verdict.doubled} inputs were doubled by their producer")
+            console.print(f"shop {name}: {verdict.doubled} inputs lie in Kafka twice, sent once")
         for example in verdict.examples:
             console.print(f"shop {name}: {example}", markup=False)
     for stuck in result.stuck:

@@ -20,7 +20,7 @@ import redis
 from streams import embedded
 from streams.embedded import HOST, Child, free_port, kafka_answers, start_child
 from tests.faults.proxy import Proxy, Rule
-from tests.servers import CLUSTER_ID, FORMAT_TIMEOUT_S, HEAP, JARS, ServerError, why_no_kafka
+from tests.servers import CLUSTER_ID, FORMAT_TIMEOUT_S, JARS, ServerError, why_no_kafka
 
 KAFKA_SECONDS = 90.0  # a broker that never gets ready would hang the run
 SHUTDOWN_SECONDS = 30.0  # a broker hands its partitions over before it ends
@@ -171,7 +171,7 @@ class KafkaCluster:
         return ended
 
     def _transactions(self, *arguments: str) -> list[str]:
-        java = [str(which("java")), HEAP, QUIET, "-cp", f"{JARS}/*"]
+        java = [str(which("java")), *JAVA, QUIET, "-cp", f"{JARS}/*"]
         tool = ["org.apache.kafka.tools.TransactionsCommand", "--bootstrap-server", self.direct]
         done = subprocess.run(
             [*java, *tool, *arguments], capture_output=True, text=True, timeout=FORMAT_TIMEOUT_S
@@ -337,7 +337,7 @@ class Stores:
             client: Any = redis.Redis(HOST, node.port, socket_timeout=10)
             tags = {key[key.index(b"{") : key.index(b"}") + 1] for key in client.keys("*{*}*")}
             before.append((client, [(tag, client.eval(REMEMBER, 1, tag)) for tag in sorted(tags)]))
-        time.sleep(seconds)
+        time.sleep(seconds)  # what workers write meanwhile is what will be lost
         for client, partitions in before:
             for tag, held in partitions:
                 client.eval(RESTORE, 1, tag, *held)
