@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -154,10 +155,18 @@ def _run_threads(
         if thread.is_alive():
             failures.append(
                 StarcastError(
-                    f"The {thread.name} did not end within {STOP_SECONDS:.0f} s and was left; "
-                    "what it had not committed is read again."
+                    f"The {thread.name} did not end within {STOP_SECONDS:.0f} s and was left "
+                    f"{_where(thread)}; what it had not committed is read again."
                 )
             )
+
+
+def _where(thread: threading.Thread) -> str:
+    """Where a thread is now: the file, line and function of its innermost frame."""
+    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - there is no other way
+    if frame is None:
+        return "at its end"
+    return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
 def _make(name: str, shared: _Shared, slot: int) -> Processor:

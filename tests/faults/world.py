@@ -34,6 +34,7 @@ SCORING = ("scorer", "items", "catalog", "answers")
 CACHED_USERS = 50  # so few that states are read from the store again and again
 OVERRUN_SECONDS = 10.0  # max.poll.interval: a worker that is silent for longer loses its partitions
 REACH_SECONDS = 8.0  # a worker without partitions never reaches a point; another is tried
+SLOW_SECONDS = 8.0  # a worker that takes so long to end writes to its log where it is
 END_SECONDS = 45.0  # a worker that does not end on SIGTERM is stuck
 DELIVERY_MS = 600_000  # a producer outside waits for brokers that are down
 
@@ -118,7 +119,9 @@ class Worker:
                 return 0.0
             started = time.monotonic()
             self.process.terminate()
-            self.process.join(END_SECONDS)
+            self.process.join(SLOW_SECONDS)
+            self.tell_where()
+            self.process.join(END_SECONDS - SLOW_SECONDS)
             if self.process.is_alive():
                 self.process.kill()
                 raise TimeoutError(f"{self.name} did not end within {END_SECONDS:.0f} s of SIGTERM")
