@@ -38,9 +38,10 @@ from streams.metrics import Metrics
 
 IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
 TRANSACTION_SECONDS = 10.0  # a dead worker's open transaction blocks readers no longer than this
-COMMIT_SECONDS = 30.0  # a broker that is failing over may answer a commit late
+COMMIT_SECONDS = 8.0  # a broker that fails over answers late: asked again, unless to stop
 CONTROL_SECONDS = 10.0  # a coordinator that moves is found again within this
-INIT_SECONDS = 60.0  # a new transactional producer waits for the old one's transaction to end
+INIT_SECONDS = 8.0  # the same for a new producer, which waits for the old one's transaction
+LEAVE_SECONDS = 4.0  # a group that does not answer must not keep a worker from ending
 CLAIM_SECONDS = 5.0  # a worker that recovers many partitions still polls, so that it keeps them
 TWICE_SECONDS = 60.0  # fenced again so soon, a worker shares its transactional id with another
 FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again this soon,
@@ -201,9 +202,29 @@ class Loop:
             self._close()
         finally:
             self._processor.drop({partition for _, partition in self._live})
-            self._consumer.close()
+            self._leave()
             with suppress(KafkaException):  # a fenced one repeats why, over the error that tells
-                self._producer.flush(CONTROL_SECONDS)
+                self._producer.flush(LEAVE_SECONDS)
+
+    def _leave(self) -> None:
+        """Leave the group, or be left out of it: all that is to last has been committed.
+
+        A group that waits for its members to join answers late, and a coordinator that is gone not
+        at all; `Consumer.close` waits for both (confluent-kafka-python issue 1667).
+        """
+
+        def leave() -> None:
+            try:
+                self._consumer.close()
+            except KafkaException as error:
+                self._log.warning("left the group without its answer", reason=str(error))
+
+        leaving = threading.Thread(target=leave, name="leave", daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_SECONDS)
+        if leaving.is_alive():
+            reason = f"none came in {LEAVE_SECONDS:.0f} s"
+            self._log.warning("left the group without its answer", reason=reason)
 
     def _close(self) -> None:
         try:
@@ -513,7 +534,8 @@ class Loop:
         except KafkaException as error:
             if _error(error).fatal():
                 self._reopen(error)
-            elif _code(error) != KafkaError._STATE:  # that one says that none was begun
+            # That code says that none was begun. After a stop the next producer ends it, or Kafka.
+            elif _code(error) != KafkaError._STATE and not self._stop.is_set():
                 raise BrokerError(
                     f"Kafka does not end a transaction: {error}. Start the worker again; the batch "
                     "is worked on again unless it was committed."

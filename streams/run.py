@@ -48,7 +48,7 @@ from streams.user_states import UserStates
 
 LOOPS = ("scorer", "answers", "items", "catalog", "texts", "archiver")
 PROCESSORS = (*LOOPS, "insights", "dashboard")
-STOP_SECONDS = 10.0  # a processor that hangs must not keep the process from ending
+STOP_SECONDS = 25.0  # a processor that hangs must not keep the process; Kafka may answer late
 SLOTS = 1_000  # workers of one processor on one host
 
 
@@ -163,7 +163,8 @@ def _run_threads(
 
 def _where(thread: threading.Thread) -> str:
     """Where a thread is now: the file, line and function of its innermost frame."""
-    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - there is no other way
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage] - documented, no other way
+    frame = frames.get(thread.ident or 0)
     if frame is None:
         return "at its end"
     return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"

@@ -11,6 +11,7 @@ from tests.faults import kinds
 from tests.faults.run import Load, run
 from tests.faults.schedule import make_schedule
 from tests.faults.servers import Servers
+from tests.faults.world import OVERRUN_SECONDS
 
 DAMAGE = {
     "guard": ("overrun with a batch in hand", {"duplicated"}),
@@ -29,7 +30,9 @@ def test_without_a_protection_there_is_damage(
     kind, expected = DAMAGE[protection]
     # A zombie that wakes at once writes what the new owner has just recovered: the same.
     monkeypatch.setattr(kinds, "ZOMBIE_SECONDS", (15.0, 18.0))
-    # A static member keeps its partitions while it overruns: then there is nobody to double them.
+    # Another owner has to commit before the overrun ends. A static member keeps its partitions
+    # meanwhile: then there is nobody to double them.
+    monkeypatch.setattr(kinds, "OVERRUN", OVERRUN_SECONDS + 10)
     shop = f"{'b' if protection == 'guard' else 'a'}-{protection}"
     result = run(
         faulty_servers,

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -16,6 +16,7 @@ from torch import nn
 from model import bundle, registry
 from model.calibration import Calibration
 from model.network import FusedNetwork, default_config
+from streams.reader import USER_STATE
 from tests.faults.check import (
     SETTLED_SECONDS,
     Verdict,
@@ -26,13 +27,14 @@ from tests.faults.check import (
 )
 from tests.faults.kinds import BY_KIND, NotReached
 from tests.faults.schedule import Planned, Schedule
-from tests.faults.servers import Servers
-from tests.faults.world import World, make_world
+from tests.faults.servers import Servers, until
+from tests.faults.world import PARTITIONS, FaultyShop, World, make_world
 from tests.servers import ServerError
 from tests.unit.model.test_bundle import CARD
 
 TRIES = 4  # to come to the point where a fault is to happen
 VERSIONS = 3  # bundles to swap
+FLOWS_SECONDS = 90.0  # all workers have started, claimed and written by then
 
 
 @dataclass
@@ -146,6 +148,7 @@ def _play(
                 left.append(planned)
 
     try:
+        until(lambda: all(_flows(shop) for shop in world.shops), FLOWS_SECONDS)
         inject(schedule.alone)
         lanes = [
             threading.Thread(target=inject, args=(lane,), name=name)
@@ -162,6 +165,12 @@ def _play(
         for player in players:
             player.join()
     result.seconds["playing"] = time.monotonic() - started
+
+
+def _flows(shop: FaultyShop) -> bool:
+    """Whether every partition has been scored and written: before that a fault meets nothing."""
+    with closing(shop.store) as store:
+        return all(store.header(USER_STATE, partition) for partition in range(PARTITIONS))
 
 
 def _inject(world: World, planned: Planned, started: float) -> Injected:
