@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import kinds
+from tests.faults.kinds import workers
 from tests.faults.run import Load, run
 from tests.faults.schedule import make_schedule
 from tests.faults.servers import Servers
@@ -29,10 +29,10 @@ def test_without_a_protection_there_is_damage(
 ) -> None:
     kind, expected = DAMAGE[protection]
     # A zombie that wakes at once writes what the new owner has just recovered: the same.
-    monkeypatch.setattr(kinds, "ZOMBIE_SECONDS", (15.0, 18.0))
+    monkeypatch.setattr(workers, "ZOMBIE_SECONDS", (15.0, 18.0))
     # Another owner has to commit before the overrun ends. A static member keeps its partitions
     # meanwhile: then there is nobody to double them.
-    monkeypatch.setattr(kinds, "OVERRUN", OVERRUN_SECONDS + 10)
+    monkeypatch.setattr(workers, "OVERRUN", OVERRUN_SECONDS + 10)
     shop = f"{'b' if protection == 'guard' else 'a'}-{protection}"
     result = run(
         faulty_servers,

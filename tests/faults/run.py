@@ -25,10 +25,11 @@ from tests.faults.check import (
     unscored,
     wait_settled,
 )
-from tests.faults.kinds import BY_KIND, NotReached
+from tests.faults.kinds import BY_KIND
+from tests.faults.process import until
 from tests.faults.schedule import Planned, Schedule
-from tests.faults.servers import Servers, until
-from tests.faults.world import PARTITIONS, FaultyShop, World, make_world
+from tests.faults.servers import Servers
+from tests.faults.world import PARTITIONS, FaultyShop, NotReached, World, make_world
 from tests.servers import ServerError
 from tests.unit.model.test_bundle import CARD
 

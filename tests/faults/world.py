@@ -26,7 +26,8 @@ from streams.config import KafkaConfig
 from streams.producer import outgoing
 from streams.store import Store
 from tests.faults.numbered import ITEMS, Numbered, stamp
-from tests.faults.servers import Servers, Stores
+from tests.faults.servers import Servers
+from tests.faults.stores import Stores
 from tests.faults.worker import FAILED, Order, work
 
 PARTITIONS = 6

@@ -1,0 +1,27 @@
+"""What a kind of fault is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from tests.faults.world import FaultyShop, NotReached, Worker, World
+
+ADMIN_SECONDS = 30.0  # brokers that fail over answer within this
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault. `lane`: those of one lane come one after another."""
+
+    name: str
+    lane: str  # workers, store, network: a lane for each shop; brokers, models: one for all
+    harm: Callable[[World, FaultyShop, Random], str | None]
+    meaning: str
+
+
+def some_worker(shop: FaultyShop, random: Random) -> Worker:
+    """One that is up. Raises NotReached when none is."""
+    live = shop.live()
+    if not live:
+        raise NotReached(f"no worker of shop {shop.name} was up")
+    return random.choice(live)

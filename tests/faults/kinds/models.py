@@ -1,0 +1,77 @@
+"""Bundles that are swapped, damaged and withdrawn."""
+
+import shutil
+import time
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+
+from model import registry
+from model.bundle import MANIFEST
+from tests.faults.kinds.kind import Kind
+from tests.faults.world import FaultyShop, World
+
+
+def _versions(world: World) -> list[Path]:
+    """Folders of the bundles that are whole and stay."""
+    found = Path(world.models).glob(f"*/{MANIFEST}")
+    return sorted(path.parent for path in found if not path.parent.name.startswith("2099"))
+
+
+def _other_version(random: Random) -> str:
+    """A name as versions have it, of no bundle that stays."""
+    return f"20990101T000000-{random.randrange(16**8):08x}"
+
+
+def _swapped(world: World, shop: FaultyShop, random: Random) -> str:
+    stable = registry.read(world.models).stable
+    others = [each for each in _versions(world) if not stable or each.name != stable.version]
+    chosen = random.choice(others)
+    _promote(world, chosen)
+    time.sleep(3)
+    return chosen.name
+
+
+def _damaged(world: World, shop: FaultyShop, random: Random) -> str:
+    """A copy of a bundle with a byte changed is made stable: it must be refused."""
+    healthy = random.choice(_versions(world))
+    before = registry.read(world.models).stable
+    broken = healthy.parent / _other_version(random)
+    shutil.copytree(healthy, broken)
+    weights = next(iter(sorted(broken.rglob("*.safetensors"))))
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    weights.write_bytes(data)
+    _promote(world, broken)
+    time.sleep(4)
+    if before is not None:
+        registry.promote(world.models, before.version, before.sha256, "harness", "restored")
+    shutil.rmtree(broken)
+    return healthy.name
+
+
+def _withdrawn(world: World, shop: FaultyShop, random: Random) -> str:
+    """A bundle is made stable and its folder goes away; then the one before is stable again."""
+    healthy = random.choice(_versions(world))
+    before = registry.read(world.models).stable
+    gone = healthy.parent / _other_version(random)
+    shutil.copytree(healthy, gone)
+    _promote(world, gone)
+    time.sleep(random.uniform(0, 2))
+    shutil.rmtree(gone)
+    time.sleep(2)
+    if before is not None:
+        registry.promote(world.models, before.version, before.sha256, "harness", "withdrawn")
+    return healthy.name
+
+
+def _promote(world: World, folder: Path) -> None:
+    manifest = sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    registry.promote(world.models, folder.name, manifest, "harness", "a fault")
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("bundle swapped", "models", _swapped, "another version is promoted"),
+    Kind("bundle damaged", "models", _damaged, "a version with a wrong byte is promoted"),
+    Kind("bundle withdrawn", "models", _withdrawn, "a promoted version's folder is removed"),
+)
