@@ -33,6 +33,7 @@ from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams.admin import client_config
 from streams.config import KafkaConfig
+from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.metrics import Metrics
 
@@ -40,6 +41,7 @@ IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance 
 TRANSACTION_SECONDS = 10.0  # a dead worker's open transaction blocks readers no longer than this
 COMMIT_SECONDS = 8.0  # a broker that fails over answers late: asked again, unless to stop
 CONTROL_SECONDS = 10.0  # a coordinator that moves is found again within this
+HANG_SECONDS = COMMIT_SECONDS + 2.0  # what has not answered by then never will
 INIT_SECONDS = 8.0  # the same for a new producer, which waits for the old one's transaction
 LEAVE_SECONDS = 4.0  # a group that does not answer must not keep a worker from ending
 CLAIM_SECONDS = 5.0  # a worker that recovers many partitions still polls, so that it keeps them
@@ -212,19 +214,10 @@ class Loop:
         A group that waits for its members to join answers late, and a coordinator that is gone not
         at all; `Consumer.close` waits for both (confluent-kafka-python issue 1667).
         """
-
-        def leave() -> None:
-            try:
-                self._consumer.close()
-            except KafkaException as error:
-                self._log.warning("left the group without its answer", reason=str(error))
-
-        leaving = threading.Thread(target=leave, name="leave", daemon=True)
-        leaving.start()
-        leaving.join(LEAVE_SECONDS)
-        if leaving.is_alive():
-            reason = f"none came in {LEAVE_SECONDS:.0f} s"
-            self._log.warning("left the group without its answer", reason=reason)
+        try:
+            within(LEAVE_SECONDS, self._consumer.close)
+        except (KafkaException, TimeoutError) as error:
+            self._log.warning("left the group without its answer", reason=str(error))
 
     def _close(self) -> None:
         try:
@@ -508,7 +501,7 @@ class Loop:
             self._producer.begin_transaction()
             delivered = self._send(outcome)
             if offsets:
-                self._producer.send_offsets_to_transaction(offsets, metadata, COMMIT_SECONDS)
+                self._send_offsets(offsets, metadata)
             self._insist(self._producer.commit_transaction)
             return delivered
         except KafkaException as error:
@@ -518,6 +511,19 @@ class Loop:
                 self._abort()
             self._restart(error)
             return None
+        except TimeoutError as error:
+            self._renew_producer()
+            self._restart(error)
+            return None
+
+    def _send_offsets(self, offsets: list[TopicPartition], metadata: Any) -> None:
+        """Raises TimeoutError when the producer hangs.
+
+        librdkafka's own timeout is not heeded when the group's coordinator is gone (its issues
+        5456 and 5511); the call then never returns, and its producer is of no more use.
+        """
+        send = self._producer.send_offsets_to_transaction
+        within(HANG_SECONDS, lambda: send(offsets, metadata, COMMIT_SECONDS))
 
     def _insist(self, end: Callable[[float], None]) -> None:
         """Ask for the end of a transaction until Kafka answers, or the worker is to stop."""
@@ -555,6 +561,10 @@ class Loop:
             ) from reason
         if not own:
             self._fenced_at = time.monotonic()
+        self._renew_producer()
+
+    def _renew_producer(self) -> None:
+        """Another producer of the same id; it ends what the one before has left open."""
         self._producer = Producer(self._producer_config())
         self._init_transactions()
 

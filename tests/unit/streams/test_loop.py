@@ -655,6 +655,25 @@ def test_two_workers_with_one_transactional_id_do_not_go_on_fencing_each_other(
         world.turn(loop)
 
 
+def test_a_producer_that_hangs_is_replaced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "HANG_SECONDS", 0.1)
+    processor, released = Counting(), threading.Event()
+    loop = world.loop(processor)
+    fill(world, 2, 0)
+    world.consumer.rebalance(new=places(0))
+    monkeypatch.setattr(
+        world.broker.producers[0], "send_offsets_to_transaction", lambda *_: released.wait()
+    )
+    with capture_logs() as logs:
+        world.turn(loop)
+    assert (answered(world), processor.finished) == ([], [])
+    assert [each.ready for each in world.broker.producers] == [True, True]
+    assert logs[-1]["reason"] == "no answer in 0.1 s"
+    world.turn(loop)
+    released.set()
+    assert len(answered(world)) == 4
+
+
 def test_a_full_queue_is_waited_for(world: World) -> None:
     loop = world.loop(Counting())
     fill(world, 5, 0)
