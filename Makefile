@@ -32,7 +32,7 @@ setup: .venv/.installed ## Make .venv with the locked requirements and this proj
 
 .PHONY: requirements
 requirements: ## Lock the requirements again, newest versions with hashes (UPGRADE=1), else as few changes as can be
-	$(BIN)/uv $(COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --group dev -o requirements.txt
+	$(BIN)/uv $(COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --extra peers --group dev -o requirements.txt
 	$(BIN)/uv $(COMPILE) --extra demo --constraints requirements.txt -o deploy/requirements.txt
 
 .PHONY: system

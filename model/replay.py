@@ -205,24 +205,45 @@ class History:
         for begin in range(0, len(events), self.batch_events):
             rows = slice(begin, min(begin + self.batch_events, len(events)))
             batch = events[rows]
-            users, user_index = np.unique(batch["user"], return_inverse=True)
-            user_rows = self.users.place(users)
-            items = np.unique(batch["item"])
-            item_rows = self.items.place(items)
-            lookups = Lookups(
-                table(items, self.items.rows.take(item_rows)),
-                self.item_attributes,
-                self.user_attributes,
-                self.vectors,
-            )
-            result = run_batch(
-                self.users.rows.take(user_rows), user_index, self.partition, batch, lookups
-            )
-            opaque(self.users.rows)[user_rows] = opaque(result.states)
-            self.partition = result.partition
-            deltas = result.deltas
-            item_index = np.searchsorted(items, deltas["item"])
-            offsets = np.full(len(deltas), result.step[0], np.uint64)
-            followed = apply_items(self.items.rows.take(item_rows), item_index, deltas, offsets)
-            opaque(self.items.rows)[item_rows] = opaque(followed)
-            yield HistoryBatch(rows, lookups, result)
+            lookups = self._lookups(batch)
+            yield HistoryBatch(rows, lookups, self._apply(batch, lookups))
+
+    def look(self, events: Rows) -> tuple[Observation, Lookups]:
+        """What `events` EVENT (n) would be predicted from now; changes nothing."""
+        lookups = self._lookups(events)
+        users, user_index = np.unique(events["user"], return_inverse=True)
+        user_rows = self.users.place(users)[user_index]
+        return observe(self.users.rows.take(user_rows), self.partition, events, lookups), lookups
+
+    def apply(self, events: Rows) -> None:
+        """Apply `events` EVENT (n), in order."""
+        for begin in range(0, len(events), self.batch_events):
+            batch = events[begin : begin + self.batch_events]
+            self._apply(batch, self._lookups(batch))
+
+    def _lookups(self, events: Rows) -> Lookups:
+        items = np.unique(events["item"])
+        item_rows = self.items.place(items)
+        return Lookups(
+            table(items, self.items.rows.take(item_rows)),
+            self.item_attributes,
+            self.user_attributes,
+            self.vectors,
+        )
+
+    def _apply(self, events: Rows, lookups: Lookups) -> BatchResult:
+        users, user_index = np.unique(events["user"], return_inverse=True)
+        user_rows = self.users.place(users)
+        result = run_batch(
+            self.users.rows.take(user_rows), user_index, self.partition, events, lookups
+        )
+        opaque(self.users.rows)[user_rows] = opaque(result.states)
+        self.partition = result.partition
+        deltas = result.deltas
+        items = lookups.items.hashes
+        item_rows = self.items.place(items)
+        offsets = np.full(len(deltas), result.step[0], np.uint64)
+        item_index = np.searchsorted(items, deltas["item"])
+        followed = apply_items(self.items.rows.take(item_rows), item_index, deltas, offsets)
+        opaque(self.items.rows)[item_rows] = opaque(followed)
+        return result

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model import features
 from model.features import PRIOR_COUNT, PRIOR_HISTOGRAM
-from trainer.evaluate import Floats
+from trainer.metrics import Floats
 
 USER_DAMPING = 5.0  # ratings; as LensKit's bias model takes by default
 ITEM_DAMPING = 5.0

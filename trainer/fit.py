@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from model.distribution import tilt
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, Tensors, tensors
 from trainer.config import FitConfig
-from trainer.evaluate import Floats
+from trainer.metrics import Floats
 from trainer.text import soft_labels
 
 Rows = NDArray[np.int64]  # row numbers

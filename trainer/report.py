@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from trainer.assess import Compared
 from trainer.clean import Step
-from trainer.evaluate import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores
 from trainer.gate import Verdict
+from trainer.metrics import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores
 
 _WIDTH = 640
 _HEIGHT = 260

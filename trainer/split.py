@@ -32,3 +32,23 @@ def by_time(time: NDArray[np.int64], config: SplitConfig) -> Split:
     test = rows - round(rows * config.test_share)
     validation = test - round(rows * config.validation_share)
     return Split(order[:validation], order[validation:test], order[test:])
+
+
+def by_instant(time: NDArray[np.int64], config: SplitConfig) -> Split:
+    """Split rows by time so that no cut parts rows of one instant.
+
+    As `by_time`, with each cut moved to the nearer end of the instant that it would part; a span
+    that would be left without a row gets the instant beside it.
+    """
+    order = np.argsort(time, kind="stable")
+    ordered = time[order]
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1, [len(order)]])
+    test = len(order) - round(len(order) * config.test_share)
+    validation = test - round(len(order) * config.validation_share)
+    inner = edges[1:-1]
+    if len(inner) < 2:  # too few instants for three spans
+        return by_time(time, config)
+    last = int(np.clip(np.argmin(np.abs(inner - test)), 1, len(inner) - 1))
+    first = int(np.clip(np.argmin(np.abs(inner - validation)), 0, last - 1))
+    begin, end = int(inner[first]), int(inner[last])
+    return Split(order[:begin], order[begin:end], order[end:])

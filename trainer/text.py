@@ -19,8 +19,8 @@ from torch import nn
 from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
 from trainer.config import TextConfig
-from trainer.evaluate import Floats, TextScores, text_scores
 from trainer.exceptions import TrainerError
+from trainer.metrics import Floats, TextScores, text_scores
 
 Vectors = NDArray[np.float32]
 OnProgress = Callable[[int, int], None]

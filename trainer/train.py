@@ -28,9 +28,9 @@ from trainer.calibrate import fit_calibration
 from trainer.clean import Cleaned
 from trainer.config import TrainerConfig
 from trainer.data import Log
-from trainer.evaluate import Floats
 from trainer.fit import Fitted
 from trainer.gate import Verdict
+from trainer.metrics import Floats
 from trainer.models import baselines, outputs, predict
 from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts, tracker
 from trainer.text import TextModel

@@ -18,7 +18,7 @@ HISTORY_BUCKETS: tuple[tuple[str, int, float], ...] = (
     ("3-9", 3, 9),
     ("10+", 10, np.inf),
 )
-"""Name, least and most ratings that a user had given before the row."""
+"""Name, least and most ratings that a user had given (or an item had got) before the row."""
 
 RELIABILITY_BINS = 10
 
@@ -69,6 +69,8 @@ class TextScores:
     rmse: float
     mae: float
     accuracy: float
+    macro_f1: float
+    off_by_one: float  # share of rows whose likeliest stars are at most one off
 
 
 def scores(rating: Floats, predicted: Floats) -> Scores:
@@ -93,7 +95,7 @@ def evaluate(
     Raises:
         ValueError: a model has predictions for other rows.
     """
-    masks = {name: (history >= low) & (history <= high) for name, low, high in HISTORY_BUCKETS}
+    masks = by_history(history)
     results: dict[str, Evaluation] = {}
     for name, raw in models.items():
         if raw.shape != rating.shape:
@@ -104,6 +106,17 @@ def evaluate(
             {bucket: scores(rating[mask], predicted[mask]) for bucket, mask in masks.items()},
         )
     return results
+
+
+def by_history(history: Floats) -> dict[str, NDArray[np.bool_]]:
+    """Masks (n) of rows by how many ratings (n) there were before."""
+    return {name: (history >= low) & (history <= high) for name, low, high in HISTORY_BUCKETS}
+
+
+def by_rating(rating: Floats) -> dict[str, NDArray[np.bool_]]:
+    """Masks (n) of rows by their rounded rating."""
+    stars = np.clip(np.rint(rating), 1, 5)
+    return {f"{star} stars": stars == star for star in range(1, 6)}
 
 
 def paired(
@@ -160,12 +173,28 @@ def calibration(rating: Floats, distribution: Floats, low: Floats, high: Floats)
 
 def text_scores(rating: Floats, distribution: Floats) -> TextScores:
     """Question (b): star distributions (n, 5) read off texts against true ratings (n)."""
-    expected = distribution @ np.arange(1, 6)
-    error = scores(rating, expected)
-    hits = distribution.argmax(1) + 1 == np.rint(rating)
+    return class_scores(rating, distribution @ np.arange(1, 6), distribution.argmax(1) + 1)
+
+
+def class_scores(rating: Floats, expected: Floats, stars: NDArray[np.int64]) -> TextScores:
+    """Question (b): expected ratings (n) and likeliest stars (n) against true ratings (n).
+
+    Macro-F1 is the mean of 2·hits / (claimed + true) over the stars that occur, each alike; a
+    rating between two stars is rounded.
+    """
+    error = scores(rating, np.clip(expected, 1, 5))
+    if not len(rating):
+        return TextScores(0, error.rmse, error.mae, np.nan, np.nan, np.nan)
+    truth = np.clip(np.rint(rating), 1, 5).astype(np.int64)
+    f1 = [
+        2 * np.sum((stars == star) & (truth == star)) / (np.sum(stars == star) + count)
+        for star, count in zip(*np.unique(truth, return_counts=True), strict=True)
+    ]
     return TextScores(
         error.rows,
         error.rmse,
         error.mae,
-        float(np.mean(hits)) if len(rating) else np.nan,
+        float(np.mean(stars == truth)),
+        float(np.mean(f1)),
+        float(np.mean(np.abs(stars - truth) <= 1)),
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.evaluate import calibration, evaluate, paired, scores, text_scores
+from trainer.metrics import calibration, class_scores, evaluate, paired, scores, text_scores
 
 
 def test_scores_by_hand() -> None:
@@ -69,3 +69,14 @@ def test_text_scores_use_the_expected_stars_and_the_likeliest() -> None:
     assert found.accuracy == 0.5
     assert found.rmse == pytest.approx(((0.5**2 + 1) / 2) ** 0.5)
     assert found.mae == pytest.approx(0.75)
+
+
+def test_macro_f1_counts_every_star_that_occurs_alike() -> None:
+    rating = np.array([1.0, 1.0, 1.0, 5.0])
+    found = class_scores(rating, rating, np.array([1, 1, 2, 5]))
+    # One star: 2 hits of 2 claimed and 3 true; five: 1 of 1 and 1.
+    assert found.macro_f1 == pytest.approx((2 * 2 / (2 + 3) + 1) / 2)
+    assert found.accuracy == 0.75
+    assert found.off_by_one == 1
+    assert class_scores(np.array([1.0]), np.array([9.0]), np.array([5])).rmse == 4  # clipped
+    assert np.isnan(class_scores(np.empty(0), np.empty(0), np.empty(0, np.int64)).macro_f1)
