@@ -100,14 +100,7 @@ def prepared(
 ) -> Prepared:
     """Replay a log and keep the rows of cleaned `reviews`, split by time."""
     width = 0 if vectors is None else vectors.rows.shape[1]
-    examples = replay(log, vectors, encoder, width, on_progress)
-    kept = np.searchsorted(examples.row, reviews["row"].to_numpy())
-    examples = Examples(
-        examples.row[kept],
-        examples.events[kept],
-        examples.inputs.take(kept),
-        examples.rating[kept],
-    )
+    examples = replay(log, vectors, encoder, width, on_progress).keep(reviews["row"].to_numpy())
     return Prepared(examples, by_time(examples.events["time"], config.split))
 
 

@@ -50,8 +50,9 @@ class TextModel:
     """An encoder with its star head, and how well it reads the stars of the newest texts."""
 
     encoder: TextEncoder
-    head: StarHead
-    scores: TextScores  # on TEST, of a head that was fitted on the other spans
+    head: StarHead  # of all texts
+    judged: StarHead  # of all but TEST
+    scores: TextScores  # of `judged` on TEST
     texts: int
     l2: float
 
@@ -96,8 +97,8 @@ def fit(
     head, l2 = _probe(vectors, reviews, config.l2)
     test = reviews.span == TEST
     found = text_scores(reviews.rating[test], stars(head, vectors[test]))
-    labels = soft_labels(reviews.rating)
-    return TextModel(encoder, fit_star_head(vectors, labels, l2, head), found, len(vectors), l2)
+    whole = fit_star_head(vectors, soft_labels(reviews.rating), l2, head)
+    return TextModel(encoder, whole, head, found, len(vectors), l2)
 
 
 def encode(encoder: TextEncoder, texts: Sequence[str], on_progress: OnProgress) -> Vectors:

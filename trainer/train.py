@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from model import bundle as bundles
@@ -99,11 +100,11 @@ def train(
         torch.set_num_threads(config.threads)
     found = cleaned(log, config)
     with tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder:
-        base = _encoder(encoder, stable, config)
+        base = base_encoder(encoder, stable, config)
         texts = _fit_texts(base, found.reviews, config, Path(folder) / "encoder", progress)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
-        fitted, calibration = _fit(data, config, progress)
+        fitted, calibration = fit_network(data, config, progress)
         compared = compare(
             data, predict(fitted.network, calibration, data.examples, data.split.test), config
         )
@@ -118,7 +119,10 @@ def train(
             config.gate,
             config.seed,
         )
-        network = _refit(fitted, data, config, progress) if config.fit.refit else fitted.network
+        network = fitted.network
+        if config.fit.refit:
+            everything = np.concatenate([data.split.train, data.split.validation, data.split.test])
+            network = refit_network(fitted, data, everything, config, progress)
         candidate = _Candidate(fitted, network, calibration, used, texts)
         rows = _rows(log, data, texts)
         settings = _settings(candidate, config)
@@ -165,7 +169,7 @@ def train(
     )
 
 
-def _encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> TextEncoder | None:
+def base_encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> TextEncoder | None:
     """The encoder to start from: stable's, unless the setting names another."""
     if setting == "auto" and stable is not None and stable.encoder_folder is not None:
         return bundle_encoder(stable, config)
@@ -204,7 +208,7 @@ def _replayed(
     return prepared(log, found.reviews, vectors, encoder.hash if encoder else "", config, words)
 
 
-def _fit(
+def fit_network(
     data: Prepared, config: TrainerConfig, progress: Progress | None
 ) -> tuple[Fitted, Calibration]:
     """Fit on train, choose and calibrate on validation."""
@@ -228,16 +232,20 @@ def _fit(
     return fitted, fit_calibration(mean, logits, examples.rating[split.validation])
 
 
-def _refit(
-    fitted: Fitted, data: Prepared, config: TrainerConfig, progress: Progress | None
+def refit_network(
+    fitted: Fitted,
+    data: Prepared,
+    rows: NDArray[np.int64],
+    config: TrainerConfig,
+    progress: Progress | None,
 ) -> FusedNetwork:
-    split = data.split
-    bar = tracker(progress, "fitting once more, on all rows")
+    """The same fit on these rows, with what was chosen."""
+    bar = tracker(progress, "fitting once more")
     network = fit.refit(
         fitted,
         data.examples.inputs,
         data.examples.rating,
-        np.concatenate([split.train, split.validation, split.test]),
+        rows,
         config.fit,
         config.seed,
         devices.find(config.device),

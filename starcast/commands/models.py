@@ -4,8 +4,8 @@ What they call imports torch, which takes seconds, so they import it only when t
 """
 
 import getpass
-import tempfile
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from model.registry import Entry, Registry
 
 app = typer.Typer(help="Which model serves.")
+
+
+class Peers(StrEnum):
+    """Which other models are measured."""
+
+    ALL = "all"
+    NONE = "none"
+
+
+class TiesOption(StrEnum):
+    """As `trainer.data.Ties`."""
+
+    INSTANT = "instant"
+    ARRIVAL = "arrival"
+
 
 Reason = Annotated[str, typer.Option(help="Why; it stands in the registry's history.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -133,35 +148,56 @@ def evaluate(
         ),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    peers: Annotated[
+        Peers, typer.Option(help="Other models on the same rows: all (extra `peers`), or none.")
+    ] = Peers.ALL,
+    ties: Annotated[
+        TiesOption, typer.Option(help="What rows of one time know of each other.")
+    ] = TiesOption.INSTANT,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Measure though an alarm is raised.")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option(help="Where parts are kept; a run that was cut short goes on there.")
+    ] = Path(".starcast/evaluate"),
 ) -> None:
-    """Measure a model beside its baselines on the newest rows of a record file."""
+    """Measure a model beside its peers on the newest rows of a record file."""
     from trainer import data
+    from trainer import evaluate as evaluation
     from trainer.assess import assess, summary
-    from trainer.train import train as fit
 
     settings = settings_of(context)
-    config, name = settings.trainer, "fitted to the older rows"
+    config, encoder = settings.trainer, settings.models.encoder
     with progress_bar() as progress:
         log = data.from_file(events)
         if model is None:
-            with tempfile.TemporaryDirectory(prefix="starcast-evaluate-") as folder:
-                found = fit(log, folder, config, encoder=settings.models.encoder, progress=progress)
+            found = evaluation.evaluate(
+                log,
+                evaluation.folder_of(events, config, encoder, ties.value, folder),
+                config,
+                encoder=encoder,
+                ties=ties.value,
+                peers=peers is Peers.ALL,
+                allow_leaks=allow_leaks,
+                progress=progress,
+            )
+            shown, document = evaluation.summary(found), found.document
         else:
             chosen = _chosen(settings.models.url, model)
-            found = assess(log, chosen, config, progress=progress)
-            name = chosen.version if chosen else model
-    output.print(summary(found))
+            assessed = assess(log, chosen, config, progress=progress)
+            shown = summary(assessed)
+            document: dict[str, Any] = {
+                "model": chosen.version if chosen else model,
+                "rows": assessed.rows,
+                "rating": {each: asdict(it) for each, it in assessed.evaluations.items()},
+                "calibration": asdict(assessed.calibration),
+                "text": asdict(assessed.text) if assessed.text else None,
+            }
+    output.print(shown)
     if json_out is not None:
-        document: dict[str, Any] = {
-            "model": name,
-            "events": str(events),
-            "rows": found.rows,
-            "rating": {each: asdict(figures) for each, figures in found.evaluations.items()},
-            "calibration": asdict(found.calibration),
-            "text": asdict(found.text) if found.text else None,
-        }
         json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+        whole = {"events": str(events), **document}
+        json_out.write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def _chosen(url: str, model: str) -> "Bundle | None":

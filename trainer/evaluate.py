@@ -1,0 +1,549 @@
+"""One evaluation for every model, honest by construction.
+
+Rated rows are split by time: train, then validation, then test. Everything is chosen on
+validation, then fitted to train and validation, and asked for the test rows in three ways:
+
+- prequential: each row is predicted from all that is strictly older, and learnt by the states;
+- arrival: likewise, but rows of one time see those that came before them in the given order;
+- static: states stand still from the first test row on.
+
+Question (b), stars read off a review's text, has the same split and is never mixed with (a).
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+import orjson
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.progress import Progress
+from rich.table import Table
+
+from model.encoder import TextEncoder, review_text
+from trainer import leaks, text
+from trainer.clean import Step
+from trainer.config import TrainerConfig
+from trainer.data import Examples, Log, Ties, replay, sorted_by_time
+from trainer.exceptions import TrainerError
+from trainer.fit import Fitted
+from trainer.metrics import (
+    HISTORY_BUCKETS,
+    Floats,
+    TextScores,
+    by_history,
+    by_rating,
+    calibration,
+    class_scores,
+    paired,
+    scores,
+)
+from trainer.models import Predicted, predict
+from trainer.prepare import Prepared, cleaned, item_vectors, tracker
+from trainer.split import Split, by_instant, by_time
+from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
+from trainer.train import base_encoder, fit_network, refit_network
+
+MODEL = "model"
+PARTS = ("text", "text_title", "text_body")  # whole reviews, titles alone, texts alone
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured; `document` is what the command writes."""
+
+    document: dict[str, Any]
+    steps: tuple[Step, ...]  # of cleaning
+
+
+class Kept:
+    """Results by name in a folder, so that an evaluation that was cut short goes on from there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, make: Callable[[], Arrays]) -> Arrays:
+        """The arrays of `name`: made once."""
+        path = self._folder / f"{name}.npz"
+        if path.exists():
+            with np.load(path) as found:
+                return dict(found)
+        made = make()
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.savez(file, **cast(Any, made))
+        part.replace(path)
+        return made
+
+
+def evaluate(
+    log: Log,
+    folder: Path,
+    config: TrainerConfig | None = None,
+    *,
+    encoder: str = "auto",
+    ties: Ties = "instant",
+    peers: bool = True,
+    allow_leaks: bool = False,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Fit our model and every peer to a log's older rows; measure all on its newest.
+
+    Args:
+        log: the history.
+        folder: where parts of the result are kept; one folder for each log and settings.
+        config: settings; the defaults when absent.
+        encoder: as `models.encoder`.
+        ties: what rows of one time know of each other, in fitting too.
+        peers: whether the peers are measured, which takes longer than our model.
+        allow_leaks: go on where an alarm is raised.
+        progress: where bars are shown.
+
+    Raises:
+        TrainerError: too few rated rows; an alarm that was raised.
+    """
+    config = config or TrainerConfig()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    kept = Kept(folder)
+    log = sorted_by_time(log) if ties == "instant" else log
+    found = cleaned(log, config)
+    rows = found.reviews["row"].to_numpy()
+    cut = by_instant if ties == "instant" else by_time
+    split = cut(log.events["time"][rows], config.split)
+    base = base_encoder(encoder, None, config)
+    worded = _worded(found.reviews, split, config)
+    alarms = [*leaks.known_later(log), *_copied(worded)]
+    with TemporaryDirectory(prefix="starcast-encoder-") as scratch:
+        texts, used = _our_texts(worded, base, config, Path(scratch), progress)
+        asked = _replays(log, rows, split, used, ties, progress)
+        examples, test = asked["prequential"], split.test
+        alarms += leaks.telling_features(examples.inputs.features[test], examples.rating[test])
+        if alarms and not allow_leaks:
+            told = "\n".join(f"- {each}" for each in alarms)
+            raise TrainerError(
+                f"these rows let a model know the answer before it is asked:\n{told}\n"
+                "Mend the data, or pass --allow-leaks to measure all the same"
+            )
+        ours = _ours(asked, split, config, kept, progress)
+        theirs = _peers(asked, split, config, kept, progress) if peers else {}
+        if peers and worded is not None and base is not None:
+            texts |= _text_peers(worded, base, config, kept, progress)
+    rating = examples.rating[test]
+    blocks = {
+        way: _block(rating, data, test, {MODEL: ours[way].rating, **_of_way(theirs, way)}, config)
+        for way, data in asked.items()
+    }
+    model = ours["prequential"]
+    document: dict[str, Any] = {
+        "ties": ties,
+        "rows": {
+            "events": len(log),
+            "rated": log.rated,
+            **{name: len(getattr(split, name)) for name in ("train", "validation", "test")},
+        },
+        "rating": blocks,
+        "gain": _gain(blocks["prequential"]),
+        "calibration": asdict(calibration(rating, model.distribution, model.low, model.high)),
+        **_text_blocks(worded, texts),
+        "leaks": [asdict(each) for each in alarms],
+        "cleaning": [asdict(each) for each in found.steps],
+        "settings": config.model_dump(mode="json"),
+    }
+    return Evaluated(document, found.steps)
+
+
+def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
+    """Where the parts of an evaluation are kept: one folder for each file and settings."""
+    digest = hashlib.sha256(path.read_bytes())
+    digest.update(orjson.dumps([config.model_dump(mode="json"), encoder, ties]))
+    return root / digest.hexdigest()[:16]
+
+
+# -- question (a) --------------------------------------------------------------------------------
+
+
+def _replays(
+    log: Log,
+    rows: NDArray[np.int64],
+    split: Split,
+    encoder: TextEncoder | None,
+    ties: Ties,
+    progress: Progress | None,
+) -> dict[str, Examples]:
+    """The rated rows as each way of asking meets them."""
+    vectors = item_vectors(log, encoder, tracker(progress, "encoding item texts"))
+    width = 0 if vectors is None else vectors.rows.shape[1]
+    name = encoder.hash if encoder else ""
+    first = int(rows[split.test].min())
+
+    def replayed(ties: Ties, still: int | None = None) -> Examples:
+        words = tracker(progress, "replaying events" + (", standing still" if still else ""))
+        return replay(log, vectors, name, width, words, ties, still).keep(rows)
+
+    found = {"prequential": replayed(ties), "static": replayed(ties, first)}
+    return {**found, "arrival": replayed("arrival")} if ties == "instant" else found
+
+
+def _ours(
+    asked: Mapping[str, Examples],
+    split: Split,
+    config: TrainerConfig,
+    kept: Kept,
+    progress: Progress | None,
+) -> dict[str, Predicted]:
+    """Our model's answers, by way of asking."""
+    names = ("rating", "distribution", "low", "high")
+
+    def make() -> Arrays:
+        data = Prepared(asked["prequential"], split)
+        fitted, corrected = fit_network(data, config, progress)
+        known = np.concatenate([split.train, split.validation])
+        network = refit_network(fitted, data, known, config, progress)
+        made: Arrays = {"chosen": _chosen(fitted)}
+        for way, examples in asked.items():
+            told = predict(network, corrected, examples, split.test)
+            made |= {f"{way} {name}": getattr(told, name) for name in names}
+        return made
+
+    made = kept.get(MODEL, make)
+    return {way: Predicted(*(made[f"{way} {name}"] for name in names)) for way in asked}
+
+
+def _chosen(fitted: Fitted) -> Floats:
+    return np.array([fitted.penalty, fitted.epochs, fitted.belief])
+
+
+def _peers(
+    asked: Mapping[str, Examples],
+    split: Split,
+    config: TrainerConfig,
+    kept: Kept,
+    progress: Progress | None,
+) -> dict[str, Arrays]:
+    """The peers' answers, by name and way of asking."""
+    from trainer.peers import ratings  # an extra, and slow to import
+
+    rated = {way: _rated(examples) for way, examples in asked.items()}
+    whole = rated["prequential"]
+    train, validation = whole.take(split.train), whole.take(split.validation)
+    known = ratings.joined(train, validation)
+
+    def make(peer: ratings.Peer) -> Arrays:
+        settings, told = ratings.settle(peer, train, validation, config.seed)
+        answers: Arrays = {
+            way: told(data.take(split.test), known if way == "static" else whole)
+            for way, data in rated.items()
+        }
+        return {**answers, "settings": np.array(orjson.dumps(settings).decode())}
+
+    bar = tracker(progress, "tuning and fitting the peers")
+    found: dict[str, Arrays] = {}
+    for done, (name, peer) in enumerate(ratings.PEERS.items()):
+        bar(done, len(ratings.PEERS))
+        found[name] = kept.get(f"peer {name}", lambda peer=peer: make(peer))
+    bar(1, 1)
+    return found
+
+
+def _rated(examples: Examples) -> Any:
+    from trainer.peers.ratings import Rated
+
+    events = examples.events
+    return Rated(
+        events["user"], events["item"], events["time"], examples.rating, examples.inputs.features
+    )
+
+
+def _of_way(theirs: Mapping[str, Arrays], way: str) -> dict[str, Floats]:
+    return {name: answers[way] for name, answers in theirs.items()}
+
+
+def _block(
+    rating: Floats,
+    examples: Examples,
+    test: NDArray[np.int64],
+    models: Mapping[str, Floats],
+    config: TrainerConfig,
+) -> dict[str, Any]:
+    """The errors of every model on the test rows, and ours beside each."""
+    masks = {
+        "buckets": by_history(examples.history[test]),
+        "item_buckets": by_history(examples.item_history[test]),
+        "ratings": by_rating(rating),
+    }
+    found: dict[str, Any] = {}
+    for name, predicted in models.items():
+        clipped = np.clip(predicted, 1, 5)
+        found[name] = {
+            **asdict(scores(rating, clipped)),
+            **{
+                kind: {
+                    bucket: asdict(scores(rating[mask], clipped[mask]))
+                    for bucket, mask in several.items()
+                }
+                for kind, several in masks.items()
+            },
+        }
+        if name == MODEL:
+            continue
+        # What ours gains (below zero) or loses beside this one, in squared error.
+        found[name]["model_minus_this"] = {
+            bucket: asdict(_difference(rating[mask], models[MODEL][mask], clipped[mask], config))
+            for bucket, mask in {"all": np.ones(len(rating), bool), **masks["buckets"]}.items()
+            if mask.any()
+        }
+    return found
+
+
+def _difference(rating: Floats, model: Floats, other: Floats, config: TrainerConfig) -> Any:
+    return paired(
+        rating,
+        model,
+        other,
+        confidence=config.gate.confidence,
+        resamples=config.gate.resamples,
+        seed=config.seed,
+    )
+
+
+def _gain(block: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers."""
+    others = {name: figures["rmse"] for name, figures in block.items() if name != MODEL}
+    if not others:
+        return None
+    best = min(others, key=lambda name: others[name])
+    return {"best_peer": best, "gain": 1 - block[MODEL]["rmse"] / others[best]}
+
+
+# -- question (b) --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Worded:
+    """Review texts, whole, and their parts ("" where one is missing)."""
+
+    whole: ReviewTexts
+    titles: list[str]
+    bodies: list[str]
+    names: list[str]  # event ids
+
+    def part(self, name: str) -> list[str]:
+        return {"text": [*self.whole.texts], "text_title": self.titles, "text_body": self.bodies}[
+            name
+        ]
+
+
+def _worded(reviews: pl.DataFrame, split: Split, config: TrainerConfig) -> _Worded | None:
+    """The texts of cleaned reviews under the split of all; copies of older texts are left out."""
+    span = np.full(reviews.height, TRAIN, np.int8)
+    span[split.validation], span[split.test] = VALIDATION, TEST
+    table = reviews.with_columns(pl.Series("span", span)).sort("time", maintain_order=True)
+    table = table.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
+    texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
+    tested = table["span"].to_numpy() == TEST
+    newer = np.flatnonzero(tested)
+    older = [texts[row] for row in np.flatnonzero(~tested).tolist()]
+    copied = newer[leaks.copies(older, [texts[row] for row in newer.tolist()])]
+    good = np.setdiff1d(np.arange(len(texts)), copied)
+    if len(good) < config.text.least_texts:
+        return None
+    table = table[good.tolist()]
+    whole = ReviewTexts(
+        [texts[row] for row in good.tolist()],
+        table["rating"].to_numpy(),
+        table["span"].to_numpy(),
+    )
+    parts = ([each or "" for each in table[name]] for name in ("title", "text"))
+    return _Worded(whole, *parts, table["event_id"].to_list())
+
+
+def _copied(worded: _Worded | None) -> list[leaks.Leak]:
+    if worded is None:
+        return []
+    tested = worded.whole.span == TEST
+    texts, names = np.array(worded.whole.texts, object), np.array(worded.names, object)
+    return leaks.copied_texts(
+        texts[~tested].tolist(), texts[tested].tolist(), names[tested].tolist()
+    )
+
+
+def _our_texts(
+    worded: _Worded | None,
+    base: TextEncoder | None,
+    config: TrainerConfig,
+    folder: Path,
+    progress: Progress | None,
+) -> tuple[dict[str, Arrays], TextEncoder | None]:
+    """Our star head's answers for the test texts, and the encoder that it reads with."""
+    if worded is None or base is None or config.text.method == "none":
+        return {}, base
+    whole = worded.whole
+    rows = np.flatnonzero(whole.span != TEST)
+    if config.text.text_limit:
+        rows = rows[-config.text.text_limit :]
+    rows = np.concatenate([rows, np.flatnonzero(whole.span == TEST)])
+    used = replace(
+        whole,
+        texts=[whole.texts[row] for row in rows.tolist()],
+        rating=whole.rating[rows],
+        span=whole.span[rows],
+    )
+    bar = tracker(progress, "reading review texts")
+    fitted = text.fit(used, base, config.text, folder / "encoder", config.seed, bar)
+    test = np.flatnonzero(whole.span == TEST).tolist()
+    answers: Arrays = {}
+    for part in PARTS:
+        words = worded.part(part)
+        vectors = text.encode(fitted.encoder, [words[row] for row in test], bar)
+        shares = text.stars(fitted.judged, vectors)
+        answers[part] = shares @ np.arange(1.0, 6.0)
+        answers[f"{part} stars"] = shares.argmax(1) + 1
+    return {MODEL: answers}, fitted.encoder
+
+
+def _text_peers(
+    worded: _Worded,
+    base: TextEncoder,
+    config: TrainerConfig,
+    kept: Kept,
+    progress: Progress | None,
+) -> dict[str, Arrays]:
+    """The peers' answers for the test texts."""
+    from trainer.peers import texts  # an extra
+
+    whole, spans = worded.whole, worded.whole.span
+    test = np.flatnonzero(spans == TEST).tolist()
+    vectors = {
+        part: kept.get(
+            f"vectors {part}",
+            lambda part=part: {
+                "vectors": text.encode(
+                    base,
+                    worded.part(part)
+                    if part == "text"
+                    else [worded.part(part)[row] for row in test],
+                    tracker(progress, "encoding texts for the peers"),
+                )
+            },
+        )["vectors"]
+        for part in PARTS
+    }
+
+    def those(span: int) -> texts.Worded:
+        chosen = np.flatnonzero(spans == span)
+        return texts.Worded(
+            [whole.texts[row] for row in chosen.tolist()],
+            whole.rating[chosen],
+            vectors["text"][chosen],
+        )
+
+    def make(peer: texts.TextPeer) -> Arrays:
+        settings, read = texts.settle(peer, those(TRAIN), those(VALIDATION), config.seed)
+        answers: Arrays = {"settings": np.array(orjson.dumps(settings).decode())}
+        for part in PARTS:
+            words = [worded.part(part)[row] for row in test]
+            encoded = vectors[part][test] if part == "text" else vectors[part]
+            answers[part], answers[f"{part} stars"] = read(words, encoded)
+        return answers
+
+    found = {
+        name: kept.get(f"text peer {name}", lambda peer=peer: make(peer))
+        for name, peer in texts.TEXT_PEERS.items()
+    }
+
+    def plain() -> Arrays:
+        known = np.flatnonzero(spans != TEST)
+        told = texts.finetune_plain(
+            base.folder,
+            [whole.texts[row] for row in known.tolist()],
+            whole.rating[known],
+            [[worded.part(part)[row] for row in test] for part in PARTS],
+            config.text.longest_tokens,
+            config.seed,
+        )
+        answers: Arrays = {}
+        for part, (expected, stars) in zip(PARTS, told, strict=True):
+            answers[part], answers[f"{part} stars"] = expected, stars
+        return answers
+
+    return {**found, "finetune_plain": kept.get("text peer finetune_plain", plain)}
+
+
+def _text_blocks(worded: _Worded | None, texts: Mapping[str, Arrays]) -> dict[str, dict[str, Any]]:
+    """The errors of every reader, for whole reviews and for each part where there is one."""
+    if worded is None:
+        return {part: {} for part in PARTS}
+    tested = worded.whole.span == TEST
+    rating = worded.whole.rating[tested]
+    found: dict[str, dict[str, Any]] = {}
+    for part in PARTS:
+        words = np.array([bool(each) for each in worded.part(part)])[tested]
+        found[part] = {
+            name: asdict(_part_scores(rating[words], answers, part, words))
+            for name, answers in texts.items()
+        }
+    return found
+
+
+def _part_scores(
+    rating: Floats, answers: Arrays, part: str, words: NDArray[np.bool_]
+) -> TextScores:
+    return class_scores(rating, answers[part][words], answers[f"{part} stars"][words])
+
+
+# -- for people ----------------------------------------------------------------------------------
+
+
+def summary(found: Evaluated) -> RenderableType:
+    """Tables for the console."""
+    document = found.document
+    parts: list[RenderableType] = []
+    buckets = [name for name, _, _ in HISTORY_BUCKETS]
+    for way, block in document["rating"].items():
+        table = Table(
+            way,
+            "RMSE",
+            "MAE",
+            *(f"RMSE {bucket}" for bucket in buckets),
+            "model − this, squared error",
+            title_justify="left",
+        )
+        for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
+            numbers = [figures["rmse"], figures["mae"]]
+            numbers += [figures["buckets"][bucket]["rmse"] for bucket in buckets]
+            gap = figures.get("model_minus_this", {}).get("all")
+            told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
+            cells = ["–" if np.isnan(number) else f"{number:.4f}" for number in numbers]
+            table.add_row(name, *cells, told, style="bold" if name == MODEL else None)
+        parts.append(table)
+    if document["gain"]:
+        gain = document["gain"]
+        parts.append(f"prequential: {gain['gain']:+.2%} beside the best peer, {gain['best_peer']}")
+    for part in PARTS:
+        if document[part]:
+            parts.append(_text_table(part, document[part]))
+    ece, coverage = document["calibration"]["ece"], document["calibration"]["coverage"]
+    parts.append(f"calibration error {ece:.3f}, 80% intervals hold {coverage:.1%}")
+    return Group(*parts)
+
+
+def _text_table(part: str, block: Mapping[str, Any]) -> Table:
+    table = Table(part.replace("_", ": "), "rows", "RMSE", "MAE", "accuracy", "macro-F1")
+    for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
+        numbers: Sequence[float] = [
+            figures[metric] for metric in ("rmse", "mae", "accuracy", "macro_f1")
+        ]
+        style = "bold" if name == MODEL else None
+        cells = [f"{number:.4f}" for number in numbers]
+        table.add_row(name, str(figures["rows"]), *cells, style=style)
+    return table
