@@ -105,13 +105,15 @@ class Numbered:
         return int(self.columns()["sent"].sum())
 
 
-def recount(columns: dict[str, NDArray[Any]], whose: str, names: NDArray[Any]) -> dict[str, Any]:
-    """Counts and sums of `names` users or items (m), once an event however often it was sent."""
+def recount(
+    columns: dict[str, NDArray[Any]], whose: str, names: NDArray[Any], times: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Counts and sums of `names` users or items (m), where event k counts `times[k]` times."""
     index = np.searchsorted(names, columns[whose])
     count = len(names)
 
     def add(weights: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(index, np.nan_to_num(weights), count).astype(np.float64)
+        return np.bincount(index, np.nan_to_num(weights) * times, count).astype(np.float64)
 
     rating, price = columns["rating"], columns["price"]
     rated, priced = ~np.isnan(rating), ~np.isnan(price)

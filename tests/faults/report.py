@@ -42,6 +42,8 @@ def show(result: Result, console: Console) -> None:
         checks.add_row(name, *cells)
     console.print(checks)
     for name, verdict in result.verdicts.items():
+        if verdict.late:
+            console.print(f"shop {name}: {verdict.late} repetitions came too late to be told")
         if verdict.doubled:
             console.print(f"shop {name}: {verdict.doubled} inputs lie in Kafka twice, sent once")
         for example in verdict.examples:
