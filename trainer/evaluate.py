@@ -363,8 +363,8 @@ def _worded(reviews: pl.DataFrame, split: Split, config: TrainerConfig) -> _Word
         table["rating"].to_numpy(),
         table["span"].to_numpy(),
     )
-    parts = ([each or "" for each in table[name]] for name in ("title", "text"))
-    return _Worded(whole, *parts, table["event_id"].to_list())
+    titles, bodies = ([each or "" for each in table[name]] for name in ("title", "text"))
+    return _Worded(whole, titles, bodies, table["event_id"].to_list())
 
 
 def _copied(worded: _Worded | None) -> list[leaks.Leak]:
@@ -529,9 +529,7 @@ def summary(found: Evaluated) -> RenderableType:
     if document["gain"]:
         gain = document["gain"]
         parts.append(f"prequential: {gain['gain']:+.2%} beside the best peer, {gain['best_peer']}")
-    for part in PARTS:
-        if document[part]:
-            parts.append(_text_table(part, document[part]))
+    parts += [_text_table(part, document[part]) for part in PARTS if document[part]]
     ece, coverage = document["calibration"]["ece"], document["calibration"]["coverage"]
     parts.append(f"calibration error {ece:.3f}, 80% intervals hold {coverage:.1%}")
     return Group(*parts)

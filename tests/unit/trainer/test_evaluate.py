@@ -1,0 +1,93 @@
+"""The whole evaluation on a small shop."""
+
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+from trainer import evaluate as evaluation
+from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
+from trainer.data import from_file
+from trainer.evaluate import Kept, evaluate, summary
+from trainer.exceptions import TrainerError
+from trainer.leaks import Leak
+from trainer.peers import ratings, texts, tuning
+
+SMALL = TrainerConfig(
+    threads=1,
+    text=TextConfig(l2=1e-4),
+    fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)),
+)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TRIALS", 1)
+    monkeypatch.setattr(ratings, "MOST_FOREST_TREES", 5)
+    monkeypatch.setattr(
+        texts,
+        "finetune_plain",
+        lambda *given: [(np.full(len(asked), 3.0), np.full(len(asked), 3)) for asked in given[3]],
+    )
+
+
+def test_every_model_is_measured_on_the_same_rows_and_goes_on_where_it_stopped(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path, few: None
+) -> None:
+    log = from_file(shop_file)
+    found = evaluate(log, tmp_path, SMALL, encoder=str(encoder_folder)).document
+    names = {
+        "model", "global", "bias", "bias_running", "biasedmf", "biasedmf_folded",
+        "svd", "svdpp", "lightgbm", "forest",
+    }  # fmt: skip
+    for way in ("prequential", "arrival", "static"):
+        assert found["rating"][way].keys() == names
+        assert {each["rows"] for each in found["rating"][way].values()} == {70}
+    # States that stand still know no more of a user; what never looks at them says the same.
+    for name in ("global", "bias", "svd"):
+        assert found["rating"]["static"][name]["mse"] == found["rating"]["prequential"][name]["mse"]
+    assert found["gain"]["best_peer"] in names
+    readers = {"model", "tfidf_ridge", "tfidf_logistic", "frozen_logistic", "finetune_plain"}
+    for part in evaluation.PARTS:
+        assert found[part].keys() == readers
+    assert found["text_title"]["model"]["rows"] < found["text"]["model"]["rows"]
+    assert found["text"]["tfidf_ridge"]["rmse"] < 0.5
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = evaluate(log, tmp_path, SMALL, encoder=str(encoder_folder)).document
+    assert orjson.dumps(again) == orjson.dumps(found)  # which has numbers that are none
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_without_peers_our_model_alone_is_measured(shop_file: Path, tmp_path: Path) -> None:
+    found = evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=False)
+    assert found.document["rating"]["prequential"].keys() == {"model"}
+    assert found.document["gain"] is None
+    assert found.document["text"] == {}
+    assert summary(found)
+
+
+def test_an_alarm_stops_it_unless_told_otherwise(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leak = Leak("a leak", 1, ("r1",))
+    monkeypatch.setattr(evaluation.leaks, "known_later", lambda log: [leak])
+    log = from_file(shop_file)
+    with pytest.raises(TrainerError, match="a leak: 1 rows, as r1"):
+        evaluate(log, tmp_path, SMALL, encoder="none", peers=False)
+    found = evaluate(log, tmp_path, SMALL, encoder="none", peers=False, allow_leaks=True)
+    assert found.document["leaks"][0]["kind"] == "a leak"
+
+
+def test_parts_are_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, np.ndarray]:
+        made.append(1)
+        return {"a": np.arange(3), "b": np.array("text")}
+
+    kept = Kept(tmp_path / "folder")
+    first, second = kept.get("part", make), Kept(tmp_path / "folder").get("part", make)
+    assert made == [1]
+    assert first["a"].tolist() == second["a"].tolist()
+    assert str(second["b"]) == "text"
