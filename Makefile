@@ -117,7 +117,7 @@ protections: setup system kafka-jars ## Switch off each protection in turn, and 
 
 .PHONY: bad-records
 bad-records: setup system kafka-jars ## Mix 100,000 bad records, a tenth of all, into a shop, and see that the good ones do not notice
-	$(BIN)/python -m tests.faults.bad_records --records 100000 --share 0.1 $(ARGS)
+	$(BIN)/python -m tests.faults.bad_records --records 100000 --share 0.1 --json bench/results/bad_records.json $(ARGS)
 
 .PHONY: wheel
 wheel: setup ## Build the wheel into dist/
