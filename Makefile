@@ -81,7 +81,7 @@ imports: setup ## Check who imports whom
 
 .PHONY: test
 test: setup system kafka-jars ## Run all tests, on real servers, and print line coverage
-	$(BIN)/pytest --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/pytest --durations=15 --cov --cov-report=term:skip-covered $(ARGS)
 
 .PHONY: docs
 docs: setup ## Build the documentation into site/
