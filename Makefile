@@ -81,7 +81,8 @@ imports: setup ## Check who imports whom
 
 .PHONY: test
 test: setup system kafka-jars ## Run all tests, on real servers, and print line coverage
-	$(BIN)/pytest --durations=15 --cov --cov-report=term:skip-covered $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
+		--durations=15 --cov --cov-report=term:skip-covered $(ARGS)
 
 .PHONY: docs
 docs: setup ## Build the documentation into site/
