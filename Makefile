@@ -81,7 +81,8 @@ imports: setup ## Check who imports whom
 
 .PHONY: test
 test: setup system kafka-jars ## Run all tests, on real servers, and print line coverage
-	$(BIN)/pytest --cov --cov-report=term:skip-covered $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
+		--durations=15 --cov --cov-report=term:skip-covered $(ARGS)
 
 .PHONY: docs
 docs: setup ## Build the documentation into site/
@@ -117,7 +118,7 @@ protections: setup system kafka-jars ## Switch off each protection in turn, and 
 
 .PHONY: bad-records
 bad-records: setup system kafka-jars ## Mix 100,000 bad records, a tenth of all, into a shop, and see that the good ones do not notice
-	$(BIN)/python -m tests.faults.bad_records --records 100000 --share 0.1 $(ARGS)
+	$(BIN)/python -m tests.faults.bad_records --records 100000 --share 0.1 --json bench/results/bad_records.json $(ARGS)
 
 .PHONY: wheel
 wheel: setup ## Build the wheel into dist/

@@ -32,6 +32,8 @@ BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.1
 FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
 COMPACTED_BYTES = 128 * 1024 * 1024  # files are merged up to this size
+# Rows that a compaction holds at once; with delta-rs' million its memory grows with the table.
+ROW_GROUP = 50_000
 # A reader that opened a version may go on reading it for this long after a compaction.
 VACUUM_HOURS = 24
 # A compaction that was killed blocks others for this long; none may take longer.
@@ -40,7 +42,7 @@ COMPACTION_SECONDS = 3_600
 COMMIT_ATTEMPTS = 10
 
 _COMPACTION = "compaction"  # the application whose version says until when a table is claimed
-_WRITER = WriterProperties(compression="ZSTD", compression_level=1)
+_WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
 _log = structlog.get_logger(__name__)
 
 
@@ -127,7 +129,9 @@ class Archive:
             try:
                 _record(table, _COMPACTION, int(time.time() + COMPACTION_SECONDS))
                 table.update_incremental()
-                table.optimize.compact(target_size=COMPACTED_BYTES, writer_properties=_WRITER)
+                table.optimize.compact(
+                    target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=_WRITER
+                )
                 table.vacuum(
                     retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
                 )

@@ -2,12 +2,14 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonschema import Draft201909Validator
+from packaging.requirements import Requirement
 from prometheus_client import CollectorRegistry
 
 from streams.metrics import make_metrics
@@ -50,6 +52,13 @@ def test_compose_keeps_the_specification(compose: dict[str, Any]) -> None:
     assert [error.message for error in validator.iter_errors(compose)] == []
     wrong = {**compose, "services": {"scorer": {"image": "starcast", "restarts": "always"}}}
     assert "restarts" in "".join(error.message for error in validator.iter_errors(wrong))
+
+
+def test_the_image_has_every_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    locked = re.findall(r"^([\w-]+)==", (ROOT / "deploy/requirements.txt").read_text(), re.MULTILINE)
+    assert {Requirement(each).name for each in wanted} <= set(locked)
 
 
 def test_every_processor_has_a_service(services: dict[str, Any]) -> None:

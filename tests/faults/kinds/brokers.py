@@ -2,12 +2,11 @@
 
 import time
 from random import Random
-from socket import gethostname
 
 from confluent_kafka import KafkaException
 
 from streams.admin import reach
-from tests.faults.kinds.kind import ADMIN_SECONDS, Kind
+from tests.faults.kinds.kind import ADMIN_SECONDS, Kind, transactional_id
 from tests.faults.process import until
 from tests.faults.world import FaultyShop, NotReached, World
 
@@ -38,9 +37,7 @@ def _two_brokers_killed(world: World, shop: FaultyShop, random: Random) -> str:
 
 def _coordinator_moved(world: World, shop: FaultyShop, random: Random) -> str:
     """The broker that coordinates a scorer's transactions hands over, and comes back."""
-    slot = random.randrange(2)
-    prefix, group = shop.kafka.topic_prefix, shop.kafka.group_id
-    identity = f"{prefix}{group}-scorer-{gethostname()}-{slot}"
+    identity = transactional_id(shop, random.randrange(2))
     topic = (
         reach(shop.kafka, ADMIN_SECONDS)
         .list_topics("__transaction_state")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from socket import gethostname
 
 from tests.faults.world import FaultyShop, NotReached, Worker, World
 
@@ -25,3 +26,8 @@ def some_worker(shop: FaultyShop, random: Random) -> Worker:
     if not live:
         raise NotReached(f"no worker of shop {shop.name} was up")
     return random.choice(live)
+
+
+def transactional_id(shop: FaultyShop, slot: int) -> str:
+    """That of the scorer in a slot of this host."""
+    return f"{shop.kafka.topic_prefix}{shop.kafka.group_id}-scorer-{gethostname()}-{slot}"

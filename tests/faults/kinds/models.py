@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -34,35 +36,42 @@ def _swapped(world: World, shop: FaultyShop, random: Random) -> str:
 
 def _damaged(world: World, shop: FaultyShop, random: Random) -> str:
     """A copy of a bundle with a byte changed is made stable: it must be refused."""
-    healthy = random.choice(_versions(world))
-    before = registry.read(world.models).stable
-    broken = healthy.parent / _other_version(random)
-    shutil.copytree(healthy, broken)
-    weights = next(iter(sorted(broken.rglob("*.safetensors"))))
-    data = bytearray(weights.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    weights.write_bytes(data)
-    _promote(world, broken)
-    time.sleep(4)
-    if before is not None:
-        registry.promote(world.models, before.version, before.sha256, "harness", "restored")
-    shutil.rmtree(broken)
+
+    def damage(copy: Path) -> None:
+        weights = min(copy.rglob("*.safetensors"))
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        weights.write_bytes(data)
+
+    with _copy_promoted(world, random, damage) as (healthy, _):
+        time.sleep(4)
     return healthy.name
 
 
 def _withdrawn(world: World, shop: FaultyShop, random: Random) -> str:
     """A bundle is made stable and its folder goes away; then the one before is stable again."""
+    with _copy_promoted(world, random) as (healthy, copy):
+        time.sleep(random.uniform(0, 2))
+        shutil.rmtree(copy)
+        time.sleep(2)
+    return healthy.name
+
+
+@contextmanager
+def _copy_promoted(
+    world: World, random: Random, change: Callable[[Path], None] = lambda copy: None
+) -> Generator[tuple[Path, Path]]:
+    """A bundle and its copy, which is stable meanwhile; afterwards the one before is again."""
     healthy = random.choice(_versions(world))
     before = registry.read(world.models).stable
-    gone = healthy.parent / _other_version(random)
-    shutil.copytree(healthy, gone)
-    _promote(world, gone)
-    time.sleep(random.uniform(0, 2))
-    shutil.rmtree(gone)
-    time.sleep(2)
+    copy = healthy.parent / _other_version(random)
+    shutil.copytree(healthy, copy)
+    change(copy)
+    _promote(world, copy)
+    yield healthy, copy
     if before is not None:
-        registry.promote(world.models, before.version, before.sha256, "harness", "withdrawn")
-    return healthy.name
+        registry.promote(world.models, before.version, before.sha256, "harness", "restored")
+    shutil.rmtree(copy, ignore_errors=True)
 
 
 def _promote(world: World, folder: Path) -> None:

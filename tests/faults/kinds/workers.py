@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from random import Random
-from socket import gethostname
 
 from confluent_kafka import KafkaException, Producer
 
 from streams.admin import client_config
-from tests.faults.kinds.kind import ADMIN_SECONDS, Kind, some_worker
+from tests.faults.kinds.kind import ADMIN_SECONDS, Kind, some_worker, transactional_id
 from tests.faults.worker import Order
 from tests.faults.world import OVERRUN_SECONDS, FaultyShop, NotReached, Worker, World, add_worker
 
@@ -119,9 +118,7 @@ def _clock(world: World, shop: FaultyShop, random: Random) -> str:
 
 
 def _reopened(world: World, shop: FaultyShop, random: Random) -> str:
-    slot = random.randrange(max(len(shop.live()), 1))
-    prefix, group = shop.kafka.topic_prefix, shop.kafka.group_id
-    identity = f"{prefix}{group}-scorer-{gethostname()}-{slot}"
+    identity = transactional_id(shop, random.randrange(max(len(shop.live()), 1)))
     producer = Producer(client_config(shop.kafka, **{"transactional.id": identity}))
     try:
         producer.init_transactions(ADMIN_SECONDS)
