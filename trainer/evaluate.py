@@ -28,13 +28,14 @@ from rich.table import Table
 
 from model.encoder import TextEncoder, review_text
 from trainer import leaks, text
-from trainer.clean import Step
+from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
 from trainer.data import Examples, Log, Ties, replay, sorted_by_time
 from trainer.exceptions import TrainerError
 from trainer.fit import Fitted
 from trainer.metrics import (
     HISTORY_BUCKETS,
+    Calibration,
     Floats,
     TextScores,
     by_history,
@@ -45,7 +46,15 @@ from trainer.metrics import (
     scores,
 )
 from trainer.models import Predicted, predict
-from trainer.prepare import Prepared, cleaned, item_vectors, tracker
+from trainer.prepare import (
+    Prepared,
+    cleaned,
+    item_vectors,
+    sampled,
+    tracker,
+    unrated_texts,
+)
+from trainer.report import reliability
 from trainer.split import Split, by_instant, by_time
 from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
 from trainer.train import base_encoder, fit_network, refit_network
@@ -62,6 +71,11 @@ class Evaluated:
 
     document: dict[str, Any]
     steps: tuple[Step, ...]  # of cleaning
+
+    @property
+    def plot(self) -> str:
+        """Whether what the model claims happens as often, as SVG."""
+        return reliability(Calibration(**self.document["calibration"]))
 
 
 class Kept:
@@ -121,10 +135,13 @@ def evaluate(
     cut = by_instant if ties == "instant" else by_time
     split = cut(log.events["time"][rows], config.split)
     base = base_encoder(encoder, None, config)
-    worded = _worded(found.reviews, split, config)
+    worded, copies = _worded(found.reviews, split, config)
+    steps = (*found.steps, copies)
     alarms = [*leaks.known_later(log), *_copied(worded)]
     with TemporaryDirectory(prefix="starcast-encoder-") as scratch:
-        texts, used = _our_texts(worded, base, config, Path(scratch), progress)
+        before = int(rows[split.test].min())
+        unrated = unrated_texts(log, config.text, before)
+        texts, used = _our_texts(worded, unrated, base, config, Path(scratch), progress)
         asked = _replays(log, rows, split, used, ties, progress)
         examples, test = asked["prequential"], split.test
         alarms += leaks.telling_features(examples.inputs.features[test], examples.rating[test])
@@ -156,10 +173,10 @@ def evaluate(
         "calibration": asdict(calibration(rating, model.distribution, model.low, model.high)),
         **_text_blocks(worded, texts),
         "leaks": [asdict(each) for each in alarms],
-        "cleaning": [asdict(each) for each in found.steps],
+        "cleaning": [asdict(each) for each in steps],
         "settings": config.model_dump(mode="json"),
     }
-    return Evaluated(document, found.steps)
+    return Evaluated(document, steps)
 
 
 def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
@@ -205,9 +222,9 @@ def _ours(
     names = ("rating", "distribution", "low", "high")
 
     def make() -> Arrays:
-        data = Prepared(asked["prequential"], split)
+        data = sampled(Prepared(asked["prequential"], split), config)
         fitted, corrected = fit_network(data, config, progress)
-        known = np.concatenate([split.train, split.validation])
+        known = np.concatenate([data.split.train, split.validation])
         network = refit_network(fitted, data, known, config, progress)
         made: Arrays = {"chosen": _chosen(fitted)}
         for way, examples in asked.items():
@@ -343,8 +360,10 @@ class _Worded:
         ]
 
 
-def _worded(reviews: pl.DataFrame, split: Split, config: TrainerConfig) -> _Worded | None:
-    """The texts of cleaned reviews under the split of all; copies of older texts are left out."""
+def _worded(
+    reviews: pl.DataFrame, split: Split, config: TrainerConfig
+) -> tuple[_Worded | None, Step]:
+    """The texts of cleaned reviews under the split of all, but those that copy older ones."""
     span = np.full(reviews.height, TRAIN, np.int8)
     span[split.validation], span[split.test] = VALIDATION, TEST
     table = reviews.with_columns(pl.Series("span", span)).sort("time", maintain_order=True)
@@ -354,9 +373,11 @@ def _worded(reviews: pl.DataFrame, split: Split, config: TrainerConfig) -> _Word
     newer = np.flatnonzero(tested)
     older = [texts[row] for row in np.flatnonzero(~tested).tolist()]
     copied = newer[leaks.copies(older, [texts[row] for row in newer.tolist()])]
+    examples = tuple(table["event_id"][copied[:EXAMPLES].tolist()].to_list())
+    step = Step("test text that repeats an older one: not asked for", True, len(copied), examples)
     good = np.setdiff1d(np.arange(len(texts)), copied)
     if len(good) < config.text.least_texts:
-        return None
+        return None, step
     table = table[good.tolist()]
     whole = ReviewTexts(
         [texts[row] for row in good.tolist()],
@@ -364,7 +385,7 @@ def _worded(reviews: pl.DataFrame, split: Split, config: TrainerConfig) -> _Word
         table["span"].to_numpy(),
     )
     titles, bodies = ([each or "" for each in table[name]] for name in ("title", "text"))
-    return _Worded(whole, titles, bodies, table["event_id"].to_list())
+    return _Worded(whole, titles, bodies, table["event_id"].to_list()), step
 
 
 def _copied(worded: _Worded | None) -> list[leaks.Leak]:
@@ -379,6 +400,7 @@ def _copied(worded: _Worded | None) -> list[leaks.Leak]:
 
 def _our_texts(
     worded: _Worded | None,
+    unrated: Sequence[str],
     base: TextEncoder | None,
     config: TrainerConfig,
     folder: Path,
@@ -397,6 +419,7 @@ def _our_texts(
         texts=[whole.texts[row] for row in rows.tolist()],
         rating=whole.rating[rows],
         span=whole.span[rows],
+        unrated=unrated,
     )
     bar = tracker(progress, "reading review texts")
     fitted = text.fit(used, base, config.text, folder / "encoder", config.seed, bar)

@@ -105,7 +105,7 @@ def render(
         ),
         Figure(
             "Reliability",
-            _reliability(calibration),
+            reliability(calibration),
             f"Claimed and observed probability of at least k stars. Expected calibration error "
             f"{calibration.ece:.3f}; 80% intervals hold {calibration.coverage:.1%}.",
         ),

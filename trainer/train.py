@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead, TextEncoder
 from model.network import FusedNetwork, default_config
-from trainer import fit, gate, report, text
+from trainer import drift, fit, gate, report, text
 from trainer.assess import Assessment, Compared, bundle_encoder, compare
 from trainer.calibrate import fit_calibration
 from trainer.clean import Cleaned
@@ -33,7 +33,15 @@ from trainer.fit import Fitted
 from trainer.gate import Verdict
 from trainer.metrics import Floats
 from trainer.models import baselines, outputs, predict
-from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts, tracker
+from trainer.prepare import (
+    Prepared,
+    cleaned,
+    item_vectors,
+    prepared,
+    review_texts,
+    tracker,
+    unrated_texts,
+)
 from trainer.text import TextModel
 
 _LIMITS = (
@@ -101,7 +109,7 @@ def train(
     found = cleaned(log, config)
     with tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder:
         base = base_encoder(encoder, stable, config)
-        texts = _fit_texts(base, found.reviews, config, Path(folder) / "encoder", progress)
+        texts = _fit_texts(base, log, found.reviews, config, Path(folder) / "encoder", progress)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
         fitted, calibration = fit_network(data, config, progress)
@@ -137,6 +145,11 @@ def train(
             data.window(),
             source,
             stable,
+            drift.reference(
+                data.examples.inputs.features[data.split.test],
+                compared.ours.rating,
+                compared.rating,
+            ),
         )
     page = report.render(
         written.version,
@@ -181,6 +194,7 @@ def base_encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> 
 
 def _fit_texts(
     encoder: TextEncoder | None,
+    log: Log,
     reviews: pl.DataFrame,
     config: TrainerConfig,
     folder: Path,
@@ -192,6 +206,7 @@ def _fit_texts(
     texts = review_texts(reviews, config.text, config.split)
     if texts is None:
         return None
+    texts = replace(texts, unrated=unrated_texts(log, config.text))
     bar = tracker(progress, "reading review texts")
     return text.fit(texts, encoder, config.text, folder, config.seed, bar)
 
@@ -209,13 +224,21 @@ def _replayed(
 
 
 def fit_network(
-    data: Prepared, config: TrainerConfig, progress: Progress | None
+    data: Prepared,
+    config: TrainerConfig,
+    progress: Progress | None,
+    on_epoch: fit.OnEpoch = lambda epoch, error: None,
 ) -> tuple[Fitted, Calibration]:
     """Fit on train, choose and calibrate on validation."""
     examples, split = data.examples, data.split
     sizes = config.fit.sizes.model_dump()
     network_config = default_config(vector=examples.inputs.vectors.shape[1], **sizes)
     bar = tracker(progress, "fitting the network")
+
+    def told(epoch: int, error: float) -> None:
+        bar(epoch, config.fit.epochs)
+        on_epoch(epoch, error)
+
     fitted = fit.fit(
         network_config,
         examples.inputs,
@@ -225,7 +248,7 @@ def fit_network(
         config.fit,
         config.seed,
         devices.find(config.device),
-        lambda epoch, _: bar(epoch, config.fit.epochs),
+        told,
     )
     bar(config.fit.epochs, config.fit.epochs)
     mean, logits = outputs(fitted.network, examples, split.validation)
@@ -319,6 +342,7 @@ def _write(
     window: tuple[datetime, datetime],
     source: str,
     stable: Bundle | None,
+    spread: drift.Reference,
 ) -> Written:
     texts, encoder = candidate.texts, candidate.encoder
     head = texts.head if texts else _kept_head(encoder, stable)
@@ -330,6 +354,7 @@ def _write(
         "gate": asdict(verdict),
         "rows": rows,
         "window": [moment.isoformat() for moment in window],
+        "drift": spread.model_dump(),
     }
     return bundles.write(
         models_url,

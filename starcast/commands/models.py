@@ -1,4 +1,4 @@
-"""Commands about models: `train`, `retrain`, `evaluate`, `models list | promote | rollback`.
+"""Commands about models: `train`, `retrain`, `evaluate`, `search`, `models list | promote | …`.
 
 What they call imports torch, which takes seconds, so they import it only when they run.
 """
@@ -32,6 +32,13 @@ class Peers(StrEnum):
 
     ALL = "all"
     NONE = "none"
+
+
+class What(StrEnum):
+    """As `trainer.search.What`."""
+
+    RATING = "rating"
+    TEXT = "text"
 
 
 class TiesOption(StrEnum):
@@ -99,6 +106,10 @@ def retrain(
     every: Annotated[
         str | None, typer.Option(metavar="SPAN", help="Now and then every 45s, 30m, 6h or 1d.")
     ] = None,
+    on_drift: Annotated[
+        bool,
+        typer.Option("--on-drift", help="Only if features, predictions or errors have changed."),
+    ] = False,
 ) -> None:
     """Fit a model from the archive and let it serve if it passes the gate."""
     if once and every:
@@ -107,14 +118,14 @@ def retrain(
 
     settings = settings_of(context)
     if every is None:
-        _retrain_once(settings)
+        _retrain_once(settings, on_drift)
         return
     span = parse_every(every)
     with stopping() as stop:
-        retrain_every(span, lambda: _retrain_once(settings), stop)
+        retrain_every(span, lambda: _retrain_once(settings, on_drift), stop)
 
 
-def _retrain_once(settings: Settings) -> None:
+def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
     from model import registry
     from trainer.assess import summary
     from trainer.retrain import retrain_once
@@ -128,9 +139,15 @@ def _retrain_once(settings: Settings) -> None:
             archive_options=_archive_options(settings),
             encoder=settings.models.encoder,
             by=_who(),
+            on_drift=on_drift,
             progress=progress,
             on_promoted=lambda after: _announce(settings.kafka, before, after),
         )
+    if done.drift is not None and done.drift.reasons:
+        output.print(f"The shop has changed: {'; '.join(done.drift.reasons)}.", soft_wrap=True)
+    if done.result is None:
+        output.print(f"{done.previous} serves on: {done.reason}.", soft_wrap=True)
+        return
     output.print(summary(done.result))
     said = "is promoted" if done.promoted else "is not promoted"
     output.print(f"{done.result.version} {said}: {done.reason}", markup=False, soft_wrap=True)
@@ -147,7 +164,9 @@ def evaluate(
             "else one is fitted to the older rows and not kept.",
         ),
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures, and a reliability plot by it.")
+    ] = None,
     peers: Annotated[
         Peers, typer.Option(help="Other models on the same rows: all (extra `peers`), or none.")
     ] = Peers.ALL,
@@ -165,6 +184,7 @@ def evaluate(
     from trainer import data
     from trainer import evaluate as evaluation
     from trainer.assess import assess, summary
+    from trainer.report import reliability
 
     settings = settings_of(context)
     config, encoder = settings.trainer, settings.models.encoder
@@ -181,11 +201,12 @@ def evaluate(
                 allow_leaks=allow_leaks,
                 progress=progress,
             )
-            shown, document = evaluation.summary(found), found.document
+            shown, document, plot = evaluation.summary(found), found.document, found.plot
         else:
             chosen = _chosen(settings.models.url, model)
             assessed = assess(log, chosen, config, progress=progress)
             shown = summary(assessed)
+            plot = reliability(assessed.calibration)
             document: dict[str, Any] = {
                 "model": chosen.version if chosen else model,
                 "rows": assessed.rows,
@@ -198,6 +219,59 @@ def evaluate(
         json_out.parent.mkdir(parents=True, exist_ok=True)
         whole = {"events": str(events), **document}
         json_out.write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
+        json_out.with_suffix(".svg").write_text(plot, encoding="utf-8")
+
+
+def search(
+    context: typer.Context,
+    what: Annotated[What, typer.Argument(help="The rating network, or the text model.")],
+    events: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=2, help="In all, those of earlier runs too.")] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that try at a time.")] = 1,
+    study: Annotated[
+        Path, typer.Option(help="Where trials are kept; a search that was cut short goes on there.")
+    ] = Path(".starcast/search.journal"),
+    out: Annotated[Path, typer.Option(help="The settings found, for --config.")] = Path(
+        "searched.toml"
+    ),
+) -> None:
+    """Look for better settings of a model, on validation rows."""
+    from trainer import data
+    from trainer import search as searching
+
+    settings = settings_of(context)
+    log = (
+        data.from_archive(settings.archive.url, _archive_options(settings))
+        if events is None
+        else data.from_file(events)
+    )
+    found = searching.search(
+        log,
+        what.value,
+        settings.trainer,
+        study,
+        trials,
+        encoder=settings.models.encoder,
+        workers=workers,
+    )
+    searching.write_settings(found, out)
+    table = Table("setting", "value", "importance")
+    for name, value in found.settings.items():
+        share = found.importance.get(name)
+        table.add_row(f"trainer.{name}", f"{value:.4g}", "" if share is None else f"{share:.1%}")
+    output.print(table)
+    output.print(
+        f"validation RMSE {found.rmse:.4f}, {found.default_rmse:.4f} of the settings in force; "
+        f"{found.trials} trials"
+    )
+    if found.importance:
+        plot = out.with_suffix(".svg")
+        searching.plot_importance(found, plot)
+        output.print(f"What matters: {plot}")
+    notes.print(f"To train with it: starcast --config {out} train")
 
 
 def _chosen(url: str, model: str) -> "Bundle | None":

@@ -57,7 +57,9 @@ def test_compose_keeps_the_specification(compose: dict[str, Any]) -> None:
 def test_the_image_has_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
-    locked = re.findall(r"^([\w-]+)==", (ROOT / "deploy/requirements.txt").read_text(), re.MULTILINE)
+    locked = re.findall(
+        r"^([\w-]+)==", (ROOT / "deploy/requirements.txt").read_text(), re.MULTILINE
+    )
     assert {Requirement(each).name for each in wanted} <= set(locked)
 
 

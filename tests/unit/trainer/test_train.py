@@ -129,17 +129,22 @@ def test_retraining_promotes_what_passes_and_judges_it_against_stable(
         archive, models, CONFIG, encoder=str(encoder_folder), on_promoted=tell, by="test"
     )
     assert first.promoted, first.reason
+    assert first.result is not None
     assert first.previous is None
     stable = registry.read(models).stable
     assert stable is not None
     assert (stable.version, stable.by) == (first.result.version, "test")
     assert told == [first.result.version]
     second = retrain_once(archive, models, CONFIG, on_promoted=tell)
+    assert second.result is not None
     assert second.previous == first.result.version
     names = [check.name for check in second.result.verdict.checks]
     assert "not worse than the stable model" in names
     kept = bundles.load(models, second.result.version)
     assert kept.encoder_hash == bundles.load(models, first.result.version).encoder_hash
+    third = retrain_once(archive, models, CONFIG, on_drift=True)
+    assert (third.result, third.promoted) == (None, False)
+    assert third.reason == "nothing has changed in the 0 events since it was fitted"
 
 
 def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Path) -> None:
@@ -153,6 +158,7 @@ def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Pat
         archive, models, strict, encoder="none", on_promoted=lambda new: pytest.fail("promoted")
     )
     assert not done.promoted
+    assert done.result is not None
     assert "80% intervals" in done.reason
     assert registry.read(models).stable is None
     metrics = json.loads((Path(models) / done.result.version / "metrics.json").read_text())
