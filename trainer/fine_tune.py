@@ -78,6 +78,11 @@ class _Reader(nn.Module):
             ranks = self.ranks(vectors) + self.cuts
         return self.classes(vectors), ranks
 
+    def head(self) -> StarHead:
+        """The head of stars as it stands."""
+        weight, bias = (each.detach().float().cpu().numpy() for each in self.classes.parameters())
+        return StarHead(weight, bias)
+
     def added(self) -> list[nn.Parameter]:
         """What the head has to learn."""
         return [each for name, each in self.named_parameters() if not name.startswith("model.")]
@@ -105,6 +110,15 @@ class Cost:
     steps: int
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What a fit gave."""
+
+    encoder: TextEncoder
+    head: StarHead | None  # none: a loss of ranks alone does not teach one
+    cost: Cost
+
+
 def fine_tune(
     train: Labelled,
     validation: Labelled,
@@ -115,8 +129,8 @@ def fine_tune(
     seed: int,
     on_progress: OnStep,
     checkpoint: Path | None = None,
-) -> tuple[TextEncoder, Cost]:
-    """An encoder fitted with its head to labelled texts.
+) -> Tuned:
+    """An encoder and its head, fitted to labelled texts.
 
     Args:
         train: what is learnt from.
@@ -152,7 +166,8 @@ def fine_tune(
     trained = sum(each.numel() for each in reader.parameters() if each.requires_grad)
     _write(replace(base, model=model), config.method, folder)
     found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
-    return found, Cost(trained, fit.step)
+    taught = tuning.cross_entropy or tuning.squared_error
+    return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))
 
 
 def joined(first: Labelled, second: Labelled) -> Labelled:

@@ -2,8 +2,9 @@
 
 The head is a multinomial logistic regression on the encoder's unit vectors. `frozen` fits it alone.
 Every other method first fits it, then fine-tunes encoder and head together from there (linear
-probing, then fine-tuning: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"), then
-fits the head anew on the new vectors.
+probing, then fine-tuning: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The
+head is not fitted anew to the new vectors: they know the texts that they were fitted to, so it
+would be too sure of itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -94,39 +95,45 @@ def fit(
         place = folder / "adapted"
         encoder = adapt(encoder, [*known, *reviews.unrated], config.adapt, place, seed, on_progress)
     vectors = encode(encoder, reviews.texts, on_progress)
-    cost = Cost(STARS * (encoder.hidden + 1), 0)
-    if config.method != "frozen":
-        head, _ = _probe(vectors, reviews, config.l2)
-        train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
-        if config.pseudo_labels and reviews.unrated:
-            train = joined(train, _pseudo_labelled(reviews.unrated, encoder, head, config))
-        encoder, cost = fine_tune(
-            train, validation, encoder, head, config, folder / "tuned", seed, on_progress, checkpoint
-        )
-        vectors = encode(encoder, reviews.texts, on_progress)
     head, l2 = _probe(vectors, reviews, config.l2)
     test = reviews.span == TEST
-    found = text_scores(reviews.rating[test], stars(head, vectors[test]))
-    whole = fit_star_head(vectors, soft_labels(reviews.rating), l2, head)
-    return TextModel(encoder, whole, head, found, len(vectors), l2, cost)
+    if config.method == "frozen":
+        found = text_scores(reviews.rating[test], stars(head, vectors[test]))
+        whole = fit_star_head(vectors, soft_labels(reviews.rating), l2, head)
+        cost = Cost(STARS * (encoder.hidden + 1), 0)
+        return TextModel(encoder, whole, head, found, len(vectors), l2, cost)
+    train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
+    if config.pseudo_labels and reviews.unrated:
+        train = joined(train, _pseudo_labelled(reviews.unrated, encoder, head, config))
+    place = folder / "tuned"
+    tuned = fine_tune(
+        train, validation, encoder, head, config, place, seed, on_progress, checkpoint
+    )
+    head = tuned.head or _head_on(tuned.encoder, joined(train, validation), l2)
+    newest = [words for words, wanted in zip(reviews.texts, test, strict=True) if wanted]
+    read = stars(head, encode(tuned.encoder, newest, on_progress))
+    found = text_scores(reviews.rating[test], read)
+    return TextModel(tuned.encoder, head, head, found, len(vectors), l2, tuned.cost)
 
 
 def validate(
     reviews: ReviewTexts, encoder: TextEncoder, config: TextConfig, folder: Path, seed: int
 ) -> float:
     """RMSE on VALIDATION of an encoder and a head that were fitted to TRAIN."""
-    known = np.flatnonzero(reviews.span == TRAIN)
-    asked = np.flatnonzero(reviews.span == VALIDATION)
-    texts = [reviews.texts[row] for row in known.tolist()]
-    train = _labelled(reviews, TRAIN)
-    vectors = encode(encoder, texts, _unseen)
+    train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
     l2 = _L2_TRIED[len(_L2_TRIED) // 2] if config.l2 is None else config.l2
-    head = fit_star_head(vectors, train.labels, l2)
+    head = _head_on(encoder, train, l2)
     none = Labelled([], np.empty((0, STARS), np.float32))
-    tuned, _ = fine_tune(train, none, encoder, head, config, folder, seed, _unseen)
-    head = fit_star_head(encode(tuned, texts, _unseen), train.labels, l2, head)
-    shares = stars(head, encode(tuned, [reviews.texts[row] for row in asked.tolist()], _unseen))
-    return text_scores(reviews.rating[asked], shares).rmse
+    watched = validation if config.fine_tune.patience else none
+    tuned = fine_tune(train, watched, encoder, head, config, folder, seed, _unseen)
+    head = tuned.head or _head_on(tuned.encoder, train, l2)
+    shares = stars(head, encode(tuned.encoder, validation.texts, _unseen))
+    return text_scores(reviews.rating[reviews.span == VALIDATION], shares).rmse
+
+
+def _head_on(encoder: TextEncoder, rows: Labelled, l2: float) -> StarHead:
+    """A head fitted to labelled texts as an encoder reads them."""
+    return fit_star_head(encode(encoder, rows.texts, _unseen), rows.labels, l2)
 
 
 def _unseen(done: int, total: int) -> None:

@@ -17,7 +17,7 @@ from tests.unit.trainer.shop import WORDS
 from trainer import fine_tune as module
 from trainer.config import AugmentConfig, FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import Cost, Labelled, fine_tune, loss_of, rate
+from trainer.fine_tune import Cost, Labelled, Tuned, fine_tune, loss_of, rate
 
 METHODS: list[Method] = [each for each in get_args(Method) if each not in ("none", "frozen")]
 
@@ -39,6 +39,13 @@ def tune(encoder: TextEncoder, folder: Path, **settings: Any) -> tuple[TextEncod
     checkpoint = settings.pop("checkpoint", None)
     settings = {"epochs": 1, "batch_texts": 16, "learning_rate": 1e-3, **settings}
     config = TextConfig(method=method, fine_tune=FineTuneConfig(**settings))
+    found = tuned(encoder, folder, config, checkpoint)
+    return found.encoder, found.cost
+
+
+def tuned(
+    encoder: TextEncoder, folder: Path, config: TextConfig, checkpoint: Path | None = None
+) -> Tuned:
     head = StarHead(np.zeros((5, encoder.hidden), np.float32), np.zeros(5, np.float32))
     return fine_tune(
         labelled(),
@@ -158,6 +165,17 @@ def test_other_losses_and_precisions_learn(
     found, _ = tune(encoder, tmp_path / "new", **settings)
     assert np.isfinite(words(found)).all()
     assert not np.allclose(words(found), words(encoder), atol=1e-4)
+
+
+def test_the_head_is_what_was_taught(encoder: TextEncoder, tmp_path: Path) -> None:
+    tuning = FineTuneConfig(epochs=6, batch_texts=16, learning_rate=1e-3)
+    found = tuned(encoder, tmp_path / "new", TextConfig(method="full", fine_tune=tuning))
+    assert found.head is not None
+    rows = labelled(50, 4)
+    likeliest = (found.encoder.encode(rows.texts) @ found.head.weight.T + found.head.bias).argmax(1)
+    assert (likeliest == rows.labels.argmax(1)).mean() > 0.9
+    ranks = tuning.model_copy(update={"cross_entropy": 0.0, "ordinal": 1.0})
+    assert tuned(encoder, tmp_path / "r", TextConfig(method="full", fine_tune=ranks)).head is None
 
 
 def test_variants_are_learnt_from_too(encoder: TextEncoder, tmp_path: Path) -> None:
