@@ -12,9 +12,8 @@ Question (b), stars read off a review's text, has the same split and is never mi
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +25,7 @@ from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
+from model import encoder as encoders
 from model.encoder import TextEncoder, review_text
 from trainer import leaks, text
 from trainer.clean import EXAMPLES, Step
@@ -82,12 +82,12 @@ class Kept:
     """Results by name in a folder, so that an evaluation that was cut short goes on from there."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, make: Callable[[], Arrays]) -> Arrays:
         """The arrays of `name`: made once."""
-        path = self._folder / f"{name}.npz"
+        path = self.folder / f"{name}.npz"
         if path.exists():
             with np.load(path) as found:
                 return dict(found)
@@ -138,23 +138,17 @@ def evaluate(
     worded, copies = _worded(found.reviews, split, config)
     steps = (*found.steps, copies)
     alarms = [*leaks.known_later(log), *_copied(worded)]
-    with TemporaryDirectory(prefix="starcast-encoder-") as scratch:
-        before = int(rows[split.test].min())
-        unrated = unrated_texts(log, config.text, before)
-        texts, used = _our_texts(worded, unrated, base, config, Path(scratch), progress)
-        asked = _replays(log, rows, split, used, ties, progress)
-        examples, test = asked["prequential"], split.test
-        alarms += leaks.telling_features(examples.inputs.features[test], examples.rating[test])
-        if alarms and not allow_leaks:
-            told = "\n".join(f"- {each}" for each in alarms)
-            raise TrainerError(
-                f"these rows let a model know the answer before it is asked:\n{told}\n"
-                "Mend the data, or pass --allow-leaks to measure all the same"
-            )
-        ours = _ours(asked, split, config, kept, progress)
-        theirs = _peers(asked, split, config, kept, progress) if peers else {}
-        if peers and worded is not None and base is not None:
-            texts |= _text_peers(worded, base, config, kept, progress)
+    _stop_at(alarms, allow_leaks)
+    unrated = unrated_texts(log, config.text, int(rows[split.test].min()))
+    texts, used = _our_texts(worded, unrated, base, config, kept, progress)
+    asked = _replays(log, rows, split, used, ties, progress)
+    examples, test = asked["prequential"], split.test
+    alarms += leaks.telling_features(examples.inputs.features[test], examples.rating[test])
+    _stop_at(alarms, allow_leaks)
+    ours = _ours(asked, split, config, kept, progress)
+    theirs = _peers(asked, split, config, kept, progress) if peers else {}
+    if peers and worded is not None and base is not None:
+        texts |= _text_peers(worded, base, config, kept, progress)
     rating = examples.rating[test]
     blocks = {
         way: _block(rating, data, test, {MODEL: ours[way].rating, **_of_way(theirs, way)}, config)
@@ -177,6 +171,15 @@ def evaluate(
         "settings": config.model_dump(mode="json"),
     }
     return Evaluated(document, steps)
+
+
+def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
+    if alarms and not allowed:
+        told = "\n".join(f"- {each}" for each in alarms)
+        raise TrainerError(
+            f"these rows let a model know the answer before it is asked:\n{told}\n"
+            "Mend the data, or pass --allow-leaks to measure all the same"
+        )
 
 
 def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
@@ -403,35 +406,48 @@ def _our_texts(
     unrated: Sequence[str],
     base: TextEncoder | None,
     config: TrainerConfig,
-    folder: Path,
+    kept: Kept,
     progress: Progress | None,
 ) -> tuple[dict[str, Arrays], TextEncoder | None]:
     """Our star head's answers for the test texts, and the encoder that it reads with."""
     if worded is None or base is None or config.text.method == "none":
         return {}, base
     whole = worded.whole
+    test = np.flatnonzero(whole.span == TEST)
     rows = np.flatnonzero(whole.span != TEST)
     if config.text.text_limit:
         rows = rows[-config.text.text_limit :]
-    rows = np.concatenate([rows, np.flatnonzero(whole.span == TEST)])
-    used = replace(
-        whole,
-        texts=[whole.texts[row] for row in rows.tolist()],
-        rating=whole.rating[rows],
-        span=whole.span[rows],
-        unrated=unrated,
+    rows = np.concatenate([rows, test])
+    used = ReviewTexts(
+        [whole.texts[row] for row in rows.tolist()], whole.rating[rows], whole.span[rows], unrated
     )
     bar = tracker(progress, "reading review texts")
-    fitted = text.fit(used, base, config.text, folder / "encoder", config.seed, bar)
-    test = np.flatnonzero(whole.span == TEST).tolist()
-    answers: Arrays = {}
-    for part in PARTS:
-        words = worded.part(part)
-        vectors = text.encode(fitted.encoder, [words[row] for row in test], bar)
-        shares = text.stars(fitted.judged, vectors)
-        answers[part] = shares @ np.arange(1.0, 6.0)
-        answers[f"{part} stars"] = shares.argmax(1) + 1
-    return {MODEL: answers}, fitted.encoder
+
+    def make() -> Arrays:
+        folder = kept.folder / "encoder"
+        checkpoint = kept.folder / "checkpoint"
+        found = text.fit(used, base, config.text, folder, config.seed, bar, checkpoint)
+        where = found.encoder.folder
+        answers: Arrays = {
+            "encoder": np.array(where.name if where.is_relative_to(folder) else ""),
+            "trained": np.array(found.cost.trained),
+        }
+        for part in PARTS:
+            words = worded.part(part)
+            vectors = text.encode(found.encoder, [words[row] for row in test.tolist()], bar)
+            shares = text.stars(found.judged, vectors)
+            answers[part] = shares @ np.arange(1.0, 6.0)
+            answers[f"{part} stars"] = shares.argmax(1) + 1
+        return answers
+
+    answers = kept.get("text model", make)
+    name = str(answers["encoder"])
+    if not name:
+        return {MODEL: answers}, base
+    folder = kept.folder / "encoder" / name
+    return {MODEL: answers}, encoders.load(
+        folder, config.device, longest_tokens=config.text.longest_tokens
+    )
 
 
 def _text_peers(

@@ -7,6 +7,7 @@ import getpass
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -63,16 +64,20 @@ def train(
         bool, typer.Option("--promote", help="Let it serve if the gate lets it through.")
     ] = False,
 ) -> None:
-    """Fit a model from a record file or the archive, and report how good it is."""
+    """Fit a model from a record file or the archive, and report how good it is.
+
+    After `torchrun` or `accelerate launch` several processes fine-tune the encoder together.
+    """
     from model import registry
     from trainer import data
     from trainer.assess import summary
+    from trainer.fine_tune import is_first
     from trainer.train import train as fit
 
     settings = settings_of(context)
     models = settings.models
     before = registry.read(models.url).stable
-    with progress_bar() as progress:
+    with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
         log = (
             data.from_archive(settings.archive.url, _archive_options(settings))
             if file is None
@@ -80,13 +85,15 @@ def train(
         )
         result = fit(
             log,
-            models.url,
+            models.url if is_first() else scratch,  # all fit the same, one keeps it
             settings.trainer,
             encoder=models.encoder,
             stable=_bundle(models.url, before),
             progress=progress,
             source=f"the archive at {settings.archive.url}" if file is None else file.name,
         )
+    if not is_first():
+        return
     output.print(summary(result))
     if not promote:
         notes.print(f"To let it serve: starcast models promote {result.version}")
