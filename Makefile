@@ -100,6 +100,11 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
 	$(BIN)/python -m bench.loop $(ARGS)
 
+.PHONY: quality
+quality: setup ## Measure predictions beside peers, fine-tuning, ablations; goes on where it was (ARGS="--parts sets")
+	test -d .cache/movielens || $(BIN)/python -m bench.movielens .cache/movielens
+	$(BIN)/python -m bench.quality $(ARGS)
+
 .PHONY: soak
 soak: setup system kafka-jars ## Play at half the peak and see whether anything grows (MINUTES=60)
 	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60) $(ARGS)
