@@ -18,6 +18,7 @@ from model.state import (
     RATING_STEPS,
     USER,
     USER_ATTRIBUTES,
+    Change,
     advance,
     apply_items,
     item_deltas,
@@ -102,11 +103,8 @@ def run_batch(
     PARTITION, shape (). Users' states and the running mean are as each event met them; `lookups`
     as the batch began. Nothing given is changed.
     """
-    meeting = meet(states, user_index, events)
-    met = run_partition(partition, events, meeting.duplicate)
+    change, met = _advance(states, user_index, partition, events, lookups.items)
     partitions, predicted = met[:-1], events["action"] != TEXT
-    global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
-    change = advance(meeting, item_bias, global_mean, partitions["step"])
     return BatchResult(
         observe(change.before, partitions, events, lookups),
         change.duplicate,
@@ -116,6 +114,17 @@ def run_batch(
         met[-1].reshape(()),
         item_deltas(events, change),
     )
+
+
+def _advance(
+    states: Rows, user_index: NDArray[np.intp], partition: Rows, events: Rows, items: Table
+) -> tuple[Change, Rows]:
+    """What n events do to their users, and PARTITION (n + 1) as each met it and as it is then."""
+    meeting = meet(states, user_index, events)
+    met = run_partition(partition, events, meeting.duplicate)
+    partitions = met[:-1]
+    global_mean, item_bias = features.biases(items.take(events["item"]), partitions)
+    return advance(meeting, item_bias, global_mean, partitions["step"]), met
 
 
 def recover(
@@ -206,7 +215,12 @@ class History:
             rows = slice(begin, min(begin + self.batch_events, len(events)))
             batch = events[rows]
             lookups = self._lookups(batch)
-            yield HistoryBatch(rows, lookups, self._apply(batch, lookups))
+            users, user_index = np.unique(batch["user"], return_inverse=True)
+            user_rows = self.users.place(users)
+            states = self.users.rows.take(user_rows)
+            result = run_batch(states, user_index, self.partition, batch, lookups)
+            self._follow(user_rows, result.states, result.partition, result.deltas, result.step[0])
+            yield HistoryBatch(rows, lookups, result)
 
     def look(self, events: Rows) -> tuple[Observation, Lookups]:
         """What `events` EVENT (n) would be predicted from now; changes nothing."""
@@ -216,34 +230,33 @@ class History:
         return observe(self.users.rows.take(user_rows), self.partition, events, lookups), lookups
 
     def apply(self, events: Rows) -> None:
-        """Apply `events` EVENT (n), in order."""
+        """Apply `events` EVENT (n), in order, and observe nothing."""
         for begin in range(0, len(events), self.batch_events):
             batch = events[begin : begin + self.batch_events]
-            self._apply(batch, self._lookups(batch))
+            users, user_index = np.unique(batch["user"], return_inverse=True)
+            user_rows = self.users.place(users)
+            states, items = self.users.rows.take(user_rows), self._items(batch)
+            change, met = _advance(states, user_index, self.partition, batch, items)
+            deltas = item_deltas(batch, change)
+            self._follow(user_rows, change.states, met[-1].reshape(()), deltas, met["step"][0])
+
+    def _items(self, events: Rows) -> Table:
+        items = np.unique(events["item"])
+        return table(items, self.items.rows.take(self.items.place(items)))
 
     def _lookups(self, events: Rows) -> Lookups:
-        items = np.unique(events["item"])
-        item_rows = self.items.place(items)
         return Lookups(
-            table(items, self.items.rows.take(item_rows)),
-            self.item_attributes,
-            self.user_attributes,
-            self.vectors,
+            self._items(events), self.item_attributes, self.user_attributes, self.vectors
         )
 
-    def _apply(self, events: Rows, lookups: Lookups) -> BatchResult:
-        users, user_index = np.unique(events["user"], return_inverse=True)
-        user_rows = self.users.place(users)
-        result = run_batch(
-            self.users.rows.take(user_rows), user_index, self.partition, events, lookups
-        )
-        opaque(self.users.rows)[user_rows] = opaque(result.states)
-        self.partition = result.partition
-        deltas = result.deltas
-        items = lookups.items.hashes
-        item_rows = self.items.place(items)
-        offsets = np.full(len(deltas), result.step[0], np.uint64)
-        item_index = np.searchsorted(items, deltas["item"])
-        followed = apply_items(self.items.rows.take(item_rows), item_index, deltas, offsets)
-        opaque(self.items.rows)[item_rows] = opaque(followed)
-        return result
+    def _follow(
+        self, users: NDArray[np.intp], states: Rows, partition: Rows, deltas: Rows, step: np.uint64
+    ) -> None:
+        """Keep what a batch gave: the states of users at these rows, and of its items."""
+        opaque(self.users.rows)[users] = opaque(states)
+        self.partition = partition
+        items, item_index = np.unique(deltas["item"], return_inverse=True)
+        rows = self.items.place(items)
+        offsets = np.full(len(deltas), step, np.uint64)
+        followed = apply_items(self.items.rows.take(rows), item_index, deltas, offsets)
+        opaque(self.items.rows)[rows] = opaque(followed)

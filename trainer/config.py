@@ -268,6 +268,21 @@ class DriftConfig(BaseModel):
     )
 
 
+class TrackingConfig(BaseModel):
+    """Where the figures of a fit go while it goes on."""
+
+    folder: str = Field(default=".starcast/runs", description="TensorBoard files; a folder a run")
+    wandb_project: str | None = Field(
+        default=None, description="of Weights & Biases, which must be installed; none: not sent"
+    )
+    wandb_mode: Literal["online", "offline"] = Field(
+        default="offline", description="offline: into the folder, for `wandb sync`"
+    )
+    mlflow_uri: str | None = Field(
+        default=None, description="of MLflow, which must be installed; none: not sent"
+    )
+
+
 class TrainerConfig(BaseModel):
     """How a model is fitted, evaluated and admitted."""
 
@@ -286,3 +301,4 @@ class TrainerConfig(BaseModel):
     fit: FitConfig = Field(default_factory=FitConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
     drift: DriftConfig = Field(default_factory=DriftConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)

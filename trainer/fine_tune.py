@@ -33,6 +33,7 @@ from model.encoder import StarHead, TextEncoder
 from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
+from trainer.tracking import Note, unnoted
 
 OnStep = Callable[[int, int], None]
 """Called with steps done and steps in all."""
@@ -129,6 +130,7 @@ def fine_tune(
     seed: int,
     on_progress: OnStep,
     checkpoint: Path | None = None,
+    note: Note = unnoted,
 ) -> Tuned:
     """An encoder and its head, fitted to labelled texts.
 
@@ -142,6 +144,7 @@ def fine_tune(
         seed: of dropout, of the order of texts and of their variants.
         on_progress: called with steps done and steps in all.
         checkpoint: a file to go on from, and to write every `CHECKPOINT_SECONDS`.
+        note: where the loss is told.
 
     Raises:
         EncoderError: the encoder has no layers that the method could name.
@@ -162,7 +165,7 @@ def fine_tune(
         model = _trainable(base, config.method, tuning, steps)
         reader = _Reader(replace(base, model=model), head, tuning).to(base.device)
         fit = _Fit(reader, config, seed, steps, rank, count)
-        fit.run(rows, validation, on_progress, checkpoint)
+        fit.run(rows, validation, on_progress, checkpoint, note)
     trained = sum(each.numel() for each in reader.parameters() if each.requires_grad)
     _write(replace(base, model=model), config.method, folder)
     found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
@@ -210,6 +213,7 @@ class _Fit:
         validation: Labelled,
         on_progress: OnStep,
         checkpoint: Path | None,
+        note: Note,
     ) -> None:
         """All steps that are left, or those until validation says to end."""
         self._resume(checkpoint)
@@ -219,12 +223,12 @@ class _Fit:
             epoch, first = divmod(self.step, by_epoch)
             varied = self._varied(rows, epoch)
             for batch in _epoch(rows, self._config, self._seed, epoch)[first:]:
-                self._take(varied, batch)
+                note("text/loss", self._take(varied, batch), self.step)
                 on_progress(self.step, self._steps)
                 if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save(checkpoint)
                     saved = time.monotonic()
-            if self._config.patience and self._enough(validation):
+            if self._config.patience and self._enough(validation, note):
                 break
         if self._best is not None:
             self._reader.load_state_dict(self._best[1], strict=False)
@@ -232,19 +236,21 @@ class _Fit:
         if checkpoint is not None and self._rank == 0:
             checkpoint.unlink(missing_ok=True)
 
-    def _take(self, rows: Labelled, batch: NDArray[np.int64]) -> None:
-        """One step: gradients of all parts of a batch, of all processes, added up."""
+    def _take(self, rows: Labelled, batch: NDArray[np.int64]) -> float:
+        """One step: gradients of all parts of a batch, of all processes, added up; this one's loss."""
         torch.manual_seed(_seed_of(self._seed, self.step, self._rank))
         self._reader.train()
         mine = batch[self._rank :: self._count]
         tokens = self._reader.encoder.count_tokens([rows.texts[row] for row in mine.tolist()])
         parts = list(_parts(np.asarray(tokens), self._config.token_budget))
+        total = 0.0
         for number, part in enumerate(parts):
             chosen = mine[part]
             last = number == len(parts) - 1
             alone = self._count > 1 and not last  # gradients are averaged once a step
             with cast(Any, self._called).no_sync() if alone else nullcontext():
                 loss = self._losses(rows, chosen).sum() * self._count / len(batch)
+                total += float(loss.detach())
                 self._scaler.scale(loss).backward()  # pyright: ignore[reportUnknownMemberType]
         self._scaler.unscale_(self._optimizer)
         nn.utils.clip_grad_norm_(self._weights, self._config.clip)
@@ -255,6 +261,7 @@ class _Fit:
             cast(Any, self._reader.model).base_model.update_and_allocate(self.step)
         self._optimizer.zero_grad()
         self.step += 1
+        return total
 
     def _losses(self, rows: Labelled, chosen: NDArray[np.int64]) -> Tensor:
         tokens = self._reader.encoder.tokens([rows.texts[row] for row in chosen.tolist()])
@@ -283,7 +290,7 @@ class _Fit:
             texts += variants(rows.texts, config, vocabulary, random, translated)
         return Labelled(texts, np.tile(rows.labels, (1 + config.variants, 1)))
 
-    def _enough(self, validation: Labelled) -> bool:
+    def _enough(self, validation: Labelled, note: Note) -> bool:
         """Whether the loss on validation has not fallen for long enough."""
         self._reader.eval()
         with torch.no_grad():
@@ -292,6 +299,7 @@ class _Fit:
                 float(self._losses(validation, part).sum())
                 for part in _parts(lengths, self._config.token_budget)
             )
+        note("text/validation_loss", loss / max(len(validation), 1), self.step)
         if self._best is None or loss < self._best[0]:
             state = {name: each.detach().clone() for name, each in self._learnt()}
             self._best, self._waited = (loss, state), 0

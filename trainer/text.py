@@ -21,6 +21,7 @@ from trainer.adapt import adapt
 from trainer.config import TextConfig
 from trainer.fine_tune import STARS, Cost, Labelled, fine_tune, joined
 from trainer.metrics import Floats, TextScores, text_scores
+from trainer.tracking import Note, unnoted
 
 Vectors = NDArray[np.float32]
 OnProgress = Callable[[int, int], None]
@@ -75,6 +76,7 @@ def fit(
     seed: int,
     on_progress: OnProgress,
     checkpoint: Path | None = None,
+    note: Note = unnoted,
 ) -> TextModel:
     """Fit the star head, and the encoder when `config.method` says so.
 
@@ -85,7 +87,7 @@ def fit(
         folder: below which a new encoder is written.
         seed: of the order of texts.
         on_progress: called as texts are encoded.
-        checkpoint: as `fine_tune` has it.
+        checkpoint, note: as `fine_tune` has them.
 
     Raises:
         EncoderError, TrainerError: the encoder does not take the method.
@@ -107,7 +109,7 @@ def fit(
         train = joined(train, _pseudo_labelled(reviews.unrated, encoder, head, config))
     place = folder / "tuned"
     tuned = fine_tune(
-        train, validation, encoder, head, config, place, seed, on_progress, checkpoint
+        train, validation, encoder, head, config, place, seed, on_progress, checkpoint, note
     )
     head = tuned.head or _head_on(tuned.encoder, joined(train, validation), l2)
     newest = [words for words, wanted in zip(reviews.texts, test, strict=True) if wanted]

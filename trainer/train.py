@@ -43,6 +43,7 @@ from trainer.prepare import (
     unrated_texts,
 )
 from trainer.text import TextModel
+from trainer.tracking import Note, tracking
 
 _LIMITS = (
     "Measured on the newest rows of the shop it was fitted on; another shop needs its own fit.",
@@ -107,12 +108,22 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     found = cleaned(log, config)
-    with tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder:
+    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    with (
+        tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder,
+        tracking(config.tracking, run, config.model_dump(mode="json")) as note,
+    ):
         base = base_encoder(encoder, stable, config)
-        texts = _fit_texts(base, log, found.reviews, config, Path(folder) / "encoder", progress)
+        place = Path(folder) / "encoder"
+        texts = _fit_texts(base, log, found.reviews, config, place, progress, note)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
-        fitted, calibration = fit_network(data, config, progress)
+        fitted, calibration = fit_network(
+            data,
+            config,
+            progress,
+            lambda epoch, error: note("rating/validation_rmse", error, epoch),
+        )
         compared = compare(
             data, predict(fitted.network, calibration, data.examples, data.split.test), config
         )
@@ -199,6 +210,7 @@ def _fit_texts(
     config: TrainerConfig,
     folder: Path,
     progress: Progress | None,
+    note: Note,
 ) -> TextModel | None:
     """The star head, when there is an encoder, enough texts, and settings want one."""
     if encoder is None or config.text.method == "none":
@@ -208,7 +220,7 @@ def _fit_texts(
         return None
     texts = replace(texts, unrated=unrated_texts(log, config.text))
     bar = tracker(progress, "reading review texts")
-    return text.fit(texts, encoder, config.text, folder, config.seed, bar)
+    return text.fit(texts, encoder, config.text, folder, config.seed, bar, note=note)
 
 
 def _replayed(
