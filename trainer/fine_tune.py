@@ -153,8 +153,9 @@ def fine_tune(
     tuning = config.fine_tune
     if encoder.extended:
         raise TrainerError(
-            f"{encoder.folder} has adapters or virtual tokens, which are not fitted twice: start "
-            "from a plain encoder (models.encoder), or set trainer.text.method to frozen"
+            f"{encoder.folder} has adapters, virtual tokens or eight-bit weights, which are not "
+            "fitted again: start from a plain encoder (models.encoder), or set trainer.text.method "
+            "to frozen"
         )
     # A second copy is loaded, for the given encoder stays as it is.
     base = encoders.load(encoder.folder, str(encoder.device), longest_tokens=config.longest_tokens)

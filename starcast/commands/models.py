@@ -281,6 +281,77 @@ def search(
     notes.print(f"To train with it: starcast --config {out} train")
 
 
+def compress(
+    context: typer.Context,
+    events: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
+    ] = None,
+    max_rmse_loss: Annotated[
+        float, typer.Option(min=0.0, help="Share by which the error of read stars may grow.")
+    ] = 0.01,
+    folder: Annotated[
+        Path, typer.Option(help="Where smaller encoders are kept; what is there is not made again.")
+    ] = Path(".starcast/compressed"),
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Make the text encoder smaller and faster, and train a model with the one chosen."""
+    from model import registry
+    from trainer import compress as compressing
+    from trainer import data
+    from trainer.prepare import cleaned, review_texts, tracker
+    from trainer.train import base_encoder
+    from trainer.train import train as fit
+
+    settings = settings_of(context)
+    models, config = settings.models, settings.trainer
+    stable = _bundle(models.url, registry.read(models.url).stable)
+    log = (
+        data.from_archive(settings.archive.url, _archive_options(settings))
+        if events is None
+        else data.from_file(events)
+    )
+    parent = base_encoder(models.encoder, stable, config)
+    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
+    if parent is None or reviews is None:
+        raise fail("There is no text encoder, or there are too few review texts to judge it by.")
+    with progress_bar() as progress:
+        bar = tracker(progress, "making encoders smaller")
+        found = compressing.compress(reviews, parent, config, folder / parent.hash, bar)
+    chosen = compressing.choose(found, max_rmse_loss)
+    table = Table("encoder", "RMSE", "accuracy", "MB", "texts/s")
+    for each in found:
+        table.add_row(
+            each.name,
+            f"{each.scores.rmse:.4f}",
+            f"{each.scores.accuracy:.1%}",
+            f"{each.size_bytes / 2**20:.1f}",
+            f"{each.texts_per_second:.0f}",
+            style="bold" if each is chosen else None,
+        )
+    output.print(table)
+    if json_out is not None:
+        rows = [asdict(each) | {"folder": str(each.folder)} for each in found]
+        document = {"chosen": chosen.name, "encoders": rows}
+        json_out.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    if chosen.name == "parent":
+        output.print(f"Nothing faster is within {max_rmse_loss:.1%} of the parent's error.")
+        return
+    frozen = config.model_copy(update={"text": config.text.model_copy(update={"method": "frozen"})})
+    with progress_bar() as progress:
+        result = fit(
+            log,
+            models.url,
+            frozen,
+            encoder=str(chosen.folder),
+            stable=stable,
+            progress=progress,
+            source="the archive" if events is None else events.name,
+        )
+    output.print(f"{result.version} reads with {chosen.name}: {result.verdict.reason}")
+    notes.print(f"To let it serve: starcast models promote {result.version}")
+
+
 def _chosen(url: str, model: str) -> "Bundle | None":
     """The bundle that a version, `stable` or `ladder` (none) names."""
     from model import bundle, registry

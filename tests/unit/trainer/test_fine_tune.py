@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_fit_is_refused(
 
 def test_what_was_added_is_not_fitted_twice(encoder: TextEncoder, tmp_path: Path) -> None:
     found, _ = tune(encoder, tmp_path / "new", method="adapters")
-    with pytest.raises(TrainerError, match="not fitted twice"):
+    with pytest.raises(TrainerError, match="not fitted again"):
         tune(found, tmp_path / "newer")
 
 
