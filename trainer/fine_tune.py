@@ -43,6 +43,7 @@ CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _IN_FULL: tuple[Method, ...] = ("full", "top_layers")
+_RANKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator
 _MERGED: tuple[Method, ...] = ("lora", "adalora", "ia3")  # what they add goes into the weights
 
 
@@ -200,7 +201,8 @@ class _Fit:
         self._scaler = torch.amp.GradScaler(enabled=self._config.precision == "fp16")
         called: nn.Module = reader
         if count > 1:
-            called = nn.parallel.DistributedDataParallel(reader)
+            # A pooler, which many encoders have, is never used.
+            called = nn.parallel.DistributedDataParallel(reader, find_unused_parameters=True)
         if self._config.compile:
             called = cast(nn.Module, torch.compile(called, dynamic=True))
         self._called = called
@@ -238,10 +240,12 @@ class _Fit:
             checkpoint.unlink(missing_ok=True)
 
     def _take(self, rows: Labelled, batch: NDArray[np.int64]) -> float:
-        """One step: gradients of all parts of a batch, of all processes, added up; this one's loss."""
+        """One step on a batch: its parts' gradients, of all processes, added up. Returns the loss."""
         torch.manual_seed(_seed_of(self._seed, self.step, self._rank))
         self._reader.train()
-        mine = batch[self._rank :: self._count]
+        mine, share = batch[self._rank :: self._count], self._count / len(batch)
+        if not len(mine):  # the others wait for its gradients all the same
+            mine, share = batch[:1], 0.0
         tokens = self._reader.encoder.count_tokens([rows.texts[row] for row in mine.tolist()])
         parts = list(_parts(np.asarray(tokens), self._config.token_budget))
         total = 0.0
@@ -250,7 +254,7 @@ class _Fit:
             last = number == len(parts) - 1
             alone = self._count > 1 and not last  # gradients are averaged once a step
             with cast(Any, self._called).no_sync() if alone else nullcontext():
-                loss = self._losses(rows, chosen).sum() * self._count / len(batch)
+                loss = self._losses(rows, chosen).sum() * share
                 total += float(loss.detach())
                 self._scaler.scale(loss).backward()  # pyright: ignore[reportUnknownMemberType]
         self._scaler.unscale_(self._optimizer)
@@ -323,6 +327,7 @@ class _Fit:
             "scaler": self._scaler.state_dict(),
             "best": self._best,
             "waited": self._waited,
+            "ranks": {name: getattr(self._ranks, name) for name in _RANKS} if self._ranks else None,
         }
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         part = checkpoint.with_suffix(".part")
@@ -340,6 +345,15 @@ class _Fit:
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
         self.step, self._best, self._waited = state["step"], state["best"], state["waited"]
+        for name, value in (state["ranks"] or {}).items():
+            setattr(self._ranks, name, value)
+
+    @property
+    def _ranks(self) -> Any:
+        """What AdaLoRA remembers of its factors; None by other methods."""
+        if self._method != "adalora":
+            return None
+        return cast(Any, self._reader.model).base_model.rankallocator
 
 
 def rate(step: int, steps: int, config: FineTuneConfig) -> float:
@@ -371,18 +385,13 @@ def _epoch(
 
 
 def _parts(tokens: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
-    """Rows (n) by number of tokens (n), longest first, in parts within a budget of padded ones.
-
-    No rows make one empty part: a process must answer the others' gradients all the same.
-    """
+    """Rows (n) by number of tokens (n), longest first, in parts within a budget of padded ones."""
     order = np.argsort(-tokens, kind="stable")
     first = 0
     while first < len(order):
         size = max(budget // max(int(tokens[order[first]]), 1), 1)
         yield order[first : first + size]
         first += size
-    if not len(order):
-        yield order
 
 
 def _groups(reader: _Reader, method: Method, config: FineTuneConfig) -> list[dict[str, Any]]:

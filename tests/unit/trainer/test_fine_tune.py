@@ -199,28 +199,33 @@ class _KilledError(Exception):
     pass
 
 
+@pytest.mark.parametrize("method", ["full", "adalora"])
 def test_a_killed_fit_goes_on_to_the_same_weights(
-    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = tune(encoder, tmp_path / "whole", epochs=2)
+    settings: dict[str, Any] = {"epochs": 2, "method": method}
+    whole, _ = tune(encoder, tmp_path / "whole", **settings)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
     checkpoint = tmp_path / "checkpoint"
     take = module._Fit._take
 
-    def killed(self: Any, *arguments: Any) -> None:
+    def killed(self: Any, *arguments: Any) -> float:
         if self.step == 11:
             raise _KilledError
-        take(self, *arguments)
+        return take(self, *arguments)
 
     monkeypatch.setattr(module._Fit, "_take", killed)
     with pytest.raises(_KilledError):
-        tune(encoder, tmp_path / "killed", epochs=2, checkpoint=checkpoint)
+        tune(encoder, tmp_path / "killed", **settings, checkpoint=checkpoint)
     monkeypatch.setattr(module._Fit, "_take", take)
     steps: list[int] = []
-    monkeypatch.setattr(
-        module._Fit, "_take", lambda self, *rest: (steps.append(self.step), take(self, *rest))
-    )
-    found, _ = tune(encoder, tmp_path / "again", epochs=2, checkpoint=checkpoint)
+
+    def counted(self: Any, *arguments: Any) -> float:
+        steps.append(self.step)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(module._Fit, "_take", counted)
+    found, _ = tune(encoder, tmp_path / "again", **settings, checkpoint=checkpoint)
     assert steps == list(range(11, 16))
     assert (words(found) == words(whole)).all()
     assert not checkpoint.exists()
