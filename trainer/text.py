@@ -31,6 +31,7 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 """Spans of time that a text belongs to."""
 
 _L2_TRIED = (3e-4, 1e-4, 3e-5, 1e-5, 3e-6)  # strongest first: each fit starts from the one before
+_PROBED = 2_000  # newest texts that a head is fitted to before the encoder is fine-tuned
 _CHUNK = 256  # texts between two signs of progress
 
 
@@ -96,8 +97,9 @@ def fit(
         known = [text for text, span in zip(reviews.texts, reviews.span, strict=True) if span != TEST]
         place = folder / "adapted"
         encoder = adapt(encoder, [*known, *reviews.unrated], config.adapt, place, seed, on_progress)
-    vectors = encode(encoder, reviews.texts, on_progress)
-    head, l2 = _probe(vectors, reviews, config.l2)
+    probed = reviews if config.method == "frozen" else _known(reviews, _PROBED)
+    vectors = encode(encoder, probed.texts, on_progress)
+    head, l2 = _probe(vectors, probed, config.l2)
     test = reviews.span == TEST
     if config.method == "frozen":
         found = text_scores(reviews.rating[test], stars(head, vectors[test]))
@@ -115,7 +117,14 @@ def fit(
     newest = [words for words, wanted in zip(reviews.texts, test, strict=True) if wanted]
     read = stars(head, encode(tuned.encoder, newest, on_progress))
     found = text_scores(reviews.rating[test], read)
-    return TextModel(tuned.encoder, head, head, found, len(vectors), l2, tuned.cost)
+    return TextModel(tuned.encoder, head, head, found, len(reviews.texts), l2, tuned.cost)
+
+
+def _known(reviews: ReviewTexts, count: int) -> ReviewTexts:
+    """The newest texts but for TEST, at most `count`."""
+    rows = np.flatnonzero(reviews.span != TEST)[-count:]
+    texts = [reviews.texts[row] for row in rows.tolist()]
+    return ReviewTexts(texts, reviews.rating[rows], reviews.span[rows])
 
 
 def validate(
