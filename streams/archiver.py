@@ -10,19 +10,19 @@ finds its rows there.
 """
 
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 import stamina
-import structlog
 from confluent_kafka import Message
-from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from schemas import archive
 from schemas.archive import Row
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.topics import BY_NAME
+from streams.compaction import WRITER, Compactor, compact
 from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.loop import Outcome
@@ -31,19 +31,8 @@ from streams.metrics import Metrics
 BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.1
 FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
-COMPACTED_BYTES = 128 * 1024 * 1024  # files are merged up to this size
-# Rows that a compaction holds at once; with delta-rs' million its memory grows with the table.
-ROW_GROUP = 50_000
-# A reader that opened a version may go on reading it for this long after a compaction.
-VACUUM_HOURS = 24
-# A compaction that was killed blocks others for this long; none may take longer.
-COMPACTION_SECONDS = 3_600
 # Archivers of other partitions of the same topic may commit in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
-
-_COMPACTION = "compaction"  # the application whose version says until when a table is claimed
-_WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
-_log = structlog.get_logger(__name__)
 
 
 class Archive:
@@ -53,11 +42,17 @@ class Archive:
     """
 
     def __init__(
-        self, url: str, options: Mapping[str, str] | None = None, compact_every: int = 50
+        self,
+        url: str,
+        options: Mapping[str, str] | None = None,
+        compact_every: int = 50,
+        on_due: Callable[[str], None] | None = None,
     ) -> None:
+        """`on_due` is called with each topic to be compacted; when absent it is done at once."""
         self.url = url
         self._options = dict(options or {})
         self._compact_every = compact_every
+        self._on_due = on_due or (lambda topic: compact(url, topic, self._options))
         self._commits: dict[str, int] = {}
         self._pending: dict[str, list[Row]] = {}
         self._recorded: dict[tuple[str, int], int] = {}  # the position when last looked at
@@ -111,34 +106,8 @@ class Archive:
             self._pending[topic] = []
             self._commits[topic] = self._commits.get(topic, 0) + 1
             if self._commits[topic] % self._compact_every == 0:
-                self.compact(topic)
+                self._on_due(topic)
         return written
-
-    def compact(self, topic: str) -> None:
-        """Merges small files of a topic, and deletes those that no reader can still be reading.
-
-        delta-rs (1.6) lets two compactions of the same files both succeed, which doubles their
-        rows. So a compaction first claims the table by an application transaction of its own,
-        for which a second claim does conflict, and is left to another archiver that holds it.
-        """
-        where = archive.table_url(self.url, topic)
-        with archive.reached(where):
-            table = archive.open_table(self.url, topic, self._options)
-            if table is None or (table.transaction_version(_COMPACTION) or 0) > time.time():
-                return
-            try:
-                _record(table, _COMPACTION, int(time.time() + COMPACTION_SECONDS))
-                table.update_incremental()
-                table.optimize.compact(
-                    target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=_WRITER
-                )
-                table.vacuum(
-                    retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
-                )
-                table.cleanup_metadata()
-                _record(table, _COMPACTION, 0)
-            except CommitFailedError as error:
-                _log.info("compaction left to another archiver", table=where, reason=str(error))
 
     @stamina.retry(on=CommitFailedError, attempts=COMMIT_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
     def _commit_topic(self, topic: str) -> int:
@@ -164,7 +133,7 @@ class Archive:
             table,
             archive.table(topic, rows),
             mode="append",
-            writer_properties=_WRITER,
+            writer_properties=WRITER,
             commit_properties=CommitProperties(
                 app_transactions=[
                     Transaction(_application(topic, partition), offset)
@@ -204,7 +173,8 @@ class Archiver:
 
     def __init__(self, config: ArchiveConfig, topic_prefix: str, metrics: Metrics) -> None:
         options = {name: value.get_secret_value() for name, value in config.options.items()}
-        self._archive = Archive(config.url, options, config.compact_every)
+        self._compactor = Compactor(config.url, options)
+        self._archive = Archive(config.url, options, config.compact_every, self._compactor.ask)
         self._config = config
         self._prefix = topic_prefix
         self._metrics = metrics
@@ -263,11 +233,15 @@ class Archiver:
             or time.monotonic() - self._since >= self._config.flush_seconds
         ):
             self._commit()
+        self._compactor.turn()
         return None
 
     def close(self) -> None:
         """Commit what waits."""
-        self._commit()
+        try:
+            self._commit()
+        finally:
+            self._compactor.close()
 
     def _commit(self) -> None:
         with _pausing():
@@ -287,16 +261,6 @@ def _pausing() -> Generator[None]:
 
 def _application(topic: str, partition: int) -> str:
     return f"{topic}/{partition}"
-
-
-def _record(table: DeltaTable, application: str, version: int) -> None:
-    """A commit of nothing but an application transaction."""
-    table.create_write_transaction(
-        [],
-        "append",
-        table.schema(),
-        commit_properties=CommitProperties(app_transactions=[Transaction(application, version)]),
-    )
 
 
 def _recorded(table: DeltaTable, topic: str, partition: int) -> int | None:
