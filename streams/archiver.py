@@ -26,6 +26,7 @@ from streams.compaction import WRITER, Compactor, compact
 from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.loop import Outcome
+from streams.memory import give_back
 from streams.metrics import Metrics
 
 BATCH = 5_000  # records in one turn
@@ -248,6 +249,8 @@ class Archiver:
             written = self._archive.commit()
         self._metrics.events.labels(self.name, "row").inc(written)
         self._rows, self._bytes, self._since = 0, 0, None
+        if written:
+            give_back()
 
 
 @contextmanager

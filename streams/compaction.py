@@ -7,6 +7,7 @@ that ends, an archiver neither grows nor stands still for it.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group
 VACUUM_HOURS = 24
 # A compaction that was killed blocks others for this long; none may take longer.
 COMPACTION_SECONDS = 3_600
+NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
 CLOSE_SECONDS = 5.0  # a stop that waited for a long compaction would be cut short itself
 
 _CLAIM = "compaction"  # the application whose version says until when a table is claimed
@@ -129,6 +131,7 @@ def main() -> None:
     """Compact what standard input names."""
     # Ctrl-C reaches the whole group; the archiver says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICENESS)
     asked = json.load(sys.stdin)
     compact(asked["url"], asked["topic"], asked["options"])
 
