@@ -12,7 +12,11 @@ finds its rows there.
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import stamina
 from confluent_kafka import Message
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
@@ -35,6 +39,8 @@ FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flu
 # Archivers of other partitions of the same topic may commit in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
 
+_ORDER = [("kafka_partition", "ascending"), ("kafka_offset", "ascending")]
+
 
 class Archive:
     """The Delta tables of an archive, being written.
@@ -55,7 +61,7 @@ class Archive:
         self._compact_every = compact_every
         self._on_due = on_due or (lambda topic: compact(url, topic, self._options))
         self._commits: dict[str, int] = {}
-        self._pending: dict[str, list[Row]] = {}
+        self._pending: dict[str, list[pa.Table]] = {}  # decoded when taken: compact, and at once
         self._recorded: dict[tuple[str, int], int] = {}  # the position when last looked at
         self._next: dict[tuple[str, int], int] = {}  # the offset after the last row taken
 
@@ -85,14 +91,16 @@ class Archive:
             if row.offset >= self._next[place]:
                 taken.append(row)
                 self._next[place] = row.offset + 1
-        self._pending.setdefault(topic, []).extend(taken)
+        if taken:
+            self._pending.setdefault(topic, []).append(archive.table(topic, taken))
         return len(taken)
 
     def drop(self, topic: str, partition: int) -> None:
         """Forgets the rows of a partition that are not committed, and its position."""
         self._next.pop((topic, partition), None)
+        others = pc.field("kafka_partition") != partition
         self._pending[topic] = [
-            row for row in self._pending.get(topic, []) if row.partition != partition
+            kept for table in self._pending.get(topic, []) if len(kept := table.filter(others))
         ]
 
     def commit(self) -> int:
@@ -101,7 +109,7 @@ class Archive:
         After an error, what was not written is still held: call again, or `drop` it.
         """
         written = 0
-        for topic in [topic for topic, rows in self._pending.items() if rows]:
+        for topic in [topic for topic, tables in self._pending.items() if tables]:
             with archive.reached(archive.table_url(self.url, topic)):
                 written += self._commit_topic(topic)
             self._pending[topic] = []
@@ -114,8 +122,9 @@ class Archive:
     def _commit_topic(self, topic: str) -> int:
         """One look at the recorded offsets and one commit on the version looked at."""
         table = self._table(topic)
+        pending = pa.concat_tables(self._pending[topic])
         recorded: dict[int, int] = {}
-        for partition in {row.partition for row in self._pending[topic]}:
+        for partition in pending["kafka_partition"].unique().to_pylist():
             recorded[partition] = _recorded(table, topic, partition) or 0
             if recorded[partition] < self._recorded[topic, partition]:
                 raise ContractError(
@@ -124,15 +133,25 @@ class Archive:
                     f"{recorded[partition]}. Was the table deleted or restored? Start the archiver "
                     "again to archive from there."
                 )
-        rows = [row for row in self._pending[topic] if row.offset >= recorded[row.partition]]
-        if not rows:
+        offset, partition = pc.field("kafka_offset"), pc.field("kafka_partition")
+        new = [(partition == number) & (offset >= first) for number, first in recorded.items()]
+        rows = pending.filter(reduce(or_, new)).sort_by(_ORDER)
+        if not len(rows):
             return 0
-        after = {row.partition: row.offset + 1 for row in rows}  # rows are in offset order
+        last = rows.group_by("kafka_partition").aggregate([("kafka_offset", "max")])
+        after = {
+            number: offset + 1
+            for number, offset in zip(
+                last["kafka_partition"].to_pylist(),
+                last["kafka_offset_max"].to_pylist(),
+                strict=True,
+            )
+        }
         # Committed on the version whose transactions were just read: where another commit has
         # recorded one of these partitions meanwhile, delta-rs refuses this one.
         write_deltalake(
             table,
-            archive.table(topic, rows),
+            rows,
             mode="append",
             writer_properties=WRITER,
             commit_properties=CommitProperties(
