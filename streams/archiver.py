@@ -139,14 +139,7 @@ class Archive:
         if not len(rows):
             return 0
         last = rows.group_by("kafka_partition").aggregate([("kafka_offset", "max")])
-        after = {
-            number: offset + 1
-            for number, offset in zip(
-                last["kafka_partition"].to_pylist(),
-                last["kafka_offset_max"].to_pylist(),
-                strict=True,
-            )
-        }
+        after = {each["kafka_partition"]: each["kafka_offset_max"] + 1 for each in last.to_pylist()}
         # Committed on the version whose transactions were just read: where another commit has
         # recorded one of these partitions meanwhile, delta-rs refuses this one.
         write_deltalake(
