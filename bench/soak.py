@@ -461,6 +461,8 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
                     "STARCAST_ARCHIVE__URL": str((folder / "archive").resolve()),
                     "STARCAST_MODELS__URL": str(models),
                     "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
+                    # Two cores for all and Kafka: small transactions alone would take both.
+                    "STARCAST_SCORER__LINGER_MS": "100",
                 },
             )
         )

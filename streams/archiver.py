@@ -34,7 +34,7 @@ from streams.memory import give_back
 from streams.metrics import Metrics
 
 BATCH = 5_000  # records in one turn
-LINGER_SECONDS = 0.1
+LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush
 FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
 # Archivers of other partitions of the same topic may commit in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
