@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle
@@ -266,12 +266,17 @@ class Worker:
         return found
 
     def usage(self) -> dict[str, int]:
-        """Memory in bytes, open file handles, threads."""
+        """Memory in bytes, its children's too; open file handles, threads."""
+        children = 0
+        for child in self.process.children():
+            with suppress(psutil.NoSuchProcess):  # a compaction that has just ended
+                children += child.memory_info().rss
         with self.process.oneshot():
             memory = self.process.memory_full_info()
             return {
                 "rss": memory.rss,
                 "uss": memory.uss,
+                "children": children,
                 "handles": self.process.num_fds(),
                 "threads": self.process.num_threads(),
             }
@@ -456,6 +461,8 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
                     "STARCAST_ARCHIVE__URL": str((folder / "archive").resolve()),
                     "STARCAST_MODELS__URL": str(models),
                     "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
+                    # Two cores for all and Kafka: small transactions alone would take both.
+                    "STARCAST_SCORER__LINGER_MS": "100",
                 },
             )
         )
@@ -495,6 +502,10 @@ def figures_of(
         "store_mb": round(samples[-1]["store"]["memory"] / MEGABYTE),
         "store_keys": [samples[0]["store"]["keys"], samples[-1]["store"]["keys"]],
         "archive_mb": round(samples[-1]["archive"] / MEGABYTE),
+        "most_of_compactions_mb": round(
+            max(each["children"] for sample in samples for each in sample["processes"].values())
+            / MEGABYTE
+        ),
         "processes": {each.process: each.figures() for each in processes},
     }
 

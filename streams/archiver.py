@@ -10,40 +10,36 @@ finds its rows there.
 """
 
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import stamina
-import structlog
 from confluent_kafka import Message
-from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from schemas import archive
 from schemas.archive import Row
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.topics import BY_NAME
+from streams.compaction import WRITER, Compactor, compact
 from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.loop import Outcome
+from streams.memory import give_back
 from streams.metrics import Metrics
 
 BATCH = 5_000  # records in one turn
-LINGER_SECONDS = 0.1
+LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush
 FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
-COMPACTED_BYTES = 128 * 1024 * 1024  # files are merged up to this size
-# Rows that a compaction holds at once; with delta-rs' million its memory grows with the table.
-ROW_GROUP = 50_000
-# A reader that opened a version may go on reading it for this long after a compaction.
-VACUUM_HOURS = 24
-# A compaction that was killed blocks others for this long; none may take longer.
-COMPACTION_SECONDS = 3_600
 # Archivers of other partitions of the same topic may commit in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
 
-_COMPACTION = "compaction"  # the application whose version says until when a table is claimed
-_WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
-_log = structlog.get_logger(__name__)
+_ORDER = [("kafka_partition", "ascending"), ("kafka_offset", "ascending")]
 
 
 class Archive:
@@ -53,13 +49,19 @@ class Archive:
     """
 
     def __init__(
-        self, url: str, options: Mapping[str, str] | None = None, compact_every: int = 50
+        self,
+        url: str,
+        options: Mapping[str, str] | None = None,
+        compact_every: int = 50,
+        on_due: Callable[[str], None] | None = None,
     ) -> None:
+        """`on_due` is called with each topic to be compacted; when absent it is done at once."""
         self.url = url
         self._options = dict(options or {})
         self._compact_every = compact_every
+        self._on_due = on_due or (lambda topic: compact(url, topic, self._options))
         self._commits: dict[str, int] = {}
-        self._pending: dict[str, list[Row]] = {}
+        self._pending: dict[str, list[pa.Table]] = {}  # decoded when taken: compact, and at once
         self._recorded: dict[tuple[str, int], int] = {}  # the position when last looked at
         self._next: dict[tuple[str, int], int] = {}  # the offset after the last row taken
 
@@ -89,14 +91,16 @@ class Archive:
             if row.offset >= self._next[place]:
                 taken.append(row)
                 self._next[place] = row.offset + 1
-        self._pending.setdefault(topic, []).extend(taken)
+        if taken:
+            self._pending.setdefault(topic, []).append(archive.table(topic, taken))
         return len(taken)
 
     def drop(self, topic: str, partition: int) -> None:
         """Forgets the rows of a partition that are not committed, and its position."""
         self._next.pop((topic, partition), None)
+        others = pc.field("kafka_partition") != partition
         self._pending[topic] = [
-            row for row in self._pending.get(topic, []) if row.partition != partition
+            kept for table in self._pending.get(topic, []) if len(kept := table.filter(others))
         ]
 
     def commit(self) -> int:
@@ -105,47 +109,22 @@ class Archive:
         After an error, what was not written is still held: call again, or `drop` it.
         """
         written = 0
-        for topic in [topic for topic, rows in self._pending.items() if rows]:
+        for topic in [topic for topic, tables in self._pending.items() if tables]:
             with archive.reached(archive.table_url(self.url, topic)):
                 written += self._commit_topic(topic)
             self._pending[topic] = []
             self._commits[topic] = self._commits.get(topic, 0) + 1
             if self._commits[topic] % self._compact_every == 0:
-                self.compact(topic)
+                self._on_due(topic)
         return written
-
-    def compact(self, topic: str) -> None:
-        """Merges small files of a topic, and deletes those that no reader can still be reading.
-
-        delta-rs (1.6) lets two compactions of the same files both succeed, which doubles their
-        rows. So a compaction first claims the table by an application transaction of its own,
-        for which a second claim does conflict, and is left to another archiver that holds it.
-        """
-        where = archive.table_url(self.url, topic)
-        with archive.reached(where):
-            table = archive.open_table(self.url, topic, self._options)
-            if table is None or (table.transaction_version(_COMPACTION) or 0) > time.time():
-                return
-            try:
-                _record(table, _COMPACTION, int(time.time() + COMPACTION_SECONDS))
-                table.update_incremental()
-                table.optimize.compact(
-                    target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=_WRITER
-                )
-                table.vacuum(
-                    retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
-                )
-                table.cleanup_metadata()
-                _record(table, _COMPACTION, 0)
-            except CommitFailedError as error:
-                _log.info("compaction left to another archiver", table=where, reason=str(error))
 
     @stamina.retry(on=CommitFailedError, attempts=COMMIT_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
     def _commit_topic(self, topic: str) -> int:
         """One look at the recorded offsets and one commit on the version looked at."""
         table = self._table(topic)
+        pending = pa.concat_tables(self._pending[topic])
         recorded: dict[int, int] = {}
-        for partition in {row.partition for row in self._pending[topic]}:
+        for partition in pending["kafka_partition"].unique().to_pylist():
             recorded[partition] = _recorded(table, topic, partition) or 0
             if recorded[partition] < self._recorded[topic, partition]:
                 raise ContractError(
@@ -154,17 +133,20 @@ class Archive:
                     f"{recorded[partition]}. Was the table deleted or restored? Start the archiver "
                     "again to archive from there."
                 )
-        rows = [row for row in self._pending[topic] if row.offset >= recorded[row.partition]]
-        if not rows:
+        offset, partition = pc.field("kafka_offset"), pc.field("kafka_partition")
+        new = [(partition == number) & (offset >= first) for number, first in recorded.items()]
+        rows = pending.filter(reduce(or_, new)).sort_by(_ORDER)
+        if not len(rows):
             return 0
-        after = {row.partition: row.offset + 1 for row in rows}  # rows are in offset order
+        last = rows.group_by("kafka_partition").aggregate([("kafka_offset", "max")])
+        after = {each["kafka_partition"]: each["kafka_offset_max"] + 1 for each in last.to_pylist()}
         # Committed on the version whose transactions were just read: where another commit has
         # recorded one of these partitions meanwhile, delta-rs refuses this one.
         write_deltalake(
             table,
-            archive.table(topic, rows),
+            rows,
             mode="append",
-            writer_properties=_WRITER,
+            writer_properties=WRITER,
             commit_properties=CommitProperties(
                 app_transactions=[
                     Transaction(_application(topic, partition), offset)
@@ -204,7 +186,8 @@ class Archiver:
 
     def __init__(self, config: ArchiveConfig, topic_prefix: str, metrics: Metrics) -> None:
         options = {name: value.get_secret_value() for name, value in config.options.items()}
-        self._archive = Archive(config.url, options, config.compact_every)
+        self._compactor = Compactor(config.url, options)
+        self._archive = Archive(config.url, options, config.compact_every, self._compactor.ask)
         self._config = config
         self._prefix = topic_prefix
         self._metrics = metrics
@@ -263,17 +246,23 @@ class Archiver:
             or time.monotonic() - self._since >= self._config.flush_seconds
         ):
             self._commit()
+        self._compactor.turn()
         return None
 
     def close(self) -> None:
         """Commit what waits."""
-        self._commit()
+        try:
+            self._commit()
+        finally:
+            self._compactor.close()
 
     def _commit(self) -> None:
         with _pausing():
             written = self._archive.commit()
         self._metrics.events.labels(self.name, "row").inc(written)
         self._rows, self._bytes, self._since = 0, 0, None
+        if written:
+            give_back()
 
 
 @contextmanager
@@ -287,16 +276,6 @@ def _pausing() -> Generator[None]:
 
 def _application(topic: str, partition: int) -> str:
     return f"{topic}/{partition}"
-
-
-def _record(table: DeltaTable, application: str, version: int) -> None:
-    """A commit of nothing but an application transaction."""
-    table.create_write_transaction(
-        [],
-        "append",
-        table.schema(),
-        commit_properties=CommitProperties(app_transactions=[Transaction(application, version)]),
-    )
 
 
 def _recorded(table: DeltaTable, topic: str, partition: int) -> int | None:

@@ -1,9 +1,11 @@
 """Fixtures that all tests share: real servers, started once a session, and a browser."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from fcntl import LOCK_EX, LOCK_SH, flock
 from pathlib import Path
 from shutil import which
+from tempfile import gettempdir
 from typing import Any, NoReturn
 
 import pytest
@@ -28,8 +30,22 @@ CHROMIUM_ARGUMENTS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that of two test processes none is left waiting for it."""
-    items.sort(key=lambda item: "faults" not in item.path.parts)
+    """What runs alone first, so that two test processes share all the rest."""
+    items.sort(key=lambda item: "alone" not in item.keywords)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Of two test processes one waits while the other runs a test that is marked `alone`.
+
+    Around all else, so that a test's time limit does not run while it waits.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return (yield)
+    with (Path(gettempdir()) / f"starcast-tests-{run}").open("w") as file:
+        flock(file, LOCK_EX if "alone" in item.keywords else LOCK_SH)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ KINDS = (
 )
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_a_short_run_is_clean(faulty_servers: Servers, tmp_path: Path) -> None:
     schedule = make_schedule(SEED, ["a", "b"], 2, KINDS, alone=False)

@@ -695,4 +695,4 @@ def test_a_clean_stop_archives_what_waits(shop: Shop) -> None:
 
 def waiting(archiver: Any) -> int:
     """Rows that an archiver has taken and not committed."""
-    return sum(map(len, list(archiver._archive._pending.values())))
+    return sum(len(each) for tables in list(archiver._archive._pending.values()) for each in tables)

@@ -57,9 +57,8 @@ def test_compose_keeps_the_specification(compose: dict[str, Any]) -> None:
 def test_the_image_has_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
-    locked = re.findall(
-        r"^([\w-]+)==", (ROOT / "deploy/requirements.txt").read_text(), re.MULTILINE
-    )
+    lock = (ROOT / "deploy/requirements.txt").read_text()
+    locked = re.findall(r"^([\w-]+)==", lock, re.MULTILINE)
     assert {Requirement(each).name for each in wanted} <= set(locked)
 
 

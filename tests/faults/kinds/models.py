@@ -13,6 +13,8 @@ from model.bundle import MANIFEST
 from tests.faults.kinds.kind import Kind
 from tests.faults.world import FaultyShop, World
 
+LOOKED_SECONDS = 2.0  # in which every worker has looked at the registry, once a second
+
 
 def _versions(world: World) -> list[Path]:
     """Folders of the bundles that are whole and stay."""
@@ -44,16 +46,16 @@ def _damaged(world: World, shop: FaultyShop, random: Random) -> str:
         weights.write_bytes(data)
 
     with _copy_promoted(world, random, damage) as (healthy, _):
-        time.sleep(4)
+        time.sleep(2 * LOOKED_SECONDS)
     return healthy.name
 
 
 def _withdrawn(world: World, shop: FaultyShop, random: Random) -> str:
     """A bundle is made stable and its folder goes away; then the one before is stable again."""
     with _copy_promoted(world, random) as (healthy, copy):
-        time.sleep(random.uniform(0, 2))
+        time.sleep(random.uniform(0, LOOKED_SECONDS))
         shutil.rmtree(copy)
-        time.sleep(2)
+        time.sleep(LOOKED_SECONDS)
     return healthy.name
 
 

@@ -1,0 +1,140 @@
+"""Small files of an archive's table merged into large ones, in a process of its own.
+
+A compaction holds row groups and gives what it held back to the system only by ending. In a process
+that ends, an archiver neither grows nor stands still for it.
+
+`python -m streams.compaction` compacts the table that standard input names.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import structlog
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties
+from deltalake.exceptions import CommitFailedError
+
+from schemas import archive
+
+COMPACTED_BYTES = 128 * 1024 * 1024  # files are merged up to this size
+# Rows that a compaction holds at once; with delta-rs' million its memory grows with the table.
+ROW_GROUP = 50_000
+WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
+# A reader that opened a version may go on reading it for this long after a compaction.
+VACUUM_HOURS = 24
+# A compaction that was killed blocks others for this long; none may take longer.
+COMPACTION_SECONDS = 3_600
+NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
+CLOSE_SECONDS = 5.0  # a stop that waited for a long compaction would be cut short itself
+
+_CLAIM = "compaction"  # the application whose version says until when a table is claimed
+_log = structlog.get_logger(__name__)
+
+
+def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
+    """Merges small files of a topic, and deletes those that no reader can still be reading.
+
+    delta-rs (1.6) lets two compactions of the same files both succeed, which doubles their rows.
+    So a compaction first claims the table by an application transaction of its own, for which a
+    second claim does conflict, and is left to another archiver that holds it.
+
+    Raises UnreachableError when storage does not answer.
+    """
+    where = archive.table_url(url, topic)
+    with archive.reached(where):
+        table = archive.open_table(url, topic, options)
+        if table is None or (table.transaction_version(_CLAIM) or 0) > time.time():
+            return
+        try:
+            _claim(table, int(time.time() + COMPACTION_SECONDS))
+            table.update_incremental()
+            table.optimize.compact(
+                target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=WRITER
+            )
+            table.vacuum(
+                retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
+            )
+            table.cleanup_metadata()
+            _claim(table, 0)
+        except CommitFailedError as error:
+            _log.info("compaction left to another archiver", table=where, reason=str(error))
+
+
+def _claim(table: DeltaTable, until: int) -> None:
+    """A commit of nothing but an application transaction."""
+    table.create_write_transaction(
+        [],
+        "append",
+        table.schema(),
+        commit_properties=CommitProperties(app_transactions=[Transaction(_CLAIM, until)]),
+    )
+
+
+class Compactor:
+    """Compactions of an archive, one at a time, each in a process. Not for several threads."""
+
+    def __init__(self, url: str, options: Mapping[str, str]) -> None:
+        self._url = url
+        self._options = dict(options)
+        self._waiting: dict[str, None] = {}  # topics, in order
+        self._running: tuple[str, subprocess.Popen[bytes]] | None = None
+
+    def ask(self, topic: str) -> None:
+        """A topic is to be compacted, after those that wait."""
+        self._waiting[topic] = None
+        self.turn()
+
+    def turn(self) -> None:
+        """Notice an end, start what waits. Costs next to nothing otherwise."""
+        if self._running is not None:
+            topic, process = self._running
+            if process.poll() is None:
+                return
+            self._running = None
+            if process.returncode:
+                _log.warning("a compaction failed", topic=topic, code=process.returncode)
+        if self._waiting:
+            topic = next(iter(self._waiting))
+            del self._waiting[topic]
+            self._running = (topic, self._start(topic))
+
+    def close(self) -> None:
+        """Wait a little for the one that runs, then end it; its claim runs out by itself."""
+        if self._running is None:
+            return
+        _, process = self._running
+        try:
+            process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._running = None
+
+    def _start(self, topic: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streams.compaction"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        asked = {"url": self._url, "topic": topic, "options": self._options}
+        if process.stdin is not None:  # not an argument, which others could read
+            process.stdin.write(json.dumps(asked).encode())
+            process.stdin.close()
+        return process
+
+
+def main() -> None:
+    """Compact what standard input names."""
+    # Ctrl-C reaches the whole group; the archiver says when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICENESS)
+    asked = json.load(sys.stdin)
+    compact(asked["url"], asked["topic"], asked["options"])
+
+
+if __name__ == "__main__":
+    main()

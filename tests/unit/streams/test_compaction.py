@@ -1,0 +1,94 @@
+"""Compactions in processes of their own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable
+from structlog.testing import capture_logs
+
+from schemas import archive
+from schemas.archive import Row
+from schemas.examples import EXAMPLES
+from streams import compaction
+from streams.archiver import Archive
+from streams.compaction import Compactor, compact
+
+VALUE = json.dumps(EXAMPLES["behavior"]).encode()
+
+
+def small_files(url: Path, topic: str = "behavior", count: int = 3) -> None:
+    written = Archive(str(url))
+    for offset in range(count):
+        written.append(topic, [Row(0, offset, 1_795_521_600_000, b"k", VALUE)])
+        written.commit()
+
+
+def files(url: Path, topic: str = "behavior") -> int:
+    return len(DeltaTable(str(url / topic)).file_uris())
+
+
+def until_done(compactor: Compactor) -> None:
+    deadline = time.monotonic() + 60
+    while compactor._running is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        compactor.turn()
+
+
+def test_topics_are_compacted_one_after_the_other(tmp_path: Path) -> None:
+    for topic in ("behavior", "reviews"):
+        small_files(tmp_path, topic)
+    compactor = Compactor(str(tmp_path), {})
+    for topic in ("behavior", "reviews", "reviews"):
+        compactor.ask(topic)
+    assert compactor._running is not None
+    assert compactor._running[0] == "behavior"
+    assert [*compactor._waiting] == ["reviews"]
+    until_done(compactor)
+    assert (files(tmp_path), files(tmp_path, "reviews")) == (1, 1)
+    rows = archive.read(str(tmp_path), "behavior", columns=["kafka_offset"]).collect()
+    assert rows["kafka_offset"].to_list() == [0, 1, 2]
+
+
+def test_a_table_that_another_has_claimed_is_left_alone(tmp_path: Path) -> None:
+    small_files(tmp_path)
+    table = DeltaTable(str(tmp_path / "behavior"))
+    compaction._claim(table, int(time.time() + 100))
+    compact(str(tmp_path), "behavior", {})
+    assert files(tmp_path) == 3
+    compaction._claim(DeltaTable(str(tmp_path / "behavior")), 0)
+    compact(str(tmp_path), "behavior", {})
+    assert files(tmp_path) == 1
+
+
+def test_one_that_fails_is_told_and_the_next_begins(tmp_path: Path) -> None:
+    small_files(tmp_path)
+    (tmp_path / "reviews").write_text("no folder")
+    compactor = Compactor(str(tmp_path), {"timeout": "never"})
+    with capture_logs() as told:
+        compactor.ask("reviews")
+        compactor.ask("behavior")
+        compactor._options = {}
+        until_done(compactor)
+    assert files(tmp_path) == 1
+    assert [(each["event"], each["topic"]) for each in told] == [("a compaction failed", "reviews")]
+
+
+def test_a_stop_does_not_wait_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "CLOSE_SECONDS", 0.1)
+    slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+    def start(self: Compactor, topic: str) -> Any:
+        return slow
+
+    monkeypatch.setattr(Compactor, "_start", start)
+    compactor = Compactor(str(tmp_path), {})
+    compactor.ask("behavior")
+    compactor.close()
+    assert slow.returncode == -9
+    compactor.close()  # nothing is left to wait for

@@ -1,0 +1,30 @@
+"""Memory goes back to the system."""
+
+import sys
+
+import psutil
+import pytest
+
+from streams.memory import give_back
+
+SMALL = 64 * 1024  # bytes, which the C library keeps when they are freed
+MANY = 3_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has malloc_trim")
+def test_what_was_freed_is_given_back() -> None:
+    process = psutil.Process()
+    held = [bytearray(SMALL) for _ in range(MANY)]
+    for each in held:
+        each[::4_096] = b"x" * (SMALL // 4_096)
+    kept = held[::50]  # so that the heap does not shrink by itself
+    del held
+    give_back()
+    after = process.memory_info().rss
+    again = [bytearray(b"x" * SMALL) for _ in range(MANY)]
+    grown = process.memory_info().rss - after
+    del again
+    give_back()
+    assert grown > 0.5 * MANY * SMALL
+    assert process.memory_info().rss - after < 0.2 * MANY * SMALL
+    assert kept
