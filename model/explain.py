@@ -1,8 +1,8 @@
 """Why a prediction was not the running bias: what each input added, in stars.
 
 Integrated gradients (Sundararajan et al. 2017) from a row of which nothing is known: average
-features, unknown ids, no text, no recent items. The contributions of a row sum to its correction
-less that baseline's.
+features, unknown ids, no text, no recent items. Of trees, the steps along a row's paths from the
+roots. The contributions of a row sum to its correction less that of the baseline and the roots.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,10 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
             gradient += torch.autograd.grad(corrections, point)[0] / _STEPS
         added = joined * gradient * network.shrink / len(network.members)
         total += _by_input(network, added.detach().cpu().numpy())
+    if network.trees is not None:
+        with torch.no_grad():
+            grown = network.trees.attributions(rows.features) * network.shrink
+        total[:, : grown.shape[1]] += grown.cpu().numpy()
     names = _names(network)
     order: list[list[int]] = np.argsort(-np.abs(total), axis=1)[:, :top].tolist()
     return [

@@ -4,7 +4,8 @@ Its mean is the running bias (a feature) plus a correction. An untrained network
 the last layers start at zero, as does every id's embedding, so that an id that training never met
 is the same as an unknown one. The item attends to the user's recent items (Vaswani et al. 2017);
 one query needs no keys and values of its own, so both projections are folded into the query's and
-the output's, and sixteen recent items cost little more than one.
+the output's, and sixteen recent items cost little more than one. Boosted trees of the features
+(`model.trees`) may add to the correction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from model.events import Rows
 from model.features import FEATURES, INDEX
 from model.lookups import Lookups
 from model.replay import Observation
+from model.trees import Trees
 
 _RECENTS = 16  # recent items of a user that the item attends to
 _BITS = 8  # of a recent item's actions
@@ -55,6 +57,8 @@ class NetworkConfig(BaseModel):
     members: int = Field(
         default=1, ge=1, le=32, description="independent networks that are averaged"
     )
+    trees: int = Field(default=0, ge=0, le=4096, description="boosted trees beside the networks")
+    tree_depth: int = Field(default=4, ge=1, le=8, description="levels of a tree's questions")
 
 
 def default_config(**changes: Any) -> NetworkConfig:
@@ -314,6 +318,7 @@ class FusedNetwork(nn.Module):
             ("feature_used", 1.0),
         ):
             self.register_buffer(name, torch.full((config.features,), value))
+        self.trees = Trees(config.trees, config.tree_depth) if config.trees else None
         self.register_buffer("prior", torch.zeros(5))
         self.register_buffer("shrink", torch.ones(()))
 
@@ -337,4 +342,13 @@ class FusedNetwork(nn.Module):
         heads = [network.head(network.join(features, tensors)) for network in chosen]
         output = torch.stack(heads).mean(0)
         bias = tensors.features[:, self.config.bias_column]
-        return Output(bias + self.shrink * output[:, 0], self.prior + output[:, 1:])
+        correction = output[:, 0]
+        if self.trees is not None:
+            correction = correction + self.trees(tensors.features)
+        return Output(bias + self.shrink * correction, self.prior + output[:, 1:])
+
+    def plant(self, trees: Trees | None) -> None:
+        """Take these trees in place of those that there are."""
+        self.trees = trees
+        count, depth = (0, self.config.tree_depth) if trees is None else (len(trees.value), trees.depth)
+        self.config = self.config.model_copy(update={"trees": count, "tree_depth": depth})

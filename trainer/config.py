@@ -217,6 +217,9 @@ class FitConfig(BaseModel):
     )
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     sizes: SizesConfig = Field(default_factory=SizesConfig)
+    trees: bool = Field(
+        default=True, description="boosted trees beside the network, where they are of use"
+    )
     refit: bool = Field(
         default=True,
         description="after the evaluation, fit once more on all rows for the bundle",

@@ -1,4 +1,4 @@
-"""The fit of the fused network, in two stages.
+"""The fit of the fused network, in three stages.
 
 1. A ridge regression of rating − bias on the standardised features. It has one answer, needs few
    rows, and how much it is shrunk is chosen by forward chaining over time, so that it is hardly
@@ -6,8 +6,10 @@
 2. The network on what is left: an ensemble of members that differ in their start and in the rows
    they weigh (bagging), cross entropy and squared error of the mean, AdamW, early stopping on
    validation. How much of it is believed is fitted on validation too, from nothing to all.
+3. Boosted trees of rating − bias (`trainer.boost`). What the network says and what the trees say
+   are added up with shares that validation chooses, near a half each where it can say little.
 
-For service both are fitted once more on all rows, with what was chosen.
+For service all are fitted once more on all rows, with what was chosen.
 """
 
 import math
@@ -23,6 +25,9 @@ from torch import Tensor, nn
 
 from model.distribution import tilt
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, Tensors, tensors
+from model.trees import Trees
+from trainer import boost
+from trainer.boost import Grown
 from trainer.config import FitConfig
 from trainer.metrics import Floats
 from trainer.text import soft_labels
@@ -39,6 +44,8 @@ _TAIL = 0.005  # beyond these quantiles of the train rows a feature is clipped
 _LEAST_DEVIATION = 1e-4  # a feature that varies less is constant
 _WARM_UP = 0.1  # of all steps
 _EVALUATED = 4_096  # rows at a time
+_SHARES = (0.5, 0.5)  # of network and trees, before validation has said anything
+_SHARE_DEVIATION = 0.25  # how far from these they may be expected to lie
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Fitted:
     penalty: float  # of the ridge regression
     epochs: int  # passes of the second stage; 0: it taught nothing
     belief: float  # share of the second stage's correction that is kept
+    grown: Grown | None  # how trees are to grow; None: there are none
+    shares: tuple[float, float]  # of what the network and the trees say
     errors: tuple[float, ...]  # validation RMSE after each epoch
 
 
@@ -95,7 +104,20 @@ def fit(
     belief = _believe(mean(network, inputs, validation) - linear, truth - linear)
     _keep(network, belief, intercept)
     network.eval()
-    return Fitted(network, penalty, best_epoch, belief, tuple(errors[1:]))
+    grown, shares = None, (1.0, 0.0)
+    if config.trees:
+        target = _residual(network, inputs, rating, train)
+        ends = [int(len(train) * share) for share in _CHAIN]
+        how = boost.choose(inputs.features[train], target, ends, seed, torch.get_num_threads())
+        trees = boost.grow(inputs.features[train], target, how, seed, torch.get_num_threads())
+        if trees is not None:
+            with torch.no_grad():
+                said = trees(torch.from_numpy(inputs.features[validation])).numpy()
+            bias = inputs.features[validation, network.config.bias_column].astype(np.float64)
+            said = np.stack([mean(network, inputs, validation) - bias, said])
+            grown, shares = how, _shared(said, truth - bias)
+            _plant(network, trees, shares)
+    return Fitted(network, penalty, best_epoch, belief, grown, shares, tuple(errors[1:]))
 
 
 def refit(
@@ -110,7 +132,8 @@ def refit(
 ) -> FusedNetwork:
     """The same fit on all of `rows`, with what `fit` chose."""
     torch.manual_seed(seed)
-    network = _prepared(fitted.network.config, inputs, rating, rows)
+    plain = fitted.network.config.model_copy(update={"trees": 0})
+    network = _prepared(plain, inputs, rating, rows)
     intercept = _fit_linear(network, inputs, rating, rows, fitted.penalty)
     if fitted.epochs:
         for epoch in _epochs(network, inputs, rating, rows, config, seed, device):
@@ -118,7 +141,14 @@ def refit(
             if epoch == fitted.epochs:
                 break
     _keep(network, fitted.belief, intercept)
-    return network.eval()
+    network.eval()
+    if fitted.grown is not None:
+        target = _residual(network, inputs, rating, rows)
+        threads = torch.get_num_threads()
+        trees = boost.grow(inputs.features[rows], target, fitted.grown, seed, threads)
+        if trees is not None:
+            _plant(network, trees, fitted.shares)
+    return network
 
 
 @torch.no_grad()
@@ -330,3 +360,28 @@ def _keep(network: FusedNetwork, belief: float, intercept: float) -> None:
     for member in _members(network):
         member.last.weight[0] *= belief
         member.last.bias[0] = intercept + belief * (member.last.bias[0] - intercept)
+
+
+def _shared(said: Floats, left: Floats) -> tuple[float, float]:
+    """Shares of two corrections (2, n) of what is `left` (n): least squares about a prior.
+
+    Neither is taken against what it says: a share is at least zero.
+    """
+    prior = np.array(_SHARES)
+    doubt = float(left.var()) / _SHARE_DEVIATION**2
+    shares = prior + np.linalg.solve(
+        said @ said.T + doubt * np.eye(2), said @ (left - prior @ said)
+    )
+    return float(max(shares[0], 0)), float(max(shares[1], 0))
+
+
+@torch.no_grad()
+def _plant(network: FusedNetwork, trees: Trees, shares: tuple[float, float]) -> None:
+    """Give a network its trees, each side with its share of the correction."""
+    ours, theirs = shares
+    for member in _members(network):
+        member.linear.weight *= ours
+        member.last.weight[0] *= ours
+        member.last.bias[0] *= ours
+    trees.value *= theirs
+    network.plant(trees.to(network.prior.device))
