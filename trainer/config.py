@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 Method = Literal[
+    "auto",
     "none",
     "frozen",
     "top_layers",
@@ -16,7 +17,11 @@ Method = Literal[
     "prefix",
     "prompt",
 ]
-"""Which weights of an encoder are fitted with the star head; none: there is no head."""
+"""Which weights of an encoder are fitted with the star head; none: there is no head.
+
+auto: all of them at a first fit; the head alone where a model in service has an encoder, for under
+another one every item's text would have to be read again.
+"""
 
 Way = Literal["delete", "swap", "shift", "reverse", "replace", "punctuate", "translate"]
 """How a text is varied."""
@@ -93,14 +98,14 @@ class AugmentConfig(BaseModel):
 class FineTuneConfig(BaseModel):
     """How the encoder is fitted with the star head (all methods but frozen)."""
 
-    epochs: int = Field(default=2, ge=1, le=100, description="passes over the texts")
+    epochs: int = Field(default=3, ge=1, le=100, description="passes over the texts")
     patience: int = Field(
         default=0,
         ge=0,
         description="epochs without a better validation loss before it ends; 0: validation texts "
         "are learnt from too, to the last epoch",
     )
-    batch_texts: int = Field(default=32, ge=1, le=4_096, description="texts in a step")
+    batch_texts: int = Field(default=16, ge=1, le=4_096, description="texts in a step")
     token_budget: int = Field(
         default=4_096,
         ge=64,
@@ -112,7 +117,7 @@ class FineTuneConfig(BaseModel):
     )
     head_learning_rate: float = Field(default=1e-3, gt=0, le=1, description="highest, of the head")
     layer_decay: float = Field(
-        default=1.0, gt=0, le=1, description="of the rate, with each layer below the last"
+        default=0.9, gt=0, le=1, description="of the rate, with each layer below the last"
     )
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of steps; the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -126,7 +131,7 @@ class FineTuneConfig(BaseModel):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share given to all stars")
     cross_entropy: float = Field(default=1.0, ge=0, description="weight of the loss of five stars")
     squared_error: float = Field(
-        default=0.0, ge=0, description="weight of the expected rating's squared error"
+        default=0.5, ge=0, description="weight of the expected rating's squared error"
     )
     ordinal: float = Field(default=0.0, ge=0, description="weight of CORAL's loss of ranks")
     top_layers: int = Field(default=2, ge=1, le=48, description="layers fitted by top_layers")
@@ -161,7 +166,9 @@ class TextConfig(BaseModel):
     """The star head on review texts: how many stars does a text mean."""
 
     method: Method = Field(
-        default="frozen", description="which weights of the encoder are fitted with the head"
+        default="auto",
+        description="which weights of the encoder are fitted with the head; auto: full at first, "
+        "frozen once a model with an encoder serves",
     )
     text_limit: int = Field(
         default=6_000,

@@ -69,6 +69,13 @@ def soft_labels(rating: Floats) -> NDArray[np.float32]:
     return labels
 
 
+def settled(config: TextConfig, in_service: bool) -> TextConfig:
+    """The settings with `auto` made a method; `in_service`: the encoder is that of a model."""
+    if config.method != "auto":
+        return config
+    return config.model_copy(update={"method": "frozen" if in_service else "full"})
+
+
 def fit(
     reviews: ReviewTexts,
     encoder: TextEncoder,

@@ -114,6 +114,8 @@ def train(
         tracking(config.tracking, run, config.model_dump(mode="json")) as note,
     ):
         base = base_encoder(encoder, stable, config)
+        kept = encoder == "auto" and stable is not None and stable.encoder_folder is not None
+        config = config.model_copy(update={"text": text.settled(config.text, kept)})
         place = Path(folder) / "encoder"
         texts = _fit_texts(base, log, found.reviews, config, place, progress, note)
         used = texts.encoder if texts else base
