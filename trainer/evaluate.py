@@ -30,6 +30,7 @@ from model.encoder import TextEncoder, review_text
 from trainer import leaks, text
 from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
+from trainer.copies import copies
 from trainer.data import Examples, Log, Ties, replay, sorted_by_time
 from trainer.exceptions import TrainerError
 from trainer.fit import Fitted
@@ -376,7 +377,7 @@ def _worded(
     tested = table["span"].to_numpy() == TEST
     newer = np.flatnonzero(tested)
     older = [texts[row] for row in np.flatnonzero(~tested).tolist()]
-    copied = newer[leaks.copies(older, [texts[row] for row in newer.tolist()])]
+    copied = newer[copies(older, [texts[row] for row in newer.tolist()])]
     examples = tuple(table["event_id"][copied[:EXAMPLES].tolist()].to_list())
     step = Step("test text that repeats an older one: not asked for", True, len(copied), examples)
     good = np.setdiff1d(np.arange(len(texts)), copied)

@@ -3,22 +3,18 @@
 Each names the rows, since a figure measured beside a leak is worth nothing.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
 from model import features
 from model.ids import hash_ids
+from trainer.copies import copies
 from trainer.data import Log
 from trainer.metrics import Floats
 
-_SHINGLE = 5  # words
-_LEAST_WORDS = 12  # shorter texts may honestly repeat ("works great for the price")
-_NEAR = 0.8  # share of a text's shingles that stand in one older text
 _TOLD = 0.98  # share of a rating's variance that one feature may explain
 _BINS = 200  # into which a feature is cut to see what it explains
 _LEAST_ROWS = 200  # fewer cannot tell chance from a leak
@@ -37,44 +33,11 @@ class Leak:
         return f"{self.kind}: {self.rows} rows, as {', '.join(self.examples)}"
 
 
-def copies(older: Sequence[str], newer: Sequence[str]) -> NDArray[np.bool_]:
-    """Which of the newer texts (n) stand among the older ones, word for word or nearly.
-
-    Nearly: most of its runs of `_SHINGLE` words are in one older text (Broder 1997, "On the
-    resemblance and containment of documents"). Short texts may repeat.
-    """
-    holders: dict[int, list[int]] = defaultdict(list)
-    for number, text in enumerate(older):
-        for shingle in _shingles(text):
-            holders[shingle].append(number)
-    exact = set(older)
-    found = np.zeros(len(newer), np.bool_)
-    for number, text in enumerate(newer):
-        shingles = _shingles(text)
-        if not shingles:
-            continue
-        held = Counter(holder for shingle in shingles for holder in holders.get(shingle, ()))
-        nearly = bool(held) and held.most_common(1)[0][1] >= _NEAR * len(shingles)
-        found[number] = text in exact or nearly
-    return found
-
-
 def copied_texts(older: Sequence[str], newer: Sequence[str], names: Sequence[str]) -> list[Leak]:
     """The alarm for `copies`; `names` (n) are those of the newer texts."""
     rows = [names[number] for number in np.flatnonzero(copies(older, newer)).tolist()]
     kind = "a text of the test rows stands in older rows, or nearly"
     return [Leak(kind, len(rows), tuple(rows[:_NAMED]))] if rows else []
-
-
-def _shingles(text: str) -> set[int]:
-    """Hashes of a text's runs of words; none of a short one."""
-    words = text.lower().split()
-    if len(words) < _LEAST_WORDS:
-        return set()
-    return {
-        xxh3_64_intdigest(" ".join(words[at : at + _SHINGLE]).encode())
-        for at in range(len(words) - _SHINGLE + 1)
-    }
 
 
 def telling_features(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
