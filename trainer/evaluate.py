@@ -127,7 +127,6 @@ def evaluate(
         TrainerError: too few rated rows; an alarm that was raised.
     """
     config = config or TrainerConfig()
-    config = config.model_copy(update={"text": text.settled(config.text, False)})
     if config.threads:
         torch.set_num_threads(config.threads)
     kept = Kept(folder)

@@ -163,7 +163,6 @@ def search(
     Raises:
         TrainerError: too few rated rows or texts; no method to tune.
     """
-    config = config.model_copy(update={"text": text.settled(config.text, False)})
     judge = _judge(log, what, config, encoder)
     opened = _open(study, what, config.seed)
     if not opened.trials:

@@ -100,6 +100,7 @@ def fit(
     Raises:
         EncoderError, TrainerError: the encoder does not take the method.
     """
+    config = settled(config, in_service=False)
     if config.adapt.epochs:
         known = [text for text, span in zip(reviews.texts, reviews.span, strict=True) if span != TEST]
         place = folder / "adapted"
@@ -138,6 +139,7 @@ def validate(
     reviews: ReviewTexts, encoder: TextEncoder, config: TextConfig, folder: Path, seed: int
 ) -> float:
     """RMSE on VALIDATION of an encoder and a head that were fitted to TRAIN."""
+    config = settled(config, in_service=False)
     train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
     l2 = _L2_TRIED[len(_L2_TRIED) // 2] if config.l2 is None else config.l2
     head = _head_on(encoder, train, l2)

@@ -16,7 +16,7 @@ from trainer.peers import ratings, texts, tuning
 
 SMALL = TrainerConfig(
     threads=1,
-    text=TextConfig(l2=1e-4),
+    text=TextConfig(method="frozen", l2=1e-4),
     fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)),
 )
 

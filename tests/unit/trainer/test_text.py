@@ -17,6 +17,7 @@ from trainer.text import (
     ReviewTexts,
     fit,
     fit_star_head,
+    settled,
     soft_labels,
     stars,
 )
@@ -65,13 +66,19 @@ def test_a_stronger_penalty_gives_smaller_weights() -> None:
 def test_the_frozen_head_reads_the_word_that_tells(encoder: TextEncoder, tmp_path: Path) -> None:
     done: list[int] = []
     found = fit(
-        texts(), encoder, TextConfig(), tmp_path, 0, lambda count, total: done.append(count)
+        texts(), encoder, TextConfig(method="frozen"), tmp_path, 0, lambda count, total: done.append(count)
     )
     assert found.encoder is encoder
     assert found.scores.rows == 40
     assert found.scores.accuracy == 1
     assert found.scores.rmse < 0.3
     assert done[-1] == 240
+
+
+def test_all_is_fitted_at_first_and_the_head_alone_once_an_encoder_serves() -> None:
+    assert settled(TextConfig(), in_service=False).method == "full"
+    assert settled(TextConfig(), in_service=True).method == "frozen"
+    assert settled(TextConfig(method="lora"), in_service=True).method == "lora"
 
 
 def test_fine_tuning_gives_a_new_encoder_and_leaves_the_old_one(
@@ -83,7 +90,7 @@ def test_fine_tuning_gives_a_new_encoder_and_leaves_the_old_one(
     assert (encoder.encode(["good thing"]) == before).all()
     assert found.encoder.hash != encoder.hash
     assert found.scores.accuracy == 1
-    assert found.cost.steps == 7  # 200 texts, 32 a step
+    assert found.cost.steps == 13  # 200 texts, 16 a step
 
 
 def test_texts_without_stars_are_learnt_from_where_the_head_is_sure(
@@ -94,13 +101,13 @@ def test_texts_without_stars_are_learnt_from_where_the_head_is_sure(
     unrated = [f"{word} thing" for word in WORDS] * 20 + ["thing"] * 20  # which says nothing
     reviews = replace(texts(), unrated=unrated)
     found = fit(reviews, encoder, config, tmp_path / "new", 0, lambda done, total: None)
-    assert found.cost.steps == 10  # 200 and 100 texts, 32 a step
+    assert found.cost.steps == 19  # 200 and 100 texts, 16 a step
     assert found.scores.accuracy == 1
 
 
 def test_an_encoder_is_adapted_first(masking_folder: Path, tmp_path: Path) -> None:
     base = encoders.load(masking_folder, "cpu")
-    config = TextConfig(adapt=AdaptConfig(epochs=1))
+    config = TextConfig(method="frozen", adapt=AdaptConfig(epochs=1))
     found = fit(texts(), base, config, tmp_path, 0, lambda done, total: None)
     assert found.encoder.hash != base.hash
     assert found.scores.accuracy == 1

@@ -30,6 +30,7 @@ CONFIG = TrainerConfig.model_validate(
             "sizes": {"members": 1, "width": 16, "token": 8},
         },
         "gate": {"resamples": 200},
+        "text": {"method": "frozen"},
     }
 )
 
