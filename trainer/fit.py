@@ -13,7 +13,8 @@ For service all are fitted once more on all rows, with what was chosen.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -49,6 +50,14 @@ _SHARE_DEVIATION = 0.25  # how far from these they may be expected to lie
 
 
 @dataclass(frozen=True)
+class Start:
+    """A fitted network to start from."""
+
+    network: FusedNetwork
+    same_shop: bool  # else its users and items are others, whatever their ids
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A network and what validation chose for it."""
 
@@ -58,6 +67,7 @@ class Fitted:
     belief: float  # share of the second stage's correction that is kept
     grown: Grown | None  # how trees are to grow; None: there are none
     shares: tuple[float, float]  # of what the network and the trees say
+    carried: Mapping[str, int]  # weights that it started from, by part
     errors: tuple[float, ...]  # validation RMSE after each epoch
 
 
@@ -71,6 +81,7 @@ def fit(
     seed: int,
     device: torch.device,
     on_epoch: OnEpoch,
+    start: Start | None = None,
 ) -> Fitted:
     """Fit a network on `train` and choose on `validation`.
 
@@ -84,6 +95,7 @@ def fit(
         seed: of starts, weights and orders.
         device: that trains.
         on_epoch: called after each epoch.
+        start: where the second stage starts; it must not have met rows from `validation` on.
     """
     torch.manual_seed(seed)
     network = _prepared(network_config, inputs, rating, train)
@@ -91,8 +103,9 @@ def fit(
     intercept = _fit_linear(network, inputs, rating, train, penalty)
     linear = mean(network, inputs, validation)
     truth = rating[validation]
+    carried = carry(start, network) if start else {}
     best, best_epoch = _copy(network), 0
-    errors: list[float] = [_rmse(linear, truth)]
+    errors: list[float] = [_rmse(mean(network, inputs, validation), truth)]
     for epoch in _epochs(network, inputs, rating, train, config, seed, device):
         errors.append(_rmse(mean(network, inputs, validation), truth))
         on_epoch(epoch, errors[-1])
@@ -117,7 +130,9 @@ def fit(
             said = np.stack([mean(network, inputs, validation) - bias, said])
             grown, shares = how, _shared(said, truth - bias)
             _plant(network, trees, shares)
-    return Fitted(network, penalty, best_epoch, belief, grown, shares, tuple(errors[1:]))
+    return Fitted(
+        network, penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:])
+    )
 
 
 def refit(
@@ -129,12 +144,15 @@ def refit(
     seed: int,
     device: torch.device,
     on_epoch: OnEpoch,
+    start: Start | None = None,
 ) -> FusedNetwork:
-    """The same fit on all of `rows`, with what `fit` chose."""
+    """The same fit on all of `rows`, from the same start, with what `fit` chose."""
     torch.manual_seed(seed)
     plain = fitted.network.config.model_copy(update={"trees": 0})
     network = _prepared(plain, inputs, rating, rows)
     intercept = _fit_linear(network, inputs, rating, rows, fitted.penalty)
+    if start is not None:
+        carry(start, network)
     if fitted.epochs:
         for epoch in _epochs(network, inputs, rating, rows, config, seed, device):
             on_epoch(epoch, math.nan)
@@ -149,6 +167,30 @@ def refit(
         if trees is not None:
             _plant(network, trees, fitted.shares)
     return network
+
+
+@torch.no_grad()
+def carry(start: Start, network: FusedNetwork) -> dict[str, int]:
+    """Copy what another network has learnt beyond its linear path; how many weights, by part.
+
+    Parts of another size stay as they are, as do users and items where the shop is another.
+    """
+    theirs = dict(start.network.named_parameters())
+    carried: Counter[str] = Counter()
+    for name, weights in network.named_parameters():
+        part = name.split(".")[2]  # members.0.users.table.weight
+        found = theirs.get(name)
+        foreign = part in ("users", "items") and not start.same_shop
+        if part == "linear" or foreign or found is None or found.shape != weights.shape:
+            continue
+        if part == "last":  # the first output's offset is the ridge regression's
+            weights[1:].copy_(found[1:])
+            if weights.ndim > 1:
+                weights[0].copy_(found[0])
+        else:
+            weights.copy_(found)
+        carried[part] += weights.numel()
+    return dict(carried)
 
 
 @torch.no_grad()

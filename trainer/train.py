@@ -82,6 +82,7 @@ def train(
     *,
     encoder: str = "auto",
     stable: Bundle | None = None,
+    other: Bundle | None = None,
     progress: Progress | None = None,
     source: str = "a record file",
 ) -> TrainResult:
@@ -95,7 +96,9 @@ def train(
         models_url: the models folder.
         config: settings; the defaults when absent.
         encoder: as `models.encoder`; with `auto` the stable bundle's encoder is kept.
-        stable: the model in service, which the new one must not be worse than.
+        stable: the model in service, which the new one must not be worse than. It is started from
+            where it cannot have seen the rows that choose and judge.
+        other: another shop's model to start from; with `auto` its encoder is taken too.
         progress: where bars are shown.
         source: words that name the data in the model card.
 
@@ -113,18 +116,21 @@ def train(
         tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder,
         tracking(config.tracking, run, config.model_dump(mode="json")) as note,
     ):
-        base = base_encoder(encoder, stable, config)
-        kept = encoder == "auto" and stable is not None and stable.encoder_folder is not None
+        base = base_encoder(encoder, other or stable, config)
+        known = other or stable
+        kept = encoder == "auto" and known is not None and known.encoder_folder is not None
         config = config.model_copy(update={"text": text.settled(config.text, kept)})
         place = Path(folder) / "encoder"
         texts = _fit_texts(base, log, found.reviews, config, place, progress, note)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
+        start = _start(stable, other, data)
         fitted, calibration = fit_network(
             data,
             config,
             progress,
             lambda epoch, error: note("rating/validation_rmse", error, epoch),
+            start,
         )
         compared = compare(
             data, predict(fitted.network, calibration, data.examples, data.split.test), config
@@ -143,7 +149,7 @@ def train(
         network = fitted.network
         if config.fit.refit:
             everything = np.concatenate([data.split.train, data.split.validation, data.split.test])
-            network = refit_network(fitted, data, everything, config, progress)
+            network = refit_network(fitted, data, everything, config, progress, start)
         candidate = _Candidate(fitted, network, calibration, used, texts)
         rows = _rows(log, data, texts)
         settings = _settings(candidate, config)
@@ -242,6 +248,7 @@ def fit_network(
     config: TrainerConfig,
     progress: Progress | None,
     on_epoch: fit.OnEpoch = lambda epoch, error: None,
+    start: fit.Start | None = None,
 ) -> tuple[Fitted, Calibration]:
     """Fit on train, choose and calibrate on validation."""
     examples, split = data.examples, data.split
@@ -263,6 +270,7 @@ def fit_network(
         config.seed,
         devices.find(config.device),
         told,
+        start,
     )
     bar(config.fit.epochs, config.fit.epochs)
     mean, logits = outputs(fitted.network, examples, split.validation)
@@ -275,6 +283,7 @@ def refit_network(
     rows: NDArray[np.int64],
     config: TrainerConfig,
     progress: Progress | None,
+    start: fit.Start | None = None,
 ) -> FusedNetwork:
     """The same fit on these rows, with what was chosen."""
     bar = tracker(progress, "fitting once more")
@@ -287,9 +296,23 @@ def refit_network(
         config.seed,
         devices.find(config.device),
         lambda epoch, _: bar(epoch, fitted.epochs),
+        start,
     )
     bar(1, 1)
     return network
+
+
+def _start(stable: Bundle | None, other: Bundle | None, data: Prepared) -> fit.Start | None:
+    """What to start from: another shop's model, or stable where its rows ended early enough."""
+    if other is not None:
+        return fit.Start(other.network, same_shop=False)
+    if stable is None or "window" not in stable.metrics:
+        return None
+    validation = data.examples.events["time"][data.split.validation]
+    ended = datetime.fromisoformat(stable.metrics["window"][1])
+    if ended.timestamp() * 1e3 >= validation.min():
+        return None
+    return fit.Start(stable.network, same_shop=True)
 
 
 def _claims(
@@ -341,6 +364,12 @@ def _settings(candidate: _Candidate, config: TrainerConfig) -> dict[str, Any]:
         "network epochs": fitted.epochs,
         "belief in the network": round(fitted.belief, 3),
         "star head": f"{config.text.method}, l2 {texts.l2:g}" if texts else "as before, or none",
+        "trees": fitted.network.config.trees,
+        "shares of network and trees": " and ".join(f"{each:.2f}" for each in fitted.shares),
+        "weights started from": ", ".join(
+            f"{count:,} of {part}" for part, count in fitted.carried.items()
+        )
+        or "none",
         "fitted once more on all rows": config.fit.refit,
     }
 

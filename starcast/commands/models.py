@@ -63,12 +63,21 @@ def train(
     promote: Annotated[
         bool, typer.Option("--promote", help="Let it serve if the gate lets it through.")
     ] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            exists=True,
+            file_okay=False,
+            help="Another shop's bundle, to start from; the report says what was carried over.",
+        ),
+    ] = None,
 ) -> None:
     """Fit a model from a record file or the archive, and report how good it is.
 
     After `torchrun` or `accelerate launch` several processes fine-tune the encoder together.
     """
-    from model import registry
+    from model import bundle, registry
     from trainer import data
     from trainer.assess import summary
     from trainer.fine_tune import is_first
@@ -89,6 +98,7 @@ def train(
             settings.trainer,
             encoder=models.encoder,
             stable=_bundle(models.url, before),
+            other=None if start is None else bundle.open_folder(start),
             progress=progress,
             source=f"the archive at {settings.archive.url}" if file is None else file.name,
         )
