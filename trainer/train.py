@@ -117,8 +117,8 @@ def train(
         tracking(config.tracking, run, config.model_dump(mode="json")) as note,
     ):
         base = base_encoder(encoder, other or stable, config)
-        known = other or stable
-        kept = encoder == "auto" and known is not None and known.encoder_folder is not None
+        served = stable is not None and stable.encoder_folder is not None
+        kept = encoder == "auto" and other is None and served
         config = config.model_copy(update={"text": text.settled(config.text, kept)})
         place = Path(folder) / "encoder"
         texts = _fit_texts(base, log, found.reviews, config, place, progress, note)

@@ -107,6 +107,18 @@ def test_assessing_the_bundle_and_the_ladder(
     assert "bias_running" in shown.get()
 
 
+def test_another_shops_bundle_is_started_from_and_the_card_says_what_was_carried(
+    result: TrainResult, models: str, shop_file: Path, tmp_path: Path
+) -> None:
+    other = bundles.load(models, result.version)
+    found = train(from_file(shop_file), str(tmp_path), CONFIG, other=other)
+    bundle = bundles.load(str(tmp_path), found.version)
+    assert bundle.encoder_hash == other.encoder_hash
+    card = (bundle.folder / "MODEL_CARD.md").read_text()
+    assert "of attention" in card
+    assert "of items" not in card
+
+
 def test_too_few_ratings_are_an_error_that_says_so(tmp_path: Path) -> None:
     path = tmp_path / "few.jsonl"
     write_records(path, shop()[:300])
