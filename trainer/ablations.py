@@ -19,6 +19,7 @@ from trainer.models import predict
 from trainer.prepare import Prepared
 from trainer.train import fit_network, refit_network
 
+TREES = "boosted trees"  # no input: a part of the model
 KEPT = "bias"  # the network corrects it, so it always stays
 
 Without = Callable[[Inputs], Inputs]
@@ -79,6 +80,7 @@ PARTS: Mapping[str, Without] = {
     "text vectors": _vectors,
     "attention to recent items": _recents,
     "hashed ids": _identities,
+    TREES: lambda inputs: inputs,
 }
 """What is taken away in turn."""
 
@@ -88,7 +90,10 @@ def ablate(
 ) -> Floats:
     """Predicted ratings of the test rows (n) by a network without a part, or with all."""
     examples = data.examples
-    if part is not None:
+    if part == TREES:
+        settings = config.fit.model_copy(update={"trees": False})
+        config = config.model_copy(update={"fit": settings})
+    elif part is not None:
         data = replace(data, examples=replace(examples, inputs=PARTS[part](examples.inputs)))
     fitted, corrected = fit_network(data, config, progress)
     known = np.concatenate([data.split.train, data.split.validation])

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from model import encoder as encoders
 from model.encoder import TextEncoder, review_text
-from trainer import leaks, text
+from trainer import ablations, leaks, text
 from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
 from trainer.copies import copies
@@ -109,6 +109,7 @@ def evaluate(
     ties: Ties = "instant",
     peers: bool = True,
     allow_leaks: bool = False,
+    ablate: bool = False,
     progress: Progress | None = None,
 ) -> Evaluated:
     """Fit our model and every peer to a log's older rows; measure all on its newest.
@@ -121,6 +122,7 @@ def evaluate(
         ties: what rows of one time know of each other, in fitting too.
         peers: whether the peers are measured, which takes longer than our model.
         allow_leaks: go on where an alarm is raised.
+        ablate: whether each part of the network is taken away in turn, too.
         progress: where bars are shown.
 
     Raises:
@@ -171,6 +173,8 @@ def evaluate(
         "cleaning": [asdict(each) for each in steps],
         "settings": config.model_dump(mode="json"),
     }
+    if ablate:
+        document["ablations"] = _ablations(examples, split, config, kept, progress)
     return Evaluated(document, steps)
 
 
@@ -238,6 +242,28 @@ def _ours(
 
     made = kept.get(MODEL, make)
     return {way: Predicted(*(made[f"{way} {name}"] for name in names)) for way in asked}
+
+
+def _ablations(
+    examples: Examples,
+    split: Split,
+    config: TrainerConfig,
+    kept: Kept,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """The rating network without each part in turn."""
+    data = sampled(Prepared(examples, split), config)
+
+    def predicted(part: str | None) -> Floats:
+        name = f"without {part or 'nothing'}"
+        return kept.get(
+            name, lambda: {"rating": ablations.ablate(data, config, part, progress)}
+        )["rating"]
+
+    whole = predicted(None)
+    without = {part: predicted(part) for part in ablations.PARTS}
+    found = ablations.compare(examples.rating[split.test], whole, without, config)
+    return {part: asdict(each) for part, each in found.items()}
 
 
 def _chosen(fitted: Fitted) -> Floats:

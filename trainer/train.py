@@ -3,6 +3,7 @@
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +84,7 @@ def train(
     encoder: str = "auto",
     stable: Bundle | None = None,
     other: Bundle | None = None,
+    evaluated: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     source: str = "a record file",
 ) -> TrainResult:
@@ -99,6 +101,7 @@ def train(
         stable: the model in service, which the new one must not be worse than. It is started from
             where it cannot have seen the rows that choose and judge.
         other: another shop's model to start from; with `auto` its encoder is taken too.
+        evaluated: the document of an evaluation, whose figures stand in the model card.
         progress: where bars are shown.
         source: words that name the data in the model card.
 
@@ -164,6 +167,7 @@ def train(
             data.window(),
             source,
             stable,
+            evaluated or {},
             drift.reference(
                 data.examples.inputs.features[data.split.test],
                 compared.ours.rating,
@@ -385,6 +389,7 @@ def _write(
     window: tuple[datetime, datetime],
     source: str,
     stable: Bundle | None,
+    evaluated: Mapping[str, Any],
     spread: drift.Reference,
 ) -> Written:
     texts, encoder = candidate.texts, candidate.encoder
@@ -412,14 +417,42 @@ def _write(
             settings=settings,
             metrics={
                 name: {"RMSE": found.all.rmse, "MSE": found.all.mse, "MAE": found.all.mae}
+                | {
+                    f"RMSE, history {bucket}": each.rmse
+                    for bucket, each in found.buckets.items()
+                    if each.rows
+                }
                 for name, found in compared.evaluations.items()
             },
+            calibration={
+                "Calibration error": compared.calibration.ece,
+                "Share of ratings in 80% intervals": compared.calibration.coverage,
+            },
+            **_evaluated(evaluated),
             limits=list(_LIMITS),
             notes=f"Gate: {verdict.reason}",
         ),
         encoder=encoder.folder if encoder else None,
         star_head=head,
     )
+
+
+def _evaluated(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card tells of an evaluation: `peers` and `ablations`."""
+    if not document:
+        return {}
+    prequential = document["rating"]["prequential"]
+    return {
+        "peers": {
+            name: {measure.upper(): each[measure] for measure in ("rmse", "mse", "mae")}
+            for name, each in sorted(prequential.items(), key=lambda found: found[1]["rmse"])
+        },
+        "ablations": {
+            part: {"RMSE": each["rmse"]}
+            | ({"squared error more": each["cost"]["mean"]} if each["cost"] else {})
+            for part, each in document.get("ablations", {}).items()
+        },
+    }
 
 
 def _kept_head(encoder: TextEncoder | None, stable: Bundle | None) -> StarHead | None:

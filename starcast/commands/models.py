@@ -72,6 +72,12 @@ def train(
             help="Another shop's bundle, to start from; the report says what was carried over.",
         ),
     ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="What `evaluate --json` wrote, for the model card."
+        ),
+    ] = None,
 ) -> None:
     """Fit a model from a record file or the archive, and report how good it is.
 
@@ -99,6 +105,7 @@ def train(
             encoder=models.encoder,
             stable=_bundle(models.url, before),
             other=None if start is None else bundle.open_folder(start),
+            evaluated=None if evaluation is None else orjson.loads(evaluation.read_bytes()),
             progress=progress,
             source=f"the archive at {settings.archive.url}" if file is None else file.name,
         )
@@ -193,6 +200,9 @@ def evaluate(
     allow_leaks: Annotated[
         bool, typer.Option("--allow-leaks", help="Measure though an alarm is raised.")
     ] = False,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="What each part of the network is worth, too.")
+    ] = False,
     folder: Annotated[
         Path, typer.Option(help="Where parts are kept; a run that was cut short goes on there.")
     ] = Path(".starcast/evaluate"),
@@ -216,6 +226,7 @@ def evaluate(
                 ties=ties.value,
                 peers=peers is Peers.ALL,
                 allow_leaks=allow_leaks,
+                ablate=ablations,
                 progress=progress,
             )
             shown, document, plot = evaluation.summary(found), found.document, found.plot
