@@ -35,7 +35,7 @@ from streams.metrics import Metrics
 
 BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush
-FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
+FLUSH_BYTES = 16 * 1024 * 1024  # of keys and values; a backlog takes no more memory than this
 # Archivers of other partitions of the same topic may commit in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
 
@@ -52,7 +52,7 @@ class Archive:
         self,
         url: str,
         options: Mapping[str, str] | None = None,
-        compact_every: int = 50,
+        compact_every: int = 100,
         on_due: Callable[[str], None] | None = None,
     ) -> None:
         """`on_due` is called with each topic to be compacted; when absent it is done at once."""
