@@ -72,7 +72,7 @@ RETENTION = timedelta(minutes=15)  # else an hour's records would fill the disk
 SEGMENT = timedelta(minutes=1)  # Kafka deletes whole segments only
 SEGMENT_BYTES = 16 * 1024 * 1024
 BACKLOG = 40_000  # events waiting while the peak is measured
-PEAK_SECONDS = 60.0  # of a load that leaves no worker idle
+PEAK_SECONDS = 180.0  # of a load that leaves no worker idle; compactions of the archive count too
 TICK_SECONDS = 0.02
 SAMPLE_SECONDS = 10.0
 START_SECONDS = 240.0  # two cores that start four processes with torch, and claim
@@ -462,7 +462,7 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
                     "STARCAST_MODELS__URL": str(models),
                     "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
                     # Two cores for all and Kafka: small transactions alone would take both.
-                    "STARCAST_SCORER__LINGER_MS": "100",
+                    "STARCAST_SCORER__LINGER_MS": "250",
                 },
             )
         )

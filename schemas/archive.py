@@ -219,15 +219,22 @@ def _record_columns(topic: Topic, rows: Sequence[Row]) -> list[pa.Array]:
     records = decode(
         topic, [row.value for row in rows], [(row.partition, row.offset) for row in rows]
     ).records
+    fields = [each for each in schema(topic.name) if not each.name.startswith("kafka_")]
+    nothing = {each.name: None for each in fields}
+    held = [nothing if record is None else vars(record) for record in records]
     columns: list[pa.Array] = []
-    for field in schema(topic.name):
-        if field.name.startswith("kafka_"):
-            continue
-        cells = [None if record is None else getattr(record, field.name) for record in records]
-        if pa.types.is_nested(field.type):
-            cells = [_plain(cell) for cell in cells]
-        columns.append(pa.array(cells, field.type))
+    for field in fields:
+        cells = [fields_of[field.name] for fields_of in held]
+        plain = cells if _is_plain(field.type) else [_plain(cell) for cell in cells]
+        columns.append(pa.array(plain, field.type))
     return columns
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether pyarrow takes cells of a type as they are: scalars, and lists of them."""
+    if pa.types.is_list(kind):
+        return not pa.types.is_nested(kind.value_type)
+    return not pa.types.is_nested(kind)
 
 
 def _plain(value: Any) -> Any:

@@ -35,7 +35,7 @@ from streams.metrics import Metrics
 
 BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush
-FLUSH_BYTES = 64 * 1024 * 1024  # of keys and values; bounds the memory of a flush
+FLUSH_BYTES = 16 * 1024 * 1024  # of keys and values; a backlog takes no more memory than this
 # Archivers of other partitions of the same topic may commit in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
 
@@ -52,7 +52,7 @@ class Archive:
         self,
         url: str,
         options: Mapping[str, str] | None = None,
-        compact_every: int = 50,
+        compact_every: int = 100,
         on_due: Callable[[str], None] | None = None,
     ) -> None:
         """`on_due` is called with each topic to be compacted; when absent it is done at once."""
@@ -64,6 +64,8 @@ class Archive:
         self._pending: dict[str, list[pa.Table]] = {}  # decoded when taken: compact, and at once
         self._recorded: dict[tuple[str, int], int] = {}  # the position when last looked at
         self._next: dict[tuple[str, int], int] = {}  # the offset after the last row taken
+        # Tables as our last commits left them: opening one and its transactions costs far more.
+        self._left: dict[str, tuple[DeltaTable, int]] = {}
 
     def position(self, topic: str, partition: int) -> int | None:
         """The offset after the last archived row of a partition, as recorded; none if none is.
@@ -121,10 +123,15 @@ class Archive:
     @stamina.retry(on=CommitFailedError, attempts=COMMIT_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
     def _commit_topic(self, topic: str) -> int:
         """One look at the recorded offsets and one commit on the version looked at."""
-        table = self._table(topic)
+        left = self._left.pop(topic, None)
+        ours = left is not None and _still(*left)
+        table = left[0] if left is not None and ours else self._table(topic)
         pending = pa.concat_tables(self._pending[topic])
         recorded: dict[int, int] = {}
         for partition in pending["kafka_partition"].unique().to_pylist():
+            if ours:  # nobody has recorded anything since
+                recorded[partition] = self._recorded[topic, partition]
+                continue
             recorded[partition] = _recorded(table, topic, partition) or 0
             if recorded[partition] < self._recorded[topic, partition]:
                 raise ContractError(
@@ -140,7 +147,8 @@ class Archive:
             return 0
         last = rows.group_by("kafka_partition").aggregate([("kafka_offset", "max")])
         after = {each["kafka_partition"]: each["kafka_offset_max"] + 1 for each in last.to_pylist()}
-        # Committed on the version whose transactions were just read: where another commit has
+        version = table.version()
+        # Committed on the version whose transactions are known: where another commit has
         # recorded one of these partitions meanwhile, delta-rs refuses this one.
         write_deltalake(
             table,
@@ -155,6 +163,8 @@ class Archive:
             ),
         )
         self._recorded |= {(topic, partition): offset for partition, offset in after.items()}
+        if table.version() == version + 1:
+            self._left[topic] = (table, version + 1)
         return len(rows)
 
     def _table(self, topic: str) -> DeltaTable:
@@ -276,6 +286,12 @@ def _pausing() -> Generator[None]:
 
 def _application(topic: str, partition: int) -> str:
     return f"{topic}/{partition}"
+
+
+def _still(table: DeltaTable, version: int) -> bool:
+    """Whether this version, which the table was left at, is there and still the newest."""
+    table.update_incremental()
+    return table.version() == version and bool(table.history(1))
 
 
 def _recorded(table: DeltaTable, topic: str, partition: int) -> int | None:

@@ -20,7 +20,9 @@ from deltalake.exceptions import CommitFailedError
 
 from schemas import archive
 
-COMPACTED_BYTES = 128 * 1024 * 1024  # files are merged up to this size
+# Files are merged up to this size. Those below it are written again by each compaction, so a larger
+# one means more work for each row.
+COMPACTED_BYTES = 32 * 1024 * 1024
 # Rows that a compaction holds at once; with delta-rs' million its memory grows with the table.
 ROW_GROUP = 50_000
 WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)

@@ -50,9 +50,9 @@ class ArchiveConfig(BaseModel):
     flush_seconds: float = Field(
         default=5.0, gt=0, description="longest wait before rows are committed"
     )
-    flush_rows: int = Field(default=50_000, ge=1, description="most rows in one commit")
+    flush_rows: int = Field(default=20_000, ge=1, description="most rows in one commit")
     compact_every: int = Field(
-        default=50, ge=2, description="commits between two compactions of a table"
+        default=100, ge=2, description="commits between two compactions of a table"
     )
 
 

@@ -19,7 +19,7 @@ from streams.tail import archived_end, bounds, read_archived
 
 TOPIC = "item-updates"
 BATCH = 5_000  # updates in one turn
-LINGER_SECONDS = 0.01  # an item's state is behind its events by little more than this
+LINGER_SECONDS = 0.05  # an item's state is behind its events by little more than this
 
 
 class Items:

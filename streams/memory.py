@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+GIVE_BACK_SECONDS = 60.0  # a worker is no larger for longer than its work
+
 
 def give_back() -> None:
     """What large and seldom work (a flush, a backlog) has freed goes back; milliseconds.

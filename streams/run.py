@@ -38,6 +38,7 @@ from streams.health import serve_health
 from streams.insights import run_insights
 from streams.items import Items
 from streams.loop import Loop, Processor
+from streams.memory import GIVE_BACK_SECONDS, give_back
 from streams.metrics import Metrics, make_metrics
 from streams.models import Models
 from streams.reader import Reader
@@ -148,7 +149,8 @@ def _run_threads(
     ]
     for thread in threads:
         thread.start()
-    stop.wait()
+    while not stop.wait(GIVE_BACK_SECONDS):
+        give_back()
     until = time.monotonic() + STOP_SECONDS
     for thread in threads:
         thread.join(max(until - time.monotonic(), 0))

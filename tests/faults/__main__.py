@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the schedule")
     parser.add_argument("--events", type=int, default=1_000_000, help="of all shops together")
     parser.add_argument("--users", type=int, default=2_000, help="of each shop")
-    parser.add_argument("--each", type=int, default=7, help="faults of every kind, at least")
+    parser.add_argument("--each", type=int, default=7, help="faults of every kind")
     parser.add_argument("--rate", type=float, default=380, help="events a second to each shop")
     parser.add_argument("--kinds", nargs="*", choices=[*BY_KIND], default=[*BY_KIND])
     parser.add_argument("--shops", nargs="*", choices=["a", "b"], default=["a", "b"])

@@ -6,6 +6,7 @@ side, all kinds in random order, so that faults of different lanes overlap.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -49,7 +50,7 @@ def make_schedule(
     kinds: Sequence[str] = tuple(BY_KIND),
     alone: bool = True,
 ) -> Schedule:
-    """`each` faults of every kind in all, at least; `alone`: the first of each kind by itself."""
+    """`each` faults of every kind in all; `alone`: the first of each kind by itself."""
     random = Random(seed)
 
     def plan(kind: str, shop: str, lane: str) -> Planned:
@@ -59,10 +60,9 @@ def make_schedule(
     chosen = [kind for kind in KINDS if kind.name in kinds]
     first = [plan(kind.name, random.choice(shops), ALONE) for kind in chosen] if alone else []
     lanes: dict[str, list[Planned]] = {}
+    turns = cycle(shops)  # kind after kind, so that each shop gets as many
     for kind in chosen:
-        left = each - len(first[:1])
-        for at in range(-(-left // len(shops)) * len(shops)):
-            shop = shops[at % len(shops)]
+        for shop in islice(turns, each - len(first[:1])):
             lane = kind.lane if kind.lane in EVERYWHERE else f"{kind.lane} {shop}"
             lanes.setdefault(lane, []).append(plan(kind.name, shop, lane))
     for planned in lanes.values():
