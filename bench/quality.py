@@ -263,8 +263,9 @@ def page(parts: Mapping[str, Any]) -> str:
     lines = [
         "# How good predictions are",
         "",
-        "Made by `make quality` from `bench/results/quality.json`. Question (a) is what a user will",
-        "rate an item before the review exists; question (b) is how many stars a review's text means.",
+        "Made by `make quality` from `bench/results/quality.json`. Question (a) is what a user",
+        "will rate an item before the review exists; question (b) is how many stars a review's",
+        "text means.",
         "Newest 10% of the rated rows; peers tuned with 20 trials on the 10% before.",
     ]
     for name, each in parts.get("sets", {}).items():

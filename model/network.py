@@ -350,5 +350,9 @@ class FusedNetwork(nn.Module):
     def plant(self, trees: Trees | None) -> None:
         """Take these trees in place of those that there are."""
         self.trees = trees
-        count, depth = (0, self.config.tree_depth) if trees is None else (len(trees.value), trees.depth)
-        self.config = self.config.model_copy(update={"trees": count, "tree_depth": depth})
+        sizes = (
+            {"trees": 0}
+            if trees is None
+            else {"trees": len(trees.value), "tree_depth": trees.depth}
+        )
+        self.config = self.config.model_copy(update=sizes)

@@ -34,9 +34,7 @@ class Ablated:
 
 
 def _features(group: Group) -> Without:
-    columns = [
-        at for at, each in enumerate(FEATURES) if each.group == group and each.name != KEPT
-    ]
+    columns = [at for at, each in enumerate(FEATURES) if each.group == group and each.name != KEPT]
 
     def without(inputs: Inputs) -> Inputs:
         features = inputs.features.copy()

@@ -1,9 +1,9 @@
 """An encoder made used to a shop's own words before it is fine-tuned to stars.
 
 Masked-language modelling: of 15% of the tokens, 80% are masked, 10% replaced and 10% left, and the
-model says what they were (Devlin et al. 2019, "BERT", section 3.1; on a task's own texts: Gururangan
-et al. 2020, "Don't Stop Pretraining", section 4). It needs no ratings, so reviews without stars
-count too.
+model says what they were (Devlin et al. 2019, "BERT", section 3.1; on a task's own texts:
+Gururangan et al. 2020, "Don't Stop Pretraining", section 4). It needs no ratings, so reviews
+without stars count too.
 """
 
 from collections.abc import Sequence

@@ -24,6 +24,7 @@ Features = NDArray[np.float32]
 DEPTH = 4  # of trees; served as full binary trees, so each level doubles what they hold
 ROUNDS = 120  # most trees of an ensemble
 _ENSEMBLES = 2
+_TOLD = 4_096  # rows at a time
 _TRIED: tuple[Mapping[str, float], ...] = (
     {"num_leaves": 4, "min_data_in_leaf": 50, "feature_fraction": 0.3, "lambda_l2": 30.0},
     {"num_leaves": 8, "min_data_in_leaf": 30, "feature_fraction": 0.3, "lambda_l2": 10.0},
@@ -48,9 +49,7 @@ class Grown:
     rounds: int  # 0: none were of use
 
 
-def choose(
-    features: Features, target: Floats, ends: list[int], seed: int, threads: int
-) -> Grown:
+def choose(features: Features, target: Floats, ends: list[int], seed: int, threads: int) -> Grown:
     """The settings and the number of trees with the least squared error ahead.
 
     Args:
@@ -100,6 +99,13 @@ def grow(features: Features, target: Floats, how: Grown, seed: int, threads: int
         _place(trees, number, 0, each["tree_structure"], features.shape[1])
     trees.value /= _ENSEMBLES
     return trees
+
+
+@torch.no_grad()
+def values(trees: Trees, features: Features) -> Floats:
+    """What trees say of rows (n, F), some at a time."""
+    rows = torch.from_numpy(features)
+    return np.concatenate([trees(part).double().numpy() for part in rows.split(_TOLD)])
 
 
 def _parameters(settings: Mapping[str, float], seed: int, threads: int) -> dict[str, Any]:

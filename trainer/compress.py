@@ -114,9 +114,7 @@ def _judged(
 
 
 def _copy(parent: TextEncoder) -> TextEncoder:
-    return encoders.load(
-        parent.folder, str(parent.device), longest_tokens=parent.longest_tokens
-    )
+    return encoders.load(parent.folder, str(parent.device), longest_tokens=parent.longest_tokens)
 
 
 def _keep(encoder: TextEncoder, rows: Sequence[int]) -> None:
@@ -187,9 +185,7 @@ def _student(
     student.save(folder)
 
 
-def _batches(
-    lengths: Sequence[int], random: np.random.Generator
-) -> list[NDArray[np.int64]]:
+def _batches(lengths: Sequence[int], random: np.random.Generator) -> list[NDArray[np.int64]]:
     """Rows of like length together, the batches in random order."""
     order = np.argsort(np.asarray(lengths) * random.uniform(0.9, 1.1, len(lengths)))
     batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]

@@ -65,7 +65,7 @@ class SplitConfig(BaseModel):
 
 
 class SampleConfig(BaseModel):
-    """Which train rows are learnt from where there are too many; raise `rows` until it stops paying."""
+    """Which train rows are learnt from; raise `rows` until it stops paying."""
 
     rows: int = Field(default=0, ge=0, description="at most; 0: all")
     by: Literal["newest", "rarity", "user"] = Field(
@@ -186,8 +186,8 @@ class TextConfig(BaseModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="texts without stars are learnt from where the first head gives their likeliest "
-        "stars at least this probability; 0: none are",
+        description="texts without stars are learnt from where the first head gives their "
+        "likeliest stars at least this probability; 0: none are",
     )
     adapt: AdaptConfig = Field(default_factory=AdaptConfig)
     fine_tune: FineTuneConfig = Field(default_factory=FineTuneConfig)

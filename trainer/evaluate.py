@@ -256,9 +256,9 @@ def _ablations(
 
     def predicted(part: str | None) -> Floats:
         name = f"without {part or 'nothing'}"
-        return kept.get(
-            name, lambda: {"rating": ablations.ablate(data, config, part, progress)}
-        )["rating"]
+        return kept.get(name, lambda: {"rating": ablations.ablate(data, config, part, progress)})[
+            "rating"
+        ]
 
     whole = predicted(None)
     without = {part: predicted(part) for part in ablations.PARTS}

@@ -240,7 +240,7 @@ class _Fit:
             checkpoint.unlink(missing_ok=True)
 
     def _take(self, rows: Labelled, batch: NDArray[np.int64]) -> float:
-        """One step on a batch: its parts' gradients, of all processes, added up. Returns the loss."""
+        """One step on a batch, of all parts and processes; returns the loss."""
         torch.manual_seed(_seed_of(self._seed, self.step, self._rank))
         self._reader.train()
         mine, share = batch[self._rank :: self._count], self._count / len(batch)
@@ -522,5 +522,3 @@ def _processes(device: torch.device) -> Generator[tuple[int, int]]:
 def is_first() -> bool:
     """Whether this process is the one of several that writes what all have found."""
     return int(os.environ.get("RANK", "0")) == 0
-
-

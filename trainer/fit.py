@@ -124,15 +124,12 @@ def fit(
         how = boost.choose(inputs.features[train], target, ends, seed, torch.get_num_threads())
         trees = boost.grow(inputs.features[train], target, how, seed, torch.get_num_threads())
         if trees is not None:
-            with torch.no_grad():
-                said = trees(torch.from_numpy(inputs.features[validation])).numpy()
+            said = boost.values(trees, inputs.features[validation])
             bias = inputs.features[validation, network.config.bias_column].astype(np.float64)
             said = np.stack([mean(network, inputs, validation) - bias, said])
             grown, shares = how, _shared(said, truth - bias)
             _plant(network, trees, shares)
-    return Fitted(
-        network, penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:])
-    )
+    return Fitted(network, penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:]))
 
 
 def refit(

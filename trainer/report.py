@@ -213,7 +213,8 @@ def _history_lines(evaluations: Mapping[str, Evaluation]) -> str:
     return _svg(chart)
 
 
-def _reliability(calibration: Calibration) -> str:
+def reliability(calibration: Calibration) -> str:
+    """Claimed beside observed probabilities of at least k stars, as SVG."""
     rows = pl.DataFrame(calibration.bins, schema=["claimed", "observed", "rows"], orient="row")
     square = altair.Scale(domain=[0, 1])
     points = (

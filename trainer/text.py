@@ -102,7 +102,8 @@ def fit(
     """
     config = settled(config, in_service=False)
     if config.adapt.epochs:
-        known = [text for text, span in zip(reviews.texts, reviews.span, strict=True) if span != TEST]
+        spans = zip(reviews.texts, reviews.span, strict=True)
+        known = [text for text, span in spans if span != TEST]
         place = folder / "adapted"
         encoder = adapt(encoder, [*known, *reviews.unrated], config.adapt, place, seed, on_progress)
     probed = reviews if config.method == "frozen" else _known(reviews, _PROBED)

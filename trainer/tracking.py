@@ -22,9 +22,7 @@ def unnoted(name: str, value: float, step: int) -> None:
 
 
 @contextmanager
-def tracking(
-    config: TrackingConfig, run: str, settings: Mapping[str, Any]
-) -> Generator[Note]:
+def tracking(config: TrackingConfig, run: str, settings: Mapping[str, Any]) -> Generator[Note]:
     """A place for the figures of a run.
 
     Args:

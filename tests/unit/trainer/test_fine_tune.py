@@ -158,7 +158,9 @@ def test_a_batch_in_parts_gives_the_same(
     assert np.allclose(words(one), words(parts), atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"squared_error": 1.0, "ordinal": 1.0}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "settings", [{"squared_error": 1.0, "ordinal": 1.0}, {"precision": "bf16"}]
+)
 def test_other_losses_and_precisions_learn(
     settings: dict[str, Any], encoder: TextEncoder, tmp_path: Path
 ) -> None:
@@ -231,9 +233,7 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
     assert not checkpoint.exists()
 
 
-def test_a_checkpoint_of_another_fit_is_refused(
-    encoder: TextEncoder, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_fit_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     torch.save({"steps": 1}, checkpoint)
     with pytest.raises(TrainerError, match="of another fit"):

@@ -70,9 +70,7 @@ def test_a_frozen_encoder_has_nothing_to_search_for(
     shop_file: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainerError, match="nothing to search for"):
-        search(
-            from_file(shop_file), "text", SMALL, tmp_path / "s", 2, encoder=str(encoder_folder)
-        )
+        search(from_file(shop_file), "text", SMALL, tmp_path / "s", 2, encoder=str(encoder_folder))
 
 
 def test_what_is_found_is_a_settings_file_that_train_takes(tmp_path: Path) -> None:

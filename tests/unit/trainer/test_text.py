@@ -66,7 +66,12 @@ def test_a_stronger_penalty_gives_smaller_weights() -> None:
 def test_the_frozen_head_reads_the_word_that_tells(encoder: TextEncoder, tmp_path: Path) -> None:
     done: list[int] = []
     found = fit(
-        texts(), encoder, TextConfig(method="frozen"), tmp_path, 0, lambda count, total: done.append(count)
+        texts(),
+        encoder,
+        TextConfig(method="frozen"),
+        tmp_path,
+        0,
+        lambda count, total: done.append(count),
     )
     assert found.encoder is encoder
     assert found.scores.rows == 40
