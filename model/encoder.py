@@ -26,7 +26,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
-from model import adapters
+from model import adapters, heads
 from model import device as devices
 from model.exceptions import EncoderError
 from model.texts import plain
@@ -94,8 +94,8 @@ class TextEncoder:
 
     @property
     def extended(self) -> bool:
-        """Whether it is more than plain weights: adapters, virtual tokens, eight bits."""
-        files = (adapters.ADAPTERS, PROMPT, QUANTIZATION)
+        """Whether it is more than plain weights: adapters, virtual tokens, eight bits, fewer heads."""
+        files = (adapters.ADAPTERS, PROMPT, QUANTIZATION, heads.HEADS)
         return any((self.folder / each).exists() for each in files)
 
     def encode(self, texts: Sequence[str], token_budget: int = 4096) -> Vectors:
@@ -231,9 +231,10 @@ def load(
         model = model.get_encoder()
     hidden = int(config.hidden_size)
     adapters.read(folder, model, hidden)
+    heads.read(folder, model)
     quantized = (folder / QUANTIZATION).is_file()
     if quantized:
-        model = _quantized(model)
+        model = _quantized(model, folder / QUANTIZATION)
     if (folder / PROMPT).is_dir():
         model = _prompted(model, folder / PROMPT)
     tokenizer.padding_side = "right"
@@ -305,16 +306,72 @@ def read_star_head(file: Path, hidden: int) -> StarHead:
     return StarHead(tensors["weight"], tensors["bias"])
 
 
-def write_quantization(folder: Path) -> None:
-    """Let the linear layers of the encoder in `folder` work in eight bits, on a CPU."""
-    content = {"linear": "int8", "activations": "dynamic"}
+def write_quantization(folder: Path, ranges: Mapping[str, Sequence[float]] | None = None) -> None:
+    """Let the linear layers of the encoder in `folder` work in eight bits, on a CPU.
+
+    `ranges`: of each layer, the least and the largest number that goes in and that comes out, as
+    `observed_ranges` finds them; without them activations are scaled as they come.
+    """
+    content = {"linear": "int8", "ranges": ranges}
     (folder / QUANTIZATION).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def _quantized(model: Any) -> Any:
-    """A model whose linear layers hold int8 weights and scale activations as they come."""
+def observed_ranges(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, list[float]]:
+    """What goes in and out of each linear layer of an encoder as it reads texts.
+
+    Layers that take no part (a pooler) are left out.
+    """
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, given: Tensor, gives: Tensor) -> None:
+        new = [float(each) for side in (given, gives) for each in (side.min(), side.max())]
+        old = found.get(name, new)
+        kept = (min, max, min, max)
+        found[name] = [pick(pair) for pick, *pair in zip(kept, old, new, strict=True)]
+
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, given, gives, name=name: note(name, given[0].detach(), gives.detach())
+        )
+        for name, layer in encoder.model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    encoder.encode(texts)
+    for hook in hooks:
+        hook.remove()
+    return {name: values for name, values in found.items() if not name.startswith("pooler.")}
+
+
+def _quantized(model: Any, file: Path) -> Any:
+    """A model whose linear layers hold int8 weights, with activations scaled as the file says."""
     quantization: Any = importlib.import_module("torch.ao.quantization")
-    return quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
+    try:
+        ranges = json.loads(file.read_text("utf-8")).get("ranges")
+        if ranges is None:
+            return quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
+        return _statically_quantized(model.eval(), ranges, quantization)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise EncoderError(f"{file} does not fit its encoder: {error}") from error
+
+
+def _statically_quantized(model: Any, ranges: Mapping[str, Sequence[float]], tools: Any) -> Any:
+    settings = tools.QConfig(
+        activation=tools.MinMaxObserver.with_args(dtype=torch.quint8, reduce_range=True),
+        weight=tools.default_per_channel_weight_observer,
+    )
+    for name, (lowest_in, highest_in, lowest_out, highest_out) in ranges.items():
+        parent, _, own = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        wrapped = tools.QuantWrapper(getattr(holder, own))
+        wrapped.qconfig = settings
+        tools.prepare(wrapped, inplace=True)
+        sides = (wrapped.quant, lowest_in, highest_in), (wrapped.module, lowest_out, highest_out)
+        for side, lowest, highest in sides:
+            observer = side.activation_post_process
+            observer.min_val, observer.max_val = torch.tensor(lowest), torch.tensor(highest)
+        tools.convert(wrapped, inplace=True)
+        setattr(holder, own, wrapped)
+    return model
 
 
 def _prompted(model: Any, folder: Path) -> Any:

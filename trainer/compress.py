@@ -2,8 +2,10 @@
 
 - layers: the top ones are left out (Sajjad et al. 2023, "On the Effect of Dropping Layers of
   Pre-trained Transformer Models", section 3.1.1: top-layer dropping loses least);
+- heads: of each layer, those of which the star head's loss hangs least are left out (Michel, Levy
+  and Neubig 2019, "Are Sixteen Heads Really Better than One?", section 4.1);
 - int8: weights and activations of all linear layers in eight bits, activations scaled as they
-  come (dynamic quantization);
+  come (dynamic quantization), or, int8 static, as they came while some texts were read;
 - bf16, fp16: weights of half the size;
 - student: the lowest and the highest layer alone, taught to give the parent's vectors (Sanh et al.
   2019, "DistilBERT", section 2, with the cosine loss alone).
@@ -13,6 +15,7 @@ The star head is fitted anew for each, on the same texts, and judged on the newe
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from model import adapters
+from model import adapters, heads
 from model import encoder as encoders
 from model.encoder import TextEncoder
+from model.exceptions import EncoderError
 from trainer import text
 from trainer.config import TrainerConfig
 from trainer.exceptions import TrainerError
@@ -33,6 +37,8 @@ from trainer.metrics import TextScores
 from trainer.text import TEST, ReviewTexts
 
 TIMED = 256  # texts by which speed is told
+_ASKED = 512  # newest texts that say which heads matter, and how large activations grow
+_HEAD_L2 = 1e-4  # of the star head that says which heads matter
 _STUDENT_EPOCHS = 3
 _STUDENT_RATE = 1e-4
 _BATCH = 32
@@ -88,11 +94,18 @@ def ways(parent: TextEncoder) -> Mapping[str, Make]:
     """What is tried for an encoder."""
     count = len(adapters.layers(parent.model))
     kept = sorted({max(count * share // 4, 1) for share in (3, 2)} - {count}, reverse=True)
+    fewer = {}
+    with suppress(EncoderError):  # an attention of another kind
+        count = min(each.count for each in heads.attentions(parent.model))
+        left = max(2 * count // 3, 1)
+        fewer = {f"{left} heads": _heads(left)} if left < count else {}
     return {
         **{f"{number} layers": _layers(number) for number in kept},
+        **fewer,
         "bf16": _stored(torch.bfloat16),
         "fp16": _stored(torch.float16),
         "int8": _int8,
+        "int8 static": _int8_static,
         "student": _student,
     }
 
@@ -138,6 +151,61 @@ def _layers(number: int) -> Make:
     return make
 
 
+def _heads(number: int) -> Make:
+    def make(
+        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+    ) -> None:
+        copy = _copy(parent)
+        rows = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
+        texts = [reviews.texts[row] for row in rows.tolist()]
+        importance = _importance(copy, texts, text.soft_labels(reviews.rating[rows]))
+        kept = [sorted(np.argsort(-each)[:number].tolist()) for each in importance]
+        heads.silence(copy.model, kept)
+        copy.save(folder)
+        heads.write(folder, kept)
+
+    return make
+
+
+def _importance(
+    encoder: TextEncoder, texts: Sequence[str], labels: NDArray[np.float32]
+) -> list[NDArray[np.float64]]:
+    """How much a star head's loss hangs on each head, for each layer.
+
+    The mean over texts of |what the head says · the loss's gradient by it|.
+    """
+    head = text.fit_star_head(encoder.encode(texts), labels, _HEAD_L2)
+    weight, bias = torch.from_numpy(head.weight), torch.from_numpy(head.bias)
+    said: dict[int, torch.Tensor] = {}
+    found = heads.attentions(encoder.model)
+    totals = [np.zeros(each.count) for each in found]
+
+    def note(layer: int, given: torch.Tensor) -> None:
+        given.retain_grad()
+        said[layer] = given
+
+    hooks = [
+        each.output.dense.register_forward_pre_hook(
+            lambda _, given, layer=layer: note(layer, given[0])
+        )
+        for layer, each in enumerate(found)
+    ]
+    for start in range(0, len(texts), _BATCH):
+        tokens = encoder.tokens(texts[start : start + _BATCH])
+        logits = nn.functional.linear(encoder.embed(tokens).cpu(), weight, bias)
+        targets = torch.from_numpy(labels[start : start + _BATCH])
+        nn.functional.cross_entropy(logits, targets, reduction="sum").backward()  # pyright: ignore[reportUnknownMemberType]
+        for layer, given in said.items():
+            if given.grad is not None:
+                hangs = (given * given.grad).detach()
+                hangs = hangs.unflatten(-1, (found[layer].count, -1)).sum((1, 3)).abs()
+                totals[layer] += hangs.sum(0).double().cpu().numpy() / len(texts)
+        encoder.model.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    return totals
+
+
 def _stored(dtype: torch.dtype) -> Make:
     def make(
         parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
@@ -153,6 +221,16 @@ def _int8(
 ) -> None:
     _copy(parent).save(folder)
     encoders.write_quantization(folder)
+
+
+def _int8_static(
+    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+) -> None:
+    copy = _copy(parent)
+    known = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
+    ranges = encoders.observed_ranges(copy, [reviews.texts[row] for row in known.tolist()])
+    copy.save(folder)
+    encoders.write_quantization(folder, ranges)
 
 
 def _student(

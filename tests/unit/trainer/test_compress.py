@@ -24,7 +24,9 @@ def found(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def test_each_way_stands_beside_the_parent(found: list[Compressed]) -> None:
     names = [each.name for each in found]
-    assert names == ["parent", "1 layers", "bf16", "fp16", "int8", "student"]
+    assert names == [
+        "parent", "1 layers", "1 heads", "bf16", "fp16", "int8", "int8 static", "student"
+    ]  # fmt: skip
     by_name = {each.name: each for each in found}
     assert len({by_name[name].scores.rows for name in names}) == 1
     assert by_name["bf16"].size_bytes < by_name["parent"].size_bytes
@@ -42,7 +44,7 @@ def test_each_is_an_encoder_that_loads(found: list[Compressed]) -> None:
         hashes.add(encoder.hash)
         vectors = encoder.encode(words)
         assert vectors.shape == parent.shape
-        if each.name in ("bf16", "fp16", "int8"):
+        if each.name in ("bf16", "fp16", "int8", "int8 static"):
             assert ((vectors * parent).sum(1) > 0.95).all()
     assert len(hashes) == len(found)
 
