@@ -94,7 +94,7 @@ class TextEncoder:
 
     @property
     def extended(self) -> bool:
-        """Whether it is more than plain weights: adapters, virtual tokens, eight bits, fewer heads."""
+        """Whether it is more than plain weights: adapters, virtual tokens, heads taken out."""
         files = (adapters.ADAPTERS, PROMPT, QUANTIZATION, heads.HEADS)
         return any((self.folder / each).exists() for each in files)
 
