@@ -242,7 +242,8 @@ class History:
 
     def _items(self, events: Rows) -> Table:
         items = np.unique(events["item"])
-        return table(items, self.items.rows.take(self.items.place(items)))
+        rows = self.items.place(items)  # before `rows` is looked at: the store may grow
+        return table(items, self.items.rows.take(rows))
 
     def _lookups(self, events: Rows) -> Lookups:
         return Lookups(

@@ -75,7 +75,7 @@ def test_the_loss_by_hand() -> None:
     above = 1 / (1 + np.exp([-2.0, -1.0, 0.0, 1.0]))
     truth = np.array([1, 1, 0.5, 0])
     wanted = -(truth * np.log(above) + (1 - truth) * np.log(1 - above)).sum()
-    config = FineTuneConfig(cross_entropy=0, ordinal=1)
+    config = FineTuneConfig(cross_entropy=0, squared_error=0, ordinal=1)
     assert loss_of(logits, ranks, labels, config).tolist() == pytest.approx([wanted], abs=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_smooth_labels_by_hand() -> None:
     logits = torch.zeros((1, 5))
     logits[0, 0] = 1
     labels = torch.eye(5)[:1]
-    config = FineTuneConfig(label_smoothing=0.5)
+    config = FineTuneConfig(squared_error=0, label_smoothing=0.5)
     logs = np.log(np.exp([1, 0, 0, 0, 0]) / np.exp([1, 0, 0, 0, 0]).sum())
     wanted = -(np.array([0.6, 0.1, 0.1, 0.1, 0.1]) * logs).sum()
     assert loss_of(logits, None, labels, config).tolist() == pytest.approx([wanted], abs=1e-5)
@@ -91,7 +91,7 @@ def test_smooth_labels_by_hand() -> None:
 
 def test_without_a_loss_there_is_nothing_to_learn() -> None:
     with pytest.raises(ValidationError, match="must be above 0"):
-        FineTuneConfig(cross_entropy=0)
+        FineTuneConfig(cross_entropy=0, squared_error=0)
 
 
 def test_rates_by_hand() -> None:
