@@ -224,7 +224,7 @@ def _record_columns(topic: Topic, rows: Sequence[Row]) -> list[pa.Array]:
     held = [nothing if record is None else vars(record) for record in records]
     columns: list[pa.Array] = []
     for field in fields:
-        cells = [fields_of[field.name] for fields_of in held]
+        cells = [values[field.name] for values in held]
         plain = cells if _is_plain(field.type) else [_plain(cell) for cell in cells]
         columns.append(pa.array(plain, field.type))
     return columns

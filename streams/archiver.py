@@ -65,7 +65,7 @@ class Archive:
         self._recorded: dict[tuple[str, int], int] = {}  # the position when last looked at
         self._next: dict[tuple[str, int], int] = {}  # the offset after the last row taken
         # Tables as our last commits left them: opening one and its transactions costs far more.
-        self._left: dict[str, tuple[DeltaTable, int]] = {}
+        self._left: dict[str, DeltaTable] = {}
 
     def position(self, topic: str, partition: int) -> int | None:
         """The offset after the last archived row of a partition, as recorded; none if none is.
@@ -123,22 +123,17 @@ class Archive:
     @stamina.retry(on=CommitFailedError, attempts=COMMIT_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
     def _commit_topic(self, topic: str) -> int:
         """One look at the recorded offsets and one commit on the version looked at."""
-        left = self._left.pop(topic, None)
-        ours = left is not None and _still(*left)
-        table = left[0] if left is not None and ours else self._table(topic)
+        table, ours = self._newest(topic)
         pending = pa.concat_tables(self._pending[topic])
         recorded: dict[int, int] = {}
         for partition in pending["kafka_partition"].unique().to_pylist():
-            if ours:  # nobody has recorded anything since
-                recorded[partition] = self._recorded[topic, partition]
-                continue
-            recorded[partition] = _recorded(table, topic, partition) or 0
-            if recorded[partition] < self._recorded[topic, partition]:
+            before = self._recorded[topic, partition]
+            recorded[partition] = before if ours else _recorded(table, topic, partition) or 0
+            if recorded[partition] < before:
                 raise ContractError(
                     f"{archive.table_url(self.url, topic)} went back: partition {partition} stood "
-                    f"at offset {self._recorded[topic, partition]} and now stands at "
-                    f"{recorded[partition]}. Was the table deleted or restored? Start the archiver "
-                    "again to archive from there."
+                    f"at offset {before} and now stands at {recorded[partition]}. Was the table "
+                    "deleted or restored? Start the archiver again to archive from there."
                 )
         offset, partition = pc.field("kafka_offset"), pc.field("kafka_partition")
         new = [(partition == number) & (offset >= first) for number, first in recorded.items()]
@@ -164,8 +159,15 @@ class Archive:
         )
         self._recorded |= {(topic, partition): offset for partition, offset in after.items()}
         if table.version() == version + 1:
-            self._left[topic] = (table, version + 1)
+            self._left[topic] = table
         return len(rows)
+
+    def _newest(self, topic: str) -> tuple[DeltaTable, bool]:
+        """A topic's table, and whether nobody has committed to it since we last did."""
+        left = self._left.pop(topic, None)
+        if left is not None and _still_newest(left):
+            return left, True
+        return self._table(topic), False
 
     def _table(self, topic: str) -> DeltaTable:
         found = archive.open_table(self.url, topic, self._options)
@@ -288,8 +290,9 @@ def _application(topic: str, partition: int) -> str:
     return f"{topic}/{partition}"
 
 
-def _still(table: DeltaTable, version: int) -> bool:
-    """Whether this version, which the table was left at, is there and still the newest."""
+def _still_newest(table: DeltaTable) -> bool:
+    """Whether the version that the table was left at is there and the newest."""
+    version = table.version()
     table.update_incremental()
     return table.version() == version and bool(table.history(1))
 

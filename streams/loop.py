@@ -52,8 +52,8 @@ BY_KEY = -1  # a partition: that which the key's hash says
 LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
 FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most
 FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
-PATIENT_SECONDS = 0.2  # a processor that lingers so long lets the broker gather, too,
-PATIENT_BYTES = 256 * 1024  # until there is this much: each answer costs both sides
+PATIENT_SECONDS = 0.2  # who lingers so long, and answers nobody, lets the broker gather as long
+PATIENT_BYTES = 256 * 1024  # again, until there is this much: each fetch costs both sides
 OUTPUT_MESSAGES = 200_000  # outputs in flight; more than the largest transaction makes
 
 Position = tuple[str, int]  # topic (with the prefix taken off), partition
@@ -706,6 +706,7 @@ class Loop:
 
     def _consumer_config(self) -> dict[str, Any]:
         linger = self._processor.linger_seconds
+        patient = linger >= PATIENT_SECONDS and not self._processor.transactional
         config: dict[str, Any] = {
             "group.id": self._group,
             "enable.auto.commit": False,
@@ -714,8 +715,8 @@ class Loop:
             "isolation.level": "read_committed",
             "on_commit": self._on_commit,
             "queued.max.messages.kbytes": FETCH_KILOBYTES,
-            "fetch.wait.max.ms": int(max(FETCH_WAIT_SECONDS, linger) * 1_000),
-            "fetch.min.bytes": PATIENT_BYTES if linger >= PATIENT_SECONDS else 1,
+            "fetch.wait.max.ms": int((linger if patient else FETCH_WAIT_SECONDS) * 1_000),
+            "fetch.min.bytes": PATIENT_BYTES if patient else 1,
         }
         if self._config.group_protocol == "consumer":
             config |= {"group.protocol": "consumer", "group.remote.assignor": "range"}

@@ -899,6 +899,17 @@ def test_clients_are_set_up_for_exactly_once(world: World) -> None:
     assert producer["enable.idempotence"] is True
 
 
+def test_brokers_gather_only_for_who_answers_nobody(world: World) -> None:
+    def gathered(linger: float, *, transactional: bool) -> tuple[int, int]:
+        world.loop(Counting(linger_seconds=linger, transactional=transactional))
+        config = world.consumer.config
+        return config["fetch.min.bytes"], config["fetch.wait.max.ms"]
+
+    assert gathered(0.5, transactional=False) == (262_144, 500)
+    assert gathered(0.05, transactional=False) == (1, 100)
+    assert gathered(0.5, transactional=True) == (1, 100)
+
+
 # -- any order of events -------------------------------------------------------------------------
 
 PARTITIONS = 3
