@@ -38,6 +38,10 @@ LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a
 FLUSH_BYTES = 16 * 1024 * 1024  # of keys and values; a backlog takes no more memory than this
 # Archivers of other partitions of the same topic may commit in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
+HELD_COMMITS = 20  # a table that is kept open grows with each (75 KB in delta-rs 1.6): open anew
+# Every commit lists the log's files (22 ms for a thousand), and an hour has a thousand commits.
+# Readers open the newest version, and versions older than this serve nobody.
+LOG_RETENTION = "interval 1 hours"
 
 _ORDER = [("kafka_partition", "ascending"), ("kafka_offset", "ascending")]
 
@@ -165,9 +169,12 @@ class Archive:
     def _newest(self, topic: str) -> tuple[DeltaTable, bool]:
         """A topic's table, and whether nobody has committed to it since we last did."""
         left = self._left.pop(topic, None)
-        if left is not None and _still_newest(left):
-            return left, True
-        return self._table(topic), False
+        if left is None:
+            return self._table(topic), False
+        if self._commits.get(topic, 0) % HELD_COMMITS:
+            return (left, True) if _still_newest(left) else (self._table(topic), False)
+        found = self._table(topic)
+        return found, found.version() == left.version()
 
     def _table(self, topic: str) -> DeltaTable:
         found = archive.open_table(self.url, topic, self._options)
@@ -179,6 +186,7 @@ class Archive:
             mode="ignore",
             name=topic,
             description=BY_NAME[topic].meaning,
+            configuration={"delta.logRetentionDuration": LOG_RETENTION},
             storage_options=self._options,
         )
 

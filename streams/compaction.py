@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+import stamina
 import structlog
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties
 from deltalake.exceptions import CommitFailedError
@@ -31,6 +32,7 @@ VACUUM_HOURS = 24
 # A compaction that was killed blocks others for this long; none may take longer.
 COMPACTION_SECONDS = 3_600
 NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
+RELEASE_ATTEMPTS = 10  # archivers that are behind commit many times a second
 CLOSE_SECONDS = 5.0  # a stop that waited for a long compaction would be cut short itself
 
 _CLAIM = "compaction"  # the application whose version says until when a table is claimed
@@ -42,7 +44,8 @@ def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
 
     delta-rs (1.6) lets two compactions of the same files both succeed, which doubles their rows.
     So a compaction first claims the table by an application transaction of its own, for which a
-    second claim does conflict, and is left to another archiver that holds it.
+    second claim does conflict, and is left to another archiver that holds it. One that does not
+    get its commit in between those of archivers takes its claim back all the same.
 
     Raises UnreachableError when storage does not answer.
     """
@@ -53,6 +56,10 @@ def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
             return
         try:
             _claim(table, int(time.time() + COMPACTION_SECONDS))
+        except CommitFailedError as error:
+            _log.info("compaction left to another archiver", table=where, reason=str(error))
+            return
+        try:
             table.update_incremental()
             table.optimize.compact(
                 target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=WRITER
@@ -61,9 +68,18 @@ def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
                 retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
             )
             table.cleanup_metadata()
-            _claim(table, 0)
-        except CommitFailedError as error:
-            _log.info("compaction left to another archiver", table=where, reason=str(error))
+        except CommitFailedError as error:  # too many commits meanwhile; the next may do better
+            _log.warning("compaction given up", table=where, reason=str(error))
+        finally:
+            _give_up(url, topic, options)
+
+
+@stamina.retry(on=CommitFailedError, attempts=RELEASE_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
+def _give_up(url: str, topic: str, options: Mapping[str, str]) -> None:
+    """Take the claim back, so that the next compaction need not wait for its end."""
+    table = archive.open_table(url, topic, options)
+    if table is not None:
+        _claim(table, 0)
 
 
 def _claim(table: DeltaTable, until: int) -> None:

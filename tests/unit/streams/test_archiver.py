@@ -99,6 +99,26 @@ def test_a_table_that_went_back_is_an_error(tmp_path: Path) -> None:
         written.commit()
 
 
+def test_a_table_is_kept_open_for_some_commits_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver, "HELD_COMMITS", 4)
+    opened: list[str] = []
+    open_table = archive.open_table
+
+    def counted(url: str, topic: str, *options: Any) -> DeltaTable | None:
+        opened.append(topic)
+        return open_table(url, topic, *options)
+
+    monkeypatch.setattr(archive, "open_table", counted)
+    written = Archive(str(tmp_path))
+    for offset in range(9):
+        written.append("behavior", rows(0, offset))
+        written.commit()
+    assert len(opened) == 4  # for the position, the first commit, the fifth and the ninth
+    assert archived(tmp_path) == [(0, offset) for offset in range(9)]
+
+
 def test_topics_outside_the_contract_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="'rewiews' is not in the contract"):
         Archive(str(tmp_path)).append("rewiews", rows(0, 0))

@@ -1,6 +1,7 @@
 """Compactions in processes of their own."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
+from deltalake.table import TableOptimizer
 from structlog.testing import capture_logs
 
 from schemas import archive
@@ -64,6 +67,37 @@ def test_a_table_that_another_has_claimed_is_left_alone(tmp_path: Path) -> None:
     compaction._claim(DeltaTable(str(tmp_path / "behavior")), 0)
     compact(str(tmp_path), "behavior", {})
     assert files(tmp_path) == 1
+
+
+def test_one_that_is_overtaken_gives_its_claim_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_files(tmp_path)
+
+    def overtaken(*_: Any, **__: Any) -> None:
+        raise CommitFailedError("others were faster")
+
+    with monkeypatch.context() as patched, capture_logs() as told:
+        patched.setattr(TableOptimizer, "compact", overtaken)
+        compact(str(tmp_path), "behavior", {})
+    assert [each["event"] for each in told] == ["compaction given up"]
+    compact(str(tmp_path), "behavior", {})
+    assert files(tmp_path) == 1
+
+
+def test_versions_that_serve_nobody_go(tmp_path: Path) -> None:
+    small_files(tmp_path, count=5)
+    table = DeltaTable(str(tmp_path / "behavior"))
+    table.create_checkpoint()
+    log = tmp_path / "behavior" / "_delta_log"
+    old = time.time() - 2 * 3_600
+    for path in log.iterdir():
+        os.utime(path, (old, old))
+    compact(str(tmp_path), "behavior", {})
+    kept = sorted(int(path.stem) for path in log.glob("*.json"))
+    assert kept[0] >= table.version()
+    rows = archive.read(str(tmp_path), "behavior", columns=["kafka_offset"]).collect()
+    assert rows["kafka_offset"].to_list() == [0, 1, 2, 3, 4]
 
 
 def test_one_that_fails_is_told_and_the_next_begins(tmp_path: Path) -> None:
