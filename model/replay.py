@@ -106,7 +106,7 @@ def run_batch(
     change, met = _advance(states, user_index, partition, events, lookups.items)
     partitions, predicted = met[:-1], events["action"] != TEXT
     return BatchResult(
-        observe(change.before, partitions, events, lookups),
+        observe(change.before(), partitions, events, lookups),
         change.duplicate,
         partitions["step"].copy(),
         np.where(predicted, partitions["seq"], np.uint64(0)),

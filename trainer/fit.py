@@ -173,12 +173,15 @@ def carry(start: Start, network: FusedNetwork) -> dict[str, int]:
     Parts of another size stay as they are, as do users and items where the shop is another.
     """
     theirs = dict(start.network.named_parameters())
+    pairs = [  # names are like members.0.users.table.weight
+        (name.split(".")[2], weights, theirs.get(name))
+        for name, weights in network.named_parameters()
+    ]
+    left = {"linear"} if start.same_shop else {"linear", "users", "items"}
+    left |= {part for part, ours, found in pairs if found is None or found.shape != ours.shape}
     carried: Counter[str] = Counter()
-    for name, weights in network.named_parameters():
-        part = name.split(".")[2]  # members.0.users.table.weight
-        found = theirs.get(name)
-        foreign = part in ("users", "items") and not start.same_shop
-        if part == "linear" or foreign or found is None or found.shape != weights.shape:
+    for part, weights, found in pairs:
+        if part in left or found is None:
             continue
         if part == "last":  # the first output's offset is the ridge regression's
             weights[1:].copy_(found[1:])
