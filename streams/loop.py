@@ -50,7 +50,8 @@ FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again th
 LAST_BACK_OFF_SECONDS = 5.0  # and later this often
 BY_KEY = -1  # a partition: that which the key's hash says
 LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
-FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most
+FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most, and one answer of a broker,
+FETCH_BYTES = 4 * 1024 * 1024  # which behind a backlog would hold a megabyte of each partition
 FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
 PATIENT_SECONDS = 0.2  # who lingers so long, and answers nobody, lets the broker gather as long
 PATIENT_BYTES = 256 * 1024  # again, until there is this much: each fetch costs both sides
@@ -715,6 +716,7 @@ class Loop:
             "isolation.level": "read_committed",
             "on_commit": self._on_commit,
             "queued.max.messages.kbytes": FETCH_KILOBYTES,
+            "fetch.max.bytes": FETCH_BYTES,
             "fetch.wait.max.ms": int((linger if patient else FETCH_WAIT_SECONDS) * 1_000),
             "fetch.min.bytes": PATIENT_BYTES if patient else 1,
         }

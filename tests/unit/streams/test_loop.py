@@ -885,6 +885,7 @@ def test_clients_are_set_up_for_exactly_once(world: World) -> None:
     consumer, producer = world.consumer.config, world.broker.producers[-1].config
     assert consumer["isolation.level"] == "read_committed"
     assert consumer["enable.auto.commit"] is False
+    assert consumer["fetch.max.bytes"] >= LARGEST_MESSAGE
     assert consumer["partition.assignment.strategy"] == "range"
     assert producer["transactional.id"].startswith("eu.starcast-counting-")
     assert producer["transactional.id"].endswith("-0")
