@@ -1,6 +1,7 @@
 """The one way from events to features and states: for scoring, recovery, proof and training."""
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from model.state import (
     RATING_STEPS,
     USER,
     USER_ATTRIBUTES,
-    Change,
+    Meeting,
     advance,
     apply_items,
     item_deltas,
@@ -103,8 +104,11 @@ def run_batch(
     PARTITION, shape (). Users' states and the running mean are as each event met them; `lookups`
     as the batch began. Nothing given is changed.
     """
-    change, met = _advance(states, user_index, partition, events, lookups.items)
+    meeting = meet(states, user_index, events)
+    met = run_partition(partition, events, meeting.duplicate)
     partitions, predicted = met[:-1], events["action"] != TEXT
+    global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
+    change = advance(meeting, item_bias, global_mean, partitions["step"])
     return BatchResult(
         observe(change.before(), partitions, events, lookups),
         change.duplicate,
@@ -114,17 +118,6 @@ def run_batch(
         met[-1].reshape(()),
         item_deltas(events, change),
     )
-
-
-def _advance(
-    states: Rows, user_index: NDArray[np.intp], partition: Rows, events: Rows, items: Table
-) -> tuple[Change, Rows]:
-    """What n events do to their users, and PARTITION (n + 1) as each met it and as it is then."""
-    meeting = meet(states, user_index, events)
-    met = run_partition(partition, events, meeting.duplicate)
-    partitions = met[:-1]
-    global_mean, item_bias = features.biases(items.take(events["item"]), partitions)
-    return advance(meeting, item_bias, global_mean, partitions["step"]), met
 
 
 def recover(
@@ -219,7 +212,8 @@ class History:
             user_rows = self.users.place(users)
             states = self.users.rows.take(user_rows)
             result = run_batch(states, user_index, self.partition, batch, lookups)
-            self._follow(user_rows, result.states, result.partition, result.deltas, result.step[0])
+            opaque(self.users.rows)[user_rows] = opaque(result.states)
+            self._follow(result.partition, result.deltas, result.step[0])
             yield HistoryBatch(rows, lookups, result)
 
     def look(self, events: Rows) -> tuple[Observation, Lookups]:
@@ -229,16 +223,42 @@ class History:
         user_rows = self.users.place(users)[user_index]
         return observe(self.users.rows.take(user_rows), self.partition, events, lookups), lookups
 
-    def apply(self, events: Rows) -> None:
-        """Apply `events` EVENT (n), in order, and observe nothing."""
-        for begin in range(0, len(events), self.batch_events):
-            batch = events[begin : begin + self.batch_events]
-            users, user_index = np.unique(batch["user"], return_inverse=True)
-            user_rows = self.users.place(users)
-            states, items = self.users.rows.take(user_rows), self._items(batch)
-            change, met = _advance(states, user_index, self.partition, batch, items)
-            deltas = item_deltas(batch, change)
-            self._follow(user_rows, change.states, met[-1].reshape(()), deltas, met["step"][0])
+    def apply(self, events: Rows, threads: int = 1) -> None:
+        """Apply `events` EVENT (n), in order, and observe nothing; `threads` share the users.
+
+        States are those of `run`, bit for bit. NumPy lets go of the interpreter's lock in large
+        arrays, so this is the faster the larger `batch_events` is.
+        """
+        with ThreadPoolExecutor(threads) as pool:
+            for begin in range(0, len(events), self.batch_events):
+                self._apply(events[begin : begin + self.batch_events], pool, threads)
+
+    def _apply(self, batch: Rows, pool: Executor, count: int) -> None:
+        users, user_index = np.unique(batch["user"], return_inverse=True)
+        places = self.users.place(users)
+        states, items = self.users.rows, self._items(batch)
+        shares = [np.flatnonzero(user_index % count == share) for share in range(count)]
+        events = [batch.take(rows) for rows in shares]
+
+        def met(share: int) -> Meeting:
+            mine, index = states.take(places[share::count]), user_index[shares[share]] // count
+            return meet(mine, index, events[share])
+
+        meetings = [*pool.map(met, range(count))]
+        duplicate = np.empty(len(batch), np.bool_)
+        for rows, meeting in zip(shares, meetings, strict=True):
+            duplicate[rows] = meeting.duplicate
+        partitions = run_partition(self.partition, batch, duplicate)
+
+        def moved(share: int) -> Rows:
+            before = partitions.take(shares[share])
+            global_mean, item_bias = features.biases(items.take(events[share]["item"]), before)
+            change = advance(meetings[share], item_bias, global_mean, before["step"])
+            opaque(states)[places[share::count]] = opaque(change.states)  # nobody else's rows
+            return item_deltas(events[share], change)
+
+        deltas = np.concatenate([*pool.map(moved, range(count))])
+        self._follow(partitions[-1].reshape(()), deltas, partitions["step"][0])
 
     def _items(self, events: Rows) -> Table:
         items = np.unique(events["item"])
@@ -250,11 +270,8 @@ class History:
             self._items(events), self.item_attributes, self.user_attributes, self.vectors
         )
 
-    def _follow(
-        self, users: NDArray[np.intp], states: Rows, partition: Rows, deltas: Rows, step: np.uint64
-    ) -> None:
-        """Keep what a batch gave: the states of users at these rows, and of its items."""
-        opaque(self.users.rows)[users] = opaque(states)
+    def _follow(self, partition: Rows, deltas: Rows, step: np.uint64) -> None:
+        """Keep what a batch did to the partition and, `step` (its first), to items."""
         self.partition = partition
         items, item_index = np.unique(deltas["item"], return_inverse=True)
         rows = self.items.place(items)

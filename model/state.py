@@ -489,9 +489,7 @@ def _event_marks(events: Rows, stars: NDArray[np.float64]) -> NDArray[np.uint64]
     return (second << _SECOND_SHIFT) | (rating << _RATING_SHIFT) | action.astype(np.uint64)
 
 
-def _slots(
-    ids: NDArray[np.uint64], items: NDArray[np.uint64], marks: NDArray[np.uint64]
-) -> Fields:
+def _slots(ids: NDArray[np.uint64], items: NDArray[np.uint64], marks: NDArray[np.uint64]) -> Fields:
     return {
         "event_id": ids,
         "item": items,

@@ -272,9 +272,9 @@ def test_two_processes_fit_as_one(
     one, _ = tune(encoder, tmp_path / "one", dropout=0)
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launch, "--master-port=0", str(script), str(encoder_folder), str(tmp_path)],
+        [*launch, "--nproc-per-node=2", str(script), str(encoder_folder), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=240,
