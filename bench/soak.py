@@ -462,7 +462,7 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
                     "STARCAST_MODELS__URL": str(models),
                     "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
                     # Two cores for all and Kafka: small transactions alone would take both.
-                    "STARCAST_SCORER__LINGER_MS": "250",
+                    "STARCAST_SCORER__LINGER_MS": "500",
                 },
             )
         )

@@ -1,6 +1,5 @@
 """The scorer in a process of its own, as `starcast run scorer` has it, with what it does noted."""
 
-import gc
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from streams.config import (
     StatesConfig,
 )
 from streams.loop import Loop, Processor
+from streams.memory import settle
 from streams.metrics import Metrics, make_metrics
 from streams.models import Models
 from streams.reader import Reader
@@ -67,6 +67,6 @@ def work(make: Callable[[Metrics], Processor], kafka: KafkaConfig, records: int)
     stop, metrics = threading.Event(), make_metrics()
     watched = Watched(make(metrics), metrics, records, stop)
     loop = Loop(watched, kafka, metrics, stop)
-    gc.freeze()  # as `streams.run` does
+    settle()  # as `streams.run` does
     loop.run()
     return watched

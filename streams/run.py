@@ -1,7 +1,6 @@
 """Runs processors in one process: a thread each, one store, one model, one set of metrics."""
 
 import fcntl
-import gc
 import os
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from streams.health import serve_health
 from streams.insights import run_insights
 from streams.items import Items
 from streams.loop import Loop, Processor
-from streams.memory import GIVE_BACK_SECONDS, give_back
+from streams.memory import GIVE_BACK_SECONDS, give_back, settle
 from streams.metrics import Metrics, make_metrics
 from streams.models import Models
 from streams.reader import Reader
@@ -124,7 +123,7 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
                     checks,
                 )
             )
-        gc.freeze()  # what is loaded by now stays: no collection needs to walk through it again
+        settle()
         _run_threads(tasks, stop, failures)
     if failures:
         raise failures[0]

@@ -1,11 +1,12 @@
-"""Memory goes back to the system."""
+"""Memory goes back to the system, and is seldom looked through."""
 
+import gc
 import sys
 
 import psutil
 import pytest
 
-from streams.memory import give_back
+from streams.memory import give_back, settle
 
 SMALL = 64 * 1024  # bytes, which the C library keeps when they are freed
 MANY = 3_000
@@ -28,3 +29,14 @@ def test_what_was_freed_is_given_back() -> None:
     assert grown > 0.5 * MANY * SMALL
     assert process.memory_info().rss - after < 0.2 * MANY * SMALL
     assert kept
+
+
+def test_what_is_loaded_is_not_walked_through_again() -> None:
+    before = gc.get_threshold()
+    try:
+        settle()
+        assert gc.get_freeze_count() > 0
+        assert gc.get_threshold()[0] > before[0]
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
