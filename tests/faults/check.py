@@ -231,8 +231,14 @@ def check_predictions(shop: FaultyShop, verdict: Verdict) -> NDArray[np.int64]:
     verdict.note("order of a user", len(events), disorder, "a later event was predicted first")
     gaps = sum(found != list(range(len(found))) for found in seqs.values())
     verdict.note("seq without gap or repeat", len(seqs), gaps, "partitions")
-    wrong = sum(count != 1 for count in asked.values())
-    missing = abs(len(asked) - shop.played["score-requests"] * CANDIDATES)
+    requests = Counter(
+        orjson.loads(each.value() or b"")["request_id"]
+        for batch in read_topic(shop.kafka, "score-requests")
+        for each in batch
+    )
+    wrong = sum(count != requests[request] for (request, _), count in asked.items())
+    missing = abs(len(asked) - len(requests) * CANDIDATES)
+    missing += max(shop.played["score-requests"] - len(requests), 0)
     verdict.note("requests answered once", len(asked), wrong + missing, f"{missing} missing")
     times = np.zeros(shop.events.count, np.int64)
     for partition, users in whose.items():

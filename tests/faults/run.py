@@ -213,6 +213,8 @@ def _settle(
         verdict = result.verdicts[shop.name] = Verdict()
         for worker in shop.workers[:2]:  # a shop whose last worker left would wait for ever
             worker.wanted = True
+        if again := shop.played["sent again"]:
+            say(f"shop {shop.name}: a producer stood still; {again} records were sent again")
         if shop.played["failed"]:
             verdict.note("sent", 0, shop.played["failed"], "records were not acknowledged")
         if not wait_settled(shop, verdict, unscored, settled_seconds, operate):
