@@ -9,11 +9,11 @@ read them; here it is Polars. Rows stand in no order in a table, so readers sort
 """
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
-from operator import itemgetter
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
@@ -58,9 +58,6 @@ class Row(NamedTuple):
     headers: Sequence[tuple[str, bytes | None]] = ()
 
 
-_PLACE = itemgetter(0, 1)  # partition and offset of a Row
-
-
 @cache
 def schema(topic: str) -> pa.Schema:
     """The Arrow schema of a topic's table."""
@@ -75,7 +72,7 @@ def schema(topic: str) -> pa.Schema:
 
 def table(topic: str, rows: Sequence[Row]) -> pa.Table:
     """The rows of a topic as its table holds them, decoded, sorted by partition and offset."""
-    rows = sorted(rows, key=_PLACE)
+    rows = sorted(rows, key=attrgetter("partition", "offset"))
     columns: list[Any] = [
         pa.array([row.partition for row in rows], pa.int32()),
         pa.array([row.offset for row in rows], pa.int64()),
@@ -227,9 +224,8 @@ def _record_columns(topic: Topic, rows: Sequence[Row]) -> list[pa.Array]:
     return _columns(records, fields)
 
 
-def _columns(records: Sequence[Record | None], fields: Iterable[pa.Field]) -> list[pa.Array]:
+def _columns(records: Sequence[Record | None], fields: Sequence[pa.Field]) -> list[pa.Array]:
     """A column for each field of records; null where there is no record."""
-    fields = list(fields)
     nothing = {each.name: None for each in fields}
     held = [nothing if record is None else vars(record) for record in records]
     return [_column([values[field.name] for values in held], field.type) for field in fields]
@@ -237,8 +233,8 @@ def _columns(records: Sequence[Record | None], fields: Iterable[pa.Field]) -> li
 
 def _column(cells: list[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_struct(kind):  # by column: pyarrow takes a dictionary a cell, three times slower
-        mask = pa.array([cell is None for cell in cells], pa.bool_())
-        return pa.StructArray.from_arrays(_columns(cells, kind), fields=list(kind), mask=mask)
+        fields, mask = list(kind), pa.array([cell is None for cell in cells], pa.bool_())
+        return pa.StructArray.from_arrays(_columns(cells, fields), fields=fields, mask=mask)
     # pyarrow takes scalars, and lists of them, as they are.
     simple = not pa.types.is_nested(kind) or (
         pa.types.is_list(kind) and not pa.types.is_nested(kind.value_type)

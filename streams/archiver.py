@@ -17,16 +17,14 @@ from operator import or_
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import stamina
 from confluent_kafka import Message
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError
 
 from schemas import archive
 from schemas.archive import Row
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.topics import BY_NAME
-from streams.compaction import WRITER, Compactor, compact
+from streams.compaction import WRITER, Compactor, compact, until_committed
 from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.loop import Outcome
@@ -36,8 +34,6 @@ from streams.metrics import Metrics
 BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush
 FLUSH_BYTES = 16 * 1024 * 1024  # of keys and values; a backlog takes no more memory than this
-# Archivers of other partitions of the same topic may commit in between, each a few times a second.
-COMMIT_ATTEMPTS = 10
 HELD_COMMITS = 20  # a table that is kept open grows with each (75 KB in delta-rs 1.6): open anew
 # Every commit lists the log's files (22 ms for a thousand), and an hour has a thousand commits.
 # Readers open the newest version, and versions older than this serve nobody.
@@ -124,7 +120,7 @@ class Archive:
                 self._on_due(topic)
         return written
 
-    @stamina.retry(on=CommitFailedError, attempts=COMMIT_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
+    @until_committed
     def _commit_topic(self, topic: str) -> int:
         """One look at the recorded offsets and one commit on the version looked at."""
         table, ours = self._newest(topic)

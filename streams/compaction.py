@@ -32,11 +32,17 @@ VACUUM_HOURS = 24
 # A compaction that was killed blocks others for this long; none may take longer.
 COMPACTION_SECONDS = 3_600
 NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
-RELEASE_ATTEMPTS = 10  # archivers that are behind commit many times a second
+# Others commit to the same table in between, each a few times a second.
+COMMIT_ATTEMPTS = 10
 CLOSE_SECONDS = 5.0  # a stop that waited for a long compaction would be cut short itself
 
 _CLAIM = "compaction"  # the application whose version says until when a table is claimed
 _log = structlog.get_logger(__name__)
+
+until_committed = stamina.retry(
+    on=CommitFailedError, attempts=COMMIT_ATTEMPTS, wait_initial=0.02, wait_max=1.0
+)
+"""Decorates what looks at the newest version of a table and commits on it."""
 
 
 def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
@@ -71,15 +77,13 @@ def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
         except CommitFailedError as error:  # too many commits meanwhile; the next may do better
             _log.warning("compaction given up", table=where, reason=str(error))
         finally:
-            _give_up(url, topic, options)
+            _release(where, options)
 
 
-@stamina.retry(on=CommitFailedError, attempts=RELEASE_ATTEMPTS, wait_initial=0.02, wait_max=1.0)
-def _give_up(url: str, topic: str, options: Mapping[str, str]) -> None:
+@until_committed
+def _release(where: str, options: Mapping[str, str]) -> None:
     """Take the claim back, so that the next compaction need not wait for its end."""
-    table = archive.open_table(url, topic, options)
-    if table is not None:
-        _claim(table, 0)
+    _claim(DeltaTable(where, storage_options=dict(options)), 0)
 
 
 def _claim(table: DeltaTable, until: int) -> None:

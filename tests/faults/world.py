@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from streams.config import KafkaConfig
 from streams.producer import outgoing
 from streams.store import Store
 from tests.faults.numbered import ITEMS, Numbered, stamp
+from tests.faults.producer import PersistentProducer
 from tests.faults.servers import Servers
 from tests.faults.stores import Stores
 from tests.faults.worker import FAILED, Order, work
@@ -38,86 +38,12 @@ OVERRUN_SECONDS = 10.0  # max.poll.interval: a worker that is silent for longer 
 REACH_SECONDS = 8.0  # a worker without partitions never reaches a point; another is tried
 SLOW_SECONDS = 8.0  # a worker that takes so long to end writes to its log where it is
 END_SECONDS = 45.0  # a worker that does not end on SIGTERM is stuck
-DELIVERY_MS = 600_000  # a producer outside waits for brokers that are down
-STILL_SECONDS = 120.0  # and is replaced when it stands still for longer than they are ever gone
 
 _processes = get_context("forkserver")  # forked from one that has all modules loaded
 
 
 class NotReached(Exception):
     """A worker did not come to the point where it was to fail: the fault did not happen."""
-
-
-class Sender:
-    """A shop's own producer: what is not acknowledged it sends again, in order, as shops do.
-
-    An idempotent producer (librdkafka 2.16) was seen to stand still for eight minutes after brokers
-    had gone and come back, until its records' time was up; so one that does is replaced.
-    """
-
-    def __init__(self, kafka: KafkaConfig, played: Counter[str]) -> None:
-        self._kafka = kafka
-        self._played = played
-        self._waiting: dict[int, tuple[str, bytes, bytes]] = {}  # by number, not acknowledged
-        self._number = 0
-        self._heard = time.monotonic()
-        self._producer = self._make()
-
-    def send(self, topic: str, key: bytes, value: bytes) -> None:
-        """Take one record."""
-        if not self._waiting:
-            self._heard = time.monotonic()
-        self._waiting[self._number] = (topic, key, value)
-        self._produce(self._number)
-        self._number += 1
-
-    def turn(self, seconds: float) -> None:
-        """Hear what was acknowledged, and begin anew when nothing is for too long."""
-        self._producer.poll(seconds)
-        if self._waiting and time.monotonic() - self._heard > STILL_SECONDS:
-            self._producer.purge()
-            self._producer.flush(1)
-            self._producer = self._make()
-            self._heard = time.monotonic()
-            self._played["sent again"] += len(self._waiting)
-            for number in list(self._waiting):
-                self._produce(number)
-
-    def finish(self) -> int:
-        """Wait for all; how many were never acknowledged."""
-        end = time.monotonic() + DELIVERY_MS / 1000
-        while self._waiting and time.monotonic() < end:
-            self.turn(0.1)
-        return len(self._waiting)
-
-    def _produce(self, number: int) -> None:
-        topic, key, value = self._waiting[number]
-        while True:
-            try:
-                self._producer.produce(topic, value, key, on_delivery=partial(self._note, number))
-                return
-            except BufferError:
-                self._producer.poll(0.1)
-
-    def _note(self, number: int, error: Any, message: Any) -> None:
-        if error is None and self._waiting.pop(number, None) is not None:
-            self._heard = time.monotonic()
-            self._played[message.topic().removeprefix(self._kafka.topic_prefix)] += 1
-
-    def _make(self) -> Producer:
-        return Producer(
-            client_config(
-                self._kafka,
-                **{
-                    "acks": "all",
-                    "enable.idempotence": True,
-                    "partitioner": "murmur2_random",
-                    "linger.ms": 20,
-                    "delivery.timeout.ms": DELIVERY_MS,
-                    "queue.buffering.max.messages": 500_000,
-                },
-            )
-        )
 
 
 @dataclass
@@ -280,16 +206,16 @@ class FaultyShop:
 
         Each is acknowledged by all brokers in sync.
         """
-        sender = Sender(self.kafka, self.played)
+        producer = PersistentProducer(self.kafka, self.played)
         started = time.monotonic()
-        for sent, (topic, key, value) in enumerate(self.events.messages()):
+        for topic, key, value in self.events.messages():
+            sent = producer.sent
             if sent % 20 == 0:
                 while (wait := started + sent / rate - time.monotonic()) > 0 and not hurry.is_set():
-                    sender.turn(min(wait, 0.1))
-                sender.turn(0)
-            sender.send(self.kafka.topic_prefix + topic, key, value)
-            self.played["sent"] = sent + 1
-        self.played["failed"] = sender.finish()
+                    producer.turn(min(wait, 0.1))
+                producer.turn(0)
+            producer.send(self.kafka.topic_prefix + topic, key, value)
+        self.played["sent"], self.played["failed"] = producer.sent, producer.finish()
 
     def describe_items(self) -> None:
         """Records of all items: attributes that features are made of."""

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from streams.config import KafkaConfig
-from tests.faults import world
-from tests.faults.world import Sender
+from tests.faults import producer as module
+from tests.faults.producer import PersistentProducer
 
 
 @dataclass
@@ -48,15 +48,15 @@ def test_what_a_producer_that_stands_still_holds_is_sent_again(
 ) -> None:
     made = [Scripted(still=False), Scripted(still=False)]
     waiting = iter(made)
-    monkeypatch.setattr(world, "Producer", lambda config: next(waiting))
-    monkeypatch.setattr(world, "STILL_SECONDS", -1.0)
+    monkeypatch.setattr(module, "Producer", lambda config: next(waiting))
+    monkeypatch.setattr(module, "STILL_SECONDS", -1.0)
     played = Counter[str]()
-    sender = Sender(KafkaConfig(topic_prefix="eu."), played)
-    sender.send("eu.reviews", b"u", b"first")
-    sender._producer.poll(0)
+    producer = PersistentProducer(KafkaConfig(topic_prefix="eu."), played)
+    producer.send("eu.reviews", b"u", b"first")
+    producer._producer.poll(0)
     made[0].still = True
     for value in (b"second", b"third"):
-        sender.send("eu.reviews", b"u", value)
-    assert sender.finish() == 0
+        producer.send("eu.reviews", b"u", value)
+    assert producer.finish() == 0
     assert made[1].taken == [b"second", b"third"]
     assert played == {"reviews": 3, "sent again": 2}
