@@ -1,25 +1,25 @@
-"""What each part of the rating network's inputs is worth: taken away in turn, fitted anew.
+"""What each part of the rating network is worth: taken away in turn, fitted anew.
 
-A part that is gone says nothing in training and in the test alike. What its absence costs is the
-squared error without it less that with all, on the same test rows, with a paired bootstrap
-interval: above zero, the part helps.
+An input that is gone says nothing in training and in the test alike; a part of the model is left
+out. What its absence costs is the squared error without it less that with all, on the same test
+rows, with a paired bootstrap interval: above zero, the part helps.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
 from model.features import FEATURES, Group
 from model.network import Inputs
-from trainer.config import TrainerConfig
+from trainer.config import FitConfig, TrainerConfig
 from trainer.metrics import Difference, Floats, paired, scores
 from trainer.models import predict
 from trainer.prepare import Prepared
 from trainer.train import fit_network, refit_network
 
-TREES = "boosted trees"  # no input: a part of the model
 KEPT = "bias"  # the network corrects it, so it always stays
 
 Without = Callable[[Inputs], Inputs]
@@ -54,21 +54,7 @@ def _vectors(inputs: Inputs) -> Inputs:
     )
 
 
-def _recents(inputs: Inputs) -> Inputs:
-    return replace(inputs, recents=np.zeros_like(inputs.recents))
-
-
-def _identities(inputs: Inputs) -> Inputs:
-    return replace(
-        inputs,
-        users=np.zeros_like(inputs.users),
-        items=np.zeros_like(inputs.items),
-        categories=np.zeros_like(inputs.categories),
-        brands=np.zeros_like(inputs.brands),
-    )
-
-
-PARTS: Mapping[str, Without] = {
+INPUTS: Mapping[str, Without] = {
     "user features": _features("user"),
     "item features": _features("item"),
     "behavior features": _features("behavior"),
@@ -76,10 +62,16 @@ PARTS: Mapping[str, Without] = {
     "attributes": _features("attributes"),
     "text features": _features("text"),
     "text vectors": _vectors,
-    "attention to recent items": _recents,
-    "hashed ids": _identities,
-    TREES: lambda inputs: inputs,
 }
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "attention to recent items": {"sizes": {"heads": 0}},
+    "hashed ids": {"sizes": {"identity": 0}},
+    "taste of recent ratings": {"sizes": {"factors": 0}},
+    "boosted trees": {"trees": False},
+}
+"""Changes of `fit`."""
+
+PARTS = (*INPUTS, *SETTINGS)
 """What is taken away in turn."""
 
 
@@ -87,16 +79,21 @@ def ablate(
     data: Prepared, config: TrainerConfig, part: str | None, progress: Progress | None = None
 ) -> Floats:
     """Predicted ratings of the test rows (n) by a network without a part, or with all."""
-    examples = data.examples
-    if part == TREES:
-        settings = config.fit.model_copy(update={"trees": False})
-        config = config.model_copy(update={"fit": settings})
+    if part in SETTINGS:
+        config = _changed(config, SETTINGS[part])
     elif part is not None:
-        data = replace(data, examples=replace(examples, inputs=PARTS[part](examples.inputs)))
+        examples = data.examples
+        data = replace(data, examples=replace(examples, inputs=INPUTS[part](examples.inputs)))
     fitted, corrected = fit_network(data, config, progress)
     known = np.concatenate([data.split.train, data.split.validation])
     network = refit_network(fitted, data, known, config, progress)
     return predict(network, corrected, data.examples, data.split.test).rating
+
+
+def _changed(config: TrainerConfig, changes: Mapping[str, Any]) -> TrainerConfig:
+    fit = config.fit.model_dump()
+    sizes = fit["sizes"] | changes.get("sizes", {})
+    return config.model_copy(update={"fit": FitConfig(**(fit | changes | {"sizes": sizes}))})
 
 
 def compare(

@@ -21,18 +21,18 @@ from trainer.metrics import Floats
 
 Features = NDArray[np.float32]
 
-DEPTH = 4  # of trees; served as full binary trees, so each level doubles what they hold
-ROUNDS = 120  # most trees of an ensemble
+DEPTH = 6  # of trees; served as full binary trees, so each level doubles what they hold
+ROUNDS = 160  # most trees of an ensemble
 _ENSEMBLES = 2
 _TOLD = 4_096  # rows at a time
 _TRIED: tuple[Mapping[str, float], ...] = (
     {"num_leaves": 4, "min_data_in_leaf": 50, "feature_fraction": 0.3, "lambda_l2": 30.0},
     {"num_leaves": 8, "min_data_in_leaf": 30, "feature_fraction": 0.3, "lambda_l2": 10.0},
-    {"num_leaves": 15, "min_data_in_leaf": 50, "feature_fraction": 0.3, "lambda_l2": 30.0},
+    {"num_leaves": 16, "min_data_in_leaf": 50, "feature_fraction": 0.3, "lambda_l2": 30.0},
 )
 _FIXED: Mapping[str, Any] = {
     "objective": "l2",
-    "learning_rate": 0.05,
+    "learning_rate": 0.07,
     "max_depth": DEPTH,
     "bagging_fraction": 0.7,
     "bagging_freq": 1,

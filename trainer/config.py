@@ -98,7 +98,7 @@ class AugmentConfig(BaseModel):
 class FineTuneConfig(BaseModel):
     """How the encoder is fitted with the star head (all methods but frozen)."""
 
-    epochs: int = Field(default=3, ge=1, le=100, description="passes over the texts")
+    epochs: int = Field(default=2, ge=1, le=100, description="passes over the texts")
     patience: int = Field(
         default=0,
         ge=0,
@@ -111,9 +111,9 @@ class FineTuneConfig(BaseModel):
         ge=64,
         description="most padded tokens at once; a step of more is taken in parts that add up",
     )
-    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="highest, of whole weights")
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="highest, of whole weights")
     adapter_learning_rate: float = Field(
-        default=1e-3, gt=0, le=1, description="highest, of weights that a method adds"
+        default=2e-3, gt=0, le=1, description="highest, of weights that a method adds"
     )
     head_learning_rate: float = Field(default=1e-3, gt=0, le=1, description="highest, of the head")
     layer_decay: float = Field(
@@ -171,7 +171,7 @@ class TextConfig(BaseModel):
         "frozen once a model with an encoder serves",
     )
     text_limit: int = Field(
-        default=6_000,
+        default=20_000,
         ge=0,
         description="newest review texts that are used; 0: all (20 to 40 ms each on a core)",
     )
@@ -199,8 +199,15 @@ class SizesConfig(BaseModel):
     members: int = Field(default=3, ge=1, le=32, description="networks that are averaged")
     width: int = Field(default=64, ge=1, le=4_096, description="of the two hidden layers")
     token: int = Field(default=32, ge=1, le=1_024, description="width of a recent item")
-    heads: int = Field(default=2, ge=1, le=64, description="of the attention over recent items")
-    identity: int = Field(default=8, ge=1, le=256, description="width of a hashed id's embedding")
+    heads: int = Field(
+        default=2, ge=0, le=64, description="of the attention over recent items; 0: there is none"
+    )
+    identity: int = Field(
+        default=8, ge=0, le=256, description="width of a hashed id's embedding; 0: none"
+    )
+    factors: int = Field(
+        default=8, ge=0, le=64, description="of the taste that recent ratings tell; 0: none"
+    )
     dropout: float = Field(default=0.3, ge=0, lt=1, description="of hidden units")
     unknown: float = Field(default=0.2, ge=0, le=1, description="share of ids made unknown")
 

@@ -1,4 +1,7 @@
-"""The fit of the fused network, in three stages.
+"""The fit of the fused network, in three stages, on the features and what tastes say.
+
+The columns of a taste (`model.taste`, `trainer.factors`) are told of each row by factors of older
+rows. All stages read them; the network that serves has the factors of all rows.
 
 1. A ridge regression of rating − bias on the standardised features. It has one answer, needs few
    rows, and how much it is shrunk is chosen by forward chaining over time, so that it is hardly
@@ -15,7 +18,7 @@ For service all are fitted once more on all rows, with what was chosen.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
@@ -26,8 +29,9 @@ from torch import Tensor, nn
 
 from model.distribution import tilt
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, Tensors, tensors
+from model.taste import COLUMNS, Taste
 from model.trees import Trees
-from trainer import boost
+from trainer import boost, factors
 from trainer.boost import Grown
 from trainer.config import FitConfig
 from trainer.metrics import Floats
@@ -98,7 +102,8 @@ def fit(
         start: where the second stage starts; it must not have met rows from `validation` on.
     """
     torch.manual_seed(seed)
-    network = _prepared(network_config, inputs, rating, train)
+    taste, plain, inputs = _tasted(network_config, inputs, rating, train, validation, seed)
+    network = _prepared(plain, inputs, rating, train)
     penalty = _choose_penalty(network, inputs, rating, train)
     intercept = _fit_linear(network, inputs, rating, train, penalty)
     linear = mean(network, inputs, validation)
@@ -129,6 +134,7 @@ def fit(
             said = np.stack([mean(network, inputs, validation) - bias, said])
             grown, shares = how, _shared(said, truth - bias)
             _plant(network, trees, shares)
+    _fold(network, taste)
     return Fitted(network, penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:]))
 
 
@@ -145,7 +151,9 @@ def refit(
 ) -> FusedNetwork:
     """The same fit on all of `rows`, from the same start, with what `fit` chose."""
     torch.manual_seed(seed)
-    plain = fitted.network.config.model_copy(update={"trees": 0})
+    bare = fitted.network.config.model_copy(update={"trees": 0})
+    none = np.empty(0, np.int64)
+    taste, plain, inputs = _tasted(bare, inputs, rating, rows, none, seed)
     network = _prepared(plain, inputs, rating, rows)
     intercept = _fit_linear(network, inputs, rating, rows, fitted.penalty)
     if start is not None:
@@ -163,7 +171,36 @@ def refit(
         trees = boost.grow(inputs.features[rows], target, fitted.grown, seed, threads)
         if trees is not None:
             _plant(network, trees, fitted.shares)
+    _fold(network, taste)
     return network
+
+
+def _tasted(
+    config: NetworkConfig,
+    inputs: Inputs,
+    rating: Floats,
+    rows: Rows,
+    later: Rows,
+    seed: int,
+) -> tuple[Taste | None, NetworkConfig, Inputs]:
+    """The taste of `rows`, and inputs whose features end in what tastes say.
+
+    Of `rows` (oldest first) each is told by factors of older ones, `later` rows by those of all;
+    the network that is fitted takes it all for features.
+    """
+    if not config.factors:
+        return None, config, inputs
+    taste = factors.fit_taste(config, inputs, rating, rows, seed)
+    said = np.full((len(inputs), len(COLUMNS)), np.nan, np.float32)
+    said[rows] = factors.told_ahead(config, inputs, rating, rows, seed)
+    said[later] = factors.told(taste, config, inputs, later)
+    plain = config.model_copy(update={"features": config.columns, "factors": 0})
+    return taste, plain, replace(inputs, features=np.concatenate([inputs.features, said], 1))
+
+
+def _fold(network: FusedNetwork, taste: Taste | None) -> None:
+    if taste is not None:
+        network.fold(taste.to(network.prior.device))
 
 
 @torch.no_grad()
@@ -407,14 +444,17 @@ def _keep(network: FusedNetwork, belief: float, intercept: float) -> None:
 def _shared(said: Floats, left: Floats) -> tuple[float, float]:
     """Shares of two corrections (2, n) of what is `left` (n): least squares about a prior.
 
-    Neither is taken against what it says: a share is at least zero.
+    Neither is taken against what it says, and together they are not believed beyond what they say:
+    a share is at least zero, and both are at most one.
     """
     prior = np.array(_SHARES)
     doubt = float(left.var()) / _SHARE_DEVIATION**2
     shares = prior + np.linalg.solve(
         said @ said.T + doubt * np.eye(2), said @ (left - prior @ said)
     )
-    return float(max(shares[0], 0)), float(max(shares[1], 0))
+    ours, theirs = np.maximum(shares, 0)
+    whole = max(ours + theirs, 1.0)
+    return float(ours / whole), float(theirs / whole)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.features import INDEX
-from trainer.ablations import PARTS, ablate, compare
+from trainer.ablations import INPUTS, SETTINGS, ablate, compare
 from trainer.config import FitConfig, SizesConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.prepare import Prepared, cleaned, prepared
@@ -26,13 +26,13 @@ def data(shop_file: Path) -> Prepared:
     return prepared(log, reviews, None, "", CONFIG, lambda done, total: None)
 
 
-@pytest.mark.parametrize("part", [*PARTS])
-def test_a_part_that_is_gone_says_nothing(part: str, data: Prepared) -> None:
+@pytest.mark.parametrize("part", [*INPUTS])
+def test_an_input_that_is_gone_says_nothing(part: str, data: Prepared) -> None:
     before = data.examples.inputs
-    left = PARTS[part](before)
+    left = INPUTS[part](before)
     assert (left.features[:, INDEX["bias"]] == before.features[:, INDEX["bias"]]).all()
     assert len(left) == len(before)
-    again = PARTS[part](left)
+    again = INPUTS[part](left)
     for name in ("features", "users", "items", "recents", "vectors"):
         np.testing.assert_array_equal(getattr(again, name), getattr(left, name))
 
@@ -50,3 +50,10 @@ def test_what_tells_tastes_is_worth_something(data: Prepared) -> None:
     assert cross.cost.mean > 0.02
     assert cross.rmse > found["nothing"].rmse
     assert abs(vectors.cost.mean) < 0.02  # there are none
+
+
+@pytest.mark.parametrize("part", [*SETTINGS])
+def test_a_part_of_the_model_can_be_left_out(part: str, data: Prepared) -> None:
+    found = ablate(data, CONFIG, part)
+    assert np.isfinite(found).all()
+    assert not np.array_equal(found, ablate(data, CONFIG, None))
