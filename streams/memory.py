@@ -23,8 +23,10 @@ def give_back() -> None:
     """What large and seldom work (a flush, a backlog) has freed goes back; milliseconds.
 
     Allocators keep it for the next time, each in its own pools, so a process stays as large as its
-    largest moment has made it. Does nothing where the C library has no `malloc_trim`.
+    largest moment has made it, and objects in cycles wait for a collection that `settle` has made
+    rare. Where the C library has no `malloc_trim`, its own pools stay.
     """
+    gc.collect()
     pa.default_memory_pool().release_unused()
     library = _library()
     if library is not None:

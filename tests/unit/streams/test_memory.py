@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import weakref
 
 import psutil
 import pytest
@@ -29,6 +30,23 @@ def test_what_was_freed_is_given_back() -> None:
     assert grown > 0.5 * MANY * SMALL
     assert process.memory_info().rss - after < 0.2 * MANY * SMALL
     assert kept
+
+
+def test_what_only_a_cycle_holds_is_given_back_too() -> None:
+    class Batch:
+        """Knows itself, as a closure or an error with its traceback may."""
+
+    batch = Batch()
+    vars(batch)["itself"] = batch
+    left = weakref.ref(batch)
+    gc.disable()
+    try:
+        del batch
+        assert left() is not None
+        give_back()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_loaded_is_not_walked_through_again() -> None:
