@@ -66,7 +66,7 @@ WORKERS = {
     "insights": ("insights",),
 }
 POOL = 100_000  # events made once and sent again and again, with new ids and times
-EVENTS_A_REQUEST = 1_000  # each answer is a transaction of its own
+EVENTS_A_REQUEST = 1_000  # so seldom, each answer is a transaction of its own
 ITEMS_A_REQUEST = 20
 RETENTION = timedelta(minutes=15)  # else an hour's records would fill the disk
 SEGMENT = timedelta(minutes=1)  # Kafka deletes whole segments only
