@@ -66,7 +66,7 @@ WORKERS = {
     "insights": ("insights",),
 }
 POOL = 100_000  # events made once and sent again and again, with new ids and times
-EVENTS_A_REQUEST = 100
+EVENTS_A_REQUEST = 1_000  # so seldom, each answer is a transaction of its own
 ITEMS_A_REQUEST = 20
 RETENTION = timedelta(minutes=15)  # else an hour's records would fill the disk
 SEGMENT = timedelta(minutes=1)  # Kafka deletes whole segments only
@@ -462,7 +462,7 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
                     "STARCAST_MODELS__URL": str(models),
                     "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
                     # Two cores for all and Kafka: small transactions alone would take both.
-                    "STARCAST_SCORER__LINGER_MS": "500",
+                    "STARCAST_SCORER__LINGER_MS": "1000",
                 },
             )
         )

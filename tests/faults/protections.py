@@ -15,7 +15,7 @@ from streams.loop import Loop, Outcome
 from streams.store import Claim, Store
 from streams.user_states import UserStates
 
-SETTLED_COMMITS = 20
+SETTLED_COMMITS = 5
 REJOIN_SECONDS = 30.0  # a worker that was thrown out is back with its partitions, or gives up
 
 

@@ -1,7 +1,10 @@
 """Memory goes back to the system, and is seldom looked through."""
 
+import ctypes
 import gc
+import subprocess
 import sys
+import weakref
 
 import psutil
 import pytest
@@ -29,6 +32,52 @@ def test_what_was_freed_is_given_back() -> None:
     assert grown > 0.5 * MANY * SMALL
     assert process.memory_info().rss - after < 0.2 * MANY * SMALL
     assert kept
+
+
+MAPPED = """
+import ctypes
+from streams.memory import settle
+
+class Usage(ctypes.Structure):  # as glibc's mallinfo2 gives it; the fifth: bytes mapped
+    _fields_ = [(f"field_{k}", ctypes.c_size_t) for k in range(10)]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Usage
+settle()
+larger = bytearray(8 * 2**20)
+del larger  # from then on the C library would keep what is smaller in its heap
+before = library.mallinfo2().field_4
+arrays = [bytearray(2**20) for _ in range(50)]
+print(library.mallinfo2().field_4 - before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells, from 2.33 on"
+)
+def test_a_large_array_goes_back_as_it_is_freed() -> None:
+    """In a process of its own, whose heap has no room from before."""
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPED], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(done.stdout) > 40 * 2**20
+
+
+def test_what_only_a_cycle_holds_is_given_back_too() -> None:
+    class Batch:
+        """Knows itself, as a closure or an error with its traceback may."""
+
+    batch = Batch()
+    vars(batch)["itself"] = batch
+    left = weakref.ref(batch)
+    gc.disable()
+    try:
+        del batch
+        assert left() is not None
+        give_back()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_loaded_is_not_walked_through_again() -> None:
