@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -331,7 +331,9 @@ def observed_ranges(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, lis
 
     hooks = [
         layer.register_forward_hook(
-            lambda _, given, gives, name=name: note(name, given[0].detach(), gives.detach())
+            lambda _, given, gives, name=name: note(
+                name, given[0].detach(), cast(Any, gives).detach()
+            )
         )
         for name, layer in encoder.model.named_modules()
         if isinstance(layer, nn.Linear)

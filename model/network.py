@@ -5,8 +5,8 @@ the last layers start at zero, as does every id's embedding, so that an id that 
 is the same as an unknown one. The item attends to the user's recent items (Vaswani et al. 2017);
 one query needs no keys and values of its own, so both projections are folded into the query's and
 the output's, and sixteen recent items cost little more than one. Boosted trees of the features
-(`model.trees`) may add to the correction. What the user's taste says (`model.taste`) is read with the
-features.
+(`model.trees`) may add to the correction. What the user's taste says (`model.taste`) is read with
+the features.
 """
 
 from collections.abc import Mapping, Sequence

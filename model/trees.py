@@ -23,7 +23,7 @@ class Trees(nn.Module):
         inner = 2**depth - 1
         self.depth = depth
         self.register_buffer("feature", torch.zeros(count, inner, dtype=torch.int64))
-        self.register_buffer("threshold", torch.full((count, inner), torch.inf))
+        self.register_buffer("threshold", torch.zeros(count, inner))
         self.register_buffer("value", torch.zeros(count, 2 * inner + 1))
 
     def forward(self, features: Tensor) -> Tensor:

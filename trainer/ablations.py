@@ -79,8 +79,8 @@ def ablate(
     data: Prepared, config: TrainerConfig, part: str | None, progress: Progress | None = None
 ) -> Floats:
     """Predicted ratings of the test rows (n) by a network without a part, or with all."""
-    if part in SETTINGS:
-        config = _changed(config, SETTINGS[part])
+    if part is not None and part in SETTINGS:
+        config = changed(config, SETTINGS[part])
     elif part is not None:
         examples = data.examples
         data = replace(data, examples=replace(examples, inputs=INPUTS[part](examples.inputs)))
@@ -90,10 +90,13 @@ def ablate(
     return predict(network, corrected, data.examples, data.split.test).rating
 
 
-def _changed(config: TrainerConfig, changes: Mapping[str, Any]) -> TrainerConfig:
+def changed(config: TrainerConfig, changes: Mapping[str, Any]) -> TrainerConfig:
+    """The settings with these changes of `fit` and its sizes."""
     fit = config.fit.model_dump()
-    sizes = fit["sizes"] | changes.get("sizes", {})
-    return config.model_copy(update={"fit": FitConfig(**(fit | changes | {"sizes": sizes}))})
+    sizes = {**fit["sizes"], **changes.get("sizes", {})}
+    return config.model_copy(
+        update={"fit": FitConfig.model_validate({**fit, **changes, "sizes": sizes})}
+    )
 
 
 def compare(

@@ -118,8 +118,7 @@ def _place(trees: Trees, tree: int, node: int, found: Mapping[str, Any], columns
     trees.value[tree, node] = found["leaf_value" if leaf else "internal_value"]
     if node >= trees.threshold.shape[1]:
         return
-    if leaf:  # all below is this leaf
-        trees.feature[tree, node], trees.threshold[tree, node] = 0, math.inf
+    if leaf:  # all below is this leaf, whatever is asked
         children = (found, found)
     else:
         missing_left = found["default_left"]

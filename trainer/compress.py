@@ -32,7 +32,7 @@ from model.exceptions import EncoderError
 from trainer import text
 from trainer.config import TrainerConfig
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import OnStep
+from trainer.fine_tune import OnStep, taken
 from trainer.metrics import TextScores
 from trainer.text import TEST, ReviewTexts
 
@@ -116,7 +116,7 @@ def _judged(
     encoder = encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
     frozen = config.text.model_copy(update={"method": "frozen"})
     fitted = text.fit(reviews, encoder, frozen, folder, config.seed, on_progress)
-    newest = [reviews.texts[row] for row in np.flatnonzero(reviews.span == TEST).tolist()]
+    newest = taken(reviews.texts, np.flatnonzero(reviews.span == TEST))
     timed = newest[:TIMED]
     encoder.encode(timed[:8])  # what is set up at first is not timed
     began = time.perf_counter()
@@ -157,7 +157,7 @@ def _heads(number: int) -> Make:
     ) -> None:
         copy = _copy(parent)
         rows = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
-        texts = [reviews.texts[row] for row in rows.tolist()]
+        texts = taken(reviews.texts, rows)
         importance = _importance(copy, texts, text.soft_labels(reviews.rating[rows]))
         kept = [sorted(np.argsort(-each)[:number].tolist()) for each in importance]
         heads.silence(copy.model, kept)
@@ -228,7 +228,7 @@ def _int8_static(
 ) -> None:
     copy = _copy(parent)
     known = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
-    ranges = encoders.observed_ranges(copy, [reviews.texts[row] for row in known.tolist()])
+    ranges = encoders.observed_ranges(copy, taken(reviews.texts, known))
     copy.save(folder)
     encoders.write_quantization(folder, ranges)
 
@@ -240,7 +240,7 @@ def _student(
     torch.manual_seed(seed)
     student = _copy(parent)
     _keep(student, (0, len(adapters.layers(student.model)) - 1))
-    known = [reviews.texts[row] for row in np.flatnonzero(reviews.span != TEST).tolist()]
+    known = taken(reviews.texts, np.flatnonzero(reviews.span != TEST))
     wanted = torch.from_numpy(text.encode(parent, known, on_progress)).to(parent.device)
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=_STUDENT_RATE)
     random = np.random.default_rng(seed)

@@ -33,6 +33,7 @@ from trainer.config import TrainerConfig
 from trainer.copies import copies
 from trainer.data import Examples, Log, Ties, replay, sorted_by_time
 from trainer.exceptions import TrainerError
+from trainer.fine_tune import taken
 from trainer.fit import Fitted
 from trainer.metrics import (
     HISTORY_BUCKETS,
@@ -445,9 +446,7 @@ def _our_texts(
     if config.text.text_limit:
         rows = rows[-config.text.text_limit :]
     rows = np.concatenate([rows, test])
-    used = ReviewTexts(
-        [whole.texts[row] for row in rows.tolist()], whole.rating[rows], whole.span[rows], unrated
-    )
+    used = ReviewTexts(taken(whole.texts, rows), whole.rating[rows], whole.span[rows], unrated)
     bar = tracker(progress, "reading review texts")
 
     def make() -> Arrays:
@@ -508,7 +507,7 @@ def _text_peers(
     def those(span: int) -> texts.Worded:
         chosen = np.flatnonzero(spans == span)
         return texts.Worded(
-            [whole.texts[row] for row in chosen.tolist()],
+            taken(whole.texts, chosen),
             whole.rating[chosen],
             vectors["text"][chosen],
         )
@@ -531,7 +530,7 @@ def _text_peers(
         known = np.flatnonzero(spans != TEST)
         told = texts.finetune_plain(
             base.folder,
-            [whole.texts[row] for row in known.tolist()],
+            taken(whole.texts, known),
             whole.rating[known],
             [[worded.part(part)[row] for row in test] for part in PARTS],
             config.text.longest_tokens,

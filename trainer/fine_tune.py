@@ -44,6 +44,7 @@ CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _IN_FULL: tuple[Method, ...] = ("full", "top_layers")
 _RANKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator
+_UNUSED = r".*pooler.*"  # a pooler, which many encoders have, is never used
 _MERGED: tuple[Method, ...] = ("lora", "adalora", "ia3")  # what they add goes into the weights
 
 
@@ -175,6 +176,11 @@ def fine_tune(
     return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))
 
 
+def taken(texts: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
+    """The texts of these rows."""
+    return [texts[row] for row in map(int, rows)]
+
+
 def joined(first: Labelled, second: Labelled) -> Labelled:
     """The texts of both."""
     return Labelled([*first.texts, *second.texts], np.concatenate([first.labels, second.labels]))
@@ -201,7 +207,6 @@ class _Fit:
         self._scaler = torch.amp.GradScaler(enabled=self._config.precision == "fp16")
         called: nn.Module = reader
         if count > 1:
-            # A pooler, which many encoders have, is never used.
             called = nn.parallel.DistributedDataParallel(reader, find_unused_parameters=True)
         if self._config.compile:
             called = cast(nn.Module, torch.compile(called, dynamic=True))
@@ -246,7 +251,7 @@ class _Fit:
         mine, share = batch[self._rank :: self._count], self._count / len(batch)
         if not len(mine):  # the others wait for its gradients all the same
             mine, share = batch[:1], 0.0
-        tokens = self._reader.encoder.count_tokens([rows.texts[row] for row in mine.tolist()])
+        tokens = self._reader.encoder.count_tokens(taken(rows.texts, mine))
         parts = list(_parts(np.asarray(tokens), self._config.token_budget))
         total = 0.0
         for number, part in enumerate(parts):
@@ -269,7 +274,7 @@ class _Fit:
         return total
 
     def _losses(self, rows: Labelled, chosen: NDArray[np.int64]) -> Tensor:
-        tokens = self._reader.encoder.tokens([rows.texts[row] for row in chosen.tolist()])
+        tokens = self._reader.encoder.tokens(taken(rows.texts, chosen))
         labels = torch.from_numpy(rows.labels[chosen]).to(self._device)
         dtype = _DTYPES[self._config.precision]
         low = dtype is not torch.float32
@@ -453,11 +458,12 @@ def _with_peft(model: nn.Module, method: Method, config: FineTuneConfig, steps: 
     import peft  # slow to import, and of use here alone
 
     task: Any = peft.TaskType.FEATURE_EXTRACTION
+    linear: Any = {"target_modules": "all-linear", "exclude_modules": _UNUSED}
     scale = 2 * config.rank
     settings: Any
     if method == "lora":
         settings = peft.LoraConfig(
-            task, r=config.rank, lora_alpha=scale, lora_dropout=0.05, target_modules="all-linear"
+            task, r=config.rank, lora_alpha=scale, lora_dropout=0.05, **linear
         )
     elif method == "adalora":
         # Ranks are taken away between a tenth and seven tenths of the steps, to half of what they
@@ -468,7 +474,7 @@ def _with_peft(model: nn.Module, method: Method, config: FineTuneConfig, steps: 
             target_r=config.rank,
             lora_alpha=scale,
             lora_dropout=0.05,
-            target_modules="all-linear",
+            **linear,
             total_step=max(steps, 3),
             tinit=max(steps // 10, 1),
             tfinal=max(3 * steps // 10, 1),

@@ -19,7 +19,7 @@ from torch import nn
 from model.encoder import StarHead, TextEncoder
 from trainer.adapt import adapt
 from trainer.config import TextConfig
-from trainer.fine_tune import STARS, Cost, Labelled, fine_tune, joined
+from trainer.fine_tune import STARS, Cost, Labelled, fine_tune, joined, taken
 from trainer.metrics import Floats, TextScores, text_scores
 from trainer.tracking import Note, unnoted
 
@@ -132,7 +132,7 @@ def fit(
 def _known(reviews: ReviewTexts, count: int) -> ReviewTexts:
     """The newest texts but for TEST, at most `count`."""
     rows = np.flatnonzero(reviews.span != TEST)[-count:]
-    texts = [reviews.texts[row] for row in rows.tolist()]
+    texts = taken(reviews.texts, rows)
     return ReviewTexts(texts, reviews.rating[rows], reviews.span[rows])
 
 
@@ -175,7 +175,7 @@ def _pseudo_labelled(
 
 def _labelled(reviews: ReviewTexts, span: int) -> Labelled:
     rows = np.flatnonzero(reviews.span == span)
-    texts = [reviews.texts[row] for row in rows.tolist()]
+    texts = taken(reviews.texts, rows)
     return Labelled(texts, soft_labels(reviews.rating[rows]))
 
 

@@ -148,7 +148,9 @@ def _histories(asked: Rated, past: Rated) -> list[ItemList | None]:
         rows = order[begin : begin + np.searchsorted(times[begin:end], time)]
         newest = dict(zip(past.item[rows].tolist(), past.rating[rows].tolist(), strict=True))
         found.append(
-            ItemList(item_ids=[*newest], rating=np.array([*newest.values()])) if newest else None
+            ItemList(item_ids=np.array([*newest], np.uint64), rating=np.array([*newest.values()]))
+            if newest
+            else None
         )
     return found
 

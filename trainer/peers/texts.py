@@ -169,7 +169,7 @@ def finetune_plain(
 
     def rows(words: Sequence[str], stars: NDArray[np.int64] | None = None) -> list[dict[str, Any]]:
         tokens = tokenizer(list(words), truncation=True, max_length=longest_tokens)
-        found = [{"input_ids": each} for each in tokens["input_ids"]]
+        found = [{"input_ids": each or [0]} for each in tokens["input_ids"]]  # some blank texts
         for row, star in zip(found, stars if stars is not None else [], strict=False):
             row["labels"] = int(star) - 1
         return found

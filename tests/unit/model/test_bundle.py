@@ -135,7 +135,7 @@ def test_the_card_says_what_a_reader_needs(folder: Path) -> None:
         "| Rows: train | 12,345 |",
         "| Setting: dropout | 0.1 |",
         "| model | rmse | mae |",
-        "| bias |  | 0.9500 |",
+        "| bias | 0.9500 |  |",
         "- Not for people.",
         "Made by a test.",
     ):

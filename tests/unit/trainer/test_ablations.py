@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from model.features import INDEX
-from trainer.ablations import INPUTS, SETTINGS, ablate, compare
+from trainer.ablations import INPUTS, SETTINGS, ablate, changed, compare
 from trainer.config import FitConfig, SizesConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.prepare import Prepared, cleaned, prepared
+from trainer.train import fit_network
 
 CONFIG = TrainerConfig(
     threads=1,
@@ -54,6 +55,14 @@ def test_what_tells_tastes_is_worth_something(data: Prepared) -> None:
 
 @pytest.mark.parametrize("part", [*SETTINGS])
 def test_a_part_of_the_model_can_be_left_out(part: str, data: Prepared) -> None:
-    found = ablate(data, CONFIG, part)
-    assert np.isfinite(found).all()
-    assert not np.array_equal(found, ablate(data, CONFIG, None))
+    fitted, _ = fit_network(data, changed(CONFIG, SETTINGS[part]), None)
+    network, member = fitted.network, fitted.network.networks[0]
+    there = {
+        "attention to recent items": member.attention is not None,
+        "hashed ids": member.items.table.weight.numel() > 0,
+        "taste of recent ratings": network.taste is not None,
+        "boosted trees": network.trees is not None,
+    }
+    assert not there[part]
+    assert [*there] == [*SETTINGS]
+    assert np.isfinite(ablate(data, CONFIG, part)).all()

@@ -20,7 +20,9 @@ def examples(shop_file: Path) -> Examples:
     return replay(from_file(shop_file), None, "", 0, lambda done, total: None)
 
 
-def tasteful(examples: Examples, config: NetworkConfig) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def tasteful(
+    examples: Examples, config: NetworkConfig
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Ratings by a taste that no bias knows: users of one parity love items of the same."""
     inputs = examples.inputs
     items = bucket(inputs.items, config.buckets).astype(np.int64)

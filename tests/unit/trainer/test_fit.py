@@ -1,10 +1,12 @@
 """The fit of the fused network, and its calibration."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from model.calibration import calibrate
 from model.features import INDEX
@@ -94,7 +96,8 @@ def test_what_another_shop_has_learnt_is_carried_over_but_for_its_users_and_item
         network = FusedNetwork(default_config(vector=0, **sizes))
         carried = carry(Start(fitted.network, same_shop), network)
         theirs, ours = fitted.network.networks[1], network.networks[1]
-        assert torch.equal(ours.hidden[0].weight, theirs.hidden[0].weight)
+        first = [cast(nn.Linear, each.hidden[0]).weight for each in (ours, theirs)]
+        assert torch.equal(first[0], first[1])
         assert torch.equal(ours.last.weight, theirs.last.weight)
         assert float(ours.last.bias[0].detach()) == 0
         assert not ours.linear.weight.any()

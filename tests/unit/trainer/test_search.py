@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ SMALL = TrainerConfig(fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width
 @pytest.mark.parametrize("what", ["rating", "text"])
 def test_every_range_is_of_a_setting_and_holds_its_default(what: str) -> None:
     for each in SPACES[what]:  # pyright: ignore[reportArgumentType]
-        value = SMALL
+        value: Any = SMALL
         for part in each.name.split("."):
             value = getattr(value, part)
         assert each.low <= value <= each.high or each.name == "fit.sizes.width"
@@ -69,8 +70,9 @@ def test_the_text_model_is_searched_for(
 def test_a_frozen_encoder_has_nothing_to_search_for(
     shop_file: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
+    config = SMALL.model_copy(update={"text": TextConfig(method="frozen")})
     with pytest.raises(TrainerError, match="nothing to search for"):
-        search(from_file(shop_file), "text", SMALL, tmp_path / "s", 2, encoder=str(encoder_folder))
+        search(from_file(shop_file), "text", config, tmp_path / "s", 2, encoder=str(encoder_folder))
 
 
 def test_what_is_found_is_a_settings_file_that_train_takes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def worded(count: int, seed: int) -> Worded:
     stars = np.random.default_rng(seed).integers(0, len(WORDS), count)
     texts = [f"{WORDS[star]} thing number {at}" for at, star in enumerate(stars.tolist())]
     vectors = np.eye(len(WORDS), 8, dtype=np.float32)[stars]
-    return Worded(texts, stars + 1.0, vectors)
+    return Worded(texts, (stars + 1).astype(np.float64), vectors)
 
 
 @pytest.mark.parametrize("name", [*TEXT_PEERS])
