@@ -32,7 +32,7 @@ setup: .venv/.installed ## Make .venv with the locked requirements and this proj
 
 .PHONY: requirements
 requirements: ## Lock the requirements again, newest versions with hashes (UPGRADE=1), else as few changes as can be
-	$(BIN)/uv $(COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --group dev -o requirements.txt
+	$(BIN)/uv $(COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --extra peers --group dev -o requirements.txt
 	$(BIN)/uv $(COMPILE) --extra demo --constraints requirements.txt -o deploy/requirements.txt
 
 .PHONY: system
@@ -99,6 +99,11 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 .PHONY: bench-loop
 bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
 	$(BIN)/python -m bench.loop $(ARGS)
+
+.PHONY: quality
+quality: setup ## Measure predictions beside peers, fine-tuning, ablations; goes on where it was (ARGS="--parts sets")
+	test -d .cache/movielens || $(BIN)/python -m bench.movielens .cache/movielens
+	$(BIN)/python -m bench.quality $(ARGS)
 
 .PHONY: soak
 soak: setup system kafka-jars ## Play at half the peak and see whether anything grows (MINUTES=60)

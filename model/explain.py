@@ -1,8 +1,8 @@
 """Why a prediction was not the running bias: what each input added, in stars.
 
 Integrated gradients (Sundararajan et al. 2017) from a row of which nothing is known: average
-features, unknown ids, no text, no recent items. The contributions of a row sum to its correction
-less that baseline's.
+features, unknown ids, no text, no recent items. Of trees, the steps along a row's paths from the
+roots. The contributions of a row sum to its correction less that of the baseline and the roots.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.features import NAMES
 from model.network import FusedNetwork, Inputs, blocks, tensors
+from model.taste import COLUMNS
 
 _STEPS = 32  # of the integral, by the midpoint rule; the sum is then exact to about 0.01 stars
 
@@ -22,7 +23,7 @@ _STEPS = 32  # of the integral, by the midpoint rule; the sum is then exact to a
 class Contribution:
     """What one input added to a prediction."""
 
-    name: str  # a feature's name, or one of the other blocks of network.blocks
+    name: str  # a feature's or a taste column's name, or one of the other blocks of network.blocks
     stars: float
 
 
@@ -30,9 +31,11 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
     """The `top` largest contributions to each row's correction, largest first."""
     rows = tensors(network.config, inputs, network.prior.device)
     total = np.zeros((len(inputs), len(_names(network))))
+    with torch.no_grad():
+        columns = network.columns(rows)
     for member in network.networks:
         with torch.no_grad():
-            joined = member.join(network.standardise(rows.features), rows)
+            joined = member.join(network.standardise(columns), rows)
         gradient = torch.zeros_like(joined)
         for step in range(_STEPS):
             point = (joined * ((step + 0.5) / _STEPS)).requires_grad_()
@@ -40,6 +43,10 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
             gradient += torch.autograd.grad(corrections, point)[0] / _STEPS
         added = joined * gradient * network.shrink / len(network.members)
         total += _by_input(network, added.detach().cpu().numpy())
+    if network.trees is not None:
+        with torch.no_grad():
+            grown = network.trees.attributions(columns) * network.shrink
+        total[:, : grown.shape[1]] += grown.cpu().numpy()
     names = _names(network)
     order: list[list[int]] = np.argsort(-np.abs(total), axis=1)[:, :top].tolist()
     return [
@@ -49,7 +56,8 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
 
 
 def _names(network: FusedNetwork) -> list[str]:
-    return [*NAMES, *list(blocks(network.config))[2:]]
+    taste = COLUMNS if network.config.factors else ()
+    return [*NAMES, *taste, *list(blocks(network.config))[2:]]
 
 
 def _by_input(network: FusedNetwork, added: NDArray[np.float32]) -> NDArray[np.float32]:

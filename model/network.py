@@ -4,7 +4,9 @@ Its mean is the running bias (a feature) plus a correction. An untrained network
 the last layers start at zero, as does every id's embedding, so that an id that training never met
 is the same as an unknown one. The item attends to the user's recent items (Vaswani et al. 2017);
 one query needs no keys and values of its own, so both projections are folded into the query's and
-the output's, and sixteen recent items cost little more than one.
+the output's, and sixteen recent items cost little more than one. Boosted trees of the features
+(`model.trees`) may add to the correction. What the user's taste says (`model.taste`) is read with
+the features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,8 @@ from model.events import Rows
 from model.features import FEATURES, INDEX
 from model.lookups import Lookups
 from model.replay import Observation
+from model.taste import COLUMNS, Taste
+from model.trees import Trees
 
 _RECENTS = 16  # recent items of a user that the item attends to
 _BITS = 8  # of a recent item's actions
@@ -33,14 +37,18 @@ class NetworkConfig(BaseModel):
 
     features: int = Field(ge=1, description="columns of the feature table")
     bias_column: int = Field(ge=0, description="the column that holds the running bias")
+    user_bias_column: int = Field(default=0, ge=0, description="the column of the user's bias")
+    factors: int = Field(default=0, ge=0, le=64, description="of the user's taste; 0: none")
     vector: int = Field(
         default=64, ge=0, le=4096, description="width of projected vectors; 0: no texts"
     )
     width: int = Field(default=96, ge=1, le=4096, description="of the two hidden layers")
     token: int = Field(default=32, ge=1, le=1024, description="width of a recent item")
-    heads: int = Field(default=2, ge=1, le=64, description="of the attention over recent items")
+    heads: int = Field(
+        default=2, ge=0, le=64, description="of the attention over recent items; 0: there is none"
+    )
     identity: int = Field(
-        default=8, ge=1, le=256, description="width of the embedding of a hashed id"
+        default=8, ge=0, le=256, description="width of the embedding of a hashed id; 0: none"
     )
     buckets: int = Field(
         default=2**14, ge=2, le=2**26, description="of hashed user ids, and of item ids"
@@ -55,11 +63,23 @@ class NetworkConfig(BaseModel):
     members: int = Field(
         default=1, ge=1, le=32, description="independent networks that are averaged"
     )
+    trees: int = Field(default=0, ge=0, le=4096, description="boosted trees beside the networks")
+    tree_depth: int = Field(default=4, ge=1, le=8, description="levels of a tree's questions")
+
+    @property
+    def columns(self) -> int:
+        """Columns that members and trees read: the features, then what the taste says."""
+        return self.features + (len(COLUMNS) if self.factors else 0)
 
 
 def default_config(**changes: Any) -> NetworkConfig:
     """The configuration of a network over the feature table."""
-    return NetworkConfig(features=len(FEATURES), bias_column=INDEX["bias"], **changes)
+    return NetworkConfig(
+        features=len(FEATURES),
+        bias_column=INDEX["bias"],
+        user_bias_column=INDEX["user_bias"],
+        **changes,
+    )
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,11 @@ class Tensors(NamedTuple):
         """Rows first to end."""
         return Tensors(*(tensor[first:end] for tensor in self))
 
+    def folded(self, config: NetworkConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `model.taste.Taste` reads."""
+        stars, rated = 2 * self.feedback[..., 0] + 3, self.feedback[..., 1]
+        return self.item, self.recents, stars, rated, self.features[:, config.user_bias_column]
+
 
 class Output(NamedTuple):
     """What a network says of n rows; `distribution.tilt(logits, mean)` makes it a distribution."""
@@ -238,7 +263,7 @@ class Member(nn.Module):
         self.items = Embedding(config.buckets, config.identity, config.unknown)
         self.categories = Embedding(config.name_buckets, config.identity, config.unknown)
         self.brands = Embedding(config.name_buckets, config.identity, config.unknown)
-        self.attention = Attention(config)
+        self.attention = Attention(config) if config.heads else None
         width = sum(blocks(config).values())
         self.hidden = nn.Sequential(
             nn.Linear(width, config.width),
@@ -249,13 +274,13 @@ class Member(nn.Module):
             nn.Dropout(config.dropout),
         )
         self.last = nn.Linear(config.width, 6)
-        self.linear = nn.Linear(2 * config.features, 1, bias=False)
+        self.linear = nn.Linear(2 * config.columns, 1, bias=False)
         for layer in (self.last, self.linear):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
     def join(self, features: Tensor, tensors: Tensors) -> Tensor:
-        """All that is known of n rows, side by side as in `blocks`; features (n, 2 F)."""
+        """All that is known of n rows, side by side as in `blocks`; features (n, 2 C)."""
         item = torch.cat(
             [
                 tensors.item_vector,
@@ -265,8 +290,10 @@ class Member(nn.Module):
             ],
             1,
         )
-        recents = self.attention(item, self.items(tensors.recents), tensors)
-        return torch.cat([features, item, self.users(tensors.user), recents], 1)
+        joined = [features, item, self.users(tensors.user)]
+        if self.attention is not None:
+            joined.append(self.attention(item, self.items(tensors.recents), tensors))
+        return torch.cat(joined, 1)
 
     def head(self, joined: Tensor) -> Tensor:
         """From joined blocks: correction in stars, and logits of five stars; (n, 6)."""
@@ -278,21 +305,21 @@ class Member(nn.Module):
 def blocks(config: NetworkConfig) -> Mapping[str, int]:
     """Widths of the blocks that `Member.join` puts side by side, in order."""
     return {
-        "features": config.features,
-        "missing": config.features,
+        "features": config.columns,
+        "missing": config.columns,
         "item text": config.vector,
         "item": config.identity,
         "category": config.identity,
         "brand": config.identity,
         "user": config.identity,
-        "recent items": config.token,
+        "recent items": config.token if config.heads else 0,
     }
 
 
 class FusedNetwork(nn.Module):
     """Members over the same standardised features, averaged; see the module's text."""
 
-    feature_mean: Tensor  # (F,) standardisation, fitted on training rows
+    feature_mean: Tensor  # (C,) standardisation, fitted on training rows
     feature_scale: Tensor
     feature_low: Tensor  # standardised features are clipped: counts grow on after training
     feature_high: Tensor
@@ -313,7 +340,9 @@ class FusedNetwork(nn.Module):
             ("feature_high", 5.0),
             ("feature_used", 1.0),
         ):
-            self.register_buffer(name, torch.full((config.features,), value))
+            self.register_buffer(name, torch.full((config.columns,), value))
+        self.taste = Taste(config.buckets, config.factors) if config.factors else None
+        self.trees = Trees(config.trees, config.tree_depth) if config.trees else None
         self.register_buffer("prior", torch.zeros(5))
         self.register_buffer("shrink", torch.ones(()))
 
@@ -322,19 +351,46 @@ class FusedNetwork(nn.Module):
         """The members, as what they are."""
         return [member for member in self.members if isinstance(member, Member)]
 
-    def standardise(self, features: Tensor) -> Tensor:
-        """Features (n, F) with nan to values and missing flags (n, 2 F)."""
-        missing = torch.isnan(features)
-        scaled = (features - self.feature_mean) / self.feature_scale
+    def columns(self, tensors: Tensors) -> Tensor:
+        """Features, then what the taste says (n, C); nan: missing."""
+        if self.taste is None:
+            return tensors.features
+        return torch.cat([tensors.features, self.taste(*tensors.folded(self.config))], 1)
+
+    def standardise(self, columns: Tensor) -> Tensor:
+        """Columns (n, C) with nan to values and missing flags (n, 2 C)."""
+        missing = torch.isnan(columns)
+        scaled = (columns - self.feature_mean) / self.feature_scale
         scaled = torch.maximum(torch.minimum(scaled, self.feature_high), self.feature_low)
-        flags = missing.to(features.dtype) * self.feature_used
+        flags = missing.to(columns.dtype) * self.feature_used
         return torch.cat([scaled.masked_fill(missing, 0.0) * self.feature_used, flags], 1)
 
     def forward(self, tensors: Tensors, member: int | None = None) -> Output:
         """Mean (n,) and logits (n, 5) of one member, or averaged over all."""
-        features = self.standardise(tensors.features)
+        columns = self.columns(tensors)
+        features = self.standardise(columns)
         chosen = self.networks if member is None else [self.networks[member]]
         heads = [network.head(network.join(features, tensors)) for network in chosen]
         output = torch.stack(heads).mean(0)
         bias = tensors.features[:, self.config.bias_column]
-        return Output(bias + self.shrink * output[:, 0], self.prior + output[:, 1:])
+        correction = output[:, 0]
+        if self.trees is not None:
+            correction = correction + self.trees(columns)
+        return Output(bias + self.shrink * correction, self.prior + output[:, 1:])
+
+    def fold(self, taste: Taste) -> None:
+        """Read what a taste says in place of the last columns of the features."""
+        self.taste = taste
+        features = self.config.columns - len(COLUMNS)
+        sizes = {"features": features, "factors": taste.factors.shape[1]}
+        self.config = self.config.model_copy(update=sizes)
+
+    def plant(self, trees: Trees | None) -> None:
+        """Take these trees in place of those that there are."""
+        self.trees = trees
+        sizes = (
+            {"trees": 0}
+            if trees is None
+            else {"trees": len(trees.value), "tree_depth": trees.depth}
+        )
+        self.config = self.config.model_copy(update=sizes)

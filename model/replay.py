@@ -1,6 +1,7 @@
 """The one way from events to features and states: for scoring, recovery, proof and training."""
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from model.state import (
     RATING_STEPS,
     USER,
     USER_ATTRIBUTES,
+    Meeting,
     advance,
     apply_items,
     item_deltas,
@@ -108,7 +110,7 @@ def run_batch(
     global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
     change = advance(meeting, item_bias, global_mean, partitions["step"])
     return BatchResult(
-        observe(change.before, partitions, events, lookups),
+        observe(change.before(), partitions, events, lookups),
         change.duplicate,
         partitions["step"].copy(),
         np.where(predicted, partitions["seq"], np.uint64(0)),
@@ -205,24 +207,74 @@ class History:
         for begin in range(0, len(events), self.batch_events):
             rows = slice(begin, min(begin + self.batch_events, len(events)))
             batch = events[rows]
+            lookups = self._lookups(batch)
             users, user_index = np.unique(batch["user"], return_inverse=True)
             user_rows = self.users.place(users)
-            items = np.unique(batch["item"])
-            item_rows = self.items.place(items)
-            lookups = Lookups(
-                table(items, self.items.rows.take(item_rows)),
-                self.item_attributes,
-                self.user_attributes,
-                self.vectors,
-            )
-            result = run_batch(
-                self.users.rows.take(user_rows), user_index, self.partition, batch, lookups
-            )
+            states = self.users.rows.take(user_rows)
+            result = run_batch(states, user_index, self.partition, batch, lookups)
             opaque(self.users.rows)[user_rows] = opaque(result.states)
-            self.partition = result.partition
-            deltas = result.deltas
-            item_index = np.searchsorted(items, deltas["item"])
-            offsets = np.full(len(deltas), result.step[0], np.uint64)
-            followed = apply_items(self.items.rows.take(item_rows), item_index, deltas, offsets)
-            opaque(self.items.rows)[item_rows] = opaque(followed)
+            self._follow(result.partition, result.deltas, result.step[0])
             yield HistoryBatch(rows, lookups, result)
+
+    def look(self, events: Rows) -> tuple[Observation, Lookups]:
+        """What `events` EVENT (n) would be predicted from now; changes nothing."""
+        lookups = self._lookups(events)
+        users, user_index = np.unique(events["user"], return_inverse=True)
+        user_rows = self.users.place(users)[user_index]
+        return observe(self.users.rows.take(user_rows), self.partition, events, lookups), lookups
+
+    def apply(self, events: Rows, threads: int = 1) -> None:
+        """Apply `events` EVENT (n), in order, and observe nothing; `threads` share the users.
+
+        States are those of `run`, bit for bit. NumPy lets go of the interpreter's lock in large
+        arrays, so this is the faster the larger `batch_events` is.
+        """
+        with ThreadPoolExecutor(threads) as pool:
+            for begin in range(0, len(events), self.batch_events):
+                self._apply(events[begin : begin + self.batch_events], pool, threads)
+
+    def _apply(self, batch: Rows, pool: Executor, count: int) -> None:
+        users, user_index = np.unique(batch["user"], return_inverse=True)
+        places = self.users.place(users)
+        states, items = self.users.rows, self._items(batch)
+        shares = [np.flatnonzero(user_index % count == share) for share in range(count)]
+        events = [batch.take(rows) for rows in shares]
+
+        def met(share: int) -> Meeting:
+            mine, index = states.take(places[share::count]), user_index[shares[share]] // count
+            return meet(mine, index, events[share])
+
+        meetings = [*pool.map(met, range(count))]
+        duplicate = np.empty(len(batch), np.bool_)
+        for rows, meeting in zip(shares, meetings, strict=True):
+            duplicate[rows] = meeting.duplicate
+        partitions = run_partition(self.partition, batch, duplicate)
+
+        def moved(share: int) -> Rows:
+            before = partitions.take(shares[share])
+            global_mean, item_bias = features.biases(items.take(events[share]["item"]), before)
+            change = advance(meetings[share], item_bias, global_mean, before["step"])
+            opaque(states)[places[share::count]] = opaque(change.states)  # nobody else's rows
+            return item_deltas(events[share], change)
+
+        deltas = np.concatenate([*pool.map(moved, range(count))])
+        self._follow(partitions[-1].reshape(()), deltas, partitions["step"][0])
+
+    def _items(self, events: Rows) -> Table:
+        items = np.unique(events["item"])
+        rows = self.items.place(items)  # before `rows` is looked at: the store may grow
+        return table(items, self.items.rows.take(rows))
+
+    def _lookups(self, events: Rows) -> Lookups:
+        return Lookups(
+            self._items(events), self.item_attributes, self.user_attributes, self.vectors
+        )
+
+    def _follow(self, partition: Rows, deltas: Rows, step: np.uint64) -> None:
+        """Keep what a batch did to the partition and, `step` (its first), to items."""
+        self.partition = partition
+        items, item_index = np.unique(deltas["item"], return_inverse=True)
+        rows = self.items.place(items)
+        offsets = np.full(len(deltas), step, np.uint64)
+        followed = apply_items(self.items.rows.take(rows), item_index, deltas, offsets)
+        opaque(self.items.rows)[rows] = opaque(followed)

@@ -8,7 +8,7 @@ such numbers are exact in float64, so they depend neither on order nor on the ma
 edited review takes away exactly what it had added.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from model.events import COUNTED, EVENT, PURCHASE, REVIEW, TEXT, Rows, blank, duplicated, opaque
 from model.exceptions import LayoutError
+
+Fields = dict[str, NDArray[Any]]
+"""Columns by the name of the field that they fill."""
 
 RECENT = 16  # items, and event ids, that a user's state remembers
 STARS = 5
@@ -199,7 +202,7 @@ class Meeting:
 class Change:
     """What `advance` did: n events, u users."""
 
-    before: Rows  # USER (n): the state that each event met (its `step` aside)
+    before: Callable[[], Rows]  # USER (n): the state that each event met (its `step` aside)
     states: Rows  # USER (u): the states that follow
     duplicate: NDArray[np.bool_]  # (n): repeated events; not applied
     added: NDArray[np.float64]  # (n, SUM_COLUMNS): what each event added to its user's sums
@@ -242,21 +245,18 @@ def advance(
     row numbers. Nothing given is changed.
 
     Sums are taken along each user's events at once. Only what hangs on what came just before (the
-    recent items, the event ids, the latest time) is taken in rounds, by `meet`.
+    recent items, the event ids, the latest time) is taken in rounds, by `meet`. The states that
+    events met are many bytes, and made when asked for: who follows states alone never does.
     """
     events, order, runs, rings = meeting.events, meeting.order, meeting.runs, meeting.rings
     if not len(events):
         none = meeting.duplicate
-        return Change(meeting.states[:0], meeting.states, none, np.empty((0, SUM_COLUMNS)), none)
+        empty = meeting.states[:0]
+        return Change(lambda: empty, meeting.states, none, np.empty((0, SUM_COLUMNS)), none)
     old = meeting.states.take(meeting.users)
-    before, after = old.take(runs.of), duplicated(old)
-    for name in SLOT.names or ():
-        before["recent"][name], after["recent"][name] = rings.before[name], rings.after[name]
-    before["last_time"], after["last_time"] = rings.last_time, rings.last_time_after
-
     is_text = events["action"] == TEXT
     applied = ~rings.duplicate & ~is_text
-    opened = _sessions(old, before, after, runs, events, applied)
+    sessions, opened = _sessions(old, rings, runs, events, applied)
     added = _added(
         events, applied, meeting.stars, rings.replaced, item_bias[order], global_mean[order]
     )
@@ -264,19 +264,31 @@ def advance(
     added[:, SUMS["text_count"].start] = ~np.isnan(text_stars)
     added[:, SUMS["text_sum"].start] = _rounded(np.nan_to_num(text_stars), RESIDUAL_STEPS)
     added[:, SUMS["sessions"].start] = opened
-    _add(old, before, after, runs, added)
+    running = np.ascontiguousarray(np.cumsum(added.T, axis=1).T)
+    base = _base(old, running[runs.first] - added[runs.first])
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
 
+    def before() -> Rows:
+        rows = old.take(runs.of)
+        _set(rows["recent"], rings.before())
+        _set(rows, {"last_time": rings.last_time, **sessions.before})
+        _set(rows, _fields(base.take(runs.of, axis=0) + running - added))
+        return rows.take(back)
+
+    after = duplicated(old)
+    _set(after["recent"], rings.after)
+    _set(after, {"last_time": rings.last_time_after, **sessions.after})
+    _set(after, _fields(base + running[runs.last]))
     after["step"] = step[order][runs.last] + np.uint64(1)
     result = duplicated(meeting.states)
     opaque(result)[meeting.users] = opaque(after)
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
     return Change(
-        before.take(back),
+        before,
         result,
         meeting.duplicate,
         added.take(back, axis=0),
-        (applied & (opened | (rings.item_second < before["session_second"])))[back],
+        (applied & (opened | (rings.item_second < sessions.before["session_second"])))[back],
     )
 
 
@@ -375,8 +387,8 @@ class _Runs:
 
 @dataclass(frozen=True)
 class _Rings:
-    before: dict[str, NDArray[Any]]  # fields of SLOT, (n, 16)
-    after: dict[str, NDArray[Any]]  # (k, 16)
+    before: Callable[[], Fields]  # of SLOT, (n, 16)
+    after: Fields  # of SLOT, (k, 16)
     last_time: NDArray[np.int64]  # (n): before each row
     last_time_after: NDArray[np.int64]  # (k)
     duplicate: NDArray[np.bool_]  # (n)
@@ -449,7 +461,9 @@ def _rings(
     back[order] = np.arange(n)
     met = earlier[back]
     return _Rings(
-        _slots(*(ring.take(back, axis=0) for ring in (before_ids, before_items, before_marks))),
+        lambda: _slots(
+            *(ring.take(back, axis=0) for ring in (before_ids, before_items, before_marks))
+        ),
         _slots(*(ring.take(rank, axis=0) for ring in (ids, items, marks))),
         before_time[back],
         last_time[rank],
@@ -475,9 +489,7 @@ def _event_marks(events: Rows, stars: NDArray[np.float64]) -> NDArray[np.uint64]
     return (second << _SECOND_SHIFT) | (rating << _RATING_SHIFT) | action.astype(np.uint64)
 
 
-def _slots(
-    ids: NDArray[np.uint64], items: NDArray[np.uint64], marks: NDArray[np.uint64]
-) -> dict[str, NDArray[Any]]:
+def _slots(ids: NDArray[np.uint64], items: NDArray[np.uint64], marks: NDArray[np.uint64]) -> Fields:
     return {
         "event_id": ids,
         "item": items,
@@ -487,43 +499,49 @@ def _slots(
     }
 
 
-def _sessions(
-    old: Rows, before: Rows, after: Rows, runs: _Runs, events: Rows, applied: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Set the fields of sessions, and of the first time, in `before` and `after`.
+@dataclass(frozen=True)
+class _Sessions:
+    """Fields of sessions, and of the first time."""
 
-    Returns which events opened a session, (n).
-    """
+    before: Fields  # (n)
+    after: Fields  # (k)
+
+
+def _sessions(
+    old: Rows, rings: _Rings, runs: _Runs, events: Rows, applied: NDArray[np.bool_]
+) -> tuple[_Sessions, NDArray[np.bool_]]:
+    """What sessions events met and left, and which events opened one, (n)."""
     named, second = events["session"] != 0, _second(events)
-    before["session"], after["session"] = runs.latest(
-        applied & named, events["session"], old["session"]
-    )
-    renamed: NDArray[np.bool_] = events["session"] != before["session"]
-    silent: NDArray[np.bool_] = (before["last_time"] == 0) | (
-        events["time"] - before["last_time"] > SESSION_GAP
+    session, session_after = runs.latest(applied & named, events["session"], old["session"])
+    renamed: NDArray[np.bool_] = events["session"] != session
+    silent: NDArray[np.bool_] = (rings.last_time == 0) | (
+        events["time"] - rings.last_time > SESSION_GAP
     )
     opened = applied & np.where(named, renamed, silent)
-    before["session_second"], after["session_second"] = runs.latest(
-        opened, second, old["session_second"]
-    )
+    since, since_after = runs.latest(opened, second, old["session_second"])
     count = np.cumsum(applied)
     earlier = count - applied
     start = earlier[runs.first]
     begun, begun_after = runs.latest(opened, earlier, start - old["session_events"])
-    before["session_events"], after["session_events"] = (
-        earlier - begun,
-        count[runs.last] - begun_after,
-    )
 
     opening = applied & (earlier == start[runs.of])  # the first event applied of each run
     first = old["first_second"].copy()
     newcomer = opening & (first == 0)[runs.of]
     first[runs.of[newcomer]] = second[newcomer]
-    before["first_second"] = np.where(
-        earlier > start[runs.of], first[runs.of], old["first_second"][runs.of]
-    )
-    after["first_second"] = first
-    return opened
+    met = np.where(earlier > start[runs.of], first[runs.of], old["first_second"][runs.of])
+    before: Fields = {
+        "session": session,
+        "session_second": since,
+        "session_events": earlier - begun,
+        "first_second": met,
+    }
+    after: Fields = {
+        "session": session_after,
+        "session_second": since_after,
+        "session_events": count[runs.last] - begun_after,
+        "first_second": first,
+    }
+    return _Sessions(before, after), opened
 
 
 def _added(
@@ -561,21 +579,26 @@ def _added(
     return added
 
 
-def _add(old: Rows, before: Rows, after: Rows, runs: _Runs, added: NDArray[np.float64]) -> None:
-    """Set the sums in `before` and `after`."""
-    running = np.ascontiguousarray(np.cumsum(added.T, axis=1).T)
-    base = np.empty((len(old), SUM_COLUMNS))
+def _base(states: Rows, less: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sums of states less these, (k, SUM_COLUMNS)."""
+    base = np.empty((len(states), SUM_COLUMNS))
     for name, columns in SUMS.items():
-        base[:, columns] = old[name].reshape(len(old), -1)
-    base -= running[runs.first] - added[runs.first]
-    sums, final = base.take(runs.of, axis=0) + running - added, base + running[runs.last]
-    for name in SUMS:
-        before[name], after[name] = _field(sums, name), _field(final, name)
+        base[:, columns] = states[name].reshape(len(states), -1)
+    return base - less
+
+
+def _fields(sums: NDArray[np.float64]) -> Fields:
+    return {name: _field(sums, name) for name in SUMS}
 
 
 def _field(sums: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     columns = sums[:, SUMS[name]]
     return columns if USER[name].shape else columns[:, 0]
+
+
+def _set(rows: Rows, fields: Fields) -> None:
+    for name, values in fields.items():
+        rows[name] = values
 
 
 def _stars(events: Rows) -> NDArray[np.float64]:

@@ -130,6 +130,7 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
             "STARCAST_WEB__HOST": own.web.host,
             "STARCAST_WEB__PORT": str(own.web.port),
             "STARCAST_TRAINER__TEXT__TEXT_LIMIT": str(DEMO_TEXTS),
+            "STARCAST_TRAINER__TEXT__METHOD": "frozen",  # a minute, not a quarter of an hour
         }
         apply_topics(own.kafka)
         groups: list[tuple[str, ...]] = [

@@ -33,6 +33,8 @@ app.add_typer(playing.import_app, name="import", rich_help_panel=RECORDS)
 app.command(rich_help_panel=MODELS)(models.train)
 app.command(rich_help_panel=MODELS)(models.retrain)
 app.command(rich_help_panel=MODELS)(models.evaluate)
+app.command(rich_help_panel=MODELS)(models.search)
+app.command(rich_help_panel=MODELS)(models.compress)
 app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 
 app.command(rich_help_panel=LOOKING)(serving.doctor)

@@ -17,7 +17,7 @@ from trainer import text
 from trainer.clean import Step
 from trainer.config import TrainerConfig
 from trainer.data import Log
-from trainer.evaluate import (
+from trainer.metrics import (
     HISTORY_BUCKETS,
     Calibration,
     Evaluation,

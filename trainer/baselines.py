@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model import features
 from model.features import PRIOR_COUNT, PRIOR_HISTOGRAM
-from trainer.evaluate import Floats
+from trainer.metrics import Floats
 
 USER_DAMPING = 5.0  # ratings; as LensKit's bias model takes by default
 ITEM_DAMPING = 5.0
@@ -37,20 +37,24 @@ class DampedBias:
 
 
 def fit_damped_bias(
-    user: NDArray[np.uint64], item: NDArray[np.uint64], rating: Floats
+    user: NDArray[np.uint64],
+    item: NDArray[np.uint64],
+    rating: Floats,
+    user_damping: float = USER_DAMPING,
+    item_damping: float = ITEM_DAMPING,
 ) -> DampedBias:
     """Fit offsets one after the other: items', then users' on what is left.
 
     b_i = Σ(r − μ) / (n_i + d) and b_u = Σ(r − μ − b_i) / (n_u + d), as in Koren 2010, "Factor in
-    the neighbors", section 2.1. All arguments (n).
+    the neighbors", section 2.1. Users, items and ratings (n); dampings in ratings.
     """
     mean = float(rating.mean())
     items, item_row = np.unique(item, return_inverse=True)
     users, user_row = np.unique(user, return_inverse=True)
     left = rating - mean
-    item_bias = np.bincount(item_row, left) / (np.bincount(item_row) + ITEM_DAMPING)
+    item_bias = np.bincount(item_row, left) / (np.bincount(item_row) + item_damping)
     left = left - item_bias[item_row]
-    user_bias = np.bincount(user_row, left) / (np.bincount(user_row) + USER_DAMPING)
+    user_bias = np.bincount(user_row, left) / (np.bincount(user_row) + user_damping)
     return DampedBias(mean, users, user_bias, items, item_bias)
 
 

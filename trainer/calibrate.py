@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.calibration import Calibration, calibrate
-from trainer.evaluate import Floats
+from trainer.metrics import Floats
 from trainer.text import soft_labels
 
 COVERAGE = 0.8  # of the intervals

@@ -12,6 +12,7 @@ import polars as pl
 from model.texts import plain
 from schemas.records import EARLIEST_TIME
 from trainer.config import CleanConfig
+from trainer.copies import repeats
 
 EXAMPLES = 3  # event ids named in a report, a rule
 
@@ -77,6 +78,7 @@ def clean(reviews: pl.DataFrame, config: CleanConfig, now: datetime | None = Non
         pl.col("time").dt.epoch("ms") // int(config.burst_seconds * 1e3),
     )
     long = pl.col("text").str.len_chars() >= config.repeated_text_characters
+    near = "a long text that nearly repeats an earlier one of its item"
     rules: tuple[tuple[str, pl.Expr], ...] = (
         ("no rating", pl.col("rating").is_null() | pl.col("rating").is_nan()),
         ("rating outside 1 to 5", ~pl.col("rating").is_between(1, 5)),
@@ -97,6 +99,7 @@ def clean(reviews: pl.DataFrame, config: CleanConfig, now: datetime | None = Non
                 & ~pl.col("text").is_first_distinct()
             ).fill_null(False),
         ),
+        (near, pl.struct("text", "item_id").map_batches(_repeats, return_dtype=pl.Boolean)),
         (
             f"spam burst: one text {config.burst_rows} times in {config.burst_seconds:g} s or more",
             pl.col("text").is_not_null() & (pl.col("row").count().over(*burst) > config.burst_rows),
@@ -107,6 +110,13 @@ def clean(reviews: pl.DataFrame, config: CleanConfig, now: datetime | None = Non
         steps.append(_step(name, True, flagged.filter("flagged")))
         mended = flagged.filter(~pl.col("flagged")).drop("flagged")
     return Cleaned(mended, tuple(steps))
+
+
+def _repeats(rows: pl.Series) -> pl.Series:
+    """Whether texts repeat an earlier one of their item; rows of `text` and `item_id`."""
+    fields = rows.struct
+    texts = [text or "" for text in fields.field("text").to_list()]
+    return pl.Series(repeats(texts, fields.field("item_id").to_list()))
 
 
 def _step(rule: str, dropped: bool, rows: pl.DataFrame) -> Step:

@@ -1,8 +1,30 @@
 """Settings of the trainer; `starcast config` prints them."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+
+Method = Literal[
+    "auto",
+    "none",
+    "frozen",
+    "top_layers",
+    "full",
+    "lora",
+    "adalora",
+    "ia3",
+    "adapters",
+    "prefix",
+    "prompt",
+]
+"""Which weights of an encoder are fitted with the star head; none: there is no head.
+
+auto: all of them at a first fit; the head alone where a model in service has an encoder, for under
+another one every item's text would have to be read again.
+"""
+
+Way = Literal["delete", "swap", "shift", "reverse", "replace", "punctuate", "translate"]
+"""How a text is varied."""
 
 
 class CleanConfig(BaseModel):
@@ -42,16 +64,114 @@ class SplitConfig(BaseModel):
     )
 
 
+class SampleConfig(BaseModel):
+    """Which train rows are learnt from; raise `rows` until it stops paying."""
+
+    rows: int = Field(default=0, ge=0, description="at most; 0: all")
+    by: Literal["newest", "rarity", "user"] = Field(
+        default="newest",
+        description="newest: forget what is older; rarity: prefer seldom stars; user: as many of "
+        "each user as can be, newest first",
+    )
+
+
+class AugmentConfig(BaseModel):
+    """Variants of review texts to fine-tune on; `trainer.augment` says what each way does."""
+
+    ways: tuple[Way, ...] = Field(
+        default=(), description="ways to vary a text, one drawn for each variant; none: no variants"
+    )
+    share: float = Field(default=0.1, gt=0, lt=1, description="of a text's words that are changed")
+    variants: int = Field(default=1, ge=1, le=16, description="of each text, new in every epoch")
+    there: str | None = Field(
+        default=None, description="a translation model's directory, for translate"
+    )
+    back: str | None = Field(default=None, description="a directory for the way back")
+
+    @model_validator(mode="after")
+    def _has_translators(self) -> Self:
+        if "translate" in self.ways and not (self.there and self.back):
+            raise ValueError("translate needs the directories `there` and `back`")
+        return self
+
+
+class FineTuneConfig(BaseModel):
+    """How the encoder is fitted with the star head (all methods but frozen)."""
+
+    epochs: int = Field(default=2, ge=1, le=100, description="passes over the texts")
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description="epochs without a better validation loss before it ends; 0: validation texts "
+        "are learnt from too, to the last epoch",
+    )
+    batch_texts: int = Field(default=16, ge=1, le=4_096, description="texts in a step")
+    token_budget: int = Field(
+        default=4_096,
+        ge=64,
+        description="most padded tokens at once; a step of more is taken in parts that add up",
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="highest, of whole weights")
+    adapter_learning_rate: float = Field(
+        default=2e-3, gt=0, le=1, description="highest, of weights that a method adds"
+    )
+    head_learning_rate: float = Field(default=1e-3, gt=0, le=1, description="highest, of the head")
+    layer_decay: float = Field(
+        default=0.9, gt=0, le=1, description="of the rate, with each layer below the last"
+    )
+    warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of steps; the rate rises")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="of the rate after the warm-up"
+    )
+    weight_decay: float = Field(default=0.01, ge=0, le=10, description="AdamW's decoupled decay")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="of all layers; none: as the encoder has it"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share given to all stars")
+    cross_entropy: float = Field(default=1.0, ge=0, description="weight of the loss of five stars")
+    squared_error: float = Field(
+        default=0.5, ge=0, description="weight of the expected rating's squared error"
+    )
+    ordinal: float = Field(default=0.0, ge=0, description="weight of CORAL's loss of ranks")
+    top_layers: int = Field(default=2, ge=1, le=48, description="layers fitted by top_layers")
+    rank: int = Field(default=8, ge=1, le=256, description="of lora's and adalora's factors")
+    bottleneck: int = Field(default=32, ge=1, le=1_024, description="width of adapters")
+    virtual_tokens: int = Field(default=16, ge=1, le=512, description="of prefix and prompt")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of products; fp16 needs a GPU"
+    )
+    checkpointing: bool = Field(
+        default=False, description="compute activations twice, to hold fewer"
+    )
+    compile: bool = Field(default=False, description="by torch.compile; needs a C++ compiler")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if not self.cross_entropy + self.squared_error + self.ordinal:
+            raise ValueError("cross_entropy, squared_error or ordinal must be above 0")
+        return self
+
+
+class AdaptConfig(BaseModel):
+    """Masked-language modelling on the shop's own texts, before anything else is fitted."""
+
+    epochs: int = Field(default=0, ge=0, le=100, description="passes over the texts; 0: none")
+    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="highest")
+    batch_texts: int = Field(default=32, ge=1, le=4_096, description="texts in a step")
+
+
 class TextConfig(BaseModel):
     """The star head on review texts: how many stars does a text mean."""
 
-    method: Literal["none", "frozen", "top_layers", "full", "lora"] = Field(
-        default="frozen",
-        description="which weights of the encoder are fitted with the head",
+    method: Method = Field(
+        default="auto",
+        description="which weights of the encoder are fitted with the head; auto: full at first, "
+        "frozen once a model with an encoder serves",
     )
-    top_layers: int = Field(default=2, ge=1, le=48, description="layers fitted by top_layers")
     text_limit: int = Field(
-        default=6_000,
+        default=20_000,
         ge=0,
         description="newest review texts that are used; 0: all (20 to 40 ms each on a core)",
     )
@@ -61,16 +181,16 @@ class TextConfig(BaseModel):
     l2: float | None = Field(
         default=None, ge=0, le=10, description="of the head's squared weights; none: validated"
     )
-    epochs: int = Field(default=2, ge=1, le=100, description="passes over the texts (not frozen)")
-    learning_rate: float = Field(
-        default=5e-5, gt=0, le=1, description="of the encoder (not frozen)"
-    )
-    head_learning_rate: float = Field(
-        default=1e-3, gt=0, le=1, description="of the head (not frozen)"
-    )
-    batch_texts: int = Field(default=32, ge=1, le=4_096, description="texts in a step (not frozen)")
     longest_tokens: int = Field(default=256, ge=8, le=8_192, description="a text is cut here")
-    lora_rank: int = Field(default=8, ge=1, le=256, description="rank of LoRA's two factors")
+    pseudo_labels: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="texts without stars are learnt from where the first head gives their "
+        "likeliest stars at least this probability; 0: none are",
+    )
+    adapt: AdaptConfig = Field(default_factory=AdaptConfig)
+    fine_tune: FineTuneConfig = Field(default_factory=FineTuneConfig)
 
 
 class SizesConfig(BaseModel):
@@ -79,8 +199,15 @@ class SizesConfig(BaseModel):
     members: int = Field(default=3, ge=1, le=32, description="networks that are averaged")
     width: int = Field(default=64, ge=1, le=4_096, description="of the two hidden layers")
     token: int = Field(default=32, ge=1, le=1_024, description="width of a recent item")
-    heads: int = Field(default=2, ge=1, le=64, description="of the attention over recent items")
-    identity: int = Field(default=8, ge=1, le=256, description="width of a hashed id's embedding")
+    heads: int = Field(
+        default=2, ge=0, le=64, description="of the attention over recent items; 0: there is none"
+    )
+    identity: int = Field(
+        default=8, ge=0, le=256, description="width of a hashed id's embedding; 0: none"
+    )
+    factors: int = Field(
+        default=8, ge=0, le=64, description="of the taste that recent ratings tell; 0: none"
+    )
     dropout: float = Field(default=0.3, ge=0, lt=1, description="of hidden units")
     unknown: float = Field(default=0.2, ge=0, le=1, description="share of ids made unknown")
 
@@ -104,6 +231,9 @@ class FitConfig(BaseModel):
     )
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     sizes: SizesConfig = Field(default_factory=SizesConfig)
+    trees: bool = Field(
+        default=True, description="boosted trees beside the network, where they are of use"
+    )
     refit: bool = Field(
         default=True,
         description="after the evaluation, fit once more on all rows for the bundle",
@@ -138,6 +268,38 @@ class GateConfig(BaseModel):
     )
 
 
+class DriftConfig(BaseModel):
+    """When `retrain --on-drift` fits a model before its time."""
+
+    least_rows: int = Field(
+        default=500, ge=50, description="fewer events since the last fit tell nothing"
+    )
+    largest_index: float = Field(
+        default=0.25, gt=0, description="population stability index of a column that has changed"
+    )
+    largest_share: float = Field(
+        default=0.2, gt=0, le=1, description="of features that may have changed"
+    )
+    largest_error: float = Field(
+        default=1.05, ge=1, description="RMSE now by the RMSE when it was fitted"
+    )
+
+
+class TrackingConfig(BaseModel):
+    """Where the figures of a fit go while it goes on."""
+
+    folder: str = Field(default=".starcast/runs", description="TensorBoard files; a folder a run")
+    wandb_project: str | None = Field(
+        default=None, description="of Weights & Biases, which must be installed; none: not sent"
+    )
+    wandb_mode: Literal["online", "offline"] = Field(
+        default="offline", description="offline: into the folder, for `wandb sync`"
+    )
+    mlflow_uri: str | None = Field(
+        default=None, description="of MLflow, which must be installed; none: not sent"
+    )
+
+
 class TrainerConfig(BaseModel):
     """How a model is fitted, evaluated and admitted."""
 
@@ -149,13 +311,11 @@ class TrainerConfig(BaseModel):
     least_rated: int = Field(
         default=200, ge=50, description="with fewer rated rows nothing is fitted"
     )
-    newest_rows: int = Field(
-        default=0,
-        ge=0,
-        description="rated rows that are learnt from, newest first; 0: all",
-    )
     clean: CleanConfig = Field(default_factory=CleanConfig)
     split: SplitConfig = Field(default_factory=SplitConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
     text: TextConfig = Field(default_factory=TextConfig)
     fit: FitConfig = Field(default_factory=FitConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
+    drift: DriftConfig = Field(default_factory=DriftConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)

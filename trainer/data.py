@@ -11,8 +11,9 @@ the states would have to share, and none is made yet.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import polars as pl
@@ -30,7 +31,7 @@ from model.events import (
     from_text_features,
 )
 from model.ids import hash_ids
-from model.lookups import Table, empty, table
+from model.lookups import Lookups, Table, empty, table
 from model.network import Inputs, concatenate, gather
 from model.replay import History, Observation
 from model.state import CATEGORY, LAYOUT_HASH
@@ -40,11 +41,18 @@ from schemas.journal import TOPICS, Journal
 from schemas.records import Behavior, Item, Record, Review, TextFeatures, User
 from schemas.topics import BY_NAME
 from trainer.clean import REVIEW_COLUMNS
-from trainer.evaluate import Floats
 from trainer.exceptions import TrainerError
+from trainer.metrics import Floats
 
 OnRows = Callable[[int, int], None]
 """Called with rows done and rows in all."""
+
+Ties = Literal["instant", "arrival"]
+"""What rows of one time know of each other.
+
+`arrival`: each sees those before it, as live. `instant`: none sees another, as when data are dated
+by the day and their order within it is chance.
+"""
 
 Kind = TypeVar("Kind", Item, User)
 
@@ -96,7 +104,20 @@ class Examples:
     @property
     def history(self) -> Floats:
         """Ratings (n) that each row's user had given before it."""
-        counts = self.inputs.features[:, features.INDEX["user_ratings"]]
+        return self._count("user_ratings")
+
+    @property
+    def item_history(self) -> Floats:
+        """Ratings (n) that each row's item had got before it."""
+        return self._count("item_ratings")
+
+    def keep(self, rows: NDArray[np.int64]) -> "Examples":
+        """The examples of these of the log's events; all must be among them."""
+        at = np.searchsorted(self.row, rows)
+        return Examples(self.row[at], self.events[at], self.inputs.take(at), self.rating[at])
+
+    def _count(self, feature: str) -> Floats:
+        counts = self.inputs.features[:, features.INDEX[feature]]
         return np.rint(np.expm1(counts.astype(np.float64)))
 
 
@@ -248,16 +269,47 @@ def item_texts(log: Log) -> dict[int, str]:
     return dict(zip(hash_ids(list(texts)).tolist(), texts, strict=True))
 
 
-def replay(log: Log, vectors: Table | None, encoder: str, width: int, on_rows: OnRows) -> Examples:
+def sorted_by_time(log: Log) -> Log:
+    """The same history in the order of event times; rows of one time keep theirs.
+
+    An item or user is known after all events that came before it in the given order, so no event
+    knows more for the sorting.
+    """
+    order = np.argsort(log.events["time"], kind="stable")
+    if np.array_equal(order, np.arange(len(order))):
+        return log
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    known = np.concatenate([[0], np.maximum.accumulate(place) + 1])
+    rows = pl.Series("row", place[log.reviews["row"].to_numpy()])
+    return Log(
+        log.events[order],
+        log.reviews.with_columns(rows).sort("row"),
+        sorted(((int(known[count]), item) for count, item in log.items), key=lambda each: each[0]),
+        sorted(((int(known[count]), user) for count, user in log.users), key=lambda each: each[0]),
+    )
+
+
+def replay(
+    log: Log,
+    vectors: Table | None,
+    encoder: str,
+    width: int,
+    on_rows: OnRows,
+    ties: Ties = "arrival",
+    still: int | None = None,
+) -> Examples:
     """Every rated review of a log as the scorer met it, or would have.
 
     Args:
-        log: the history.
+        log: the history; in the order of time when ties are those of an instant.
         vectors: of item texts, by text hash, or None when there is no encoder.
         encoder: the hash of what made them, "" for none. Journalled features count where they
             were computed with the same.
         width: of the vectors that the network reads.
         on_rows: called as events are replayed.
+        ties: what events of one time know of each other.
+        still: from this event on nothing is learnt any more: states and attributes stand still.
 
     Repeated events and edits of an earlier review are not left out here; `clean` decides.
     """
@@ -267,45 +319,75 @@ def replay(log: Log, vectors: Table | None, encoder: str, width: int, on_rows: O
     journalled = log.journalled
     categories = empty(CATEGORY)
     parts: list[Inputs] = []
-    for start, stop, items, users in _blocks(log, batch_events):
+
+    def observed(begin: int, observation: Observation, lookups: Lookups) -> None:
+        chosen = np.flatnonzero(rated[begin : begin + len(observation.features)])
+        if len(chosen):
+            parts.append(
+                gather(log.events[begin + chosen], _take(observation, chosen), lookups, width)
+            )
+
+    end = len(log) if still is None else still
+    for start, stop, items, users in _blocks(log, batch_events if ties == "arrival" else 1, end):
         if items:
             history.item_attributes, categories = _learn_items(
                 history.item_attributes, categories, items
             )
         if users:
             history.user_attributes = _learn_users(history.user_attributes, users)
-        for batch in history.run(log.events[start:stop]):
-            begin = start + batch.rows.start
-            chosen = np.flatnonzero(rated[begin : start + batch.rows.stop])
-            if len(chosen):
-                observation = _take(batch.result.observation, chosen)
-                parts.append(gather(log.events[begin + chosen], observation, batch.lookups, width))
-            on_rows(start + batch.rows.stop, len(log))
+        if ties == "arrival":
+            for batch in history.run(log.events[start:stop]):
+                observed(start + batch.rows.start, batch.result.observation, batch.lookups)
+                on_rows(start + batch.rows.stop, len(log))
+        else:
+            for first, after in _instants(log.events["time"][start:stop]):
+                events = log.events[start + first : start + after]
+                if rated[start + first : start + after].any():
+                    observed(start + first, *history.look(events))
+                history.apply(events)
+                on_rows(start + after, len(log))
+    for start in range(end, len(log), _LARGEST_BATCH):
+        events = log.events[start : start + _LARGEST_BATCH]
+        observed(start, *history.look(events))
+        on_rows(start + len(events), len(log))
     row = np.flatnonzero(rated)
     inputs = concatenate(parts)
-    if journalled is not None:
+    if journalled is not None and ties == "arrival" and still is None:
         seen = journalled.usable[row] & (journalled.encoder[row] == encoder)
         inputs.features[seen] = journalled.features[row[seen]]
     return Examples(row, log.events[row], inputs, log.events["rating"][row].astype(np.float64))
 
 
-def _blocks(log: Log, size: int) -> Iterator[tuple[int, int, list[Item], list[User]]]:
-    """Spans of events between which attributes change, with what is new at each one's begin.
+def _instants(time: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Spans of equal neighbours among times (n)."""
+    if len(time):
+        edges = [0, *(np.flatnonzero(np.diff(time)) + 1).tolist(), len(time)]
+        yield from pairwise(edges)
+
+
+def _blocks(log: Log, size: int, end: int) -> Iterator[tuple[int, int, list[Item], list[User]]]:
+    """Spans of events before `end` between which attributes change, with what is new at each.
 
     Spans begin at multiples of `size`, a batch of the replay: a record that comes within a batch
-    is known to the next one.
+    is known to the next one. Those of one instant are not parted: what comes within it is known
+    to the next.
     """
 
+    time = log.events["time"]
+
     def block(count: int) -> int:
-        return -(-count // size) * size
+        begin = -(-count // size) * size
+        if size == 1 and 0 < begin < len(time) and time[begin - 1] == time[begin]:
+            begin = int(np.searchsorted(time, time[begin], "right"))
+        return begin
 
     news: dict[int, tuple[list[Item], list[User]]] = {0: ([], [])}
     for count, item in log.items:
         news.setdefault(block(count), ([], []))[0].append(item)
     for count, user in log.users:
         news.setdefault(block(count), ([], []))[1].append(user)
-    starts = sorted(start for start in news if start < len(log))
-    for start, stop in zip(starts, [*starts[1:], len(log)], strict=True):
+    starts = sorted(start for start in news if start < end)
+    for start, stop in pairwise([*starts, end]):
         yield start, stop, *news[start]
 
 

@@ -1,4 +1,7 @@
-"""The fit of the fused network, in two stages.
+"""The fit of the fused network, in three stages, on the features and what tastes say.
+
+The columns of a taste (`model.taste`, `trainer.factors`) are told of each row by factors of older
+rows. All stages read them; the network that serves has the factors of all rows.
 
 1. A ridge regression of rating − bias on the standardised features. It has one answer, needs few
    rows, and how much it is shrunk is chosen by forward chaining over time, so that it is hardly
@@ -6,13 +9,16 @@
 2. The network on what is left: an ensemble of members that differ in their start and in the rows
    they weigh (bagging), cross entropy and squared error of the mean, AdamW, early stopping on
    validation. How much of it is believed is fitted on validation too, from nothing to all.
+3. Boosted trees of rating − bias (`trainer.boost`). What the network says and what the trees say
+   are added up with shares that validation chooses, near a half each where it can say little.
 
-For service both are fitted once more on all rows, with what was chosen.
+For service all are fitted once more on all rows, with what was chosen.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
 
@@ -23,8 +29,12 @@ from torch import Tensor, nn
 
 from model.distribution import tilt
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, Tensors, tensors
+from model.taste import COLUMNS, Taste
+from model.trees import Trees
+from trainer import boost, factors
+from trainer.boost import Grown
 from trainer.config import FitConfig
-from trainer.evaluate import Floats
+from trainer.metrics import Floats
 from trainer.text import soft_labels
 
 Rows = NDArray[np.int64]  # row numbers
@@ -39,6 +49,16 @@ _TAIL = 0.005  # beyond these quantiles of the train rows a feature is clipped
 _LEAST_DEVIATION = 1e-4  # a feature that varies less is constant
 _WARM_UP = 0.1  # of all steps
 _EVALUATED = 4_096  # rows at a time
+_SHARES = (0.5, 0.5)  # of network and trees, before validation has said anything
+_SHARE_DEVIATION = 0.25  # how far from these they may be expected to lie
+
+
+@dataclass(frozen=True)
+class Start:
+    """A fitted network to start from."""
+
+    network: FusedNetwork
+    same_shop: bool  # else its users and items are others, whatever their ids
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,9 @@ class Fitted:
     penalty: float  # of the ridge regression
     epochs: int  # passes of the second stage; 0: it taught nothing
     belief: float  # share of the second stage's correction that is kept
+    grown: Grown | None  # how trees are to grow; None: there are none
+    shares: tuple[float, float]  # of what the network and the trees say
+    carried: Mapping[str, int]  # weights that it started from, by part
     errors: tuple[float, ...]  # validation RMSE after each epoch
 
 
@@ -62,6 +85,7 @@ def fit(
     seed: int,
     device: torch.device,
     on_epoch: OnEpoch,
+    start: Start | None = None,
 ) -> Fitted:
     """Fit a network on `train` and choose on `validation`.
 
@@ -75,15 +99,18 @@ def fit(
         seed: of starts, weights and orders.
         device: that trains.
         on_epoch: called after each epoch.
+        start: where the second stage starts; it must not have met rows from `validation` on.
     """
     torch.manual_seed(seed)
-    network = _prepared(network_config, inputs, rating, train)
+    taste, plain, inputs = _tasted(network_config, inputs, rating, train, validation, seed)
+    network = _prepared(plain, inputs, rating, train)
     penalty = _choose_penalty(network, inputs, rating, train)
     intercept = _fit_linear(network, inputs, rating, train, penalty)
     linear = mean(network, inputs, validation)
     truth = rating[validation]
+    carried = carry(start, network) if start else {}
     best, best_epoch = _copy(network), 0
-    errors: list[float] = [_rmse(linear, truth)]
+    errors: list[float] = [_rmse(mean(network, inputs, validation), truth)]
     for epoch in _epochs(network, inputs, rating, train, config, seed, device):
         errors.append(_rmse(mean(network, inputs, validation), truth))
         on_epoch(epoch, errors[-1])
@@ -95,7 +122,20 @@ def fit(
     belief = _believe(mean(network, inputs, validation) - linear, truth - linear)
     _keep(network, belief, intercept)
     network.eval()
-    return Fitted(network, penalty, best_epoch, belief, tuple(errors[1:]))
+    grown, shares = None, (1.0, 0.0)
+    if config.trees:
+        target = _residual(network, inputs, rating, train)
+        ends = [int(len(train) * share) for share in _CHAIN]
+        how = boost.choose(inputs.features[train], target, ends, seed, torch.get_num_threads())
+        trees = boost.grow(inputs.features[train], target, how, seed, torch.get_num_threads())
+        if trees is not None:
+            said = boost.values(trees, inputs.features[validation])
+            bias = inputs.features[validation, network.config.bias_column].astype(np.float64)
+            said = np.stack([mean(network, inputs, validation) - bias, said])
+            grown, shares = how, _shared(said, truth - bias)
+            _plant(network, trees, shares)
+    _fold(network, taste)
+    return Fitted(network, penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:]))
 
 
 def refit(
@@ -107,18 +147,87 @@ def refit(
     seed: int,
     device: torch.device,
     on_epoch: OnEpoch,
+    start: Start | None = None,
 ) -> FusedNetwork:
-    """The same fit on all of `rows`, with what `fit` chose."""
+    """The same fit on all of `rows`, from the same start, with what `fit` chose."""
     torch.manual_seed(seed)
-    network = _prepared(fitted.network.config, inputs, rating, rows)
+    bare = fitted.network.config.model_copy(update={"trees": 0})
+    none = np.empty(0, np.int64)
+    taste, plain, inputs = _tasted(bare, inputs, rating, rows, none, seed)
+    network = _prepared(plain, inputs, rating, rows)
     intercept = _fit_linear(network, inputs, rating, rows, fitted.penalty)
+    if start is not None:
+        carry(start, network)
     if fitted.epochs:
         for epoch in _epochs(network, inputs, rating, rows, config, seed, device):
             on_epoch(epoch, math.nan)
             if epoch == fitted.epochs:
                 break
     _keep(network, fitted.belief, intercept)
-    return network.eval()
+    network.eval()
+    if fitted.grown is not None:
+        target = _residual(network, inputs, rating, rows)
+        threads = torch.get_num_threads()
+        trees = boost.grow(inputs.features[rows], target, fitted.grown, seed, threads)
+        if trees is not None:
+            _plant(network, trees, fitted.shares)
+    _fold(network, taste)
+    return network
+
+
+def _tasted(
+    config: NetworkConfig,
+    inputs: Inputs,
+    rating: Floats,
+    rows: Rows,
+    later: Rows,
+    seed: int,
+) -> tuple[Taste | None, NetworkConfig, Inputs]:
+    """The taste of `rows`, and inputs whose features end in what tastes say.
+
+    Of `rows` (oldest first) each is told by factors of older ones, `later` rows by those of all;
+    the network that is fitted takes it all for features.
+    """
+    if not config.factors:
+        return None, config, inputs
+    taste = factors.fit_taste(config, inputs, rating, rows, seed)
+    said = np.full((len(inputs), len(COLUMNS)), np.nan, np.float32)
+    said[rows] = factors.told_ahead(config, inputs, rating, rows, seed)
+    said[later] = factors.told(taste, config, inputs, later)
+    plain = config.model_copy(update={"features": config.columns, "factors": 0})
+    return taste, plain, replace(inputs, features=np.concatenate([inputs.features, said], 1))
+
+
+def _fold(network: FusedNetwork, taste: Taste | None) -> None:
+    if taste is not None:
+        network.fold(taste.to(network.prior.device))
+
+
+@torch.no_grad()
+def carry(start: Start, network: FusedNetwork) -> dict[str, int]:
+    """Copy what another network has learnt beyond its linear path; how many weights, by part.
+
+    Parts of another size stay as they are, as do users and items where the shop is another.
+    """
+    theirs = dict(start.network.named_parameters())
+    pairs = [  # names are like members.0.users.table.weight
+        (name.split(".")[2], weights, theirs.get(name))
+        for name, weights in network.named_parameters()
+    ]
+    left = {"linear"} if start.same_shop else {"linear", "users", "items"}
+    left |= {part for part, ours, found in pairs if found is None or found.shape != ours.shape}
+    carried: Counter[str] = Counter()
+    for part, weights, found in pairs:
+        if part in left or found is None:
+            continue
+        if part == "last":  # the first output's offset is the ridge regression's
+            weights[1:].copy_(found[1:])
+            if weights.ndim > 1:
+                weights[0].copy_(found[0])
+        else:
+            weights.copy_(found)
+        carried[part] += weights.numel()
+    return dict(carried)
 
 
 @torch.no_grad()
@@ -330,3 +439,31 @@ def _keep(network: FusedNetwork, belief: float, intercept: float) -> None:
     for member in _members(network):
         member.last.weight[0] *= belief
         member.last.bias[0] = intercept + belief * (member.last.bias[0] - intercept)
+
+
+def _shared(said: Floats, left: Floats) -> tuple[float, float]:
+    """Shares of two corrections (2, n) of what is `left` (n): least squares about a prior.
+
+    Neither is taken against what it says, and together they are not believed beyond what they say:
+    a share is at least zero, and both are at most one.
+    """
+    prior = np.array(_SHARES)
+    doubt = float(left.var()) / _SHARE_DEVIATION**2
+    shares = prior + np.linalg.solve(
+        said @ said.T + doubt * np.eye(2), said @ (left - prior @ said)
+    )
+    ours, theirs = np.maximum(shares, 0)
+    whole = max(ours + theirs, 1.0)
+    return float(ours / whole), float(theirs / whole)
+
+
+@torch.no_grad()
+def _plant(network: FusedNetwork, trees: Trees, shares: tuple[float, float]) -> None:
+    """Give a network its trees, each side with its share of the correction."""
+    ours, theirs = shares
+    for member in _members(network):
+        member.linear.weight *= ours
+        member.last.weight[0] *= ours
+        member.last.bias[0] *= ours
+    trees.value *= theirs
+    network.plant(trees.to(network.prior.device))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.config import GateConfig
-from trainer.evaluate import Calibration, Difference, Floats, paired, scores
+from trainer.metrics import Calibration, Difference, Floats, paired, scores
 
 REFERENCE = "bias_running"  # what is served when there is no model
 

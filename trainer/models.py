@@ -13,8 +13,8 @@ from model.predict import raw_outputs
 from trainer.baselines import fit_damped_bias, fit_lightgbm, predict_damped_bias
 from trainer.config import TrainerConfig
 from trainer.data import Examples
-from trainer.evaluate import Floats
 from trainer.gate import REFERENCE
+from trainer.metrics import Floats
 from trainer.prepare import of_width
 from trainer.split import Split
 

@@ -16,7 +16,7 @@ from trainer.clean import Cleaned, clean
 from trainer.config import SplitConfig, TextConfig, TrainerConfig
 from trainer.data import Examples, Log, item_texts, replay
 from trainer.exceptions import TrainerError
-from trainer.split import Split, by_time
+from trainer.split import Split, by_time, sample
 from trainer.text import ReviewTexts
 
 
@@ -29,7 +29,7 @@ def tracker(progress: Progress | None, words: str) -> Callable[[int, int], None]
 
 
 def cleaned(log: Log, config: TrainerConfig) -> Cleaned:
-    """The reviews of a log that can be learnt from, at most `config.newest_rows`.
+    """The reviews of a log that can be learnt from.
 
     Raises:
         TrainerError: too few are left.
@@ -42,9 +42,6 @@ def cleaned(log: Log, config: TrainerConfig) -> Cleaned:
             f"from, {config.least_rated} are needed (dropped: {dropped or 'none'}); wait for more "
             "ratings, or lower STARCAST_TRAINER__LEAST_RATED"
         )
-    if config.newest_rows:
-        newest = found.reviews.sort("time", maintain_order=True).tail(config.newest_rows)
-        return replace(found, reviews=newest.sort("row"))
     return found
 
 
@@ -64,6 +61,16 @@ def review_texts(
     span[spans.test] = text.TEST
     pairs = zip(worded["title"], worded["text"], strict=True)
     return ReviewTexts([review_text(*pair) for pair in pairs], worded["rating"].to_numpy(), span)
+
+
+def unrated_texts(log: Log, config: TextConfig, before: int | None = None) -> list[str]:
+    """Texts of a log's reviews without stars, at most `text_limit`; of its first events, or all."""
+    table = log.reviews.filter(pl.col("rating").is_null())
+    if before is not None:
+        table = table.filter(pl.col("row") < before)
+    texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
+    found = [each for each in texts if each]
+    return found[-config.text_limit :] if config.text_limit else found
 
 
 def item_vectors(
@@ -100,15 +107,16 @@ def prepared(
 ) -> Prepared:
     """Replay a log and keep the rows of cleaned `reviews`, split by time."""
     width = 0 if vectors is None else vectors.rows.shape[1]
-    examples = replay(log, vectors, encoder, width, on_progress)
-    kept = np.searchsorted(examples.row, reviews["row"].to_numpy())
-    examples = Examples(
-        examples.row[kept],
-        examples.events[kept],
-        examples.inputs.take(kept),
-        examples.rating[kept],
-    )
-    return Prepared(examples, by_time(examples.events["time"], config.split))
+    examples = replay(log, vectors, encoder, width, on_progress).keep(reviews["row"].to_numpy())
+    return sampled(Prepared(examples, by_time(examples.events["time"], config.split)), config)
+
+
+def sampled(data: Prepared, config: TrainerConfig) -> Prepared:
+    """The same with no more train rows than `config.sample` allows."""
+    train = data.split.train
+    users, rating = data.examples.events["user"][train], data.examples.rating[train]
+    kept = train[sample(users, rating, config.sample, config.seed)]
+    return replace(data, split=replace(data.split, train=kept))
 
 
 def of_width(inputs: Inputs, width: int) -> Inputs:

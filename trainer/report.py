@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from trainer.assess import Compared
 from trainer.clean import Step
-from trainer.evaluate import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores
 from trainer.gate import Verdict
+from trainer.metrics import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores
 
 _WIDTH = 640
 _HEIGHT = 260
@@ -105,7 +105,7 @@ def render(
         ),
         Figure(
             "Reliability",
-            _reliability(calibration),
+            reliability(calibration),
             f"Claimed and observed probability of at least k stars. Expected calibration error "
             f"{calibration.ece:.3f}; 80% intervals hold {calibration.coverage:.1%}.",
         ),
@@ -213,7 +213,8 @@ def _history_lines(evaluations: Mapping[str, Evaluation]) -> str:
     return _svg(chart)
 
 
-def _reliability(calibration: Calibration) -> str:
+def reliability(calibration: Calibration) -> str:
+    """Claimed beside observed probabilities of at least k stars, as SVG."""
     rows = pl.DataFrame(calibration.bins, schema=["claimed", "observed", "rows"], orient="row")
     square = altair.Scale(domain=[0, 1])
     points = (

@@ -16,8 +16,10 @@ from model.bundle import Bundle
 from model.exceptions import BundleError
 from model.registry import Registry
 from schemas.exceptions import StarcastError
+from trainer import drift
 from trainer.config import TrainerConfig
-from trainer.data import from_archive
+from trainer.data import Log, from_archive
+from trainer.drift import Drift
 from trainer.exceptions import TrainerError
 from trainer.train import TrainResult, train
 
@@ -30,10 +32,11 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 class Retrained:
     """The outcome of one retraining."""
 
-    result: TrainResult
+    result: TrainResult | None  # none: there was no reason to train
     promoted: bool
     previous: str | None  # the version that was stable
     reason: str  # why it was promoted, or not
+    drift: Drift | None = None  # since the stable one was fitted, where it was asked for
 
 
 def retrain_once(
@@ -44,6 +47,7 @@ def retrain_once(
     archive_options: Mapping[str, str] | None = None,
     encoder: str = "auto",
     by: str = "retrain",
+    on_drift: bool = False,
     progress: Progress | None = None,
     on_promoted: Callable[[Registry], None] | None = None,
 ) -> Retrained:
@@ -56,6 +60,7 @@ def retrain_once(
         archive_options: storage options of the archive.
         encoder: as `models.encoder`.
         by: who promotes, for the registry.
+        on_drift: train only if the shop has changed since the stable model was fitted.
         progress: where bars are shown.
         on_promoted: called with the new registry after a promotion, to tell the workers.
 
@@ -65,12 +70,20 @@ def retrain_once(
     """
     stable = registry.read(models_url).stable
     previous = stable.version if stable else None
+    served = _in_service(models_url, previous)
+    log = from_archive(archive_url, archive_options)
+    changed = None
+    if on_drift and served is not None:
+        changed = _drift(log, served, archive_url, archive_options, config or TrainerConfig())
+        if changed is not None and not changed.reasons:
+            reason = f"nothing has changed in the {changed.rows:,} events since it was fitted"
+            return Retrained(None, False, previous, reason, changed)
     result = train(
-        from_archive(archive_url, archive_options),
+        log,
         models_url,
         config,
         encoder=encoder,
-        stable=_in_service(models_url, previous),
+        stable=served,
         progress=progress,
         source=f"the archive at {archive_url}",
     )
@@ -80,7 +93,23 @@ def retrain_once(
         )
         if on_promoted is not None:
             on_promoted(new)
-    return Retrained(result, result.verdict.passed, previous, result.verdict.reason)
+    return Retrained(result, result.verdict.passed, previous, result.verdict.reason, changed)
+
+
+def _drift(
+    log: Log,
+    served: Bundle,
+    archive_url: str,
+    options: Mapping[str, str] | None,
+    config: TrainerConfig,
+) -> Drift | None:
+    """What has changed since a bundle was fitted; None when it does not know what it knew."""
+    kept, window = served.metrics.get("drift"), served.metrics.get("window")
+    if not kept or not window:
+        return None
+    end = datetime.fromisoformat(window[1])
+    features, joined = drift.since(log, archive_url, options, served.version, end)
+    return drift.measure(drift.Reference.model_validate(kept), features, joined, config.drift)
 
 
 def _in_service(models_url: str, version: str | None) -> Bundle | None:

@@ -1,39 +1,38 @@
 """The star head: how many stars does a review's text mean (question b).
 
 The head is a multinomial logistic regression on the encoder's unit vectors. `frozen` fits it alone.
-`top_layers`, `full` and `lora` first fit it, then fine-tune encoder and head together from there
-(linear probing, then fine-tuning: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained
-Features"), then fit the head anew on the new vectors.
+Every other method first fits it, then fine-tunes encoder and head together from there (linear
+probing, then fine-tuning: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The
+head is not fitted anew to the new vectors: they know the texts that they were fitted to, so it
+would be too sure of itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
+from trainer.adapt import adapt
 from trainer.config import TextConfig
-from trainer.evaluate import Floats, TextScores, text_scores
-from trainer.exceptions import TrainerError
+from trainer.fine_tune import STARS, Cost, Labelled, fine_tune, joined, taken
+from trainer.metrics import Floats, TextScores, text_scores
+from trainer.tracking import Note, unnoted
 
 Vectors = NDArray[np.float32]
 OnProgress = Callable[[int, int], None]
 """Called with work done and work in all."""
 
-STARS = 5
 TRAIN, VALIDATION, TEST = 0, 1, 2
 """Spans of time that a text belongs to."""
 
 _L2_TRIED = (3e-4, 1e-4, 3e-5, 1e-5, 3e-6)  # strongest first: each fit starts from the one before
+_PROBED = 2_000  # newest texts that a head is fitted to before the encoder is fine-tuned
 _CHUNK = 256  # texts between two signs of progress
-_WARM_UP = 0.1  # of a fine-tuning's steps
-_LARGEST_GRADIENT = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class ReviewTexts:
     texts: Sequence[str]  # as `encoder.review_text` joins title and text
     rating: Floats  # (n)
     span: NDArray[np.int8]  # (n): TRAIN, VALIDATION or TEST
+    unrated: Sequence[str] = ()  # texts without stars
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class TextModel:
     """An encoder with its star head, and how well it reads the stars of the newest texts."""
 
     encoder: TextEncoder
-    head: StarHead
-    scores: TextScores  # on TEST, of a head that was fitted on the other spans
+    head: StarHead  # of all texts
+    judged: StarHead  # of all but TEST
+    scores: TextScores  # of `judged` on TEST
     texts: int
     l2: float
+    cost: Cost  # of fine-tuning; the head alone when frozen
 
 
 def soft_labels(rating: Floats) -> NDArray[np.float32]:
@@ -67,6 +69,13 @@ def soft_labels(rating: Floats) -> NDArray[np.float32]:
     return labels
 
 
+def settled(config: TextConfig, in_service: bool) -> TextConfig:
+    """The settings with `auto` made a method; `in_service`: the encoder is that of a model."""
+    if config.method != "auto":
+        return config
+    return config.model_copy(update={"method": "frozen" if in_service else "full"})
+
+
 def fit(
     reviews: ReviewTexts,
     encoder: TextEncoder,
@@ -74,6 +83,8 @@ def fit(
     folder: Path,
     seed: int,
     on_progress: OnProgress,
+    checkpoint: Path | None = None,
+    note: Note = unnoted,
 ) -> TextModel:
     """Fit the star head, and the encoder when `config.method` says so.
 
@@ -81,23 +92,91 @@ def fit(
         reviews: the texts that may be used.
         encoder: to start from; it is not changed.
         config: the method and its settings.
-        folder: where a fine-tuned encoder is written.
+        folder: below which a new encoder is written.
         seed: of the order of texts.
         on_progress: called as texts are encoded.
+        checkpoint, note: as `fine_tune` has them.
 
     Raises:
-        TrainerError: the encoder has no layers that `top_layers` could name.
+        EncoderError, TrainerError: the encoder does not take the method.
     """
-    vectors = encode(encoder, reviews.texts, on_progress)
-    if config.method != "frozen":
-        head, _ = _probe(vectors, reviews, config.l2)
-        encoder = _fine_tune(reviews, encoder, head, config, folder, seed, on_progress)
-        vectors = encode(encoder, reviews.texts, on_progress)
-    head, l2 = _probe(vectors, reviews, config.l2)
+    config = settled(config, in_service=False)
+    if config.adapt.epochs:
+        spans = zip(reviews.texts, reviews.span, strict=True)
+        known = [text for text, span in spans if span != TEST]
+        place = folder / "adapted"
+        encoder = adapt(encoder, [*known, *reviews.unrated], config.adapt, place, seed, on_progress)
+    probed = reviews if config.method == "frozen" else _known(reviews, _PROBED)
+    vectors = encode(encoder, probed.texts, on_progress)
+    head, l2 = _probe(vectors, probed, config.l2)
     test = reviews.span == TEST
-    found = text_scores(reviews.rating[test], stars(head, vectors[test]))
-    labels = soft_labels(reviews.rating)
-    return TextModel(encoder, fit_star_head(vectors, labels, l2, head), found, len(vectors), l2)
+    if config.method == "frozen":
+        found = text_scores(reviews.rating[test], stars(head, vectors[test]))
+        whole = fit_star_head(vectors, soft_labels(reviews.rating), l2, head)
+        cost = Cost(STARS * (encoder.hidden + 1), 0)
+        return TextModel(encoder, whole, head, found, len(vectors), l2, cost)
+    train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
+    if config.pseudo_labels and reviews.unrated:
+        train = joined(train, _pseudo_labelled(reviews.unrated, encoder, head, config))
+    place = folder / "tuned"
+    tuned = fine_tune(
+        train, validation, encoder, head, config, place, seed, on_progress, checkpoint, note
+    )
+    head = tuned.head or _head_on(tuned.encoder, joined(train, validation), l2)
+    newest = [words for words, wanted in zip(reviews.texts, test, strict=True) if wanted]
+    read = stars(head, encode(tuned.encoder, newest, on_progress))
+    found = text_scores(reviews.rating[test], read)
+    return TextModel(tuned.encoder, head, head, found, len(reviews.texts), l2, tuned.cost)
+
+
+def _known(reviews: ReviewTexts, count: int) -> ReviewTexts:
+    """The newest texts but for TEST, at most `count`."""
+    rows = np.flatnonzero(reviews.span != TEST)[-count:]
+    texts = taken(reviews.texts, rows)
+    return ReviewTexts(texts, reviews.rating[rows], reviews.span[rows])
+
+
+def validate(
+    reviews: ReviewTexts, encoder: TextEncoder, config: TextConfig, folder: Path, seed: int
+) -> float:
+    """RMSE on VALIDATION of an encoder and a head that were fitted to TRAIN."""
+    config = settled(config, in_service=False)
+    train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
+    l2 = _L2_TRIED[len(_L2_TRIED) // 2] if config.l2 is None else config.l2
+    head = _head_on(encoder, train, l2)
+    none = Labelled([], np.empty((0, STARS), np.float32))
+    watched = validation if config.fine_tune.patience else none
+    tuned = fine_tune(train, watched, encoder, head, config, folder, seed, _unseen)
+    head = tuned.head or _head_on(tuned.encoder, train, l2)
+    shares = stars(head, encode(tuned.encoder, validation.texts, _unseen))
+    return text_scores(reviews.rating[reviews.span == VALIDATION], shares).rmse
+
+
+def _head_on(encoder: TextEncoder, rows: Labelled, l2: float) -> StarHead:
+    """A head fitted to labelled texts as an encoder reads them."""
+    return fit_star_head(encode(encoder, rows.texts, _unseen), rows.labels, l2)
+
+
+def _unseen(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def _pseudo_labelled(
+    texts: Sequence[str], encoder: TextEncoder, head: StarHead, config: TextConfig
+) -> Labelled:
+    """Texts of which a head is sure, labelled with what it says of them.
+
+    Lee 2013, "Pseudo-Label", section 2, with soft labels.
+    """
+    shares = stars(head, encode(encoder, texts, _unseen)).astype(np.float32)
+    sure = np.flatnonzero(shares.max(1, initial=0) >= config.pseudo_labels)
+    return Labelled([texts[row] for row in sure.tolist()], shares[sure])
+
+
+def _labelled(reviews: ReviewTexts, span: int) -> Labelled:
+    rows = np.flatnonzero(reviews.span == span)
+    texts = taken(reviews.texts, rows)
+    return Labelled(texts, soft_labels(reviews.rating[rows]))
 
 
 def encode(encoder: TextEncoder, texts: Sequence[str], on_progress: OnProgress) -> Vectors:
@@ -162,103 +241,3 @@ def _probe(vectors: Vectors, reviews: ReviewTexts, l2: float | None) -> tuple[St
         l2 = _L2_TRIED[int(np.argmin(losses))]
     known = train | validation
     return fit_star_head(vectors[known], labels[known], l2), l2
-
-
-def _fine_tune(
-    reviews: ReviewTexts,
-    encoder: TextEncoder,
-    head: StarHead,
-    config: TextConfig,
-    folder: Path,
-    seed: int,
-    on_progress: OnProgress,
-) -> TextEncoder:
-    """The encoder fine-tuned with its head on all texts but the newest, written to `folder`."""
-    # A second copy is loaded, for the given encoder stays as it is.
-    base = encoders.load(encoder.folder, str(encoder.device), longest_tokens=config.longest_tokens)
-    torch.manual_seed(seed)
-    model = _trainable(base.model, config)
-    tuned = replace(base, model=model)
-    linear = nn.Linear(encoder.hidden, STARS)
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(head.weight))
-        linear.bias.copy_(torch.from_numpy(head.bias))
-    linear.to(encoder.device)
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": weights, "lr": config.learning_rate},
-            {"params": list(linear.parameters()), "lr": config.head_learning_rate},
-        ],
-        weight_decay=0.01,
-    )
-    rows = np.flatnonzero(reviews.span != TEST)
-    labels = torch.from_numpy(soft_labels(reviews.rating)).to(encoder.device)
-    steps = config.epochs * -(-len(rows) // config.batch_texts)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    generator = np.random.default_rng(seed)
-    model.train()
-    done = 0
-    for _ in range(config.epochs):
-        for batch in _batches(rows, reviews.texts, config.batch_texts, generator):
-            vectors = tuned.embed(tuned.tokens([str(reviews.texts[int(row)]) for row in batch]))
-            loss = nn.functional.cross_entropy(linear(vectors), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()  # pyright: ignore[reportUnknownMemberType]
-            nn.utils.clip_grad_norm_([*weights, *linear.parameters()], _LARGEST_GRADIENT)
-            optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-            schedule.step()
-            done += 1
-            on_progress(done, steps)
-    model.eval()
-    if config.method == "lora":
-        model = cast(Any, model).merge_and_unload()
-    replace(base, model=model).save(folder)
-    return encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the highest learning rate: a linear warm-up, then a linear decay to zero."""
-    warm_up = max(int(steps * _WARM_UP), 1)
-    return min((step + 1) / warm_up, max((steps - step) / max(steps - warm_up, 1), 0.0))
-
-
-def _batches(
-    rows: NDArray[np.intp], texts: Sequence[str], size: int, generator: np.random.Generator
-) -> Iterator[NDArray[np.intp]]:
-    """All rows in batches of like length (little padding), in random order."""
-    lengths = np.array([len(texts[row]) for row in rows]) * generator.uniform(0.9, 1.1, len(rows))
-    sorted_rows = rows[np.argsort(lengths)]
-    batches = [sorted_rows[start : start + size] for start in range(0, len(rows), size)]
-    for index in generator.permutation(len(batches)):
-        yield batches[index]
-
-
-def _trainable(model: nn.Module, config: TextConfig) -> nn.Module:
-    """The model with only those weights requiring gradients that the method fits."""
-    if config.method == "lora":
-        import peft  # slow to import, and of use here alone
-
-        settings = peft.LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=2 * config.lora_rank,
-            lora_dropout=0.05,
-            target_modules="all-linear",
-        )
-        return cast(nn.Module, peft.get_peft_model(cast(Any, model), settings))
-    model.requires_grad_(config.method == "full")
-    if config.method == "top_layers":
-        for layer in _layers(model)[-config.top_layers :]:
-            layer.requires_grad_(True)
-    return model
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of layers: its longest list of modules."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not stacks:
-        raise TrainerError(
-            f"{type(model).__name__} has no stack of layers, so top_layers cannot be fitted; "
-            "choose text.method frozen, full or lora"
-        )
-    return max(stacks, key=len)

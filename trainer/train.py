@@ -3,14 +3,16 @@
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from model import bundle as bundles
@@ -22,18 +24,27 @@ from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead, TextEncoder
 from model.network import FusedNetwork, default_config
-from trainer import fit, gate, report, text
+from trainer import drift, fit, gate, report, text
 from trainer.assess import Assessment, Compared, bundle_encoder, compare
 from trainer.calibrate import fit_calibration
 from trainer.clean import Cleaned
 from trainer.config import TrainerConfig
 from trainer.data import Log
-from trainer.evaluate import Floats
 from trainer.fit import Fitted
 from trainer.gate import Verdict
+from trainer.metrics import Floats
 from trainer.models import baselines, outputs, predict
-from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts, tracker
+from trainer.prepare import (
+    Prepared,
+    cleaned,
+    item_vectors,
+    prepared,
+    review_texts,
+    tracker,
+    unrated_texts,
+)
 from trainer.text import TextModel
+from trainer.tracking import Note, tracking
 
 _LIMITS = (
     "Measured on the newest rows of the shop it was fitted on; another shop needs its own fit.",
@@ -72,6 +83,8 @@ def train(
     *,
     encoder: str = "auto",
     stable: Bundle | None = None,
+    other: Bundle | None = None,
+    evaluated: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     source: str = "a record file",
 ) -> TrainResult:
@@ -85,7 +98,10 @@ def train(
         models_url: the models folder.
         config: settings; the defaults when absent.
         encoder: as `models.encoder`; with `auto` the stable bundle's encoder is kept.
-        stable: the model in service, which the new one must not be worse than.
+        stable: the model in service, which the new one must not be worse than. It is started from
+            where it cannot have seen the rows that choose and judge.
+        other: another shop's model to start from; with `auto` its encoder is taken too.
+        evaluated: the document of an evaluation, whose figures stand in the model card.
         progress: where bars are shown.
         source: words that name the data in the model card.
 
@@ -98,12 +114,27 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     found = cleaned(log, config)
-    with tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder:
-        base = _encoder(encoder, stable, config)
-        texts = _fit_texts(base, found.reviews, config, Path(folder) / "encoder", progress)
+    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    with (
+        tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder,
+        tracking(config.tracking, run, config.model_dump(mode="json")) as note,
+    ):
+        base = base_encoder(encoder, other or stable, config)
+        served = stable is not None and stable.encoder_folder is not None
+        kept = encoder == "auto" and other is None and served
+        config = config.model_copy(update={"text": text.settled(config.text, kept)})
+        place = Path(folder) / "encoder"
+        texts = _fit_texts(base, log, found.reviews, config, place, progress, note)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
-        fitted, calibration = _fit(data, config, progress)
+        start = _start(stable, other, data)
+        fitted, calibration = fit_network(
+            data,
+            config,
+            progress,
+            lambda epoch, error: note("rating/validation_rmse", error, epoch),
+            start,
+        )
         compared = compare(
             data, predict(fitted.network, calibration, data.examples, data.split.test), config
         )
@@ -118,7 +149,10 @@ def train(
             config.gate,
             config.seed,
         )
-        network = _refit(fitted, data, config, progress) if config.fit.refit else fitted.network
+        network = fitted.network
+        if config.fit.refit:
+            everything = np.concatenate([data.split.train, data.split.validation, data.split.test])
+            network = refit_network(fitted, data, everything, config, progress, start)
         candidate = _Candidate(fitted, network, calibration, used, texts)
         rows = _rows(log, data, texts)
         settings = _settings(candidate, config)
@@ -133,6 +167,12 @@ def train(
             data.window(),
             source,
             stable,
+            evaluated or {},
+            drift.reference(
+                data.examples.inputs.features[data.split.test],
+                compared.ours.rating,
+                compared.rating,
+            ),
         )
     page = report.render(
         written.version,
@@ -165,7 +205,7 @@ def train(
     )
 
 
-def _encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> TextEncoder | None:
+def base_encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> TextEncoder | None:
     """The encoder to start from: stable's, unless the setting names another."""
     if setting == "auto" and stable is not None and stable.encoder_folder is not None:
         return bundle_encoder(stable, config)
@@ -177,10 +217,12 @@ def _encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> Text
 
 def _fit_texts(
     encoder: TextEncoder | None,
+    log: Log,
     reviews: pl.DataFrame,
     config: TrainerConfig,
     folder: Path,
     progress: Progress | None,
+    note: Note,
 ) -> TextModel | None:
     """The star head, when there is an encoder, enough texts, and settings want one."""
     if encoder is None or config.text.method == "none":
@@ -188,8 +230,9 @@ def _fit_texts(
     texts = review_texts(reviews, config.text, config.split)
     if texts is None:
         return None
+    texts = replace(texts, unrated=unrated_texts(log, config.text))
     bar = tracker(progress, "reading review texts")
-    return text.fit(texts, encoder, config.text, folder, config.seed, bar)
+    return text.fit(texts, encoder, config.text, folder, config.seed, bar, note=note)
 
 
 def _replayed(
@@ -204,14 +247,23 @@ def _replayed(
     return prepared(log, found.reviews, vectors, encoder.hash if encoder else "", config, words)
 
 
-def _fit(
-    data: Prepared, config: TrainerConfig, progress: Progress | None
+def fit_network(
+    data: Prepared,
+    config: TrainerConfig,
+    progress: Progress | None,
+    on_epoch: fit.OnEpoch = lambda epoch, error: None,
+    start: fit.Start | None = None,
 ) -> tuple[Fitted, Calibration]:
     """Fit on train, choose and calibrate on validation."""
     examples, split = data.examples, data.split
     sizes = config.fit.sizes.model_dump()
     network_config = default_config(vector=examples.inputs.vectors.shape[1], **sizes)
     bar = tracker(progress, "fitting the network")
+
+    def told(epoch: int, error: float) -> None:
+        bar(epoch, config.fit.epochs)
+        on_epoch(epoch, error)
+
     fitted = fit.fit(
         network_config,
         examples.inputs,
@@ -221,30 +273,50 @@ def _fit(
         config.fit,
         config.seed,
         devices.find(config.device),
-        lambda epoch, _: bar(epoch, config.fit.epochs),
+        told,
+        start,
     )
     bar(config.fit.epochs, config.fit.epochs)
     mean, logits = outputs(fitted.network, examples, split.validation)
     return fitted, fit_calibration(mean, logits, examples.rating[split.validation])
 
 
-def _refit(
-    fitted: Fitted, data: Prepared, config: TrainerConfig, progress: Progress | None
+def refit_network(
+    fitted: Fitted,
+    data: Prepared,
+    rows: NDArray[np.int64],
+    config: TrainerConfig,
+    progress: Progress | None,
+    start: fit.Start | None = None,
 ) -> FusedNetwork:
-    split = data.split
-    bar = tracker(progress, "fitting once more, on all rows")
+    """The same fit on these rows, with what was chosen."""
+    bar = tracker(progress, "fitting once more")
     network = fit.refit(
         fitted,
         data.examples.inputs,
         data.examples.rating,
-        np.concatenate([split.train, split.validation, split.test]),
+        rows,
         config.fit,
         config.seed,
         devices.find(config.device),
         lambda epoch, _: bar(epoch, fitted.epochs),
+        start,
     )
     bar(1, 1)
     return network
+
+
+def _start(stable: Bundle | None, other: Bundle | None, data: Prepared) -> fit.Start | None:
+    """What to start from: another shop's model, or stable where its rows ended early enough."""
+    if other is not None:
+        return fit.Start(other.network, same_shop=False)
+    if stable is None or "window" not in stable.metrics:
+        return None
+    validation = data.examples.events["time"][data.split.validation]
+    ended = datetime.fromisoformat(stable.metrics["window"][1])
+    if ended.timestamp() * 1e3 >= validation.min():
+        return None
+    return fit.Start(stable.network, same_shop=True)
 
 
 def _claims(
@@ -296,6 +368,12 @@ def _settings(candidate: _Candidate, config: TrainerConfig) -> dict[str, Any]:
         "network epochs": fitted.epochs,
         "belief in the network": round(fitted.belief, 3),
         "star head": f"{config.text.method}, l2 {texts.l2:g}" if texts else "as before, or none",
+        "trees": fitted.network.config.trees,
+        "shares of network and trees": " and ".join(f"{each:.2f}" for each in fitted.shares),
+        "weights started from": ", ".join(
+            f"{count:,} of {part}" for part, count in fitted.carried.items()
+        )
+        or "none",
         "fitted once more on all rows": config.fit.refit,
     }
 
@@ -311,6 +389,8 @@ def _write(
     window: tuple[datetime, datetime],
     source: str,
     stable: Bundle | None,
+    evaluated: Mapping[str, Any],
+    spread: drift.Reference,
 ) -> Written:
     texts, encoder = candidate.texts, candidate.encoder
     head = texts.head if texts else _kept_head(encoder, stable)
@@ -322,6 +402,7 @@ def _write(
         "gate": asdict(verdict),
         "rows": rows,
         "window": [moment.isoformat() for moment in window],
+        "drift": spread.model_dump(),
     }
     return bundles.write(
         models_url,
@@ -336,14 +417,42 @@ def _write(
             settings=settings,
             metrics={
                 name: {"RMSE": found.all.rmse, "MSE": found.all.mse, "MAE": found.all.mae}
+                | {
+                    f"RMSE, history {bucket}": each.rmse
+                    for bucket, each in found.buckets.items()
+                    if each.rows
+                }
                 for name, found in compared.evaluations.items()
             },
+            calibration={
+                "Calibration error": compared.calibration.ece,
+                "Share of ratings in 80% intervals": compared.calibration.coverage,
+            },
+            **_evaluated(evaluated),
             limits=list(_LIMITS),
             notes=f"Gate: {verdict.reason}",
         ),
         encoder=encoder.folder if encoder else None,
         star_head=head,
     )
+
+
+def _evaluated(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card tells of an evaluation: `peers` and `ablations`."""
+    if not document:
+        return {}
+    prequential = document["rating"]["prequential"]
+    return {
+        "peers": {
+            name: {measure.upper(): each[measure] for measure in ("rmse", "mse", "mae")}
+            for name, each in sorted(prequential.items(), key=lambda found: found[1]["rmse"])
+        },
+        "ablations": {
+            part: {"RMSE": each["rmse"]}
+            | ({"squared error more": each["cost"]["mean"]} if each["cost"] else {})
+            for part, each in document.get("ablations", {}).items()
+        },
+    }
 
 
 def _kept_head(encoder: TextEncoder | None, stable: Bundle | None) -> StarHead | None:

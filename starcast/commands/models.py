@@ -1,12 +1,13 @@
-"""Commands about models: `train`, `retrain`, `evaluate`, `models list | promote | rollback`.
+"""Commands about models: `train`, `retrain`, `evaluate`, `search`, `models list | promote | …`.
 
 What they call imports torch, which takes seconds, so they import it only when they run.
 """
 
 import getpass
-import tempfile
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -26,6 +27,28 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Which model serves.")
 
+
+class Peers(StrEnum):
+    """Which other models are measured."""
+
+    ALL = "all"
+    NONE = "none"
+
+
+class What(StrEnum):
+    """As `trainer.search.What`."""
+
+    RATING = "rating"
+    TEXT = "text"
+
+
+class TiesOption(StrEnum):
+    """As `trainer.data.Ties`."""
+
+    INSTANT = "instant"
+    ARRIVAL = "arrival"
+
+
 Reason = Annotated[str, typer.Option(help="Why; it stands in the registry's history.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecordFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A record file.")]
@@ -40,17 +63,36 @@ def train(
     promote: Annotated[
         bool, typer.Option("--promote", help="Let it serve if the gate lets it through.")
     ] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            exists=True,
+            file_okay=False,
+            help="Another shop's bundle, to start from; the report says what was carried over.",
+        ),
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="What `evaluate --json` wrote, for the model card."
+        ),
+    ] = None,
 ) -> None:
-    """Fit a model from a record file or the archive, and report how good it is."""
-    from model import registry
+    """Fit a model from a record file or the archive, and report how good it is.
+
+    After `torchrun` or `accelerate launch` several processes fine-tune the encoder together.
+    """
+    from model import bundle, registry
     from trainer import data
     from trainer.assess import summary
+    from trainer.fine_tune import is_first
     from trainer.train import train as fit
 
     settings = settings_of(context)
     models = settings.models
     before = registry.read(models.url).stable
-    with progress_bar() as progress:
+    with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
         log = (
             data.from_archive(settings.archive.url, _archive_options(settings))
             if file is None
@@ -58,13 +100,17 @@ def train(
         )
         result = fit(
             log,
-            models.url,
+            models.url if is_first() else scratch,  # all fit the same, one keeps it
             settings.trainer,
             encoder=models.encoder,
             stable=_bundle(models.url, before),
+            other=None if start is None else bundle.open_folder(start),
+            evaluated=None if evaluation is None else orjson.loads(evaluation.read_bytes()),
             progress=progress,
             source=f"the archive at {settings.archive.url}" if file is None else file.name,
         )
+    if not is_first():
+        return
     output.print(summary(result))
     if not promote:
         notes.print(f"To let it serve: starcast models promote {result.version}")
@@ -84,6 +130,10 @@ def retrain(
     every: Annotated[
         str | None, typer.Option(metavar="SPAN", help="Now and then every 45s, 30m, 6h or 1d.")
     ] = None,
+    on_drift: Annotated[
+        bool,
+        typer.Option("--on-drift", help="Only if features, predictions or errors have changed."),
+    ] = False,
 ) -> None:
     """Fit a model from the archive and let it serve if it passes the gate."""
     if once and every:
@@ -92,14 +142,14 @@ def retrain(
 
     settings = settings_of(context)
     if every is None:
-        _retrain_once(settings)
+        _retrain_once(settings, on_drift)
         return
     span = parse_every(every)
     with stopping() as stop:
-        retrain_every(span, lambda: _retrain_once(settings), stop)
+        retrain_every(span, lambda: _retrain_once(settings, on_drift), stop)
 
 
-def _retrain_once(settings: Settings) -> None:
+def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
     from model import registry
     from trainer.assess import summary
     from trainer.retrain import retrain_once
@@ -113,9 +163,15 @@ def _retrain_once(settings: Settings) -> None:
             archive_options=_archive_options(settings),
             encoder=settings.models.encoder,
             by=_who(),
+            on_drift=on_drift,
             progress=progress,
             on_promoted=lambda after: _announce(settings.kafka, before, after),
         )
+    if done.drift is not None and done.drift.reasons:
+        output.print(f"The shop has changed: {'; '.join(done.drift.reasons)}.", soft_wrap=True)
+    if done.result is None:
+        output.print(f"{done.previous} serves on: {done.reason}.", soft_wrap=True)
+        return
     output.print(summary(done.result))
     said = "is promoted" if done.promoted else "is not promoted"
     output.print(f"{done.result.version} {said}: {done.reason}", markup=False, soft_wrap=True)
@@ -132,36 +188,189 @@ def evaluate(
             "else one is fitted to the older rows and not kept.",
         ),
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures, and a reliability plot by it.")
+    ] = None,
+    peers: Annotated[
+        Peers, typer.Option(help="Other models on the same rows: all (extra `peers`), or none.")
+    ] = Peers.ALL,
+    ties: Annotated[
+        TiesOption, typer.Option(help="What rows of one time know of each other.")
+    ] = TiesOption.INSTANT,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Measure though an alarm is raised.")
+    ] = False,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="What each part of the network is worth, too.")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option(help="Where parts are kept; a run that was cut short goes on there.")
+    ] = Path(".starcast/evaluate"),
 ) -> None:
-    """Measure a model beside its baselines on the newest rows of a record file."""
+    """Measure a model beside its peers on the newest rows of a record file."""
     from trainer import data
+    from trainer import evaluate as evaluation
     from trainer.assess import assess, summary
-    from trainer.train import train as fit
+    from trainer.report import reliability
 
     settings = settings_of(context)
-    config, name = settings.trainer, "fitted to the older rows"
+    config, encoder = settings.trainer, settings.models.encoder
     with progress_bar() as progress:
         log = data.from_file(events)
         if model is None:
-            with tempfile.TemporaryDirectory(prefix="starcast-evaluate-") as folder:
-                found = fit(log, folder, config, encoder=settings.models.encoder, progress=progress)
+            found = evaluation.evaluate(
+                log,
+                evaluation.folder_of(events, config, encoder, ties.value, folder),
+                config,
+                encoder=encoder,
+                ties=ties.value,
+                peers=peers is Peers.ALL,
+                allow_leaks=allow_leaks,
+                ablate=ablations,
+                progress=progress,
+            )
+            shown, document, plot = evaluation.summary(found), found.document, found.plot
         else:
             chosen = _chosen(settings.models.url, model)
-            found = assess(log, chosen, config, progress=progress)
-            name = chosen.version if chosen else model
-    output.print(summary(found))
+            assessed = assess(log, chosen, config, progress=progress)
+            shown = summary(assessed)
+            plot = reliability(assessed.calibration)
+            document: dict[str, Any] = {
+                "model": chosen.version if chosen else model,
+                "rows": assessed.rows,
+                "rating": {each: asdict(it) for each, it in assessed.evaluations.items()},
+                "calibration": asdict(assessed.calibration),
+                "text": asdict(assessed.text) if assessed.text else None,
+            }
+    output.print(shown)
     if json_out is not None:
-        document: dict[str, Any] = {
-            "model": name,
-            "events": str(events),
-            "rows": found.rows,
-            "rating": {each: asdict(figures) for each, figures in found.evaluations.items()},
-            "calibration": asdict(found.calibration),
-            "text": asdict(found.text) if found.text else None,
-        }
         json_out.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"events": str(events), **document}
+        json_out.write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
+        json_out.with_suffix(".svg").write_text(plot, encoding="utf-8")
+
+
+def search(
+    context: typer.Context,
+    what: Annotated[What, typer.Argument(help="The rating network, or the text model.")],
+    events: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=2, help="In all, those of earlier runs too.")] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that try at a time.")] = 1,
+    study: Annotated[
+        Path, typer.Option(help="Where trials are kept; a search that was cut short goes on there.")
+    ] = Path(".starcast/search.journal"),
+    out: Annotated[Path, typer.Option(help="The settings found, for --config.")] = Path(
+        "searched.toml"
+    ),
+) -> None:
+    """Look for better settings of a model, on validation rows."""
+    from trainer import data
+    from trainer import search as searching
+
+    settings = settings_of(context)
+    log = (
+        data.from_archive(settings.archive.url, _archive_options(settings))
+        if events is None
+        else data.from_file(events)
+    )
+    found = searching.search(
+        log,
+        what.value,
+        settings.trainer,
+        study,
+        trials,
+        encoder=settings.models.encoder,
+        workers=workers,
+    )
+    searching.write_settings(found, out)
+    table = Table("setting", "value", "importance")
+    for name, value in found.settings.items():
+        share = found.importance.get(name)
+        table.add_row(f"trainer.{name}", f"{value:.4g}", "" if share is None else f"{share:.1%}")
+    output.print(table)
+    output.print(
+        f"validation RMSE {found.rmse:.4f}, {found.default_rmse:.4f} of the settings in force; "
+        f"{found.trials} trials"
+    )
+    if found.importance:
+        plot = out.with_suffix(".svg")
+        searching.plot_importance(found, plot)
+        output.print(f"What matters: {plot}")
+    notes.print(f"To train with it: starcast --config {out} train")
+
+
+def compress(
+    context: typer.Context,
+    events: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
+    ] = None,
+    max_rmse_loss: Annotated[
+        float, typer.Option(min=0.0, help="Share by which the error of read stars may grow.")
+    ] = 0.01,
+    folder: Annotated[
+        Path, typer.Option(help="Where smaller encoders are kept; what is there is not made again.")
+    ] = Path(".starcast/compressed"),
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Make the text encoder smaller and faster, and train a model with the one chosen."""
+    from model import registry
+    from trainer import compress as compressing
+    from trainer import data
+    from trainer.prepare import cleaned, review_texts, tracker
+    from trainer.train import base_encoder
+    from trainer.train import train as fit
+
+    settings = settings_of(context)
+    models, config = settings.models, settings.trainer
+    stable = _bundle(models.url, registry.read(models.url).stable)
+    log = (
+        data.from_archive(settings.archive.url, _archive_options(settings))
+        if events is None
+        else data.from_file(events)
+    )
+    parent = base_encoder(models.encoder, stable, config)
+    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
+    if parent is None or reviews is None:
+        raise fail("There is no text encoder, or there are too few review texts to judge it by.")
+    with progress_bar() as progress:
+        bar = tracker(progress, "making encoders smaller")
+        found = compressing.compress(reviews, parent, config, folder / parent.hash, bar)
+    chosen = compressing.choose(found, max_rmse_loss)
+    table = Table("encoder", "RMSE", "accuracy", "MB", "texts/s")
+    for each in found:
+        table.add_row(
+            each.name,
+            f"{each.scores.rmse:.4f}",
+            f"{each.scores.accuracy:.1%}",
+            f"{each.size_bytes / 2**20:.1f}",
+            f"{each.texts_per_second:.0f}",
+            style="bold" if each is chosen else None,
+        )
+    output.print(table)
+    if json_out is not None:
+        rows = [asdict(each) | {"folder": str(each.folder)} for each in found]
+        document = {"chosen": chosen.name, "encoders": rows}
         json_out.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    if chosen.name == "parent":
+        output.print(f"Nothing faster is within {max_rmse_loss:.1%} of the parent's error.")
+        return
+    frozen = config.model_copy(update={"text": config.text.model_copy(update={"method": "frozen"})})
+    with progress_bar() as progress:
+        result = fit(
+            log,
+            models.url,
+            frozen,
+            encoder=str(chosen.folder),
+            stable=stable,
+            progress=progress,
+            source="the archive" if events is None else events.name,
+        )
+    output.print(f"{result.version} reads with {chosen.name}: {result.verdict.reason}")
+    notes.print(f"To let it serve: starcast models promote {result.version}")
 
 
 def _chosen(url: str, model: str) -> "Bundle | None":

@@ -134,8 +134,8 @@ def test_the_card_says_what_a_reader_needs(folder: Path) -> None:
         "2026-01-01T00:00:00+00:00 to 2026-02-01T00:00:00+00:00",
         "| Rows: train | 12,345 |",
         "| Setting: dropout | 0.1 |",
-        "| model | mae | rmse |",
-        "| bias |  | 0.9500 |",
+        "| model | rmse | mae |",
+        "| bias | 0.9500 |  |",
         "- Not for people.",
         "Made by a test.",
     ):

@@ -7,6 +7,7 @@ from torch import nn
 from model.explain import explain
 from model.features import INDEX
 from model.network import FusedNetwork, blocks, default_config, gather, tensors
+from model.trees import Trees
 from tests.unit.model.shop import WIDTH, Observed
 
 
@@ -42,3 +43,15 @@ def test_a_linear_network_is_explained_exactly(observed: Observed) -> None:
         expected = {name: factor * features[INDEX[name]] for name, factor in factors.items()}
         for name, stars in expected.items():
             np.testing.assert_allclose(found.get(name, 0), stars, rtol=1e-4, atol=1e-6)
+
+
+def test_what_trees_add_is_explained_by_their_features(observed: Observed) -> None:
+    model = FusedNetwork(default_config(vector=WIDTH)).eval()
+    trees = Trees(1, 1)
+    trees.feature[0, 0] = INDEX["item_bias"]
+    trees.threshold[0, 0] = torch.inf
+    trees.value[0] = torch.tensor([0.5, 0.75, -1.0])
+    model.plant(trees)
+    inputs = gather(observed.events, observed.observation, observed.lookups, WIDTH)
+    for row in explain(model, inputs, top=1):
+        assert (row[0].name, row[0].stars) == ("item_bias", 0.25)

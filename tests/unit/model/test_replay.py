@@ -329,3 +329,20 @@ def test_observing_is_what_a_batch_observes() -> None:
         observe(states, partition, events, lookups),
         run(states, partition, events, lookups).observation,
     )
+
+
+@settings(deadline=None, max_examples=40)
+@given(histories(), st.integers(1, 30), st.integers(1, 3))
+def test_states_are_the_same_without_a_look(events: Rows, size: int, threads: int) -> None:
+    known = surroundings()
+    looked = History(known.item_attributes, known.user_attributes, known.vectors, size)
+    for _ in looked.run(events):
+        pass
+    applied = History(batch_events=size)
+    applied.apply(events, threads)
+    assert applied.users.hashes.tolist() == looked.users.hashes.tolist()
+    assert applied.users.rows.tobytes() == looked.users.rows.tobytes()
+    assert applied.partition.tobytes() == looked.partition.tobytes()
+    items = np.argsort(applied.items.hashes), np.argsort(looked.items.hashes)
+    assert (applied.items.hashes[items[0]] == looked.items.hashes[items[1]]).all()
+    assert applied.items.rows[items[0]].tobytes() == looked.items.rows[items[1]].tobytes()

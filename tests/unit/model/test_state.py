@@ -63,11 +63,11 @@ def test_counts_and_sums_of_ratings() -> None:
 
 def test_each_event_meets_the_state_before_it() -> None:
     change, _ = apply(event(1, 10, REVIEW, rating=5), event(2, 11, at=1), event(3, 12, CART, at=2))
-    assert change.before["rating_count"].tolist() == [0, 1, 1]
-    assert change.before["actions"][:, VIEW].tolist() == [0, 0, 1]
-    assert change.before["last_time"].tolist() == [0, START, START + MINUTE]
-    assert change.before["first_second"].tolist() == [0, START // 1000, START // 1000]
-    assert change.before["recent"]["item"][:, :2].tolist() == [[0, 0], [10, 0], [11, 10]]
+    assert change.before()["rating_count"].tolist() == [0, 1, 1]
+    assert change.before()["actions"][:, VIEW].tolist() == [0, 0, 1]
+    assert change.before()["last_time"].tolist() == [0, START, START + MINUTE]
+    assert change.before()["first_second"].tolist() == [0, START // 1000, START // 1000]
+    assert change.before()["recent"]["item"][:, :2].tolist() == [[0, 0], [10, 0], [11, 10]]
 
 
 def test_prices_and_payments() -> None:
@@ -152,8 +152,8 @@ def test_sessions_open_by_name_or_after_silence() -> None:
         event(7, 10, at=91, session=8),  # opens
         event(8, 10, at=92, session=8),
     )
-    assert change.before["sessions"].tolist() == [0, 1, 1, 2, 3, 3, 3, 4]
-    assert change.before["session_events"].tolist() == [0, 1, 2, 1, 1, 2, 3, 1]
+    assert change.before()["sessions"].tolist() == [0, 1, 1, 2, 3, 3, 3, 4]
+    assert change.before()["session_events"].tolist() == [0, 1, 2, 1, 1, 2, 3, 1]
     assert (user["sessions"], user["session_events"], user["session"]) == (4, 2, 8)
     assert user["session_second"] == (START + 91 * MINUTE) // 1000
     assert change.new_touch.tolist() == [True, False, True, True, True, False, True, False]

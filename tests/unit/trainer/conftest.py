@@ -27,3 +27,9 @@ def shop_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random encoder."""
     return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def masking_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random encoder that knows a mask token."""
+    return write_encoder(tmp_path_factory.mktemp("masking"), mask="[MASK]")

@@ -78,14 +78,17 @@ def review(number: int, user: int, product: int, time: datetime, stars: int) -> 
     )
 
 
-def write_encoder(folder: Path, words: Sequence[str] = (*WORDS, *CATEGORIES, "thing")) -> Path:
-    """A random two-layer encoder of whole words, in Hugging Face form."""
+def write_encoder(
+    folder: Path, words: Sequence[str] = (*WORDS, *CATEGORIES, "thing"), mask: str | None = None
+) -> Path:
+    """A random two-layer encoder of whole words, in Hugging Face form; `mask`: its mask token."""
     torch.manual_seed(0)
-    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    named = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *([mask] if mask else []), *words]
+    vocabulary = {word: k for k, word in enumerate(named)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", mask_token=mask
     ).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(vocabulary),

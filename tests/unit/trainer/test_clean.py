@@ -81,6 +81,14 @@ def test_a_long_text_of_many_users_is_copied_and_a_short_one_is_not() -> None:
     assert dropped == {"text copied by 5 users or more": 4}
 
 
+def test_a_long_text_that_nearly_repeats_one_of_its_item_is_dropped() -> None:
+    nearly = LONG.replace("after", "later")
+    other = {"text": nearly, "item_id": "other"}
+    kept, dropped = run([{"text": LONG}, {"text": nearly}, other, {"text": "Works great"}])
+    assert kept == ["e0", "e2", "e3"]
+    assert dropped == {"a long text that nearly repeats an earlier one of its item": 1}
+
+
 def test_a_burst_of_one_text_by_one_user_is_spam_and_a_burst_without_texts_is_not() -> None:
     spam = [{"user_id": "bot", "text": "Buy at my shop", "item_id": f"i{n}"} for n in range(6)]
     kept, dropped = run(spam, burst_rows=5)

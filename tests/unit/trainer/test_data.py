@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,16 @@ from schemas.journal import Journal
 from schemas.records import Record
 from streams.archiver import Archive
 from tests.unit.trainer.shop import ITEMS, REVIEWS, START, USERS, item, review, shop
-from trainer.data import Examples, Log, from_archive, from_file, item_texts, replay
+from trainer import data
+from trainer.data import (
+    Examples,
+    Log,
+    from_archive,
+    from_file,
+    item_texts,
+    replay,
+    sorted_by_time,
+)
 from trainer.exceptions import TrainerError
 
 PARTITIONS = 3
@@ -161,6 +171,60 @@ def test_features_of_another_encoder_or_table_are_replayed(tmp_path: Path) -> No
     foreign = replace(log.journalled, usable=np.zeros(len(log), bool))
     again = examples(replace(log, journalled=foreign))
     assert (again.inputs.features[:, known] == 1).all()
+
+
+def test_rows_of_one_instant_see_nothing_of_each_other(tmp_path: Path) -> None:
+    """Two days: on the second, three reviews of one item by three users."""
+    first = [review(n, n, 1, START, 5) for n in range(2)]
+    second = [review(2 + n, 2 + n, 1, START + timedelta(days=1), 1) for n in range(3)]
+    path = tmp_path / "days.jsonl"
+    write_records(path, [("reviews", each) for each in [*first, *second]])
+    log = from_file(path)
+    counts = features.INDEX["item_ratings"]
+
+    def known(**options: Any) -> list[float]:
+        found = replay(log, None, "", 0, lambda done, total: None, **options)
+        return np.rint(np.expm1(found.inputs.features[:, counts])).tolist()
+
+    assert known(ties="instant") == [0, 0, 2, 2, 2]
+    assert known(ties="instant", still=0) == [0] * 5
+    assert known(ties="instant", still=2) == [0, 0, 2, 2, 2]
+    # In one batch item states stand still, as they do live; the partition's mean does not.
+    assert known() == [0] * 5
+
+
+def test_each_instant_of_its_own_gives_what_arrival_one_by_one_gives(
+    shop_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = from_file(shop_file)
+    assert len(np.unique(log.events["time"])) == len(log)
+    monkeypatch.setattr(data, "_BATCH_EVENTS", 1)
+    monkeypatch.setattr(data, "_LARGEST_BATCH", 1)
+    one = examples(log)
+    other = replay(log, None, "", 0, lambda done, total: None, ties="instant")
+    np.testing.assert_array_equal(one.inputs.features, other.inputs.features)
+    np.testing.assert_array_equal(one.inputs.recents, other.inputs.recents)
+
+
+def test_a_history_is_put_in_the_order_of_time(tmp_path: Path) -> None:
+    times = [START + timedelta(hours=hour) for hour in (3, 1, 2)]
+    path = tmp_path / "mixed.jsonl"
+    write_records(
+        path,
+        [
+            ("reviews", review(0, 0, 1, times[0], 5)),
+            ("items", item(1)),
+            *(("reviews", review(n, n, 1, times[n], 4)) for n in (1, 2)),
+        ],
+    )
+    log = sorted_by_time(from_file(path))
+    assert log.reviews["event_id"].to_list() == ["r1", "r2", "r0"]
+    assert log.reviews["row"].to_list() == [0, 1, 2]
+    assert (np.diff(log.events["time"]) > 0).all()
+    # It was known after r0, which now comes last: to none of these.
+    assert [count for count, _ in log.items] == [3]
+    known = replay(log, None, "", 0, lambda done, total: None, ties="instant")
+    assert not np.nan_to_num(known.inputs.features[:, features.INDEX["item_known"]]).any()
 
 
 def test_an_empty_archive_says_what_to_run(tmp_path: Path) -> None:

@@ -1,71 +1,93 @@
-"""Metrics against numbers worked out by hand."""
+"""The whole evaluation on a small shop."""
+
+from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
-from trainer.evaluate import calibration, evaluate, paired, scores, text_scores
+from trainer import evaluate as evaluation
+from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
+from trainer.data import from_file
+from trainer.evaluate import Kept, evaluate, summary
+from trainer.exceptions import TrainerError
+from trainer.leaks import Leak
+from trainer.peers import ratings, texts, tuning
+
+SMALL = TrainerConfig(
+    threads=1,
+    text=TextConfig(method="frozen", l2=1e-4),
+    fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)),
+)
 
 
-def test_scores_by_hand() -> None:
-    found = scores(np.array([1.0, 5.0]), np.array([2.0, 2.0]))
-    assert found.rows == 2
-    assert found.mse == pytest.approx((1 + 9) / 2)
-    assert found.rmse == pytest.approx(5**0.5)
-    assert found.mae == pytest.approx(2)
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TRIALS", 1)
+    monkeypatch.setattr(ratings, "MOST_FOREST_TREES", 5)
+    monkeypatch.setattr(
+        texts,
+        "finetune_plain",
+        lambda *given: [(np.full(len(asked), 3.0), np.full(len(asked), 3)) for asked in given[3]],
+    )
 
 
-def test_scores_of_no_rows_are_unknown() -> None:
-    found = scores(np.empty(0), np.empty(0))
-    assert found.rows == 0
-    assert np.isnan(found.rmse)
+def test_every_model_is_measured_on_the_same_rows_and_goes_on_where_it_stopped(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path, few: None
+) -> None:
+    log = from_file(shop_file)
+    found = evaluate(log, tmp_path, SMALL, encoder=str(encoder_folder)).document
+    names = {
+        "model", "global", "bias", "bias_running", "biasedmf", "biasedmf_folded",
+        "svd", "svdpp", "lightgbm", "forest",
+    }  # fmt: skip
+    for way in ("prequential", "arrival", "static"):
+        assert found["rating"][way].keys() == names
+        assert {each["rows"] for each in found["rating"][way].values()} == {70}
+    # States that stand still know no more of a user; what never looks at them says the same.
+    for name in ("global", "bias", "svd"):
+        assert found["rating"]["static"][name]["mse"] == found["rating"]["prequential"][name]["mse"]
+    assert found["gain"]["best_peer"] in names
+    readers = {"model", "tfidf_ridge", "tfidf_logistic", "frozen_logistic", "finetune_plain"}
+    for part in evaluation.PARTS:
+        assert found[part].keys() == readers
+    assert found["text_title"]["model"]["rows"] < found["text"]["model"]["rows"]
+    assert found["text"]["tfidf_ridge"]["rmse"] < 0.5
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = evaluate(log, tmp_path, SMALL, encoder=str(encoder_folder)).document
+    assert orjson.dumps(again) == orjson.dumps(found)  # which has numbers that are none
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-def test_models_are_compared_on_the_same_rows_by_history_and_clipped() -> None:
-    rating = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    history = np.array([0.0, 1.0, 2.0, 9.0, 10.0])
-    found = evaluate(rating, history, {"ones": np.full(5, -3.0), "exact": rating})
-    assert found["ones"].all.mse == pytest.approx((0 + 1 + 4 + 9 + 16) / 5)
-    by_bucket = {name: bucket.rows for name, bucket in found["ones"].buckets.items()}
-    assert by_bucket == {"0": 1, "1-2": 2, "3-9": 1, "10+": 1}
-    assert found["ones"].buckets["1-2"].mse == pytest.approx((1 + 4) / 2)
-    assert found["exact"].all.rmse == 0
-    with pytest.raises(ValueError, match="short"):
-        evaluate(rating, history, {"short": np.ones(3)})
+def test_without_peers_our_model_alone_is_measured(shop_file: Path, tmp_path: Path) -> None:
+    found = evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=False)
+    assert found.document["rating"]["prequential"].keys() == {"model"}
+    assert found.document["gain"] is None
+    assert found.document["text"] == {}
+    assert summary(found)
 
 
-def test_paired_difference_has_the_sign_of_the_gain_and_repeats() -> None:
-    rating = np.tile([1.0, 5.0], 100)
-    better = np.tile([1.5, 4.5], 100)
-    worse = np.tile([2.0, 4.0], 100)
-    options = {"confidence": 0.95, "resamples": 200, "seed": 1}
-    gap = paired(rating, better, worse, **options)  # pyright: ignore[reportArgumentType]
-    assert gap.mean == pytest.approx(0.25 - 1)
-    assert gap.low == pytest.approx(-0.75)  # every row gains the same
-    assert gap.high == pytest.approx(-0.75)
-    assert gap == paired(rating, better, worse, **options)  # pyright: ignore[reportArgumentType]
+def test_an_alarm_stops_it_unless_told_otherwise(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leak = Leak("a leak", 1, ("r1",))
+    monkeypatch.setattr(evaluation.leaks, "known_later", lambda log: [leak])
+    log = from_file(shop_file)
+    with pytest.raises(TrainerError, match="a leak: 1 rows, as r1"):
+        evaluate(log, tmp_path, SMALL, encoder="none", peers=False)
+    found = evaluate(log, tmp_path, SMALL, encoder="none", peers=False, allow_leaks=True)
+    assert found.document["leaks"][0]["kind"] == "a leak"
 
 
-def test_a_distribution_that_says_what_happens_has_no_calibration_error() -> None:
-    rating = np.array([1.0, 5.0, 5.0, 1.0])
-    half = np.tile([0.5, 0, 0, 0, 0.5], (4, 1))
-    found = calibration(rating, half, np.full(4, 1.0), np.full(4, 5.0))
-    assert found.ece == pytest.approx(0)
-    assert found.coverage == 1
-    assert found.width == 4
-    assert found.log_loss == pytest.approx(np.log(2))
-    assert found.bins == [(0.5, 0.5, 16)]
+def test_parts_are_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
 
+    def make() -> dict[str, np.ndarray]:
+        made.append(1)
+        return {"a": np.arange(3), "b": np.array("text")}
 
-def test_a_distribution_that_is_sure_and_wrong_has_the_largest_calibration_error() -> None:
-    sure = np.tile([0.0, 0, 0, 0, 1], (3, 1))
-    found = calibration(np.ones(3), sure, np.full(3, 4.0), np.full(3, 5.0))
-    assert found.ece == pytest.approx(1)
-    assert found.coverage == 0
-
-
-def test_text_scores_use_the_expected_stars_and_the_likeliest() -> None:
-    distribution = np.array([[0.0, 0, 0, 0.5, 0.5], [1.0, 0, 0, 0, 0]])
-    found = text_scores(np.array([4.0, 2.0]), distribution)
-    assert found.accuracy == 0.5
-    assert found.rmse == pytest.approx(((0.5**2 + 1) / 2) ** 0.5)
-    assert found.mae == pytest.approx(0.75)
+    kept = Kept(tmp_path / "folder")
+    first, second = kept.get("part", make), Kept(tmp_path / "folder").get("part", make)
+    assert made == [1]
+    assert first["a"].tolist() == second["a"].tolist()
+    assert str(second["b"]) == "text"

@@ -1,18 +1,20 @@
 """The fit of the fused network, and its calibration."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from model.calibration import calibrate
 from model.features import INDEX
-from model.network import default_config
+from model.network import FusedNetwork, default_config
 from trainer.calibrate import COVERAGE, fit_calibration
 from trainer.config import FitConfig
 from trainer.data import Examples, from_file, replay
-from trainer.fit import Fitted, fit, mean, refit
+from trainer.fit import Fitted, Start, _shared, carry, fit, mean, refit
 
 CPU = torch.device("cpu")
 CONFIG = FitConfig.model_validate(
@@ -83,6 +85,61 @@ def test_a_refit_uses_what_was_chosen(examples: Examples) -> None:
     assert rmse(mean(network, examples.inputs, rows), examples.rating) < rmse(
         examples.inputs.features[:, INDEX["bias"]], examples.rating
     )
+
+
+def test_what_another_shop_has_learnt_is_carried_over_but_for_its_users_and_items(
+    examples: Examples,
+) -> None:
+    fitted = run(examples, examples.rating)
+    sizes = CONFIG.sizes.model_dump()
+    for same_shop in (False, True):
+        network = FusedNetwork(default_config(vector=0, **sizes))
+        carried = carry(Start(fitted.network, same_shop), network)
+        theirs, ours = fitted.network.networks[1], network.networks[1]
+        first = [cast(nn.Linear, each.hidden[0]).weight for each in (ours, theirs)]
+        assert torch.equal(first[0], first[1])
+        assert torch.equal(ours.last.weight, theirs.last.weight)
+        assert float(ours.last.bias[0].detach()) == 0
+        assert not ours.linear.weight.any()
+        assert torch.equal(ours.users.table.weight, theirs.users.table.weight) == same_shop
+        assert ("items" in carried) == same_shop
+        assert carried["brands"] == 2 * theirs.brands.table.weight.numel()
+
+
+def test_parts_of_another_size_are_not_carried_over(examples: Examples) -> None:
+    fitted = run(examples, examples.rating)
+    sizes = CONFIG.sizes.model_dump() | {"width": 8}
+    network = FusedNetwork(default_config(vector=0, **sizes))
+    assert "last" not in carry(Start(fitted.network, True), network)
+
+
+def test_a_fit_goes_on_from_its_start(examples: Examples) -> None:
+    rows = np.arange(len(examples))
+    before = run(examples, examples.rating)
+    fitted = fit(
+        before.network.config.model_copy(update={"trees": 0}),
+        examples.inputs,
+        examples.rating,
+        rows[:500],
+        rows[500:600],
+        CONFIG.model_copy(update={"epochs": 1}),
+        seed=2,
+        device=CPU,
+        on_epoch=lambda epoch, error: None,
+        start=Start(before.network, same_shop=True),
+    )
+    assert fitted.carried
+    assert fitted.errors[0] < before.errors[0]
+
+
+def test_shares_by_hand_and_near_a_half_where_rows_say_little() -> None:
+    random = np.random.default_rng(4)
+    left = random.normal(size=4_000)
+    wrong = random.normal(size=4_000)
+    assert _shared(np.stack([left, wrong]), left) == pytest.approx((1, 0), abs=0.05)
+    assert _shared(np.stack([left, -left])[:, :4], left[:4]) == pytest.approx((0.5, 0.5), abs=0.5)
+    assert _shared(np.stack([wrong, -left]), left)[1] == 0
+    assert _shared(np.zeros((2, 4)), left[:4]) == (0.5, 0.5)
 
 
 def test_features_that_say_nothing_in_training_say_nothing_later(examples: Examples) -> None:

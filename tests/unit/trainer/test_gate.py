@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from trainer.config import GateConfig
-from trainer.evaluate import Calibration, Floats
 from trainer.gate import REFERENCE, Verdict, claims, judge
+from trainer.metrics import Calibration, Floats
 
 ROWS = 400
 RATING: Floats = np.tile([1.0, 2.0, 3.0, 4.0, 5.0], ROWS // 5)

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import SplitConfig
-from trainer.split import by_time
+from trainer.config import SampleConfig, SplitConfig
+from trainer.split import by_instant, by_time, sample
 
 
 def test_spans_follow_each_other_in_time() -> None:
@@ -27,3 +27,54 @@ def test_every_row_is_in_one_span_and_none_is_older_than_the_span_before(
     order = np.concatenate([split.train, split.validation, split.test])
     assert sorted(order.tolist()) == list(range(len(times)))
     assert (np.diff(time[order]) >= 0).all()
+
+
+def test_a_cut_moves_to_the_nearer_end_of_an_instant() -> None:
+    days = np.array([1, 1, 1, 1, 1, 1, 1, 2, 2, 3])  # cuts at 8 and 9 of 10
+    split = by_instant(days, SplitConfig())
+    assert [len(span) for span in (split.train, split.validation, split.test)] == [7, 2, 1]
+
+
+@given(
+    st.lists(st.integers(0, 8), min_size=1, max_size=60),
+    st.floats(0.01, 0.4),
+    st.floats(0.01, 0.4),
+)
+def test_no_instant_is_parted_where_there_are_three(
+    times: list[int], validation: float, test: float
+) -> None:
+    time = np.array(times, np.int64)
+    split = by_instant(time, SplitConfig(validation_share=validation, test_share=test))
+    spans = [split.train, split.validation, split.test]
+    assert sorted(np.concatenate(spans).tolist()) == list(range(len(times)))
+    if len(set(times)) >= 3:
+        assert all(len(span) for span in spans)
+        assert time[split.train].max() < time[split.validation].min()
+        assert time[split.validation].max() < time[split.test].min()
+
+
+USERS = np.array([7, 7, 7, 8, 7, 9], np.uint64)  # oldest first
+STARS = np.array([5.0, 5, 5, 5, 5, 1])
+
+
+def test_samples_by_hand() -> None:
+    def chosen(rows: int, by: str) -> list[int]:
+        config = SampleConfig.model_validate({"rows": rows, "by": by})
+        return sample(USERS, STARS, config, 3).tolist()
+
+    assert chosen(2, "newest") == [4, 5]
+    assert chosen(3, "user") == [3, 4, 5]  # one of each
+    assert chosen(4, "user") == [2, 3, 4, 5]
+    assert chosen(0, "user") == chosen(9, "rarity") == [0, 1, 2, 3, 4, 5]
+
+
+def test_seldom_stars_are_drawn_more_often_and_samples_are_nested() -> None:
+    random = np.random.default_rng(1)
+    stars = np.where(random.random(2_000) < 0.1, 1.0, 5.0)
+    users = np.arange(2_000, dtype=np.uint64)
+    few, more = (
+        sample(users, stars, SampleConfig(rows=rows, by="rarity"), 5) for rows in (200, 400)
+    )
+    assert set(few.tolist()) < set(more.tolist())
+    assert (stars[few] == 1).mean() > 0.3  # a tenth of the rows
+    assert (np.diff(more) > 0).all()

@@ -30,6 +30,7 @@ CONFIG = TrainerConfig.model_validate(
             "sizes": {"members": 1, "width": 16, "token": 8},
         },
         "gate": {"resamples": 200},
+        "text": {"method": "frozen"},
     }
 )
 
@@ -106,6 +107,18 @@ def test_assessing_the_bundle_and_the_ladder(
     assert "bias_running" in shown.get()
 
 
+def test_another_shops_bundle_is_started_from_and_the_card_says_what_was_carried(
+    result: TrainResult, models: str, shop_file: Path, tmp_path: Path
+) -> None:
+    other = bundles.load(models, result.version)
+    found = train(from_file(shop_file), str(tmp_path), CONFIG, other=other)
+    bundle = bundles.load(str(tmp_path), found.version)
+    assert bundle.encoder_hash == other.encoder_hash
+    card = (bundle.folder / "MODEL_CARD.md").read_text()
+    assert "of attention" in card
+    assert "of items" not in card
+
+
 def test_too_few_ratings_are_an_error_that_says_so(tmp_path: Path) -> None:
     path = tmp_path / "few.jsonl"
     write_records(path, shop()[:300])
@@ -129,17 +142,22 @@ def test_retraining_promotes_what_passes_and_judges_it_against_stable(
         archive, models, CONFIG, encoder=str(encoder_folder), on_promoted=tell, by="test"
     )
     assert first.promoted, first.reason
+    assert first.result is not None
     assert first.previous is None
     stable = registry.read(models).stable
     assert stable is not None
     assert (stable.version, stable.by) == (first.result.version, "test")
     assert told == [first.result.version]
     second = retrain_once(archive, models, CONFIG, on_promoted=tell)
+    assert second.result is not None
     assert second.previous == first.result.version
     names = [check.name for check in second.result.verdict.checks]
     assert "not worse than the stable model" in names
     kept = bundles.load(models, second.result.version)
     assert kept.encoder_hash == bundles.load(models, first.result.version).encoder_hash
+    third = retrain_once(archive, models, CONFIG, on_drift=True)
+    assert (third.result, third.promoted) == (None, False)
+    assert third.reason == "nothing has changed in the 0 events since it was fitted"
 
 
 def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Path) -> None:
@@ -153,6 +171,7 @@ def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Pat
         archive, models, strict, encoder="none", on_promoted=lambda new: pytest.fail("promoted")
     )
     assert not done.promoted
+    assert done.result is not None
     assert "80% intervals" in done.reason
     assert registry.read(models).stable is None
     metrics = json.loads((Path(models) / done.result.version / "metrics.json").read_text())

@@ -1,0 +1,388 @@
+"""Everything about how good predictions are, in parts that are kept: `make quality`.
+
+Parts: the evaluation beside peers on each set, the table of fine-tuning methods, the ablations of
+the rating network and of the text model, the speed of a long replay. Each part is a JSON file in
+`--folder`; one that is there is not made again, so the whole may be run bit by bit (`--parts`).
+`bench/results/quality.json` and `docs/quality.md` are made from those that are there.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+import numpy as np
+import orjson
+import psutil
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.report import machine, write
+from model.events import EVENT, Rows, blank
+from model.ids import hash_ids
+from model.replay import History
+from starcast import importers
+from starcast.log import LogConfig, configure
+from trainer import ablations
+from trainer import evaluate as evaluation
+from trainer import text as texts
+from trainer.config import AugmentConfig, FineTuneConfig, Method, TextConfig, TrainerConfig
+from trainer.data import from_file
+from trainer.prepare import cleaned, item_vectors, prepared, review_texts
+from trainer.train import base_encoder
+
+SETS: Mapping[str, tuple[Callable[[Sequence[Path], Path], object], tuple[str, ...]]] = {
+    "Musical Instruments": (
+        importers.import_amazon,
+        ("amazon_musical_instruments_5/Musical_instruments_reviews.csv.zip",),
+    ),
+    "Gift Cards": (
+        importers.import_amazon,
+        (
+            "amazon_gift_cards_5_with_meta/Gift_Cards_5.json.gz",
+            "amazon_gift_cards_5_with_meta/meta_Gift_Cards.json.gz",
+        ),
+    ),
+    "MovieLens 100K": (
+        importers.import_movielens,
+        ("ml-100k/ml-100k.inter", "ml-100k/ml-100k.item", "ml-100k/ml-100k.user"),
+    ),
+}
+"""Names, how they are imported, and their files below `--data` or the movies' folder."""
+
+METHODS: tuple[Method, ...] = ("full", "top_layers", "lora", "adalora", "prefix", "frozen")
+TEXT_SET = "Musical Instruments"
+WORDED: Mapping[str, TextConfig] = {
+    "as it is": TextConfig(method="full"),
+    **{
+        f"with {way}": TextConfig(
+            method="full", fine_tune=FineTuneConfig(augment=AugmentConfig(ways=(way,)))
+        )
+        for way in ("delete", "swap", "shift", "reverse", "replace", "punctuate")
+    },
+}
+"""Ablations of the text model: RMSE on validation texts."""
+
+REPLAYED = 10_000_000  # events of the long replay
+USERS, USER_EXPONENT = 1_000_000, 0.8
+ITEMS, ITEM_EXPONENT = 100_000, 1.0
+BLOCK = 1_000_000  # events made at once
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things lie."""
+
+    folder: Path
+    data: Path
+    movies: Path
+    console: Console
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """A part: made once."""
+        path = self.folder / f"{name.lower().replace(' ', '-')}.json"
+        if not path.exists():
+            self.console.print(f"{name} …")
+            began = time.monotonic()
+            found = {
+                "figures": make(),
+                "minutes": round((time.monotonic() - began) / 60, 1),
+                "machine": machine(),
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            option = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY
+            part = path.with_suffix(".part")
+            part.write_bytes(orjson.dumps(found, option=option) + b"\n")
+            part.replace(path)
+        return orjson.loads(path.read_bytes())
+
+    def events(self, name: str) -> Path:
+        """The record file of a set."""
+        path = self.folder / f"{name.lower().replace(' ', '-')}.jsonl.gz"
+        if not path.exists():
+            read, files = SETS[name]
+            folder = self.movies if name.startswith("MovieLens") else self.data
+            path.parent.mkdir(parents=True, exist_ok=True)
+            read([folder / each for each in files], path)
+        return path
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+def evaluated(place: Place, name: str) -> dict[str, Any]:
+    """The document of `starcast evaluate` with default settings."""
+    config = TrainerConfig()
+    events = place.events(name)
+    folder = evaluation.folder_of(events, config, "auto", "instant", place.folder / "evaluate")
+    with Progress(console=place.console) as progress:
+        found = evaluation.evaluate(from_file(events), folder, config, progress=progress)
+    place.console.print(evaluation.summary(found))
+    return found.document
+
+
+def method(place: Place, name: Method) -> dict[str, Any]:
+    """One way to fine-tune, in a process of its own so that its memory is its own."""
+    out = place.folder / f"method-{name}.figures"
+    command = [sys.executable, "-m", "bench.quality", "--folder", str(place.folder)]
+    command += ["--data", str(place.data), "--movies", str(place.movies)]
+    run([*command, "--method", name, "--out", str(out)], check=True)
+    return orjson.loads(out.read_bytes())
+
+
+def fitted_by(place: Place, name: Method) -> dict[str, Any]:
+    """What a way to fine-tune costs and gives on the newest texts."""
+    config = TrainerConfig(text=TextConfig(method=name, text_limit=0))
+    log = from_file(place.events(TEXT_SET))
+    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
+    base = base_encoder("auto", None, config)
+    if reviews is None or base is None:
+        raise SystemExit("The packaged encoder is missing: make setup")
+    before = psutil.Process().memory_info().rss
+    began = time.monotonic()
+    folder = place.folder / "methods" / name
+    with Progress(console=place.console) as progress:
+        task = progress.add_task(name, total=None)
+        found = texts.fit(
+            reviews,
+            base,
+            config.text,
+            folder,
+            config.seed,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            folder / "checkpoint",
+        )
+    import resource  # not on every system, and of use here alone
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
+    return {
+        "trained": found.cost.trained,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "peak_mb": round(peak / 2**20),
+        "grown_mb": round((peak - before) / 2**20),
+        **asdict(found.scores),
+    }
+
+
+def ablated(place: Place, name: str) -> dict[str, Any]:
+    """The rating network without each part in turn."""
+    config = TrainerConfig()
+    log = from_file(place.events(name))
+    base = base_encoder("auto", None, config)
+    vectors = item_vectors(log, base, lambda done, total: None)
+    known = base.hash if base else ""
+    data = prepared(
+        log, cleaned(log, config).reviews, vectors, known, config, lambda done, total: None
+    )
+    whole = ablations.ablate(data, config, None)
+    without = {part: ablations.ablate(data, config, part) for part in ablations.PARTS}
+    rating = data.examples.rating[data.split.test]
+    found = ablations.compare(rating, whole, without, config)
+    return {part: asdict(each) for part, each in found.items()}
+
+
+def worded(place: Place, name: str) -> dict[str, Any]:
+    """The text model with another setting, on validation texts."""
+    config = TrainerConfig(text=WORDED[name])
+    log = from_file(place.events(TEXT_SET))
+    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
+    base = base_encoder("auto", None, config)
+    if reviews is None or base is None:
+        raise SystemExit("The packaged encoder is missing: make setup")
+    folder = place.folder / "worded"
+    return {"rmse": texts.validate(reviews, base, config.text, folder, config.seed)}
+
+
+def replayed() -> dict[str, Any]:
+    """States of ten million events: events a second and the most memory."""
+    random = np.random.default_rng(5)
+    users, items = zipf(USERS, USER_EXPONENT), zipf(ITEMS, ITEM_EXPONENT)
+    user_ids = hash_ids([f"user-{number}" for number in range(USERS)])
+    item_ids = hash_ids([f"item-{number}" for number in range(ITEMS)])
+    history = History(batch_events=8_192)
+    spent, most = 0.0, 0
+    for block in range(REPLAYED // BLOCK):
+        events = generated(random, block, users, user_ids, items, item_ids)
+        began = time.monotonic()
+        history.apply(events, THREADS)
+        spent += time.monotonic() - began
+        most = max(most, psutil.Process().memory_info().rss)
+    return {
+        "events": REPLAYED,
+        "users": len(history.users.rows),
+        "items": len(history.items.rows),
+        "events_per_second": round(REPLAYED / spent),
+        "peak_mb": round(most / 2**20),
+    }
+
+
+def zipf(count: int, exponent: float) -> NDArray[np.float64]:
+    """Odds, summed up, of ranks 1 to `count`: proportional to 1 / rank^exponent."""
+    odds = np.cumsum(np.arange(1, count + 1) ** -exponent)
+    return odds / odds[-1]
+
+
+def generated(
+    random: np.random.Generator,
+    block: int,
+    users: NDArray[np.float64],
+    user_ids: NDArray[np.uint64],
+    items: NDArray[np.float64],
+    item_ids: NDArray[np.uint64],
+) -> Rows:
+    """EVENT rows: a quarter reviews, the rest behaviour, one every millisecond."""
+    events = blank(EVENT, BLOCK)
+    number = block * BLOCK + np.arange(BLOCK)
+    events["event_id"] = number + 1
+    events["user"] = user_ids[np.searchsorted(users, random.random(BLOCK))]
+    events["item"] = item_ids[np.searchsorted(items, random.random(BLOCK))]
+    events["time"] = 1_700_000_000_000 + number
+    reviewed = random.random(BLOCK) < 0.25
+    events["action"] = np.where(reviewed, 0, random.integers(1, 5, BLOCK))
+    events["rating"] = np.where(reviewed, random.integers(1, 6, BLOCK), np.nan)
+    return events
+
+
+# -- the whole -----------------------------------------------------------------------------------
+
+
+def gains(sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours beside the best peer of each set, and the mean."""
+    found = {name: each["figures"]["gain"] for name, each in sets.items()}
+    told = [each["gain"] for each in found.values() if each]
+    return {"by_set": found, "mean": float(np.mean(told)) if told else None}
+
+
+def page(parts: Mapping[str, Any]) -> str:
+    """docs/quality.md."""
+    lines = [
+        "# How good predictions are",
+        "",
+        "Made by `make quality` from `bench/results/quality.json`. Question (a) is what a user",
+        "will rate an item before the review exists; question (b) is how many stars a review's",
+        "text means.",
+        "Newest 10% of the rated rows; peers tuned with 20 trials on the 10% before.",
+    ]
+    for name, each in parts.get("sets", {}).items():
+        figures = each["figures"]
+        lines += ["", f"## {name}", "", f"{figures['rows']['test']:,} test rows."]
+        for way, block in figures["rating"].items():
+            lines += ["", *_rating_table(way, block)]
+        for part in ("text", "text_title", "text_body"):
+            if figures[part]:
+                lines += ["", *_text_table(part, figures[part])]
+    if parts.get("sets"):
+        mean = gains(parts["sets"])["mean"]
+        if mean is not None:
+            lines += ["", f"Mean gain over the best peer of each set, prequential: {mean:+.2%}."]
+    if methods := parts.get("methods"):
+        lines += ["", f"## Fine-tuning MiniLM on {TEXT_SET}", ""]
+        lines += ["| method | trained weights | minutes | peak MB | RMSE | accuracy |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for name, each in methods.items():
+            found = each["figures"]
+            lines.append(
+                f"| {name} | {found['trained']:,} | {found['minutes']} | {found['peak_mb']:,} | "
+                f"{found['rmse']:.4f} | {found['accuracy']:.1%} |"
+            )
+    for name, each in parts.get("ablations", {}).items():
+        lines += ["", f"## What each part of the network is worth on {name}", ""]
+        lines += ["| without | RMSE | squared error more, 95% interval |", "|---|---|---|"]
+        for part, found in each["figures"].items():
+            cost = found["cost"]
+            told = f"{cost['mean']:+.4f} [{cost['low']:+.4f}, {cost['high']:+.4f}]" if cost else ""
+            lines.append(f"| {part} | {found['rmse']:.4f} | {told} |")
+    if variants := parts.get("worded"):
+        lines += ["", f"## Variants of texts, validation RMSE on {TEXT_SET}", ""]
+        lines += ["| fine-tuned | RMSE |", "|---|---|"]
+        lines += [f"| {name} | {each['figures']['rmse']:.4f} |" for name, each in variants.items()]
+    if replay := parts.get("replay"):
+        found = replay["figures"]
+        lines += ["", "## A long replay", ""]
+        lines.append(
+            f"{found['events']:,} events of {found['users']:,} users and {found['items']:,} items: "
+            f"{found['events_per_second']:,} events/s, {found['peak_mb']:,} MB at most."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _rating_table(way: str, block: Mapping[str, Any]) -> list[str]:
+    lines = [f"| {way} | RMSE | MAE | model − this, squared error (95%) |", "|---|---|---|---|"]
+    for name, each in sorted(block.items(), key=lambda found: found[1]["rmse"]):
+        gap = each.get("model_minus_this", {}).get("all")
+        told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
+        lines.append(f"| {name} | {each['rmse']:.4f} | {each['mae']:.4f} | {told} |")
+    return lines
+
+
+def _text_table(part: str, block: Mapping[str, Any]) -> list[str]:
+    name = {"text": "whole review", "text_title": "title alone", "text_body": "text alone"}[part]
+    lines = [f"| {name} | rows | RMSE | MAE | accuracy | macro-F1 |", "|---|---|---|---|---|---|"]
+    for reader, each in sorted(block.items(), key=lambda found: found[1]["rmse"]):
+        lines.append(
+            f"| {reader} | {each['rows']:,} | {each['rmse']:.4f} | {each['mae']:.4f} | "
+            f"{each['accuracy']:.1%} | {each['macro_f1']:.3f} |"
+        )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make what is missing, and write."""
+    parser = argparse.ArgumentParser(prog="bench.quality", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".cache/quality"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--movies", type=Path, default=Path(".cache/movielens"))
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["sets", "methods", "ablations", "worded", "replay"],
+        choices=["sets", "methods", "ablations", "worded", "replay"],
+    )
+    parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
+    parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    configure(LogConfig(level="warning"))
+    place = Place(chosen.folder, chosen.data, chosen.movies, Console(stderr=True))
+    if chosen.method:
+        chosen.out.write_bytes(orjson.dumps(fitted_by(place, chosen.method)))
+        return 0
+    parts: dict[str, Any] = {}
+    if "sets" in chosen.parts:
+        parts["sets"] = {
+            name: place.part(f"evaluate {name}", lambda name=name: evaluated(place, name))
+            for name in chosen.sets
+        }
+    if "methods" in chosen.parts:
+        parts["methods"] = {
+            name: place.part(f"method {name}", lambda name=name: method(place, name))
+            for name in METHODS
+        }
+    if "ablations" in chosen.parts:
+        parts["ablations"] = {
+            name: place.part(f"ablations {name}", lambda name=name: ablated(place, name))
+            for name in chosen.sets
+        }
+    if "worded" in chosen.parts:
+        parts["worded"] = {
+            name: place.part(f"worded {name}", lambda name=name: worded(place, name))
+            for name in WORDED
+        }
+    if "replay" in chosen.parts:
+        parts["replay"] = place.part("replay", replayed)
+    if parts.get("sets"):
+        parts["gains"] = gains(parts["sets"])
+    written = write("quality", parts, "torch", "transformers", "lightgbm", "scikit-learn", "peft")
+    Path("docs/quality.md").write_text(page(parts), encoding="utf-8")
+    place.console.print(f"Wrote {written} and docs/quality.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

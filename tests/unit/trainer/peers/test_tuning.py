@@ -1,0 +1,17 @@
+"""The search finds what a flat look would."""
+
+from trainer.peers.tuning import TRIALS, tune
+
+
+def test_the_least_error_of_all_trials_is_taken_and_repeats() -> None:
+    tried: list[float] = []
+
+    def error(settings: object) -> float:
+        assert isinstance(settings, dict)
+        tried.append((settings["x"] - 3) ** 2)
+        return tried[-1]
+
+    found = tune(lambda trial: {"x": trial.suggest_float("x", 0, 10)}, error, seed=1)
+    assert len(tried) == TRIALS
+    assert (found["x"] - 3) ** 2 == min(tried)
+    assert found == tune(lambda trial: {"x": trial.suggest_float("x", 0, 10)}, error, seed=1)

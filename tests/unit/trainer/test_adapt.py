@@ -1,0 +1,45 @@
+"""Adaptation to a shop's words."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from model import encoder as encoders
+from model.encoder import TextEncoder
+from tests.unit.trainer.shop import WORDS
+from trainer.adapt import adapt
+from trainer.config import AdaptConfig
+from trainer.exceptions import TrainerError
+
+TEXTS = [f"{word} thing" for word in WORDS] * 8
+
+
+@pytest.fixture(scope="module")
+def encoder(masking_folder: Path) -> TextEncoder:
+    return encoders.load(masking_folder, "cpu")
+
+
+def test_an_adapted_encoder_reads_otherwise_and_the_same_each_time(
+    encoder: TextEncoder, tmp_path: Path
+) -> None:
+    steps: list[tuple[int, int]] = []
+    config = AdaptConfig(epochs=2, batch_texts=16, learning_rate=1e-3)
+
+    def run(name: str) -> TextEncoder:
+        return adapt(encoder, TEXTS, config, tmp_path / name, 3, lambda *at: steps.append(at))
+
+    first, second = run("first"), run("second")
+    assert steps[:6] == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+    assert first.hash == second.hash != encoder.hash
+    assert not np.allclose(first.encode(TEXTS[:5]), encoder.encode(TEXTS[:5]), atol=1e-4)
+
+
+def test_without_a_mask_token_there_is_nothing_to_fill_in(
+    encoder: TextEncoder, tmp_path: Path
+) -> None:
+    blind = replace(encoder, tokenizer=SimpleNamespace(mask_token=None))
+    with pytest.raises(TrainerError, match="no mask token"):
+        adapt(blind, TEXTS, AdaptConfig(epochs=1), tmp_path, 0, lambda done, total: None)

@@ -1,0 +1,75 @@
+"""Smaller encoders, on one that is tiny."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import encoder as encoders
+from tests.unit.trainer.test_text import texts
+from trainer.compress import Compressed, choose, compress
+from trainer.config import TrainerConfig
+from trainer.exceptions import TrainerError
+from trainer.metrics import TextScores
+
+CONFIG = TrainerConfig(threads=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def found(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Compressed]:
+    parent = encoders.load(encoder_folder, "cpu")
+    folder = tmp_path_factory.mktemp("compressed")
+    return compress(texts(), parent, CONFIG, folder, lambda done, total: None)
+
+
+def test_each_way_stands_beside_the_parent(found: list[Compressed]) -> None:
+    names = [each.name for each in found]
+    assert names == [
+        "parent", "1 layers", "1 heads", "bf16", "fp16", "int8", "int8 static", "student"
+    ]  # fmt: skip
+    by_name = {each.name: each for each in found}
+    assert len({by_name[name].scores.rows for name in names}) == 1
+    assert by_name["bf16"].size_bytes < by_name["parent"].size_bytes
+    assert by_name["1 layers"].size_bytes < by_name["parent"].size_bytes
+    assert all(each.texts_per_second > 0 for each in found)
+    assert by_name["int8"].scores.accuracy > 0.9
+
+
+def test_each_is_an_encoder_that_loads(found: list[Compressed]) -> None:
+    words = ["good thing", "awful thing"]
+    parent = encoders.load(found[0].folder, "cpu").encode(words)
+    hashes: set[str] = set()
+    for each in found:
+        encoder = encoders.load(each.folder, "cpu")
+        hashes.add(encoder.hash)
+        vectors = encoder.encode(words)
+        assert vectors.shape == parent.shape
+        if each.name in ("bf16", "fp16", "int8", "int8 static"):
+            assert ((vectors * parent).sum(1) > 0.95).all()
+    assert len(hashes) == len(found)
+
+
+def test_a_student_learns_what_its_parent_says(found: list[Compressed]) -> None:
+    """The tiny parent has two layers, so its student has both and starts as a copy."""
+    words = ["good thing", "awful thing", "fair thing"]
+    by_name = {each.name: encoders.load(each.folder, "cpu").encode(words) for each in found}
+    assert ((by_name["student"] * by_name["parent"]).sum(1) > 0.99).all()
+
+
+def test_what_is_compressed_is_not_compressed_again(
+    found: list[Compressed], tmp_path: Path
+) -> None:
+    quantized = encoders.load(next(e for e in found if e.name == "int8").folder, "cpu")
+    with pytest.raises(TrainerError, match="not plain"):
+        compress(texts(), quantized, CONFIG, tmp_path, lambda done, total: None)
+
+
+def test_the_fastest_within_the_bound_is_chosen() -> None:
+    def one(name: str, rmse: float, speed: float) -> Compressed:
+        return Compressed(name, Path(name), TextScores(9, rmse, 0, 1, 1, 1), 1, speed)
+
+    found = [one("parent", 0.7, 10), one("fast", 0.706, 20), one("fastest", 0.8, 40)]
+    assert choose(found, 0.01).name == "fast"
+    assert choose(found, 0.0).name == "parent"
+    assert choose(found, 1.0).name == "fastest"
+    assert np.isclose(found[1].scores.rmse / found[0].scores.rmse - 1, 0.00857, atol=1e-4)

@@ -1,0 +1,94 @@
+"""Drift, on columns and predictions small enough to do by hand."""
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import polars as pl
+import pytest
+
+from model.features import NAMES
+from trainer.config import DriftConfig
+from trainer.drift import Spread, join, measure, reference, spread, stability
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+CONFIG = DriftConfig(least_rows=50)
+
+
+def test_spread_by_hand() -> None:
+    found = spread(np.array([*range(1, 11), np.nan, np.nan], np.float64))
+    assert len(found.edges) == 9
+    assert found.shares == pytest.approx([1 / 12] * 10 + [2 / 12])
+    assert spread(np.array([2.0, 2.0])) == Spread(edges=(2.0,), shares=(0.0, 1.0, 0.0))
+    assert spread(np.array([np.nan])) == Spread(edges=(), shares=(0.0, 1.0))
+
+
+def test_stability_by_hand() -> None:
+    expected = Spread(edges=(0.0,), shares=(0.5, 0.5, 0.0))
+    column = np.array([-1.0, 1.0, 1.0, 1.0])
+    wanted = (0.25 - 0.5) * np.log(0.25 / 0.5) + (0.75 - 0.5) * np.log(0.75 / 0.5)
+    assert stability(expected, column) == pytest.approx(wanted)
+    assert stability(expected, np.array([-1.0, 1.0])) == 0
+    assert stability(expected, np.array([np.nan])) > 5
+
+
+def rows(shift: float = 0.0, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(shift, 1, (400, len(NAMES))).astype(np.float32)
+
+
+def joined(error: float, seed: int = 1) -> pl.DataFrame:
+    rating = np.random.default_rng(seed).integers(1, 6, 400).astype(np.float64)
+    return pl.DataFrame({"predicted": np.clip(rating + error, 1, 5), "rating": rating})
+
+
+def test_what_is_as_it_was_is_no_reason() -> None:
+    known = joined(0.5)
+    kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
+    found = measure(kept, rows(seed=2), joined(0.5, 3), CONFIG)
+    assert found.reasons == ()
+    assert found.rmse == pytest.approx(kept.rmse, rel=0.1)
+    assert kept == type(kept).model_validate_json(kept.model_dump_json())
+
+
+def test_each_change_is_a_reason() -> None:
+    known = joined(0.5)
+    kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
+    moved = measure(kept, rows(1.0, 2), joined(0.5, 3), CONFIG)
+    assert len(moved.reasons) == 1
+    assert f"of {len(NAMES)} features" in moved.reasons[0]
+    worse = measure(kept, rows(seed=2), joined(-1.0, 3), CONFIG)
+    assert any("RMSE is" in reason for reason in worse.reasons)
+    assert any("predictions are spread" in reason for reason in worse.reasons)
+
+
+def test_few_rows_tell_nothing() -> None:
+    known = joined(0.5)
+    kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
+    found = measure(kept, rows(9.0)[:20], joined(-1.0)[:20], CONFIG)
+    assert found.reasons == ()
+    assert found.rmse is None
+
+
+def test_a_rating_finds_the_newest_prediction_before_it() -> None:
+    def at(*minutes: int) -> list[datetime]:
+        return [NOON + timedelta(minutes=each) for each in minutes]
+
+    predictions = pl.DataFrame(
+        {
+            "event_id": ["view-1", "view-2", "view-late", "other", "review-own"],
+            "user_id": ["u", "u", "u", "v", "w"],
+            "item_id": ["i"] * 5,
+            "time": at(0, 1, 9, 0, 5),
+            "predicted": [3.0, 3.5, 4.0, 2.0, 1.5],
+        }
+    )
+    ratings = pl.DataFrame(
+        {
+            "event_id": ["review-1", "review-own"],
+            "user_id": ["u", "w"],
+            "item_id": ["i", "i"],
+            "time": at(5, 5),
+            "rating": [5.0, 1.0],
+        }
+    )
+    found = join(predictions, ratings).sort("predicted")
+    assert found.rows() == [(1.5, 1.0), (2.0, None), (3.0, None), (3.5, 5.0), (4.0, None)]

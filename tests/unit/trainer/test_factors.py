@@ -1,0 +1,80 @@
+"""Item factors and what they say ahead of time."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.network import NetworkConfig, bucket, default_config
+from model.taste import COLUMNS
+from trainer import factors
+from trainer.data import Examples, from_file, replay
+from trainer.factors import fit_taste, told, told_ahead
+
+CONFIG = default_config(vector=0, factors=2, buckets=256)
+
+
+@pytest.fixture(scope="module")
+def examples(shop_file: Path) -> Examples:
+    return replay(from_file(shop_file), None, "", 0, lambda done, total: None)
+
+
+def tasteful(
+    examples: Examples, config: NetworkConfig
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Ratings by a taste that no bias knows: users of one parity love items of the same."""
+    inputs = examples.inputs
+    items = bucket(inputs.items, config.buckets).astype(np.int64)
+    alike = inputs.users.astype(np.int64) % 2 == items % 2
+    return np.where(alike, 5.0, 1.0)
+
+
+def test_factors_tell_what_biases_cannot(examples: Examples) -> None:
+    """Recent ratings and labels alike follow the taste."""
+    rating = tasteful(examples, CONFIG)
+    parity = bucket(examples.inputs.recents, CONFIG.buckets).astype(np.int64) % 2
+    mine = examples.inputs.users.astype(np.int64)[:, None] % 2
+    known = ~np.isnan(examples.inputs.recent_ratings)
+    stars = np.where(known, np.where(parity == mine, 5, 1), np.nan).astype(np.float32)
+    features = examples.inputs.features.copy()
+    features[:, CONFIG.user_bias_column] = 0
+    inputs = replace(examples.inputs, recent_ratings=stars, features=features)
+    rows = np.arange(len(examples))
+    taste = fit_taste(CONFIG, inputs, rating, rows[:500], 3)
+    said = told(taste, CONFIG, inputs, rows[500:])[:, 0]
+    sure = np.abs(said) > 0.3
+    assert sure.sum() > 30
+    assert (np.sign(said[sure]) == np.sign(rating[500:][sure] - 3)).mean() > 0.9
+
+
+def test_no_row_is_told_by_its_own_rating_or_a_later_one(examples: Examples) -> None:
+    rows = np.arange(len(examples))
+    said = told_ahead(CONFIG, examples.inputs, examples.rating, rows, 3)
+    assert said.shape == (len(rows), len(COLUMNS))
+    changed = examples.rating.copy()
+    half = int(len(rows) * 0.6)
+    changed[half:] = 6 - changed[half:]
+    again = told_ahead(CONFIG, examples.inputs, changed, rows, 3)
+    span = int(len(rows) * 0.7)
+    np.testing.assert_array_equal(said[:span], again[:span])
+    assert not np.array_equal(said[span:], again[span:])
+    assert np.isnan(said[: int(len(rows) * 0.15)]).all()
+    assert np.isfinite(said[int(len(rows) * 0.15) :]).all()
+
+
+def test_in_parts_or_at_once_is_the_same(
+    examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.arange(len(examples))
+    whole = fit_taste(CONFIG, examples.inputs, examples.rating, rows, 3)
+    monkeypatch.setattr(factors, "_AT_ONCE", 7)
+    parts = fit_taste(CONFIG, examples.inputs, examples.rating, rows, 3)
+    np.testing.assert_allclose(parts.factors, whole.factors, rtol=1e-4, atol=1e-5)
+
+
+def test_without_rows_nothing_is_said(examples: Examples) -> None:
+    none = np.empty(0, np.int64)
+    taste = fit_taste(CONFIG, examples.inputs, examples.rating, none, 3)
+    assert not taste.factors.any()
+    assert told_ahead(CONFIG, examples.inputs, examples.rating, none, 3).shape == (0, len(COLUMNS))

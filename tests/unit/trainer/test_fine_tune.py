@@ -1,0 +1,289 @@
+"""Fine-tuning, by every method, and what it does when killed or shared."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from model import encoder as encoders
+from model.encoder import StarHead, TextEncoder
+from tests.unit.trainer.shop import WORDS
+from trainer import fine_tune as module
+from trainer.config import AugmentConfig, FineTuneConfig, Method, TextConfig
+from trainer.exceptions import TrainerError
+from trainer.fine_tune import Cost, Labelled, Tuned, fine_tune, loss_of, rate
+
+METHODS: list[Method] = [
+    each for each in get_args(Method) if each not in ("auto", "none", "frozen")
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder: Path) -> TextEncoder:
+    return encoders.load(encoder_folder, "cpu")
+
+
+def labelled(count: int = 96, seed: int = 0) -> Labelled:
+    """Texts whose only telling word says the stars."""
+    stars = np.random.default_rng(seed).integers(0, 5, count)
+    texts = [f"{WORDS[star]} thing" for star in stars.tolist()]
+    return Labelled(texts, np.eye(5, dtype=np.float32)[stars])
+
+
+def tune(encoder: TextEncoder, folder: Path, **settings: Any) -> tuple[TextEncoder, Cost]:
+    method = settings.pop("method", "full")
+    checkpoint = settings.pop("checkpoint", None)
+    settings = {"epochs": 1, "batch_texts": 16, "learning_rate": 1e-3, **settings}
+    config = TextConfig(method=method, fine_tune=FineTuneConfig(**settings))
+    found = tuned(encoder, folder, config, checkpoint)
+    return found.encoder, found.cost
+
+
+def tuned(
+    encoder: TextEncoder, folder: Path, config: TextConfig, checkpoint: Path | None = None
+) -> Tuned:
+    head = StarHead(np.zeros((5, encoder.hidden), np.float32), np.zeros(5, np.float32))
+    return fine_tune(
+        labelled(),
+        labelled(32, 1),
+        encoder,
+        head,
+        config,
+        folder,
+        7,
+        lambda done, total: None,
+        checkpoint,
+    )
+
+
+def words(encoder: TextEncoder) -> Any:
+    return encoder.encode([f"{word} thing" for word in WORDS])
+
+
+def test_the_loss_by_hand() -> None:
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.2, 0.2]]))
+    labels = torch.tensor([[0.0, 0.0, 0.5, 0.5, 0.0]])
+    config = FineTuneConfig(cross_entropy=1, squared_error=2)
+    # Expected 3.2 stars of 3.5.
+    wanted = -0.5 * np.log(0.3) - 0.5 * np.log(0.2) + 2 * 0.3**2
+    assert loss_of(logits, None, labels, config).tolist() == pytest.approx([wanted], abs=1e-5)
+    ranks = torch.tensor([[2.0, 1.0, 0.0, -1.0]])  # more than 1, 2, 3, 4 stars
+    above = 1 / (1 + np.exp([-2.0, -1.0, 0.0, 1.0]))
+    truth = np.array([1, 1, 0.5, 0])
+    wanted = -(truth * np.log(above) + (1 - truth) * np.log(1 - above)).sum()
+    config = FineTuneConfig(cross_entropy=0, squared_error=0, ordinal=1)
+    assert loss_of(logits, ranks, labels, config).tolist() == pytest.approx([wanted], abs=1e-5)
+
+
+def test_smooth_labels_by_hand() -> None:
+    logits = torch.zeros((1, 5))
+    logits[0, 0] = 1
+    labels = torch.eye(5)[:1]
+    config = FineTuneConfig(squared_error=0, label_smoothing=0.5)
+    logs = np.log(np.exp([1, 0, 0, 0, 0]) / np.exp([1, 0, 0, 0, 0]).sum())
+    wanted = -(np.array([0.6, 0.1, 0.1, 0.1, 0.1]) * logs).sum()
+    assert loss_of(logits, None, labels, config).tolist() == pytest.approx([wanted], abs=1e-5)
+
+
+def test_without_a_loss_there_is_nothing_to_learn() -> None:
+    with pytest.raises(ValidationError, match="must be above 0"):
+        FineTuneConfig(cross_entropy=0, squared_error=0)
+
+
+def test_rates_by_hand() -> None:
+    config = FineTuneConfig(warm_up=0.2)
+    assert [rate(step, 10, config) for step in (0, 1, 2, 6, 10)] == [0.5, 1, 1, 0.5, 0]
+    cosine = config.model_copy(update={"schedule": "cosine"})
+    assert rate(6, 10, cosine) == pytest.approx(0.5)
+    assert rate(4, 10, cosine) == pytest.approx(0.5 * (1 - np.cos(np.pi * 0.75)))
+    assert rate(9, 10, config.model_copy(update={"schedule": "constant"})) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_an_encoder_that_reads_otherwise(
+    method: Method, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    before = words(encoder)
+    found, cost = tune(encoder, tmp_path / "new", method=method, top_layers=1)
+    assert (words(encoder) == before).all()
+    assert found.hash != encoder.hash
+    assert not np.allclose(words(found), before, atol=1e-5)
+    again = encoders.load(tmp_path / "new", "cpu")
+    assert again.hash == found.hash
+    assert np.allclose(words(again), words(found))
+    whole = sum(each.numel() for each in encoder.model.parameters())
+    head = 5 * (encoder.hidden + 1)
+    assert (cost.trained == whole + head) == (method == "full")
+    assert head < cost.trained <= whole + head
+    assert cost.steps == 8  # of 128 texts, 16 a step
+
+
+def test_top_layers_leave_the_layers_below_as_they_are(
+    encoder: TextEncoder, tmp_path: Path
+) -> None:
+    found, _ = tune(encoder, tmp_path / "new", method="top_layers", top_layers=1)
+    old, new = encoder.model.state_dict(), found.model.state_dict()
+    changed = {name for name in old if not (old[name] == new[name]).all()}
+    assert changed
+    assert all(name.startswith("encoder.layer.1.") for name in changed)
+
+
+def test_layers_below_learn_less(encoder: TextEncoder, tmp_path: Path) -> None:
+    found, _ = tune(encoder, tmp_path / "new", layer_decay=0.01)
+    old, new = encoder.model.state_dict(), found.model.state_dict()
+
+    def moved(layer: str) -> float:
+        names = [name for name in old if name.startswith(layer) and name.endswith("dense.weight")]
+        return float(np.mean([(new[name] - old[name]).abs().mean() for name in names]))
+
+    assert moved("encoder.layer.0.") < 0.1 * moved("encoder.layer.1.")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token_budget": 64},
+        {"checkpointing": True},
+    ],
+)
+def test_a_batch_in_parts_gives_the_same(
+    settings: dict[str, Any], encoder: TextEncoder, tmp_path: Path
+) -> None:
+    one, _ = tune(encoder, tmp_path / "one", dropout=0)
+    parts, _ = tune(encoder, tmp_path / "parts", dropout=0, **settings)
+    assert np.allclose(words(one), words(parts), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"squared_error": 1.0, "ordinal": 1.0}, {"precision": "bf16"}]
+)
+def test_other_losses_and_precisions_learn(
+    settings: dict[str, Any], encoder: TextEncoder, tmp_path: Path
+) -> None:
+    found, _ = tune(encoder, tmp_path / "new", **settings)
+    assert np.isfinite(words(found)).all()
+    assert not np.allclose(words(found), words(encoder), atol=1e-4)
+
+
+def test_the_head_is_what_was_taught(encoder: TextEncoder, tmp_path: Path) -> None:
+    # The head starts from nothing here, and so needs large steps.
+    tuning = FineTuneConfig(epochs=12, learning_rate=3e-3, head_learning_rate=0.1)
+    found = tuned(encoder, tmp_path / "new", TextConfig(method="full", fine_tune=tuning))
+    assert found.head is not None
+    rows = labelled(50, 4)
+    likeliest = (found.encoder.encode(rows.texts) @ found.head.weight.T + found.head.bias).argmax(1)
+    assert (likeliest == rows.labels.argmax(1)).mean() > 0.9
+    ranks = tuning.model_copy(update={"cross_entropy": 0.0, "squared_error": 0.0, "ordinal": 1.0})
+    assert tuned(encoder, tmp_path / "r", TextConfig(method="full", fine_tune=ranks)).head is None
+
+
+def test_variants_are_learnt_from_too(encoder: TextEncoder, tmp_path: Path) -> None:
+    augment = AugmentConfig(ways=("swap", "delete"), variants=2)
+    _, cost = tune(encoder, tmp_path / "new", augment=augment)
+    assert cost.steps == 3 * 8
+
+
+def test_patience_ends_it_and_keeps_the_best(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate that spoils everything: the first epoch stays the best one."""
+    settings = {"patience": 2, "learning_rate": 0.5, "head_learning_rate": 0.5, "clip": 100.0}
+    first, _ = tune(encoder, tmp_path / "first", **{**settings, "epochs": 50})
+    _, cost = tune(encoder, tmp_path / "second", **{**settings, "epochs": 50})
+    assert cost.steps < 50 * 6  # of 96 texts
+    assert np.isfinite(words(first)).all()
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["full", "adalora"])
+def test_a_killed_fit_goes_on_to_the_same_weights(
+    method: Method, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "method": method}
+    whole, _ = tune(encoder, tmp_path / "whole", **settings)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    checkpoint = tmp_path / "checkpoint"
+    take = module._Fit._take
+
+    def killed(self: Any, *arguments: Any) -> float:
+        if self.step == 11:
+            raise _KilledError
+        return take(self, *arguments)
+
+    monkeypatch.setattr(module._Fit, "_take", killed)
+    with pytest.raises(_KilledError):
+        tune(encoder, tmp_path / "killed", **settings, checkpoint=checkpoint)
+    monkeypatch.setattr(module._Fit, "_take", take)
+    steps: list[int] = []
+
+    def counted(self: Any, *arguments: Any) -> float:
+        steps.append(self.step)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(module._Fit, "_take", counted)
+    found, _ = tune(encoder, tmp_path / "again", **settings, checkpoint=checkpoint)
+    assert steps == list(range(11, 16))
+    assert (words(found) == words(whole)).all()
+    assert not checkpoint.exists()
+
+
+def test_a_checkpoint_of_another_fit_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    torch.save({"steps": 1}, checkpoint)
+    with pytest.raises(TrainerError, match="of another fit"):
+        tune(encoder, tmp_path / "new", checkpoint=checkpoint)
+
+
+def test_what_was_added_is_not_fitted_twice(encoder: TextEncoder, tmp_path: Path) -> None:
+    found, _ = tune(encoder, tmp_path / "new", method="adapters")
+    with pytest.raises(TrainerError, match="not fitted again"):
+        tune(found, tmp_path / "newer")
+
+
+def test_a_model_without_layers_takes_no_adapters(encoder: TextEncoder, tmp_path: Path) -> None:
+    bare = replace(encoder, model=torch.nn.Linear(2, 2))
+    with pytest.raises(encoders.EncoderError, match="no stack of layers"):
+        module._trainable(bare, "adapters", FineTuneConfig(), 1)
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from model import encoder as encoders
+from tests.unit.trainer.test_fine_tune import tune, words
+from trainer.fine_tune import is_first
+import numpy as np, os, torch
+torch.set_num_threads(1)
+encoder = encoders.load(Path(sys.argv[1]), "cpu")
+found, _ = tune(encoder, Path(sys.argv[2]) / os.environ["RANK"], dropout=0)
+np.save(Path(sys.argv[2]) / (os.environ["RANK"] + ".npy"), words(found))
+"""
+
+
+def test_two_processes_fit_as_one(
+    encoder: TextEncoder, encoder_folder: Path, tmp_path: Path
+) -> None:
+    one, _ = tune(encoder, tmp_path / "one", dropout=0)
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, "--nproc-per-node=2", str(script), str(encoder_folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (np.load(tmp_path / f"{rank}.npy") for rank in (0, 1))
+    assert (first == second).all()
+    assert np.allclose(first, words(one), atol=1e-4)

@@ -1,0 +1,45 @@
+"""Alarms are raised by what leaks, and by nothing else."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from model.features import FEATURES
+from schemas.files import write_records
+from tests.unit.trainer.shop import START, item, review
+from trainer.data import from_file
+from trainer.leaks import copied_texts, known_later, telling_features
+
+LONG = "this guitar came with a broken string and the shop sent me another one within two days"
+
+
+def test_texts_that_are_copied_or_nearly_are_named() -> None:
+    near = LONG.replace("two days", "three weeks")
+    other = "a wholly different text about drums that has as many words as the first one had"
+    newer = [LONG, near, other, "works great", f"{LONG.upper()}"]
+    (leak,) = copied_texts([LONG, "works great"], newer, ["a", "b", "c", "d", "e"])
+    assert leak.examples == ("a", "b", "e")
+    assert copied_texts([LONG], [other], ["c"]) == []
+
+
+def test_a_feature_that_says_the_rating_is_named() -> None:
+    random = np.random.default_rng(0)
+    rating = random.integers(1, 6, 1_000).astype(np.float64)
+    rows = random.normal(size=(1_000, len(FEATURES))).astype(np.float32)
+    assert telling_features(rows, rating) == []
+    rows[:, 3] = (rating - 3) ** 2 * 10 + rating  # not in a line, and yet it says all
+    assert [leak.kind for leak in telling_features(rows, rating)] == [
+        f"feature {FEATURES[3].name} says the rating"
+    ]
+
+
+def test_an_item_that_is_described_later_than_it_is_seen_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "late.jsonl"
+    late = item(1).model_copy(update={"event_time": START + timedelta(days=9)})
+    events = [("reviews", review(n, n, 1 + n % 2, START, 4)) for n in range(4)]
+    write_records(path, [("items", late), ("items", item(2)), *events])
+    (leak,) = known_later(from_file(path))
+    assert leak.examples == ("i1",)
+    write_records(path, [*events, ("items", late)])
+    assert known_later(from_file(path)) == []

@@ -1,0 +1,89 @@
+"""The search for settings, on a shop and an encoder that are tiny."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from starcast.settings import load
+from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
+from trainer.data import from_file
+from trainer.exceptions import TrainerError
+from trainer.search import (
+    SPACES,
+    Searched,
+    plot_importance,
+    search,
+    with_settings,
+    write_settings,
+)
+
+SMALL = TrainerConfig(fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)))
+
+
+@pytest.mark.parametrize("what", ["rating", "text"])
+def test_every_range_is_of_a_setting_and_holds_its_default(what: str) -> None:
+    for each in SPACES[what]:  # pyright: ignore[reportArgumentType]
+        value: Any = SMALL
+        for part in each.name.split("."):
+            value = getattr(value, part)
+        assert each.low <= value <= each.high or each.name == "fit.sizes.width"
+        with_settings(SMALL, {each.name: each.low})
+        with_settings(SMALL, {each.name: each.high})
+
+
+def test_other_values_by_path() -> None:
+    found = with_settings(SMALL, {"fit.sizes.width": 32, "seed": 1})
+    assert (found.fit.sizes.width, found.seed, found.fit.epochs) == (32, 1, 2)
+    assert SMALL.fit.sizes.width == 16
+
+
+def test_a_search_goes_on_where_it_was_left_and_is_no_worse_than_the_defaults(
+    shop_file: Path, tmp_path: Path
+) -> None:
+    log, study = from_file(shop_file), tmp_path / "study"
+    first = search(log, "rating", SMALL, study, 2, encoder="none")
+    assert first.trials == 2
+    again = search(log, "rating", SMALL, study, 4, encoder="none")
+    assert again.trials == 4
+    assert again.default_rmse == first.default_rmse
+    assert again.rmse <= first.rmse <= first.default_rmse
+    assert search(log, "rating", SMALL, study, 4, encoder="none") == again
+
+
+def test_processes_share_a_study(shop_file: Path, tmp_path: Path) -> None:
+    log = from_file(shop_file)
+    found = search(log, "rating", SMALL, tmp_path / "study", 3, encoder="none", workers=2)
+    assert found.trials == 3
+
+
+def test_the_text_model_is_searched_for(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    config = SMALL.model_copy(update={"text": TextConfig(method="lora")})
+    encoder = str(encoder_folder)
+    found = search(from_file(shop_file), "text", config, tmp_path / "s", 2, encoder=encoder)
+    assert 0 < found.rmse <= found.default_rmse
+
+
+def test_a_frozen_encoder_has_nothing_to_search_for(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    config = SMALL.model_copy(update={"text": TextConfig(method="frozen")})
+    with pytest.raises(TrainerError, match="nothing to search for"):
+        search(from_file(shop_file), "text", config, tmp_path / "s", 2, encoder=str(encoder_folder))
+
+
+def test_what_is_found_is_a_settings_file_that_train_takes(tmp_path: Path) -> None:
+    found = Searched(
+        {"fit.learning_rate": 0.002, "fit.sizes.width": 96}, 0.9, 0.91, 20, {"fit.sizes.width": 1}
+    )
+    path = tmp_path / "found.toml"
+    write_settings(found, path)
+    assert tomllib.loads(path.read_text())["trainer"]["fit"]["sizes"] == {"width": 96}
+    settings = load(path, tmp_path)
+    assert settings.trainer.fit.learning_rate == 0.002
+    assert settings.trainer.fit.sizes.width == 96
+    plot_importance(found, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().startswith("<svg")

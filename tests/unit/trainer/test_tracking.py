@@ -1,0 +1,55 @@
+"""Figures come to where they are configured to."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.config import TrackingConfig
+from trainer.exceptions import TrainerError
+from trainer.tracking import tracking
+
+
+def test_tensorboard_reads_what_was_noted(tmp_path: Path) -> None:
+    config = TrackingConfig(folder=str(tmp_path))
+    with tracking(config, "run", {"seed": 7}) as note:
+        note("loss", 2.0, 1)
+        note("loss", 1.5, 2)
+    events: Any = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [(each.step, each.value) for each in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "library"), [("wandb_project", "wandb"), ("mlflow_uri", "mlflow")]
+)
+def test_what_is_configured_must_be_installed(
+    setting: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    config = TrackingConfig.model_validate({"folder": str(tmp_path), setting: "here"})
+    with (
+        pytest.raises(TrainerError, match=f"{library} is not installed"),
+        tracking(config, "run", {}),
+    ):
+        pytest.fail("it opened")
+
+
+def test_weights_and_biases_is_told_the_same_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    run = SimpleNamespace(log=told.append, finish=lambda: told.append("finished"))
+
+    def init(**settings: Any) -> Any:
+        told.append(settings["mode"])
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = TrackingConfig(folder=str(tmp_path), wandb_project="shop")
+    with tracking(config, "run", {}) as note:
+        note("loss", 2.0, 1)
+    assert told == ["offline", {"loss": 2.0, "loss step": 1}, "finished"]

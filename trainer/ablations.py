@@ -1,0 +1,117 @@
+"""What each part of the rating network is worth: taken away in turn, fitted anew.
+
+An input that is gone says nothing in training and in the test alike; a part of the model is left
+out. What its absence costs is the squared error without it less that with all, on the same test
+rows, with a paired bootstrap interval: above zero, the part helps.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from model.features import FEATURES, Group
+from model.network import Inputs
+from trainer.config import FitConfig, TrainerConfig
+from trainer.metrics import Difference, Floats, paired, scores
+from trainer.models import predict
+from trainer.prepare import Prepared
+from trainer.train import fit_network, refit_network
+
+KEPT = "bias"  # the network corrects it, so it always stays
+
+Without = Callable[[Inputs], Inputs]
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """The network without one part."""
+
+    rmse: float
+    cost: Difference | None  # squared error less that of the whole; none for the whole
+
+
+def _features(group: Group) -> Without:
+    columns = [at for at, each in enumerate(FEATURES) if each.group == group and each.name != KEPT]
+
+    def without(inputs: Inputs) -> Inputs:
+        features = inputs.features.copy()
+        features[:, columns] = 0
+        return replace(inputs, features=features)
+
+    return without
+
+
+def _vectors(inputs: Inputs) -> Inputs:
+    none = len(inputs.vectors) - 1
+    return replace(
+        inputs,
+        item_vectors=np.full_like(inputs.item_vectors, none),
+        recent_vectors=np.full_like(inputs.recent_vectors, none),
+        vectors=np.where(np.arange(len(inputs.vectors))[:, None] == none, 0, inputs.vectors),
+    )
+
+
+INPUTS: Mapping[str, Without] = {
+    "user features": _features("user"),
+    "item features": _features("item"),
+    "behavior features": _features("behavior"),
+    "cross features": _features("cross"),
+    "attributes": _features("attributes"),
+    "text features": _features("text"),
+    "text vectors": _vectors,
+}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "attention to recent items": {"sizes": {"heads": 0}},
+    "hashed ids": {"sizes": {"identity": 0}},
+    "taste of recent ratings": {"sizes": {"factors": 0}},
+    "boosted trees": {"trees": False},
+}
+"""Changes of `fit`."""
+
+PARTS = (*INPUTS, *SETTINGS)
+"""What is taken away in turn."""
+
+
+def ablate(
+    data: Prepared, config: TrainerConfig, part: str | None, progress: Progress | None = None
+) -> Floats:
+    """Predicted ratings of the test rows (n) by a network without a part, or with all."""
+    if part is not None and part in SETTINGS:
+        config = changed(config, SETTINGS[part])
+    elif part is not None:
+        examples = data.examples
+        data = replace(data, examples=replace(examples, inputs=INPUTS[part](examples.inputs)))
+    fitted, corrected = fit_network(data, config, progress)
+    known = np.concatenate([data.split.train, data.split.validation])
+    network = refit_network(fitted, data, known, config, progress)
+    return predict(network, corrected, data.examples, data.split.test).rating
+
+
+def changed(config: TrainerConfig, changes: Mapping[str, Any]) -> TrainerConfig:
+    """The settings with these changes of `fit` and its sizes."""
+    fit = config.fit.model_dump()
+    sizes = {**fit["sizes"], **changes.get("sizes", {})}
+    return config.model_copy(
+        update={"fit": FitConfig.model_validate({**fit, **changes, "sizes": sizes})}
+    )
+
+
+def compare(
+    rating: Floats, whole: Floats, without: Mapping[str, Floats], config: TrainerConfig
+) -> dict[str, Ablated]:
+    """Each part beside the whole; ratings and predictions (n)."""
+    found = {"nothing": Ablated(scores(rating, np.clip(whole, 1, 5)).rmse, None)}
+    for name, predicted in without.items():
+        cost = paired(
+            rating,
+            predicted,
+            whole,
+            confidence=config.gate.confidence,
+            resamples=config.gate.resamples,
+            seed=config.seed,
+        )
+        found[name] = Ablated(scores(rating, np.clip(predicted, 1, 5)).rmse, cost)
+    return found

@@ -1,0 +1,200 @@
+"""Whether what comes in now is what the model in service was fitted to.
+
+A bundle keeps how its features and its predictions were spread over its newest rows, and its error
+there. Rows that came after its window are set beside them:
+
+- the population stability index of each feature and of the predictions, Σ (a − e) ln(a / e) over
+  tenths of the expected rows and the missing (Siddiqi 2006, "Credit Risk Scorecards", chapter 9);
+- the RMSE of ratings that came after their predictions. A rating comes late: of an event's own
+  prediction and those that its user's earlier events with the item got, the newest before it
+  counts.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from model.features import NAMES
+from schemas import archive
+from trainer.config import DriftConfig
+from trainer.data import Log
+from trainer.metrics import Floats
+
+_TENTHS = np.linspace(0.1, 0.9, 9)
+_LEAST_SHARE = 1e-3  # an empty bin would make the index infinite
+
+
+class Spread(BaseModel):
+    """How a column is spread: shares of the bins between its tenths, and of missing values."""
+
+    model_config = ConfigDict(frozen=True)
+
+    edges: tuple[float, ...]  # up to 9: equal tenths are one edge
+    shares: tuple[float, ...]  # of edges + 1 bins, then missing
+
+
+class Reference(BaseModel):
+    """What a bundle keeps of its newest rows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    features: dict[str, Spread]
+    predictions: Spread
+    rmse: float
+
+
+class Drift(BaseModel):
+    """What has changed since a model was fitted."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int  # events since its window
+    rated: int  # predictions among them whose rating is known
+    features: dict[str, float]  # stability index of those beyond the bound, largest first
+    predictions: float | None  # stability index
+    rmse: float | None
+    reference_rmse: float
+    reasons: tuple[str, ...]  # to retrain early; empty: there is none
+
+
+def spread(column: NDArray[np.floating[Any]]) -> Spread:
+    """Of a column (n)."""
+    known = column[~np.isnan(column)]
+    edges = np.unique(np.quantile(known, _TENTHS)) if len(known) else np.empty(0)
+    return Spread(edges=tuple(edges.tolist()), shares=tuple(_shares(column, edges).tolist()))
+
+
+def stability(expected: Spread, column: NDArray[np.floating[Any]]) -> float:
+    """The population stability index of a column (n); 0: spread as expected."""
+    wanted = np.maximum(np.array(expected.shares), _LEAST_SHARE)
+    found = np.maximum(_shares(column, np.array(expected.edges)), _LEAST_SHARE)
+    return float(((found - wanted) * np.log(found / wanted)).sum())
+
+
+def _shares(column: NDArray[np.floating[Any]], edges: NDArray[np.floating[Any]]) -> Floats:
+    missing = np.isnan(column)
+    bins = np.searchsorted(edges, column[~missing], "right")
+    counts = np.append(np.bincount(bins, minlength=len(edges) + 1), missing.sum())
+    return counts / max(len(column), 1)
+
+
+def reference(features: NDArray[np.float32], predicted: Floats, rating: Floats) -> Reference:
+    """Of feature rows (n, F), predictions (n) and ratings (n) that a model was judged by."""
+    return Reference(
+        features={name: spread(features[:, at]) for at, name in enumerate(NAMES)},
+        predictions=spread(predicted),
+        rmse=float(np.sqrt(np.mean((np.clip(predicted, 1, 5) - rating) ** 2))),
+    )
+
+
+def measure(
+    kept: Reference, features: NDArray[np.float32], joined: pl.DataFrame, config: DriftConfig
+) -> Drift:
+    """Rows that came since (n, F), and `joined` predictions, beside what a model knew."""
+    indices = {
+        name: stability(kept.features[name], features[:, at])
+        for at, name in enumerate(NAMES)
+        if name in kept.features
+    }
+    moved = {name: index for name, index in indices.items() if index > config.largest_index}
+    moved = dict(sorted(moved.items(), key=lambda each: -each[1]))
+    told = joined["predicted"].to_numpy()
+    rated = joined.drop_nulls("rating")
+    predictions = stability(kept.predictions, told) if len(told) else None
+    error = None
+    if rated.height >= config.least_rows:
+        gaps = rated["predicted"].to_numpy().clip(1, 5) - rated["rating"].to_numpy()
+        error = float(np.sqrt(np.mean(gaps**2)))
+    reasons: list[str] = []
+    if len(features) >= config.least_rows:
+        share = len(moved) / max(len(indices), 1)
+        if share > config.largest_share:
+            first = ", ".join(list(moved)[:3])
+            reasons.append(
+                f"{len(moved)} of {len(indices)} features are spread otherwise ({first})"
+            )
+        if predictions is not None and predictions > config.largest_index:
+            reasons.append(f"predictions are spread otherwise (index {predictions:.2f})")
+        if error is not None and error > kept.rmse * config.largest_error:
+            reasons.append(f"RMSE is {error:.4f}, {kept.rmse:.4f} when it was fitted")
+    return Drift(
+        rows=len(features),
+        rated=rated.height,
+        features=moved,
+        predictions=predictions,
+        rmse=error,
+        reference_rmse=kept.rmse,
+        reasons=tuple(reasons),
+    )
+
+
+def join(predictions: pl.DataFrame, ratings: pl.DataFrame) -> pl.DataFrame:
+    """Predictions with the rating that came later, null where none has.
+
+    Args:
+        predictions: columns event_id, user_id, item_id, time, predicted.
+        ratings: columns event_id, user_id, item_id, time, rating; one a review.
+
+    Returns:
+        The columns predicted and rating. A review's own prediction was made before its stars were
+        read, so it counts; of several before one rating the newest does, and only once.
+    """
+    own = ratings.join(predictions.select("event_id", "predicted"), on="event_id", how="left")
+    earlier = own.filter(pl.col("predicted").is_null()).drop("predicted").sort("time")
+    asked = predictions.sort("time").with_columns(pl.col("event_id").alias("asked"))
+    late = earlier.join_asof(
+        asked.select("user_id", "item_id", "time", "asked", "predicted"),
+        on="time",
+        by=["user_id", "item_id"],
+        strategy="backward",
+    ).drop_nulls("predicted")
+    known = pl.concat(
+        [
+            own.drop_nulls("predicted").select(pl.col("event_id").alias("asked"), "rating"),
+            late.select("asked", "rating"),
+        ]
+    ).unique("asked", keep="last")
+    return predictions.join(known, left_on="event_id", right_on="asked", how="left").select(
+        "predicted", "rating"
+    )
+
+
+def since(
+    log: Log,
+    url: str,
+    options: Mapping[str, str] | None,
+    version: str,
+    window_end: datetime,
+) -> tuple[NDArray[np.float32], pl.DataFrame]:
+    """Feature rows (n, F) of a log's events after a model's window, and its joined predictions."""
+    begin = int(window_end.timestamp() * 1_000)
+    features = np.empty((0, len(NAMES)), np.float32)
+    if log.journalled is not None:
+        newer = (log.events["time"] > begin) & log.journalled.usable
+        features = log.journalled.features[newer]
+    predictions = (
+        archive.read(url, "predicted-ratings", options)
+        .filter(
+            (pl.col("kind") == "interaction")
+            & (pl.col("model_version") == version)
+            & (pl.col("event_time") > window_end)
+        )
+        .select(
+            "event_id",
+            "user_id",
+            "item_id",
+            pl.col("event_time").alias("time"),
+            pl.col("rating").cast(pl.Float64).alias("predicted"),
+        )
+        .collect()
+    )
+    ratings = log.reviews.filter(pl.col("rating").is_not_null() & (pl.col("time") > window_end))
+    chosen = ratings.select(
+        "event_id", "user_id", "item_id", pl.col("time").cast(predictions["time"].dtype), "rating"
+    )
+    return features, join(predictions, chosen)

@@ -1,0 +1,530 @@
+"""Fine-tuning: the encoder and a head of stars fitted together, in full or by a few weights.
+
+Of logits z (n, 5) with p = softmax(z), labels y (n, 5) and r = Σ k·y_k, the loss is the mean of
+
+    cross_entropy · (−Σ y_k ln p_k) + squared_error · (Σ k·p_k − r)² + ordinal · CORAL
+
+where CORAL is the sum of four binary cross entropies, of "more than k stars" for k = 1 to 4, whose
+logits share all but their offsets (Cao, Mirjalili and Raschka 2020, "Rank Consistent Ordinal
+Regression", section 3.3). A fractional rating is a soft label in all three.
+
+Steps take batches of like length; a batch of more tokens than the budget goes through in parts
+whose gradients add up. Every draw is a function of the seed and the step alone, so a fit that was
+killed goes on from its last checkpoint to the same weights. Processes that `torchrun` or
+`accelerate launch` started share each batch and average gradients.
+"""
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed, nn
+
+from model import adapters
+from model import encoder as encoders
+from model.encoder import StarHead, TextEncoder
+from trainer.augment import Vocabulary, translate, variants
+from trainer.config import FineTuneConfig, Method, TextConfig
+from trainer.exceptions import TrainerError
+from trainer.tracking import Note, unnoted
+
+OnStep = Callable[[int, int], None]
+"""Called with steps done and steps in all."""
+
+STARS = 5
+CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_IN_FULL: tuple[Method, ...] = ("full", "top_layers")
+_RANKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator
+_UNUSED = r".*pooler.*"  # a pooler, which many encoders have, is never used
+_MERGED: tuple[Method, ...] = ("lora", "adalora", "ia3")  # what they add goes into the weights
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """n texts with their stars."""
+
+    texts: Sequence[str]
+    labels: NDArray[np.float32]  # (n, 5): distributions over stars
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class _Reader(nn.Module):
+    """Encoder and head as one module, so that processes average the gradients of both."""
+
+    def __init__(self, encoder: TextEncoder, head: StarHead, config: FineTuneConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.model = encoder.model
+        self.classes = nn.Linear(encoder.hidden, STARS)
+        with torch.no_grad():
+            self.classes.weight.copy_(torch.from_numpy(head.weight))
+            self.classes.bias.copy_(torch.from_numpy(head.bias))
+        self.ranks = nn.Linear(encoder.hidden, 1, bias=False) if config.ordinal else None
+        self.cuts = nn.Parameter(torch.zeros(STARS - 1)) if config.ordinal else None
+
+    def forward(self, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits of stars (n, 5) and, for CORAL, of more than 1 to 4 stars (n, 4)."""
+        vectors = self.encoder.embed(tokens)
+        ranks = None
+        if self.ranks is not None and self.cuts is not None:
+            ranks = self.ranks(vectors) + self.cuts
+        return self.classes(vectors), ranks
+
+    def head(self) -> StarHead:
+        """The head of stars as it stands."""
+        weight, bias = (each.detach().float().cpu().numpy() for each in self.classes.parameters())
+        return StarHead(weight, bias)
+
+    def added(self) -> list[nn.Parameter]:
+        """What the head has to learn."""
+        return [each for name, each in self.named_parameters() if not name.startswith("model.")]
+
+
+def loss_of(logits: Tensor, ranks: Tensor | None, labels: Tensor, config: FineTuneConfig) -> Tensor:
+    """The loss of each row (n), as the module's head says."""
+    stars = torch.arange(1, STARS + 1, dtype=labels.dtype, device=labels.device)
+    smooth = labels * (1 - config.label_smoothing) + config.label_smoothing / STARS
+    loss = config.cross_entropy * nn.functional.cross_entropy(logits, smooth, reduction="none")
+    if config.squared_error:
+        loss = loss + config.squared_error * (logits.softmax(1) @ stars - labels @ stars).square()
+    if ranks is not None:
+        above = labels.flip(1).cumsum(1).flip(1)[:, 1:]  # (n, 4): share of more than k stars
+        entropy = nn.functional.binary_cross_entropy_with_logits(ranks, above, reduction="none")
+        loss = loss + config.ordinal * entropy.sum(1)
+    return loss
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a fit took."""
+
+    trained: int  # weights that were fitted, the head's too
+    steps: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a fit gave."""
+
+    encoder: TextEncoder
+    head: StarHead | None  # none: a loss of ranks alone does not teach one
+    cost: Cost
+
+
+def fine_tune(
+    train: Labelled,
+    validation: Labelled,
+    encoder: TextEncoder,
+    head: StarHead,
+    config: TextConfig,
+    folder: Path,
+    seed: int,
+    on_progress: OnStep,
+    checkpoint: Path | None = None,
+    note: Note = unnoted,
+) -> Tuned:
+    """An encoder and its head, fitted to labelled texts.
+
+    Args:
+        train: what is learnt from.
+        validation: learnt from too, unless `patience` makes it say when to end.
+        encoder: to start from; it is not changed.
+        head: to start from.
+        config: the method and its settings.
+        folder: where the new encoder is written.
+        seed: of dropout, of the order of texts and of their variants.
+        on_progress: called with steps done and steps in all.
+        checkpoint: a file to go on from, and to write every `CHECKPOINT_SECONDS`.
+        note: where the loss is told.
+
+    Raises:
+        EncoderError: the encoder has no layers that the method could name.
+        TrainerError: the encoder does not take the method; the checkpoint is of another fit.
+    """
+    tuning = config.fine_tune
+    if encoder.extended:
+        raise TrainerError(
+            f"{encoder.folder} has adapters, virtual tokens or eight-bit weights, which are not "
+            "fitted again: start from a plain encoder (models.encoder), or set trainer.text.method "
+            "to frozen"
+        )
+    # A second copy is loaded, for the given encoder stays as it is.
+    base = encoders.load(encoder.folder, str(encoder.device), longest_tokens=config.longest_tokens)
+    rows = train if tuning.patience else joined(train, validation)
+    torch.manual_seed(seed)
+    with _processes(base.device) as (rank, count):
+        steps = tuning.epochs * len(_epoch(rows, tuning, seed, 0))
+        model = _trainable(base, config.method, tuning, steps)
+        reader = _Reader(replace(base, model=model), head, tuning).to(base.device)
+        fit = _Fit(reader, config, seed, steps, rank, count)
+        fit.run(rows, validation, on_progress, checkpoint, note)
+    trained = sum(each.numel() for each in reader.parameters() if each.requires_grad)
+    _write(replace(base, model=model), config.method, folder)
+    found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
+    taught = tuning.cross_entropy or tuning.squared_error
+    return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))
+
+
+def taken(texts: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
+    """The texts of these rows."""
+    return [texts[row] for row in map(int, rows)]
+
+
+def joined(first: Labelled, second: Labelled) -> Labelled:
+    """The texts of both."""
+    return Labelled([*first.texts, *second.texts], np.concatenate([first.labels, second.labels]))
+
+
+class _Fit:
+    """One fit, which knows its step; what else it needs follows from the seed and the step."""
+
+    def __init__(
+        self, reader: _Reader, config: TextConfig, seed: int, steps: int, rank: int, count: int
+    ) -> None:
+        self.step = 0
+        self._reader = reader
+        self._method = config.method
+        self._config = config.fine_tune
+        self._seed = seed
+        self._rank, self._count = rank, count
+        self._device = reader.encoder.device
+        self._weights = [each for each in reader.parameters() if each.requires_grad]
+        self._optimizer = torch.optim.AdamW(_groups(reader, config.method, self._config))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: rate(step, steps, self._config)
+        )
+        self._scaler = torch.amp.GradScaler(enabled=self._config.precision == "fp16")
+        called: nn.Module = reader
+        if count > 1:
+            called = nn.parallel.DistributedDataParallel(reader, find_unused_parameters=True)
+        if self._config.compile:
+            called = cast(nn.Module, torch.compile(called, dynamic=True))
+        self._called = called
+        self._steps = steps
+        self._best: tuple[float, dict[str, Tensor]] | None = None
+        self._waited = 0
+
+    def run(
+        self,
+        rows: Labelled,
+        validation: Labelled,
+        on_progress: OnStep,
+        checkpoint: Path | None,
+        note: Note,
+    ) -> None:
+        """All steps that are left, or those until validation says to end."""
+        self._resume(checkpoint)
+        saved = time.monotonic()
+        by_epoch = len(_epoch(rows, self._config, self._seed, 0))
+        while self.step < self._steps:
+            epoch, first = divmod(self.step, by_epoch)
+            varied = self._varied(rows, epoch)
+            for batch in _epoch(rows, self._config, self._seed, epoch)[first:]:
+                note("text/loss", self._take(varied, batch), self.step)
+                on_progress(self.step, self._steps)
+                if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save(checkpoint)
+                    saved = time.monotonic()
+            if self._config.patience and self._enough(validation, note):
+                break
+        if self._best is not None:
+            self._reader.load_state_dict(self._best[1], strict=False)
+        self._reader.eval()
+        if checkpoint is not None and self._rank == 0:
+            checkpoint.unlink(missing_ok=True)
+
+    def _take(self, rows: Labelled, batch: NDArray[np.int64]) -> float:
+        """One step on a batch, of all parts and processes; returns the loss."""
+        torch.manual_seed(_seed_of(self._seed, self.step, self._rank))
+        self._reader.train()
+        mine, share = batch[self._rank :: self._count], self._count / len(batch)
+        if not len(mine):  # the others wait for its gradients all the same
+            mine, share = batch[:1], 0.0
+        tokens = self._reader.encoder.count_tokens(taken(rows.texts, mine))
+        parts = list(_parts(np.asarray(tokens), self._config.token_budget))
+        total = 0.0
+        for number, part in enumerate(parts):
+            chosen = mine[part]
+            last = number == len(parts) - 1
+            alone = self._count > 1 and not last  # gradients are averaged once a step
+            with cast(Any, self._called).no_sync() if alone else nullcontext():
+                loss = self._losses(rows, chosen).sum() * share
+                total += float(loss.detach())
+                self._scaler.scale(loss).backward()  # pyright: ignore[reportUnknownMemberType]
+        self._scaler.unscale_(self._optimizer)
+        nn.utils.clip_grad_norm_(self._weights, self._config.clip)
+        self._scaler.step(self._optimizer)  # pyright: ignore[reportUnknownMemberType]
+        self._scaler.update()
+        self._schedule.step()
+        if self._method == "adalora":
+            cast(Any, self._reader.model).base_model.update_and_allocate(self.step)
+        self._optimizer.zero_grad()
+        self.step += 1
+        return total
+
+    def _losses(self, rows: Labelled, chosen: NDArray[np.int64]) -> Tensor:
+        tokens = self._reader.encoder.tokens(taken(rows.texts, chosen))
+        labels = torch.from_numpy(rows.labels[chosen]).to(self._device)
+        dtype = _DTYPES[self._config.precision]
+        low = dtype is not torch.float32
+        with torch.autocast(self._device.type, dtype) if low else nullcontext():
+            logits, ranks = self._called(tokens)
+        return loss_of(
+            logits.float(), None if ranks is None else ranks.float(), labels, self._config
+        )
+
+    def _varied(self, rows: Labelled, epoch: int) -> Labelled:
+        """The texts of an epoch: as they are, and their variants."""
+        config = self._config.augment
+        if not config.ways:
+            return rows
+        random = np.random.default_rng([self._seed, epoch])
+        vocabulary = Vocabulary.of(rows.texts)
+        translated = None
+        if "translate" in config.ways and config.there and config.back:
+            there, back = Path(config.there), Path(config.back)
+            translated = translate(rows.texts, there, back, str(self._device))
+        texts = [*rows.texts]
+        for _ in range(config.variants):
+            texts += variants(rows.texts, config, vocabulary, random, translated)
+        return Labelled(texts, np.tile(rows.labels, (1 + config.variants, 1)))
+
+    def _enough(self, validation: Labelled, note: Note) -> bool:
+        """Whether the loss on validation has not fallen for long enough."""
+        self._reader.eval()
+        with torch.no_grad():
+            lengths = np.asarray(self._reader.encoder.count_tokens(validation.texts))
+            loss = sum(
+                float(self._losses(validation, part).sum())
+                for part in _parts(lengths, self._config.token_budget)
+            )
+        note("text/validation_loss", loss / max(len(validation), 1), self.step)
+        if self._best is None or loss < self._best[0]:
+            state = {name: each.detach().clone() for name, each in self._learnt()}
+            self._best, self._waited = (loss, state), 0
+        else:
+            self._waited += 1
+        return self._waited >= self._config.patience
+
+    def _learnt(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, each) for n, each in self._reader.named_parameters() if each.requires_grad)
+
+    def _save(self, checkpoint: Path) -> None:
+        if self._rank:
+            return
+        state = {
+            "step": self.step,
+            "steps": self._steps,
+            "weights": {name: each.detach() for name, each in self._learnt()},
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "best": self._best,
+            "waited": self._waited,
+            "ranks": {name: getattr(self._ranks, name) for name in _RANKS} if self._ranks else None,
+        }
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        part = checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(checkpoint)
+
+    def _resume(self, checkpoint: Path | None) -> None:
+        if checkpoint is None or not checkpoint.exists():
+            return
+        state = torch.load(checkpoint, map_location=self._device, weights_only=True)
+        if state["steps"] != self._steps:
+            raise TrainerError(f"{checkpoint} is of another fit; delete it to begin anew")
+        self._reader.load_state_dict(state["weights"], strict=False)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.step, self._best, self._waited = state["step"], state["best"], state["waited"]
+        for name, value in (state["ranks"] or {}).items():
+            setattr(self._ranks, name, value)
+
+    @property
+    def _ranks(self) -> Any:
+        """What AdaLoRA remembers of its factors; None by other methods."""
+        if self._method != "adalora":
+            return None
+        return cast(Any, self._reader.model).base_model.rankallocator
+
+
+def rate(step: int, steps: int, config: FineTuneConfig) -> float:
+    """Share of the highest learning rate: it rises linearly, then falls as the schedule says."""
+    warm_up = max(int(steps * config.warm_up), 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    left = max((steps - step) / max(steps - warm_up, 1), 0.0)
+    if config.schedule == "cosine":
+        return 0.5 * (1 - float(np.cos(np.pi * left)))
+    return left if config.schedule == "linear" else 1.0
+
+
+def _seed_of(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _epoch(
+    rows: Labelled, config: FineTuneConfig, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """All rows, variants too, in batches of like length (little padding), in random order."""
+    random = np.random.default_rng([seed, epoch])
+    copies = 1 + (config.augment.variants if config.augment.ways else 0)
+    lengths = np.tile([len(text) for text in rows.texts], copies)
+    order = np.argsort(lengths * random.uniform(0.9, 1.1, len(lengths)))
+    size = config.batch_texts
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return [batches[at] for at in random.permutation(len(batches)).tolist()]
+
+
+def _parts(tokens: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+    """Rows (n) by number of tokens (n), longest first, in parts within a budget of padded ones."""
+    order = np.argsort(-tokens, kind="stable")
+    first = 0
+    while first < len(order):
+        size = max(budget // max(int(tokens[order[first]]), 1), 1)
+        yield order[first : first + size]
+        first += size
+
+
+def _groups(reader: _Reader, method: Method, config: FineTuneConfig) -> list[dict[str, Any]]:
+    """The optimizer's groups: the head, what a method adds, or each layer with its own rate."""
+    head = {"params": reader.added(), "lr": config.head_learning_rate, "weight_decay": 0.0}
+    if method not in _IN_FULL:
+        weights = [each for each in reader.model.parameters() if each.requires_grad]
+        return [
+            head,
+            {
+                "params": weights,
+                "lr": config.adapter_learning_rate,
+                "weight_decay": config.weight_decay,
+            },
+        ]
+    stack = adapters.layers(reader.model)
+    depth = {id(each): at for at, layer in enumerate(stack) for each in layer.parameters()}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for each in reader.model.parameters():
+        if each.requires_grad:
+            # Offsets and norms do not decay; embeddings lie below all layers.
+            groups.setdefault((depth.get(id(each), -1), each.ndim > 1), []).append(each)
+    return [head] + [
+        {
+            "params": weights,
+            "lr": config.learning_rate * config.layer_decay ** (len(stack) - 1 - layer),
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (layer, decays), weights in groups.items()
+    ]
+
+
+def _trainable(
+    encoder: TextEncoder, method: Method, config: FineTuneConfig, steps: int
+) -> nn.Module:
+    """The encoder's model with only those weights requiring gradients that the method fits."""
+    model = encoder.model
+    if config.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
+    if config.checkpointing:
+        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+    model.requires_grad_(method == "full")
+    if method == "top_layers":
+        for layer in adapters.layers(model)[-config.top_layers :]:
+            layer.requires_grad_(True)
+    elif method == "adapters":
+        adapters.add(model, encoder.hidden, config.bottleneck)
+        for layer in adapters.layers(model):
+            cast(adapters.Adapted, layer).down.requires_grad_(True)
+            cast(adapters.Adapted, layer).up.requires_grad_(True)
+    elif method != "full":
+        model = _with_peft(model, method, config, steps)
+    return model.to(encoder.device)
+
+
+def _with_peft(model: nn.Module, method: Method, config: FineTuneConfig, steps: int) -> nn.Module:
+    import peft  # slow to import, and of use here alone
+
+    task: Any = peft.TaskType.FEATURE_EXTRACTION
+    linear: Any = {"target_modules": "all-linear", "exclude_modules": _UNUSED}
+    scale = 2 * config.rank
+    settings: Any
+    if method == "lora":
+        settings = peft.LoraConfig(
+            task, r=config.rank, lora_alpha=scale, lora_dropout=0.05, **linear
+        )
+    elif method == "adalora":
+        # Ranks are taken away between a tenth and seven tenths of the steps, to half of what they
+        # were at first (Zhang et al. 2023, "AdaLoRA", section 3.3 and table 7's schedule).
+        settings = peft.AdaLoraConfig(
+            task,
+            init_r=2 * config.rank,
+            target_r=config.rank,
+            lora_alpha=scale,
+            lora_dropout=0.05,
+            **linear,
+            total_step=max(steps, 3),
+            tinit=max(steps // 10, 1),
+            tfinal=max(3 * steps // 10, 1),
+        )
+    elif method == "ia3":
+        settings = peft.IA3Config(task)
+    elif method == "prefix":
+        settings = peft.PrefixTuningConfig(task, num_virtual_tokens=config.virtual_tokens)
+    else:
+        settings = peft.PromptTuningConfig(task, num_virtual_tokens=config.virtual_tokens)
+    try:
+        return cast(nn.Module, peft.get_peft_model(cast(Any, model), settings))
+    except (ValueError, AttributeError, KeyError) as error:
+        raise TrainerError(
+            f"{type(model).__name__} does not take {method}: {error}; choose another text.method"
+        ) from error
+
+
+def _write(encoder: TextEncoder, method: Method, folder: Path) -> None:
+    """The fitted encoder as a directory; what was added is merged, or stands beside the weights."""
+    model: Any = encoder.model
+    if method in _MERGED:
+        replace(encoder, model=model.merge_and_unload()).save(folder)
+    elif method == "adapters":
+        weights = adapters.remove(model)
+        encoder.save(folder)
+        adapters.write(folder, weights)
+    elif method in _IN_FULL:
+        encoder.save(folder)
+    else:
+        replace(encoder, model=model.get_base_model()).save(folder)
+        for settings in model.peft_config.values():
+            settings.base_model_name_or_path = ""  # it is the folder above, wherever that lies
+        model.save_pretrained(folder / encoders.PROMPT)
+
+
+@contextmanager
+def _processes(device: torch.device) -> Generator[tuple[int, int]]:
+    """This process's number and how many fit together, as their launcher says."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield 0, 1
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield distributed.get_rank(), count
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is the one of several that writes what all have found."""
+    return int(os.environ.get("RANK", "0")) == 0

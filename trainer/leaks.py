@@ -1,0 +1,86 @@
+"""Alarms: what would let a model know the answer before it is asked.
+
+Each names the rows, since a figure measured beside a leak is worth nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model import features
+from model.ids import hash_ids
+from trainer.copies import copies
+from trainer.data import Log
+from trainer.metrics import Floats
+
+_TOLD = 0.98  # share of a rating's variance that one feature may explain
+_BINS = 200  # into which a feature is cut to see what it explains
+_LEAST_ROWS = 200  # fewer cannot tell chance from a leak
+_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One kind of leak, how many rows it touches, and which, for example."""
+
+    kind: str
+    rows: int
+    examples: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.rows} rows, as {', '.join(self.examples)}"
+
+
+def copied_texts(older: Sequence[str], newer: Sequence[str], names: Sequence[str]) -> list[Leak]:
+    """The alarm for `copies`; `names` (n) are those of the newer texts."""
+    rows = [names[number] for number in np.flatnonzero(copies(older, newer)).tolist()]
+    kind = "a text of the test rows stands in older rows, or nearly"
+    return [Leak(kind, len(rows), tuple(rows[:_NAMED]))] if rows else []
+
+
+def telling_features(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
+    """Features (n, F) that say the rating (n) itself.
+
+    What a feature explains is the share of the rating's variance between its bins (η², the
+    correlation ratio), so a leak need not be linear.
+    """
+    spread = float(rating.var())
+    if len(rating) < _LEAST_ROWS or not spread:
+        return []
+    found: list[Leak] = []
+    for column, feature in enumerate(features.FEATURES):
+        known = ~np.isnan(rows[:, column])
+        if known.sum() < _LEAST_ROWS:
+            continue
+        values, truth = rows[known, column], rating[known]
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, _BINS + 1)))
+        bins = np.searchsorted(edges, values)
+        counts = np.bincount(bins)
+        means = np.bincount(bins, truth) / np.maximum(counts, 1)
+        # Bins of a row or two explain it by themselves: what they would by chance is taken off.
+        chance = (np.count_nonzero(counts) - 1) / max(len(truth) - 1, 1)
+        within = float(((truth - means[bins]) ** 2).mean())
+        told = 1 - within / (float(truth.var()) or 1.0)
+        if (told - chance) / max(1 - chance, 1e-9) > _TOLD:
+            found.append(Leak(f"feature {feature.name} says the rating", int(known.sum()), ()))
+    return found
+
+
+def known_later(log: Log) -> list[Leak]:
+    """Items whose description is dated after an event with them that already sees it."""
+    events = log.events
+    order = np.argsort(events["item"], kind="stable")
+    items = events["item"][order]
+    early: list[str] = []
+    hashes = hash_ids([item.item_id for _, item in log.items])
+    begins = np.searchsorted(items, hashes)
+    ends = np.searchsorted(items, hashes, "right")
+    for (count, item), begin, end in zip(log.items, begins, ends, strict=True):
+        rows = order[begin:end]
+        said = int(item.event_time.timestamp() * 1_000)
+        if (events["time"][rows[rows >= count]] < said).any():
+            early.append(item.item_id)
+    kind = "an item's description is dated later than events that see it"
+    return [Leak(kind, len(early), tuple(early[:_NAMED]))] if early else []

@@ -1,0 +1,200 @@
+"""How good predictions are, on the same rows for every model.
+
+Two questions are kept apart everywhere: (a) what will this user rate this item, before the review
+exists (`Scores` of ratings), and (b) how many stars does this review's text mean (`TextScores`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+HISTORY_BUCKETS: tuple[tuple[str, int, float], ...] = (
+    ("0", 0, 0),
+    ("1-2", 1, 2),
+    ("3-9", 3, 9),
+    ("10+", 10, np.inf),
+)
+"""Name, least and most ratings that a user had given (or an item had got) before the row."""
+
+RELIABILITY_BINS = 10
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Errors of predicted ratings; NaN when there are no rows."""
+
+    rows: int
+    rmse: float
+    mse: float
+    mae: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on the common rows: over all of them, and by the user's history."""
+
+    all: Scores
+    buckets: dict[str, Scores]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether probabilities mean what they say."""
+
+    ece: float  # expected calibration error of P(stars ≥ k), over k = 2..5
+    coverage: float  # share of ratings within their interval
+    width: float  # mean width of the interval, in stars
+    log_loss: float
+    bins: list[tuple[float, float, int]]  # mean predicted probability, observed share, rows
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean squared error of one model minus another's on the same rows, with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Question (b): stars read off a review's text."""
+
+    rows: int
+    rmse: float
+    mae: float
+    accuracy: float
+    macro_f1: float
+    off_by_one: float  # share of rows whose likeliest stars are at most one off
+
+
+def scores(rating: Floats, predicted: Floats) -> Scores:
+    """RMSE, MSE and MAE of predictions (n) of true ratings (n)."""
+    if not len(rating):
+        return Scores(0, np.nan, np.nan, np.nan)
+    error = predicted - rating
+    mse = float(np.mean(error**2))
+    return Scores(len(rating), mse**0.5, mse, float(np.mean(np.abs(error))))
+
+
+def evaluate(
+    rating: Floats, history: NDArray[np.float64], models: Mapping[str, Floats]
+) -> dict[str, Evaluation]:
+    """Every model on the same rows.
+
+    Args:
+        rating: (n) true ratings.
+        history: (n) ratings that the row's user had given before it.
+        models: name to predicted ratings (n); they are clipped to 1..5.
+
+    Raises:
+        ValueError: a model has predictions for other rows.
+    """
+    masks = by_history(history)
+    results: dict[str, Evaluation] = {}
+    for name, raw in models.items():
+        if raw.shape != rating.shape:
+            raise ValueError(f"{name} predicts {raw.shape}, the rows are {rating.shape}")
+        predicted = np.clip(raw, 1, 5)
+        results[name] = Evaluation(
+            scores(rating, predicted),
+            {bucket: scores(rating[mask], predicted[mask]) for bucket, mask in masks.items()},
+        )
+    return results
+
+
+def by_history(history: Floats) -> dict[str, NDArray[np.bool_]]:
+    """Masks (n) of rows by how many ratings (n) there were before."""
+    return {name: (history >= low) & (history <= high) for name, low, high in HISTORY_BUCKETS}
+
+
+def by_rating(rating: Floats) -> dict[str, NDArray[np.bool_]]:
+    """Masks (n) of rows by their rounded rating."""
+    stars = np.clip(np.rint(rating), 1, 5)
+    return {f"{star} stars": stars == star for star in range(1, 6)}
+
+
+def paired(
+    rating: Floats,
+    model: Floats,
+    other: Floats,
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Difference:
+    """Squared error of `model` minus that of `other`, with a paired bootstrap interval.
+
+    All (n). The percentile interval of the mean over rows drawn with replacement (Efron and
+    Tibshirani 1993, chapter 13); below zero means that `model` is better.
+    """
+    gap = (np.clip(model, 1, 5) - rating) ** 2 - (np.clip(other, 1, 5) - rating) ** 2
+    generator = np.random.default_rng(seed)
+    rows = len(gap)
+    means = [gap[generator.integers(0, rows, rows)].mean() for _ in range(resamples)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Difference(float(gap.mean()), float(low), float(high))
+
+
+def calibration(rating: Floats, distribution: Floats, low: Floats, high: Floats) -> Calibration:
+    """Calibration of distributions (n, 5) and of intervals (n) against true ratings (n).
+
+    The expected calibration error (Naeini et al. 2015) is taken of the four cumulative events
+    "at least k stars", so that it knows stars are ordered; a rating between two stars is rounded.
+    """
+    stars = np.clip(np.rint(rating), 1, 5).astype(np.int64)
+    claimed = distribution[:, ::-1].cumsum(1)[:, ::-1][:, 1:].ravel()  # (n·4) P(stars ≥ 2..5)
+    happened = (stars[:, None] >= np.arange(2, 6)).ravel()
+    edge = np.minimum((claimed * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
+    rows = np.bincount(edge, minlength=RELIABILITY_BINS)
+    some = np.maximum(rows, 1)
+    mean_claimed = np.bincount(edge, claimed, RELIABILITY_BINS) / some
+    mean_happened = np.bincount(edge, happened, RELIABILITY_BINS) / some
+    ece = float(np.sum(rows * np.abs(mean_claimed - mean_happened)) / max(rows.sum(), 1))
+    chosen = distribution[np.arange(len(stars)), stars - 1]
+    return Calibration(
+        ece=ece,
+        coverage=float(np.mean((rating >= low) & (rating <= high))),
+        width=float(np.mean(high - low)),
+        log_loss=float(-np.mean(np.log(np.maximum(chosen, 1e-9)))),
+        bins=[
+            (float(p), float(o), int(n))
+            for p, o, n in zip(mean_claimed, mean_happened, rows, strict=True)
+            if n
+        ],
+    )
+
+
+def text_scores(rating: Floats, distribution: Floats) -> TextScores:
+    """Question (b): star distributions (n, 5) read off texts against true ratings (n)."""
+    return class_scores(rating, distribution @ np.arange(1, 6), distribution.argmax(1) + 1)
+
+
+def class_scores(rating: Floats, expected: Floats, stars: NDArray[np.int64]) -> TextScores:
+    """Question (b): expected ratings (n) and likeliest stars (n) against true ratings (n).
+
+    Macro-F1 is the mean of 2·hits / (claimed + true) over the stars that occur, each alike; a
+    rating between two stars is rounded.
+    """
+    error = scores(rating, np.clip(expected, 1, 5))
+    if not len(rating):
+        return TextScores(0, error.rmse, error.mae, np.nan, np.nan, np.nan)
+    truth = np.clip(np.rint(rating), 1, 5).astype(np.int64)
+    f1 = [
+        2 * np.sum((stars == star) & (truth == star)) / (np.sum(stars == star) + count)
+        for star, count in zip(*np.unique(truth, return_counts=True), strict=True)
+    ]
+    return TextScores(
+        error.rows,
+        error.rmse,
+        error.mae,
+        float(np.mean(stars == truth)),
+        float(np.mean(f1)),
+        float(np.mean(np.abs(stars - truth) <= 1)),
+    )

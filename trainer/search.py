@@ -1,0 +1,292 @@
+"""The search for settings: of the rating network, or of the fine-tuned text model.
+
+Tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for Hyper-Parameter
+Optimization", section 4); a trial of the network whose validation error lies above the median of
+earlier trials at the same epoch is cut short. Trials stand in a journal file, so a search goes on
+where it was left, and several processes share one. The defaults are the first trial: what is found
+is never worse than they are, on validation. The newest rows, which judge a model, are not looked
+at.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import altair
+import numpy as np
+import optuna
+import polars as pl
+import torch
+import vl_convert
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.pruners import MedianPruner
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import Trial, TrialState
+
+from model import encoder as encoders
+from trainer import fit, text
+from trainer.config import TrainerConfig
+from trainer.data import Log
+from trainer.exceptions import TrainerError
+from trainer.metrics import scores
+from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts
+from trainer.text import ReviewTexts
+from trainer.train import base_encoder, fit_network
+
+What = Literal["rating", "text"]
+"""Which model settings are searched for."""
+
+_DRAWN = 10  # trials by chance, before the sampler learns from them
+_EPOCHS_SPARED = 3  # no trial is cut short before
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a setting is looked for; `name` is its path below `trainer`."""
+
+    name: str
+    low: float
+    high: float
+    whole: bool = False
+    log: bool = False
+
+    def suggest(self, trial: Trial) -> float | int:
+        """A value for a trial."""
+        if self.whole:
+            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
+
+
+SPACES: Mapping[What, tuple[Range, ...]] = {
+    "rating": (
+        Range("fit.learning_rate", 1e-4, 1e-2, log=True),
+        Range("fit.weight_decay", 1e-3, 1.0, log=True),
+        Range("fit.identity_decay", 0.1, 30.0, log=True),
+        Range("fit.squared_error", 0.1, 10.0, log=True),
+        Range("fit.batch_rows", 128, 2_048, whole=True, log=True),
+        Range("fit.sizes.width", 16, 256, whole=True, log=True),
+        Range("fit.sizes.identity", 2, 32, whole=True, log=True),
+        Range("fit.sizes.dropout", 0.0, 0.6),
+        Range("fit.sizes.unknown", 0.0, 0.5),
+    ),
+    "text": (
+        Range("text.fine_tune.learning_rate", 1e-5, 3e-4, log=True),
+        Range("text.fine_tune.adapter_learning_rate", 1e-4, 5e-3, log=True),
+        Range("text.fine_tune.head_learning_rate", 1e-4, 1e-2, log=True),
+        Range("text.fine_tune.layer_decay", 0.6, 1.0),
+        Range("text.fine_tune.batch_texts", 8, 64, whole=True, log=True),
+        Range("text.fine_tune.epochs", 1, 4, whole=True),
+        Range("text.fine_tune.label_smoothing", 0.0, 0.2),
+        Range("text.fine_tune.squared_error", 0.0, 2.0),
+        Range("text.fine_tune.weight_decay", 1e-3, 0.3, log=True),
+    ),
+}
+"""What is searched for each model."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found."""
+
+    settings: Mapping[str, float | int]  # by path below `trainer`; empty: the defaults are best
+    rmse: float  # on validation
+    default_rmse: float
+    trials: int
+    importance: Mapping[str, float]  # shares of the error's variance; empty with few trials
+
+
+@dataclass(frozen=True)
+class _Rating:
+    """The network's validation error under some settings."""
+
+    data: Prepared
+
+    def __call__(self, config: TrainerConfig, trial: Trial) -> float:
+        def watched(epoch: int, error: float) -> None:
+            trial.report(error, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        fitted, _ = fit_network(self.data, config, None, watched)
+        rows = self.data.split.validation
+        predicted = fit.mean(fitted.network, self.data.examples.inputs, rows)
+        return scores(self.data.examples.rating[rows], np.clip(predicted, 1, 5)).rmse
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text model's validation error under some settings."""
+
+    reviews: ReviewTexts
+    encoder: Path
+
+    def __call__(self, config: TrainerConfig, trial: Trial) -> float:
+        encoder = encoders.load(
+            self.encoder, config.device, longest_tokens=config.text.longest_tokens
+        )
+        with TemporaryDirectory(prefix="starcast-search-") as folder:
+            place = Path(folder) / "encoder"
+            return text.validate(self.reviews, encoder, config.text, place, config.seed)
+
+
+Judge = Callable[[TrainerConfig, Trial], float]
+
+
+def search(
+    log: Log,
+    what: What,
+    config: TrainerConfig,
+    study: Path,
+    trials: int,
+    *,
+    encoder: str = "auto",
+    workers: int = 1,
+) -> Searched:
+    """Settings with a lower validation error than `config`'s.
+
+    Args:
+        log: the history.
+        what: the model.
+        config: the settings to start from.
+        study: the journal file; a search that was cut short goes on there.
+        trials: how many there shall be in all.
+        encoder: as `models.encoder`.
+        workers: processes that try at the same time.
+
+    Raises:
+        TrainerError: too few rated rows or texts; no method to tune.
+    """
+    judge = _judge(log, what, config, encoder)
+    opened = _open(study, what, config.seed)
+    if not opened.trials:
+        opened.enqueue_trial({each.name: _value(config, each.name) for each in SPACES[what]})
+    left = trials - sum(each.state.is_finished() for each in opened.trials)
+    if workers > 1 and left > 1:
+        shares = [left // workers + (number < left % workers) for number in range(workers)]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            jobs = [
+                pool.submit(_work, judge, what, config, study, share, config.seed + number)
+                for number, share in enumerate(shares)
+            ]
+            for job in jobs:
+                job.result()
+    elif left > 0:
+        _work(judge, what, config, study, left, config.seed)
+    return _found(_open(study, what, config.seed))
+
+
+def write_settings(found: Searched, path: Path) -> None:
+    """The settings as a TOML file that `--config` takes."""
+    tables: dict[str, list[str]] = {}
+    for name, value in found.settings.items():
+        table, _, setting = f"trainer.{name}".rpartition(".")
+        tables.setdefault(table, []).append(f"{setting} = {json.dumps(value)}")
+    head = (
+        f"# Validation RMSE {found.rmse:.4f}, of the defaults {found.default_rmse:.4f}, "
+        f"{found.trials} trials.\n"
+    )
+    body = "".join(f"\n[{table}]\n" + "\n".join(rows) + "\n" for table, rows in tables.items())
+    path.write_text(head + body, encoding="utf-8")
+
+
+def plot_importance(found: Searched, path: Path) -> None:
+    """What settings matter, as SVG."""
+    rows = [{"setting": name, "importance": share} for name, share in found.importance.items()]
+    chart = (
+        altair.Chart(pl.DataFrame(rows))
+        .mark_bar()
+        .encode(
+            x=altair.X("importance:Q", title="share of the error's variance"),
+            y=altair.Y("setting:N", sort="-x", title=None),
+        )
+        .properties(width=480)
+    )
+    path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
+
+
+def _judge(log: Log, what: What, config: TrainerConfig, encoder: str) -> Judge:
+    reviews = cleaned(log, config).reviews
+    base = base_encoder(encoder, None, config)
+    if what == "rating":
+        vectors = item_vectors(log, base, lambda done, total: None)
+        name = base.hash if base else ""
+        return _Rating(prepared(log, reviews, vectors, name, config, lambda done, total: None))
+    texts = review_texts(reviews, config.text, config.split)
+    if texts is None or base is None:
+        raise TrainerError("there are too few review texts, or no encoder, to search with")
+    if config.text.method in ("none", "frozen"):
+        raise TrainerError(
+            f"trainer.text.method {config.text.method} has nothing to search for; "
+            "choose one that fits the encoder, such as full or lora"
+        )
+    return _Text(texts, base.folder)
+
+
+def _open(study: Path, what: What, seed: int) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study.parent.mkdir(parents=True, exist_ok=True)
+    return optuna.create_study(
+        study_name=what,
+        storage=JournalStorage(JournalFileBackend(str(study))),
+        sampler=TPESampler(n_startup_trials=_DRAWN, seed=seed, constant_liar=True),
+        pruner=MedianPruner(n_startup_trials=_DRAWN, n_warmup_steps=_EPOCHS_SPARED),
+        load_if_exists=True,
+    )
+
+
+def _work(
+    judge: Judge, what: What, config: TrainerConfig, study: Path, trials: int, seed: int
+) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    opened = _open(study, what, seed)
+
+    def objective(trial: Trial) -> float:
+        values = {each.name: each.suggest(trial) for each in SPACES[what]}
+        return judge(with_settings(config, values), trial)
+
+    opened.optimize(objective, n_trials=trials)
+
+
+def with_settings(config: TrainerConfig, values: Mapping[str, float | int]) -> TrainerConfig:
+    """A configuration with other values, by path."""
+    tree = config.model_dump()
+    for name, value in values.items():
+        *above, last = name.split(".")
+        branch: dict[str, Any] = tree
+        for part in above:
+            branch = branch[part]
+        branch[last] = value
+    return TrainerConfig.model_validate(tree)
+
+
+def _value(config: TrainerConfig, name: str) -> Any:
+    found: Any = config
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _found(study: optuna.Study) -> Searched:
+    done = study.get_trials(states=(TrialState.COMPLETE,))
+    if not done:
+        raise TrainerError("no trial came to its end: see what was logged above")
+    first = min(done, key=lambda each: each.number)
+    best = min(done, key=lambda each: each.value or np.inf)
+    importance: Mapping[str, float] = {}
+    if len(done) > _DRAWN:
+        importance = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    return Searched(
+        {} if best.number == first.number else best.params,
+        float(best.value or np.nan),
+        float(first.value or np.nan),
+        len(study.trials),
+        importance,
+    )
