@@ -353,27 +353,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.method:
         chosen.out.write_bytes(orjson.dumps(fitted_by(place, chosen.method)))
         return 0
+    several: Mapping[str, tuple[str, Sequence[Any], Callable[[Place, Any], Any]]] = {
+        "sets": ("evaluate", chosen.sets, evaluated),
+        "methods": ("method", METHODS, method),
+        "ablations": ("ablations", chosen.sets, ablated),
+        "worded": ("worded", [*WORDED], worded),
+    }
     parts: dict[str, Any] = {}
-    if "sets" in chosen.parts:
-        parts["sets"] = {
-            name: place.part(f"evaluate {name}", lambda name=name: evaluated(place, name))
-            for name in chosen.sets
-        }
-    if "methods" in chosen.parts:
-        parts["methods"] = {
-            name: place.part(f"method {name}", lambda name=name: method(place, name))
-            for name in METHODS
-        }
-    if "ablations" in chosen.parts:
-        parts["ablations"] = {
-            name: place.part(f"ablations {name}", lambda name=name: ablated(place, name))
-            for name in chosen.sets
-        }
-    if "worded" in chosen.parts:
-        parts["worded"] = {
-            name: place.part(f"worded {name}", lambda name=name: worded(place, name))
-            for name in WORDED
-        }
+    for part, (words, names, make) in several.items():
+        if part in chosen.parts:
+            parts[part] = {
+                name: place.part(f"{words} {name}", lambda make=make, name=name: make(place, name))
+                for name in names
+            }
     if "replay" in chosen.parts:
         parts["replay"] = place.part("replay", replayed)
     if parts.get("sets"):

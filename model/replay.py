@@ -1,8 +1,9 @@
 """The one way from events to features and states: for scoring, recovery, proof and training."""
 
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -229,11 +230,19 @@ class History:
         States are those of `run`, bit for bit. NumPy lets go of the interpreter's lock in large
         arrays, so this is the faster the larger `batch_events` is.
         """
+        batches = [
+            events[begin : begin + self.batch_events]
+            for begin in range(0, len(events), self.batch_events)
+        ]
+        if threads == 1:  # an instant of a history is a call, and a pool costs more than that
+            for batch in batches:
+                self._apply(batch, map, 1)
+            return
         with ThreadPoolExecutor(threads) as pool:
-            for begin in range(0, len(events), self.batch_events):
-                self._apply(events[begin : begin + self.batch_events], pool, threads)
+            for batch in batches:
+                self._apply(batch, pool.map, threads)
 
-    def _apply(self, batch: Rows, pool: Executor, count: int) -> None:
+    def _apply(self, batch: Rows, each: Callable[..., Iterable[Any]], count: int) -> None:
         users, user_index = np.unique(batch["user"], return_inverse=True)
         places = self.users.place(users)
         states, items = self.users.rows, self._items(batch)
@@ -244,7 +253,7 @@ class History:
             mine, index = states.take(places[share::count]), user_index[shares[share]] // count
             return meet(mine, index, events[share])
 
-        meetings = [*pool.map(met, range(count))]
+        meetings = [*each(met, range(count))]
         duplicate = np.empty(len(batch), np.bool_)
         for rows, meeting in zip(shares, meetings, strict=True):
             duplicate[rows] = meeting.duplicate
@@ -257,7 +266,7 @@ class History:
             opaque(states)[places[share::count]] = opaque(change.states)  # nobody else's rows
             return item_deltas(events[share], change)
 
-        deltas = np.concatenate([*pool.map(moved, range(count))])
+        deltas = np.concatenate([*each(moved, range(count))])
         self._follow(partitions[-1].reshape(()), deltas, partitions["step"][0])
 
     def _items(self, events: Rows) -> Table:

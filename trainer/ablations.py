@@ -15,7 +15,8 @@ from rich.progress import Progress
 from model.features import FEATURES, Group
 from model.network import Inputs
 from trainer.config import FitConfig, TrainerConfig
-from trainer.metrics import Difference, Floats, paired, scores
+from trainer.gate import difference
+from trainer.metrics import Difference, Floats, scores
 from trainer.models import predict
 from trainer.prepare import Prepared
 from trainer.train import fit_network, refit_network
@@ -105,13 +106,6 @@ def compare(
     """Each part beside the whole; ratings and predictions (n)."""
     found = {"nothing": Ablated(scores(rating, np.clip(whole, 1, 5)).rmse, None)}
     for name, predicted in without.items():
-        cost = paired(
-            rating,
-            predicted,
-            whole,
-            confidence=config.gate.confidence,
-            resamples=config.gate.resamples,
-            seed=config.seed,
-        )
+        cost = difference(rating, predicted, whole, config.gate, config.seed)
         found[name] = Ablated(scores(rating, np.clip(predicted, 1, 5)).rmse, cost)
     return found

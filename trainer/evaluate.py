@@ -35,6 +35,7 @@ from trainer.data import Examples, Log, Ties, replay, sorted_by_time
 from trainer.exceptions import TrainerError
 from trainer.fine_tune import taken
 from trainer.fit import Fitted
+from trainer.gate import difference
 from trainer.metrics import (
     HISTORY_BUCKETS,
     Calibration,
@@ -44,7 +45,6 @@ from trainer.metrics import (
     by_rating,
     calibration,
     class_scores,
-    paired,
     scores,
 )
 from trainer.models import Predicted, predict
@@ -346,22 +346,15 @@ def _block(
             continue
         # What ours gains (below zero) or loses beside this one, in squared error.
         found[name]["model_minus_this"] = {
-            bucket: asdict(_difference(rating[mask], models[MODEL][mask], clipped[mask], config))
+            bucket: asdict(
+                difference(
+                    rating[mask], models[MODEL][mask], clipped[mask], config.gate, config.seed
+                )
+            )
             for bucket, mask in {"all": np.ones(len(rating), bool), **masks["buckets"]}.items()
             if mask.any()
         }
     return found
-
-
-def _difference(rating: Floats, model: Floats, other: Floats, config: TrainerConfig) -> Any:
-    return paired(
-        rating,
-        model,
-        other,
-        confidence=config.gate.confidence,
-        resamples=config.gate.resamples,
-        seed=config.seed,
-    )
 
 
 def _gain(block: Mapping[str, Any]) -> dict[str, Any] | None:

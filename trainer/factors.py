@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from model.features import ITEM_DAMPING, USER_DAMPING
 from model.network import Inputs, NetworkConfig, bucket, tensors
 from model.taste import COLUMNS, Taste
+from trainer.baselines import fit_damped_bias, predict_damped_bias
 from trainer.metrics import Floats
 
 Rows = NDArray[np.int64]  # row numbers
@@ -38,25 +39,19 @@ def fit_taste(
     taste = Taste(config.buckets, config.factors)
     if not len(rows):
         return taste
-    items, item = np.unique(
-        bucket(inputs.items[rows], config.buckets).astype(np.int64), return_inverse=True
-    )
-    user = np.unique(inputs.users[rows], return_inverse=True)[1]
-    level = float(rating[rows].mean())
-    residual = rating[rows] - level
-    offsets = np.bincount(item, residual) / (np.bincount(item) + ITEM_DAMPING)
-    residual = residual - offsets[item]
-    usual = np.bincount(user, residual) / (np.bincount(user) + USER_DAMPING)
-    residual = residual - usual[user]
+    users, buckets = inputs.users[rows], bucket(inputs.items[rows], config.buckets)
+    bias = fit_damped_bias(users, buckets, rating[rows], USER_DAMPING, ITEM_DAMPING)
+    residual = rating[rows] - predict_damped_bias(bias, users, buckets)
+    user, item = np.searchsorted(bias.users, users), np.searchsorted(bias.items, buckets)
     by_user, by_item = _Side.of(user, item), _Side.of(item, user)
-    factors = np.random.default_rng(seed).normal(0, 0.1, (len(items), config.factors))
+    factors = np.random.default_rng(seed).normal(0, 0.1, (len(bias.items), config.factors))
     for _ in range(_SWEEPS):
         people = by_user.solve(factors, residual)
         factors = by_item.solve(people, residual)
-    where = torch.from_numpy(items)
+    where = torch.from_numpy(bias.items.astype(np.int64))
     taste.factors[where] = torch.from_numpy(factors.astype(np.float32))
-    taste.offsets[where] = torch.from_numpy(offsets.astype(np.float32))
-    taste.level.fill_(level)
+    taste.offsets[where] = torch.from_numpy(bias.item_bias.astype(np.float32))
+    taste.level.fill_(bias.mean)
     return taste
 
 

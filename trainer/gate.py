@@ -61,7 +61,7 @@ def claims(
     return tuple(
         name
         for name, other in baselines.items()
-        if _paired(rating, candidate, other, config, seed).high < 0
+        if difference(rating, candidate, other, config, seed).high < 0
     )
 
 
@@ -129,7 +129,7 @@ def _not_worse(
     config: GateConfig,
     seed: int,
 ) -> Check:
-    gap = _paired(rating, candidate, other, config, seed)
+    gap = difference(rating, candidate, other, config, seed)
     ours, theirs = scores(rating, candidate).rmse, scores(rating, other).rmse
     near = ours <= theirs * (1 + config.worse_allowed)
     return Check(
@@ -140,9 +140,10 @@ def _not_worse(
     )
 
 
-def _paired(
+def difference(
     rating: Floats, model: Floats, other: Floats, config: GateConfig, seed: int
 ) -> Difference:
+    """`metrics.paired` of ratings and predictions (n), as the gate's settings say."""
     return paired(
         rating,
         model,

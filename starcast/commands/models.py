@@ -24,6 +24,7 @@ from streams.producer import outgoing, play
 if TYPE_CHECKING:
     from model.bundle import Bundle
     from model.registry import Entry, Registry
+    from trainer.data import Log
 
 app = typer.Typer(help="Which model serves.")
 
@@ -52,14 +53,15 @@ class TiesOption(StrEnum):
 Reason = Annotated[str, typer.Option(help="Why; it stands in the registry's history.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecordFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A record file.")]
+FileOrArchive = Annotated[
+    Path | None,
+    typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
+]
 
 
 def train(
     context: typer.Context,
-    file: Annotated[
-        Path | None,
-        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
-    ] = None,
+    file: FileOrArchive = None,
     promote: Annotated[
         bool, typer.Option("--promote", help="Let it serve if the gate lets it through.")
     ] = False,
@@ -84,7 +86,6 @@ def train(
     After `torchrun` or `accelerate launch` several processes fine-tune the encoder together.
     """
     from model import bundle, registry
-    from trainer import data
     from trainer.assess import summary
     from trainer.fine_tune import is_first
     from trainer.train import train as fit
@@ -93,11 +94,7 @@ def train(
     models = settings.models
     before = registry.read(models.url).stable
     with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
-        log = (
-            data.from_archive(settings.archive.url, _archive_options(settings))
-            if file is None
-            else data.from_file(file)
-        )
+        log = _history(settings, file)
         result = fit(
             log,
             models.url if is_first() else scratch,  # all fit the same, one keeps it
@@ -253,10 +250,7 @@ def evaluate(
 def search(
     context: typer.Context,
     what: Annotated[What, typer.Argument(help="The rating network, or the text model.")],
-    events: Annotated[
-        Path | None,
-        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
-    ] = None,
+    events: FileOrArchive = None,
     trials: Annotated[int, typer.Option(min=2, help="In all, those of earlier runs too.")] = 50,
     workers: Annotated[int, typer.Option(min=1, help="Processes that try at a time.")] = 1,
     study: Annotated[
@@ -267,15 +261,10 @@ def search(
     ),
 ) -> None:
     """Look for better settings of a model, on validation rows."""
-    from trainer import data
     from trainer import search as searching
 
     settings = settings_of(context)
-    log = (
-        data.from_archive(settings.archive.url, _archive_options(settings))
-        if events is None
-        else data.from_file(events)
-    )
+    log = _history(settings, events)
     found = searching.search(
         log,
         what.value,
@@ -304,10 +293,7 @@ def search(
 
 def compress(
     context: typer.Context,
-    events: Annotated[
-        Path | None,
-        typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
-    ] = None,
+    events: FileOrArchive = None,
     max_rmse_loss: Annotated[
         float, typer.Option(min=0.0, help="Share by which the error of read stars may grow.")
     ] = 0.01,
@@ -319,7 +305,6 @@ def compress(
     """Make the text encoder smaller and faster, and train a model with the one chosen."""
     from model import registry
     from trainer import compress as compressing
-    from trainer import data
     from trainer.prepare import cleaned, review_texts, tracker
     from trainer.train import base_encoder
     from trainer.train import train as fit
@@ -327,11 +312,7 @@ def compress(
     settings = settings_of(context)
     models, config = settings.models, settings.trainer
     stable = _bundle(models.url, registry.read(models.url).stable)
-    log = (
-        data.from_archive(settings.archive.url, _archive_options(settings))
-        if events is None
-        else data.from_file(events)
-    )
+    log = _history(settings, events)
     parent = base_encoder(models.encoder, stable, config)
     reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
     if parent is None or reviews is None:
@@ -386,6 +367,15 @@ def _chosen(url: str, model: str) -> "Bundle | None":
     if stable is None:
         raise fail(f"No model in {url} is promoted yet; `starcast models list` has all.")
     return _bundle(url, stable)
+
+
+def _history(settings: Settings, file: Path | None) -> "Log":
+    """A record file's events, or the archive's."""
+    from trainer import data
+
+    if file is not None:
+        return data.from_file(file)
+    return data.from_archive(settings.archive.url, _archive_options(settings))
 
 
 def _archive_options(settings: Settings) -> dict[str, str]:

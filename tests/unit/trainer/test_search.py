@@ -13,6 +13,7 @@ from trainer.exceptions import TrainerError
 from trainer.search import (
     SPACES,
     Searched,
+    What,
     plot_importance,
     search,
     with_settings,
@@ -23,8 +24,8 @@ SMALL = TrainerConfig(fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width
 
 
 @pytest.mark.parametrize("what", ["rating", "text"])
-def test_every_range_is_of_a_setting_and_holds_its_default(what: str) -> None:
-    for each in SPACES[what]:  # pyright: ignore[reportArgumentType]
+def test_every_range_is_of_a_setting_and_holds_its_default(what: What) -> None:
+    for each in SPACES[what]:
         value: Any = SMALL
         for part in each.name.split("."):
             value = getattr(value, part)
