@@ -72,7 +72,6 @@ REPLAYED = 10_000_000  # events of the long replay
 USERS, USER_EXPONENT = 1_000_000, 0.8
 ITEMS, ITEM_EXPONENT = 100_000, 1.0
 BLOCK = 1_000_000  # events made at once
-THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def replayed() -> dict[str, Any]:
     for block in range(REPLAYED // BLOCK):
         events = generated(random, block, users, user_ids, items, item_ids)
         began = time.monotonic()
-        history.apply(events, THREADS)
+        history.apply(events)
         spent += time.monotonic() - began
         most = max(most, psutil.Process().memory_info().rss)
     return {

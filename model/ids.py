@@ -37,6 +37,11 @@ def partitions_of(hashes: Hashes, partitions: int) -> NDArray[np.int64]:
     return ((hashes & _LOW) % np.uint64(partitions)).astype(np.int64)
 
 
+def low_half(hashes: Hashes) -> NDArray[np.uint32]:
+    """The low 32 bits of each hash: what a state can afford to keep of many items."""
+    return (hashes & np.uint64(0xFFFF_FFFF)).astype(np.uint32)
+
+
 def hash_names(names: Sequence[str | None]) -> NDArray[np.uint32]:
     """32-bit hashes of names from small vocabularies (brands, categories), shape (n,); 0: none."""
     keys = [name.encode() if name else b"" for name in names]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.events import Rows, blank
+from model.compiled import compiled
+from model.events import Rows, blank, opaque
 from model.ids import Hashes
 
 
@@ -69,8 +70,10 @@ class Store:
     """Rows by hash in a table that grows, for replays in one process."""
 
     def __init__(self, dtype: np.dtype[Any], size: int = 1024) -> None:
-        self._positions: dict[int, int] = {}
+        self._count = 0
+        self._hashes = np.zeros(size, np.uint64)
         self._rows = blank(dtype, size)
+        self._slots = np.full(2, -1, np.int64)
 
     @property
     def rows(self) -> Rows:
@@ -78,21 +81,56 @@ class Store:
 
         Writing to it writes to the store; it is stale after the next `place`.
         """
-        return self._rows[: len(self._positions)]
+        return self._rows[: self._count]
 
     @property
     def hashes(self) -> Hashes:
         """The hashes of `rows`."""
-        return np.fromiter(self._positions, np.uint64, len(self._positions))
+        return self._hashes[: self._count]
 
     def place(self, hashes: Hashes) -> NDArray[np.intp]:
         """The position in `rows` of each hash (n); one that is new gets a blank row."""
-        known = self._positions
-        found = np.array([known.setdefault(key, len(known)) for key in hashes.tolist()], np.intp)
-        if len(known) > len(self._rows):
-            more = blank(self._rows.dtype, max(len(known), 2 * len(self._rows)) - len(self._rows))
-            self._rows = np.concatenate([self._rows, more])
+        self._reserve(self._count + len(hashes))
+        found = np.empty(len(hashes), np.intp)
+        self._count = _place(self._slots, self._hashes, self._count, hashes, found)
+        if self._count > len(self._rows):
+            more = blank(self._rows.dtype, max(self._count, 2 * len(self._rows)))
+            opaque(more)[: len(self._rows)] = opaque(self._rows)
+            self._rows = more
         return found
+
+    def distinct(self, hashes: Hashes) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Distinct positions in `rows` (k) of hashes (n), and which of them each hash has (n)."""
+        return np.unique(self.place(hashes), return_inverse=True)
+
+    def _reserve(self, size: int) -> None:
+        """Have room for as many hashes, and twice as many slots."""
+        if size > len(self._hashes):
+            more = np.zeros(max(size, 2 * len(self._hashes)) - len(self._hashes), np.uint64)
+            self._hashes = np.concatenate([self._hashes, more])
+        if 2 * size > len(self._slots):
+            self._slots = np.full(1 << (4 * size - 1).bit_length(), -1, np.int64)
+            _place(self._slots, self._hashes, 0, self.hashes, np.empty(self._count, np.intp))
+
+
+@compiled
+def _place(slots: Any, known: Any, count: int, wanted: Any, found: Any) -> int:
+    """Find each wanted hash among the first `count` known ones, or add it; gives the new count.
+
+    An open table (Knuth, volume 3, section 6.4, algorithm L): `slots`, a power of two of them, hold
+    positions in `known`, -1 for none; a hash stands in the first free one from its own on.
+    """
+    last = np.uint64(len(slots) - 1)
+    for row in range(len(wanted)):
+        slot = (wanted[row] ^ (wanted[row] >> np.uint64(32))) & last
+        while slots[slot] >= 0 and known[slots[slot]] != wanted[row]:
+            slot = (slot + np.uint64(1)) & last
+        if slots[slot] < 0:
+            slots[slot] = count
+            known[count] = wanted[row]
+            count += 1
+        found[row] = slots[slot]
+    return count
 
 
 @dataclass(frozen=True)

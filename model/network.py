@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from model.events import Rows
 from model.features import FEATURES, INDEX
+from model.ids import low_half
 from model.lookups import Lookups
 from model.replay import Observation
+from model.state import RATING_STEPS
 from model.taste import COLUMNS, Taste
 from model.trees import Trees
 
@@ -98,6 +100,8 @@ class Inputs:
     recents: NDArray[np.uint64]  # (n, 16) hashes of the user's last items, newest first; 0: none
     recent_ratings: NDArray[np.float32]  # (n, 16) stars; nan: none
     recent_actions: NDArray[np.uint8]  # (n, 16) bit k: action k was done with the item
+    older: NDArray[np.uint32]  # (n, 64) low halves of hashes of items rated before; 0: none
+    older_ratings: NDArray[np.uint8]  # (n, 64) in 1/32 star
     item_vectors: NDArray[np.intp]  # (n,) rows of `vectors`
     recent_vectors: NDArray[np.intp]  # (n, 16)
     vectors: NDArray[np.float32]  # (m, d) as `TextEncoder.project` gives them
@@ -132,6 +136,8 @@ def gather(events: Rows, observation: Observation, lookups: Lookups, width: int)
         recents=observation.recents,
         recent_ratings=observation.recent_ratings,
         recent_actions=observation.recent_actions,
+        older=observation.older,
+        older_ratings=observation.older_ratings,
         item_vectors=item_vectors,
         recent_vectors=recent_vectors,
         vectors=vectors,
@@ -164,6 +170,8 @@ class Tensors(NamedTuple):
     brand: Tensor
     recents: Tensor  # (n, 16)
     feedback: Tensor  # (n, 16, 10): rating, whether there is one, the bits of the actions
+    older: Tensor  # (n, o) buckets, as many as the batch's fullest row has
+    older_stars: Tensor  # (n, o)
     item_vector: Tensor  # (n, d)
     recent_vectors: Tensor  # (n, 16, d)
 
@@ -173,8 +181,10 @@ class Tensors(NamedTuple):
 
     def folded(self, config: NetworkConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What `model.taste.Taste` reads."""
-        stars, rated = 2 * self.feedback[..., 0] + 3, self.feedback[..., 1]
-        return self.item, self.recents, stars, rated, self.features[:, config.user_bias_column]
+        recents = torch.cat([self.recents, self.older], 1)
+        stars = torch.cat([2 * self.feedback[..., 0] + 3, self.older_stars], 1)
+        rated = torch.cat([self.feedback[..., 1], (self.older > 0).to(stars.dtype)], 1)
+        return self.item, recents, stars, rated, self.features[:, config.user_bias_column]
 
 
 class Output(NamedTuple):
@@ -197,14 +207,17 @@ def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = 
     rated = ~np.isnan(inputs.recent_ratings)
     stars = np.where(rated, (inputs.recent_ratings - 3) / 2, 0)[..., None]  # -1 to 1
     bits = np.unpackbits(inputs.recent_actions[..., None], axis=-1)
+    some = slice(int(np.count_nonzero(inputs.older, axis=1).max(initial=0)))
     return Tensors(
         features=send(inputs.features, np.float32),
         user=send(bucket(inputs.users, config.buckets), np.int64),
-        item=send(bucket(inputs.items, config.buckets), np.int64),
+        item=send(bucket(low_half(inputs.items), config.buckets), np.int64),
         categories=send(bucket(inputs.categories, config.name_buckets), np.int64),
         brand=send(bucket(inputs.brands, config.name_buckets), np.int64),
-        recents=send(bucket(inputs.recents, config.buckets), np.int64),
+        recents=send(bucket(low_half(inputs.recents), config.buckets), np.int64),
         feedback=send(np.concatenate([stars, rated[..., None], bits], -1), np.float32),
+        older=send(bucket(inputs.older[:, some], config.buckets), np.int64),
+        older_stars=send(inputs.older_ratings[:, some] / RATING_STEPS, np.float32),
         item_vector=send(inputs.vectors[inputs.item_vectors], np.float32),
         recent_vectors=send(inputs.vectors[inputs.recent_vectors], np.float32),
     )

@@ -1,9 +1,7 @@
 """The one way from events to features and states: for scoring, recovery, proof and training."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +18,10 @@ from model.state import (
     RATING_STEPS,
     USER,
     USER_ATTRIBUTES,
-    Meeting,
     advance,
     apply_items,
+    duplicates,
     item_deltas,
-    meet,
     run_partition,
 )
 
@@ -37,6 +34,8 @@ class Observation:
     recents: Hashes  # (n, 16): the user's recent distinct items, newest first; 0: none
     recent_ratings: NDArray[np.float32]  # (n, 16): stars given to them; nan: none
     recent_actions: NDArray[np.uint8]  # (n, 16): bit k: ACTIONS[k] was done with the item
+    older: NDArray[np.uint32]  # (n, 64): low halves of hashes of items rated before those; 0: none
+    older_ratings: NDArray[np.uint8]  # (n, 64): in 1/32 star
     item_attributes: Rows  # ITEM_ATTRIBUTES (n)
     item_vectors: NDArray[np.intp]  # (n): rows of lookups.vectors.rows; its last (zero): none
     recent_vectors: NDArray[np.intp]  # (n, 16): likewise
@@ -90,6 +89,8 @@ def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Obs
         recents,
         np.where(ratings > 0, ratings / np.float32(RATING_STEPS), np.float32(np.nan)),
         users["recent"]["actions"].copy(),
+        users["older"]["item"].copy(),
+        users["older"]["rating"].copy(),
         attributes,
         item_vectors,
         recent_vectors,
@@ -105,15 +106,16 @@ def run_batch(
     PARTITION, shape (). Users' states and the running mean are as each event met them; `lookups`
     as the batch began. Nothing given is changed.
     """
-    meeting = meet(states, user_index, events)
-    met = run_partition(partition, events, meeting.duplicate)
+    duplicate = duplicates(states, user_index, events)
+    met = run_partition(partition, events, duplicate)
     partitions, predicted = met[:-1], events["action"] != TEXT
+    step = partitions["step"].copy()
     global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
-    change = advance(meeting, item_bias, global_mean, partitions["step"])
+    change = advance(states, user_index, events, duplicate, item_bias, global_mean, step)
     return BatchResult(
-        observe(change.before(), partitions, events, lookups),
-        change.duplicate,
-        partitions["step"].copy(),
+        observe(change.met, partitions, events, lookups),
+        duplicate,
+        step,
         np.where(predicted, partitions["seq"], np.uint64(0)),
         change.states,
         met[-1].reshape(()),
@@ -145,12 +147,15 @@ def recover(
         )
     fresh = step >= states["step"][user_index]
     rows, late = rows[fresh], events.compress(new)
-    meeting = meet(states, user_index[fresh], events.compress(fresh), duplicate[fresh])
     change = advance(
-        meeting,
-        rows[:, features.INDEX["item_bias"]],
-        rows[:, features.INDEX["global_mean"]],
+        states,
+        user_index[fresh],
+        events.compress(fresh),
+        duplicate[fresh],
+        rows[:, features.INDEX["item_bias"]].copy(),
+        rows[:, features.INDEX["global_mean"]].copy(),
         step[fresh],
+        observed=False,
     )
     return change.states, run_partition(partition, late, duplicate[new])[-1].reshape(())
 
@@ -209,65 +214,37 @@ class History:
             rows = slice(begin, min(begin + self.batch_events, len(events)))
             batch = events[rows]
             lookups = self._lookups(batch)
-            users, user_index = np.unique(batch["user"], return_inverse=True)
-            user_rows = self.users.place(users)
-            states = self.users.rows.take(user_rows)
+            users, user_index = self.users.distinct(batch["user"])
+            states = self.users.rows.take(users)
             result = run_batch(states, user_index, self.partition, batch, lookups)
-            opaque(self.users.rows)[user_rows] = opaque(result.states)
+            opaque(self.users.rows)[users] = opaque(result.states)
             self._follow(result.partition, result.deltas, result.step[0])
             yield HistoryBatch(rows, lookups, result)
 
     def look(self, events: Rows) -> tuple[Observation, Lookups]:
         """What `events` EVENT (n) would be predicted from now; changes nothing."""
         lookups = self._lookups(events)
-        users, user_index = np.unique(events["user"], return_inverse=True)
-        user_rows = self.users.place(users)[user_index]
-        return observe(self.users.rows.take(user_rows), self.partition, events, lookups), lookups
+        users = self.users.place(events["user"])
+        return observe(self.users.rows.take(users), self.partition, events, lookups), lookups
 
-    def apply(self, events: Rows, threads: int = 1) -> None:
-        """Apply `events` EVENT (n), in order, and observe nothing; `threads` share the users.
-
-        States are those of `run`, bit for bit. NumPy lets go of the interpreter's lock in large
-        arrays, so this is the faster the larger `batch_events` is.
-        """
-        batches = [
-            events[begin : begin + self.batch_events]
-            for begin in range(0, len(events), self.batch_events)
-        ]
-        if threads == 1:  # an instant of a history is a call, and a pool costs more than that
-            for batch in batches:
-                self._apply(batch, map, 1)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for batch in batches:
-                self._apply(batch, pool.map, threads)
-
-    def _apply(self, batch: Rows, each: Callable[..., Iterable[Any]], count: int) -> None:
-        users, user_index = np.unique(batch["user"], return_inverse=True)
-        places = self.users.place(users)
-        states, items = self.users.rows, self._items(batch)
-        shares = [np.flatnonzero(user_index % count == share) for share in range(count)]
-        events = [batch.take(rows) for rows in shares]
-
-        def met(share: int) -> Meeting:
-            mine, index = states.take(places[share::count]), user_index[shares[share]] // count
-            return meet(mine, index, events[share])
-
-        meetings = [*each(met, range(count))]
-        duplicate = np.empty(len(batch), np.bool_)
-        for rows, meeting in zip(shares, meetings, strict=True):
-            duplicate[rows] = meeting.duplicate
-        partitions = run_partition(self.partition, batch, duplicate)
-
-        def moved(share: int) -> Rows:
-            before = partitions.take(shares[share])
-            global_mean, item_bias = features.biases(items.take(events[share]["item"]), before)
-            change = advance(meetings[share], item_bias, global_mean, before["step"])
-            opaque(states)[places[share::count]] = opaque(change.states)  # nobody else's rows
-            return item_deltas(events[share], change)
-
-        deltas = np.concatenate([*each(moved, range(count))])
-        self._follow(partitions[-1].reshape(()), deltas, partitions["step"][0])
+    def apply(self, events: Rows) -> None:
+        """Apply `events` EVENT (n), in order, and observe nothing: the states of `run`, bit for bit."""
+        for begin in range(0, len(events), self.batch_events):
+            batch = events[begin : begin + self.batch_events]
+            users, user_index = self.users.distinct(batch["user"])
+            states = self.users.rows.take(users)
+            places = self.items.place(batch["item"])  # before `rows` is looked at: it may grow
+            items = self.items.rows.take(places)
+            duplicate = duplicates(states, user_index, batch)
+            partitions = run_partition(self.partition, batch, duplicate)
+            step = partitions["step"][:-1].copy()
+            global_mean, item_bias = features.biases(items, partitions[:-1])
+            change = advance(
+                states, user_index, batch, duplicate, item_bias, global_mean, step, observed=False
+            )
+            opaque(self.users.rows)[users] = opaque(change.states)
+            deltas = item_deltas(batch, change)
+            self._follow(partitions[-1].reshape(()), deltas, step[0])
 
     def _items(self, events: Rows) -> Table:
         items = np.unique(events["item"])
@@ -282,8 +259,7 @@ class History:
     def _follow(self, partition: Rows, deltas: Rows, step: np.uint64) -> None:
         """Keep what a batch did to the partition and, `step` (its first), to items."""
         self.partition = partition
-        items, item_index = np.unique(deltas["item"], return_inverse=True)
-        rows = self.items.place(items)
+        rows, item_index = self.items.distinct(deltas["item"])
         offsets = np.full(len(deltas), step, np.uint64)
         followed = apply_items(self.items.rows.take(rows), item_index, deltas, offsets)
         opaque(self.items.rows)[rows] = opaque(followed)

@@ -1,14 +1,13 @@
 """What is known of users, items and a partition, and how events change it.
 
-States are rows of NumPy structured arrays. `advance` takes many events of many users at once and
-gives each event the state that it met and each user the state that follows: what one event at a
-time would give, bit for bit. To make this so, everything that is added up is rounded to a binary
-fraction first (ratings to 1/32 star, logarithms of prices to 1/256, residuals to 1/1024): sums of
-such numbers are exact in float64, so they depend neither on order nor on the machine, and an
-edited review takes away exactly what it had added.
+States are rows of NumPy structured arrays. `advance` takes many events of many users and gives
+each event the state that it met and each user the state that follows, in compiled loops. Everything
+that is added up is rounded to a binary fraction first (ratings to 1/32 star, logarithms of prices
+to 1/256, residuals to 1/1024): sums of such numbers are exact in float64, so they depend neither on
+order nor on the machine, and an edited review takes away exactly what it had added.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -16,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.events import COUNTED, EVENT, PURCHASE, REVIEW, TEXT, Rows, blank, duplicated, opaque
+from model.compiled import compiled
+from model.events import COUNTED, EVENT, PURCHASE, REVIEW, TEXT, Rows, blank, duplicated
 from model.exceptions import LayoutError
 
-Fields = dict[str, NDArray[Any]]
-"""Columns by the name of the field that they fill."""
-
 RECENT = 16  # items, and event ids, that a user's state remembers
+OLDER = 64  # ratings that it remembers of items that are not recent any more
 STARS = 5
 RATING_STEPS = 32  # to a star: the finest binary fraction that fits a byte
 LOG_STEPS = 256
@@ -38,6 +36,8 @@ SLOT = np.dtype(
         ("actions", "u1"),  # bit k: ACTIONS[k] was done with the item
     ]
 )
+
+RATED = np.dtype([("item", "<u4"), ("rating", "u1")])  # low half of the hash; 1/32 star
 
 USER = np.dtype(
     [
@@ -60,7 +60,10 @@ USER = np.dtype(
         ("paid_log_sum", "<f8"),  # the same of purchases
         ("text_count", "<u4"),
         ("text_sum", "<f8"),  # expected stars of own review texts
-        ("recent", SLOT, RECENT),  # last, so that a short history has a short row (`to_bytes`)
+        ("left", "<u4"),  # rated items that have left `recent`
+        # Last, so that a short history has a short row (`to_bytes`).
+        ("recent", SLOT, RECENT),
+        ("older", RATED, OLDER),  # item number k to leave stands at k modulo OLDER
     ]
 )
 
@@ -154,25 +157,6 @@ def _sum_columns(names: Sequence[str]) -> dict[str, slice]:
     }
 
 
-# The fields of USER that are sums, and their columns in a matrix of all of them.
-SUMS = _sum_columns(
-    (
-        "actions",
-        "rating_count",
-        "histogram",
-        "rating_sum",
-        "rating_square_sum",
-        "residual_sum",
-        "price_count",
-        "price_log_sum",
-        "paid_count",
-        "paid_log_sum",
-        "text_count",
-        "text_sum",
-        "sessions",
-    )
-)
-SUM_COLUMNS = SUMS["sessions"].stop
 ITEM_SUMS = (
     "actions",
     "rating_count",
@@ -185,127 +169,57 @@ ITEM_SUMS = (
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """n events of u users, sorted by user, and which of them are repetitions."""
-
-    states: Rows  # USER (u), as given
-    events: Rows  # EVENT (n), sorted by user
-    order: NDArray[np.intp]  # (n): the given position of each sorted row
-    users: NDArray[np.intp]  # (k): the rows of `states` that have events
-    runs: "_Runs"
-    stars: NDArray[np.float64]  # (n)
-    rings: "_Rings"
-    duplicate: NDArray[np.bool_]  # (n), in the given order
-
-
-@dataclass(frozen=True)
 class Change:
     """What `advance` did: n events, u users."""
 
-    before: Callable[[], Rows]  # USER (n): the state that each event met (its `step` aside)
+    met: Rows  # USER (n): the state that each event met (its `step` aside); (0) when not asked for
     states: Rows  # USER (u): the states that follow
     duplicate: NDArray[np.bool_]  # (n): repeated events; not applied
-    added: NDArray[np.float64]  # (n, SUM_COLUMNS): what each event added to its user's sums
+    replaced: NDArray[np.float64]  # (n): stars that an edit took away; 0: none
     new_touch: NDArray[np.bool_]  # (n): the item's first event in the user's session
 
 
-def meet(
-    states: Rows,
-    user_index: NDArray[np.intp],
-    events: Rows,
-    duplicate: NDArray[np.bool_] | None = None,
-) -> Meeting:
-    """Bring n events, in order, before the states of their u users: the first half of `advance`.
+def duplicates(states: Rows, user_index: NDArray[np.intp], events: Rows) -> NDArray[np.bool_]:
+    """Which of n events, in order, repeat one of the last 16 of their user (n).
 
-    `states` USER (u); `user_index` (n): each event's row in `states`; `events` EVENT (n);
-    `duplicate` (n): as journalled; `None`: found by the event ids remembered. Rows that a user's
-    state has applied already must have been left out (`replay.recover`).
+    `states` USER (u); `user_index` (n): each event's row in `states`; `events` EVENT (n).
     """
-    order = np.argsort(user_index, kind="stable")
-    events = events.take(order)
-    users, segment, sizes = np.unique(user_index[order], return_inverse=True, return_counts=True)
-    runs = _Runs(segment, np.cumsum(sizes) - sizes, sizes)
-    stars = _stars(events)
-    known = None if duplicate is None else duplicate[order]
-    rings = _rings(states.take(users), runs, events, stars, known)
     found = np.empty(len(events), np.bool_)
-    found[order] = rings.duplicate
-    return Meeting(states, events, order, users, runs, stars, rings, found)
+    _find_duplicates(states["recent"]["event_id"].copy(), user_index, events, found)
+    return found
 
 
 def advance(
-    meeting: Meeting,
+    states: Rows,
+    user_index: NDArray[np.intp],
+    events: Rows,
+    duplicate: NDArray[np.bool_],
     item_bias: NDArray[np.float32],
     global_mean: NDArray[np.float32],
     step: NDArray[np.uint64],
+    observed: bool = True,
 ) -> Change:
-    """Apply the events of a meeting to the states of their users.
+    """Apply n events, in order, to the states of their u users.
 
-    `item_bias` and `global_mean` float32 (n): those features of each event; `step` (n): journal
-    row numbers. Nothing given is changed.
-
-    Sums are taken along each user's events at once. Only what hangs on what came just before (the
-    recent items, the event ids, the latest time) is taken in rounds, by `meet`. The states that
-    events met are many bytes, and made when asked for: who follows states alone never does.
+    `states` USER (u); `user_index` (n): each event's row in `states`; `events` EVENT (n);
+    `duplicate` (n): as journalled, or as `duplicates` found; `item_bias` and `global_mean` float32
+    (n): those features of each event; `step` (n): journal row numbers; `observed`: the states that
+    events met are wanted. Nothing given is changed.
     """
-    events, order, runs, rings = meeting.events, meeting.order, meeting.runs, meeting.rings
-    if not len(events):
-        none = meeting.duplicate
-        empty = meeting.states[:0]
-        return Change(lambda: empty, meeting.states, none, np.empty((0, SUM_COLUMNS)), none)
-    old = meeting.states.take(meeting.users)
-    is_text = events["action"] == TEXT
-    applied = ~rings.duplicate & ~is_text
-    sessions, opened = _sessions(old, rings, runs, events, applied)
-    added = _added(
-        events, applied, meeting.stars, rings.replaced, item_bias[order], global_mean[order]
-    )
-    text_stars = np.where(is_text & ~rings.duplicate, events["text_stars"], np.nan)
-    added[:, SUMS["text_count"].start] = ~np.isnan(text_stars)
-    added[:, SUMS["text_sum"].start] = _rounded(np.nan_to_num(text_stars), RESIDUAL_STEPS)
-    added[:, SUMS["sessions"].start] = opened
-    running = np.ascontiguousarray(np.cumsum(added.T, axis=1).T)
-    base = _base(old, running[runs.first] - added[runs.first])
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-
-    def before() -> Rows:
-        rows = old.take(runs.of)
-        _set(rows["recent"], rings.before())
-        _set(rows, {"last_time": rings.last_time, **sessions.before})
-        _set(rows, _fields(base.take(runs.of, axis=0) + running - added))
-        return rows.take(back)
-
-    after = duplicated(old)
-    _set(after["recent"], rings.after)
-    _set(after, {"last_time": rings.last_time_after, **sessions.after})
-    _set(after, _fields(base + running[runs.last]))
-    after["step"] = step[order][runs.last] + np.uint64(1)
-    result = duplicated(meeting.states)
-    opaque(result)[meeting.users] = opaque(after)
-    return Change(
-        before,
-        result,
-        meeting.duplicate,
-        added.take(back, axis=0),
-        (applied & (opened | (rings.item_second < sessions.before["session_second"])))[back],
-    )
+    met = np.empty(len(events) if observed else 0, USER)
+    after = duplicated(states)
+    replaced = np.zeros(len(events))
+    touched = np.zeros(len(events), np.bool_)
+    given = (user_index, events, duplicate, item_bias, global_mean, step)
+    _advance(after, *given, met, replaced, touched)
+    return Change(met, after, duplicate, replaced, touched)
 
 
 def run_partition(partition: Rows, events: Rows, duplicate: NDArray[np.bool_]) -> Rows:
     """The PARTITION rows, shape (n + 1), that n journal rows meet, and the one after them."""
-    stars = _stars(events)
-    rated = (stars > 0) & ~duplicate
-    added = {
-        "step": np.ones(len(events)),
-        "seq": events["action"] != TEXT,
-        "rating_count": rated,
-        "rating_sum": np.where(rated, stars, 0),
-        "histogram": _one_hot(np.where(rated, stars, 0)),
-    }
-    rows = np.repeat(partition.reshape(1), len(events) + 1)
-    for name, values in added.items():
-        rows[name][1:] += np.cumsum(values, axis=0).astype(PARTITION[name].base)
+    rows = np.empty(len(events) + 1, PARTITION)
+    rows[0] = partition
+    _run_partition(rows, events, duplicate)
     return rows
 
 
@@ -317,22 +231,11 @@ def item_deltas(events: Rows, change: Change) -> Rows:
     rows = np.flatnonzero(~change.duplicate & (events["action"] != TEXT))
     source = (events["action"][rows] != REVIEW).astype(np.uint8)
     order = np.lexsort((source, events["item"][rows]))
-    rows, source = rows[order], source[order]
-    item, time = events["item"][rows], events["time"][rows]
-    fresh = np.ones(len(rows), np.bool_)
-    fresh[1:] = (item[1:] != item[:-1]) | (source[1:] != source[:-1])
-    first = np.flatnonzero(fresh)
-    deltas = np.zeros(len(first), ITEM_DELTA)
-    if not len(first):
-        return deltas
-    sums = np.add.reduceat(change.added[rows], first, axis=0)
-    for name in ITEM_SUMS:
-        deltas[name] = _field(sums, name)
-    deltas["item"], deltas["source"] = item[first], source[first]
-    deltas["sessions"] = np.add.reduceat(change.new_touch[rows].astype(np.int32), first)
-    deltas["first_time"] = np.minimum.reduceat(time, first)
-    deltas["last_time"] = np.maximum.reduceat(time, first)
-    return deltas
+    deltas = np.zeros(len(rows), ITEM_DELTA)
+    count = _add_deltas(
+        deltas, rows[order], source[order], events, change.replaced, change.new_touch
+    )
+    return deltas[:count]
 
 
 def apply_items(
@@ -341,287 +244,239 @@ def apply_items(
     """ITEM rows (k) after m deltas in the order of their log.
 
     `item_index` (m): each delta's row in `states`; `offsets` (m): each delta's position in its
-    item-updates partition. Deltas that a state has applied already are skipped.
+    item-updates partition. Deltas that a state has applied already are skipped: those below the
+    offset that it stood at.
     """
-    fresh = offsets >= states["offset"][item_index]
-    index, deltas, offsets = item_index[fresh], deltas[fresh], offsets[fresh]
     result = duplicated(states)
-    for name in (*ITEM_SUMS, "sessions"):
-        np.add.at(result[name], index, deltas[name].astype(ITEM[name].base))
-    first = np.where(states["first_time"] == 0, np.iinfo(np.int64).max, states["first_time"])
-    np.minimum.at(first, index, deltas["first_time"])
-    touched = np.unique(index)
-    result["first_time"][touched] = first[touched]
-    np.maximum.at(result["last_time"], index, deltas["last_time"])
-    np.maximum.at(result["offset"], index, offsets + np.uint64(1))
+    _apply_items(result, states["offset"].copy(), item_index, deltas, offsets)
     return result
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Events sorted by user: k users, each with a run of rows."""
-
-    of: NDArray[np.intp]  # (n): the run of each row
-    first: NDArray[np.intp]  # (k): its first row
-    size: NDArray[np.intp]  # (k)
-
-    @property
-    def last(self) -> NDArray[np.intp]:
-        return self.first + self.size - 1
-
-    def latest(
-        self, mask: NDArray[np.bool_], values: NDArray[Any], initial: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The value at the latest masked row, before each row (n) and after each run (k).
-
-        `initial` (k): the value of runs in which none came yet.
-        """
-        newest = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1))
-        earlier = np.concatenate(([-1], newest[:-1]))
-        final = newest[self.last]
-        return (
-            np.where(earlier >= self.first[self.of], values[earlier], initial[self.of]),
-            np.where(final >= self.first, values[final], initial),
-        )
+@compiled
+def _find_duplicates(ids: Any, user_index: Any, events: Any, found: Any) -> None:
+    for row in range(len(events)):
+        ring, event_id = ids[user_index[row]], events[row].event_id
+        found[row] = (ring == event_id).any()
+        if not found[row]:
+            for slot in range(RECENT - 1, 0, -1):
+                ring[slot] = ring[slot - 1]
+            ring[0] = event_id
 
 
-@dataclass(frozen=True)
-class _Rings:
-    before: Callable[[], Fields]  # of SLOT, (n, 16)
-    after: Fields  # of SLOT, (k, 16)
-    last_time: NDArray[np.int64]  # (n): before each row
-    last_time_after: NDArray[np.int64]  # (k)
-    duplicate: NDArray[np.bool_]  # (n)
-    replaced: NDArray[np.float64]  # (n): stars given to the item before; 0: none
-    item_second: NDArray[np.int64]  # (n): when the user met the item before; -1: never
+@compiled
+def _advance(
+    states: Any,
+    user_index: Any,
+    events: Any,
+    duplicate: Any,
+    item_bias: Any,
+    global_mean: Any,
+    step: Any,
+    met: Any,
+    replaced: Any,
+    touched: Any,
+) -> None:
+    """Change `states` in place; fill `met` (unless it is empty), `replaced` and `touched`."""
+    for row in range(len(events)):
+        user, event = states[user_index[row]], events[row]
+        if len(met):
+            met[row] = user
+        user.step = step[row] + np.uint64(1)
+        if duplicate[row]:
+            continue
+        recent = user.recent
+        for slot in range(RECENT - 1, 0, -1):
+            recent[slot].event_id = recent[slot - 1].event_id
+        recent[0].event_id = event.event_id
+        if event.action == TEXT:
+            if not np.isnan(event.text_stars):
+                user.text_count += np.uint32(1)
+                user.text_sum += _rounded(np.float64(event.text_stars), RESIDUAL_STEPS)
+            continue
+        second = np.uint32(event.time // 1000)
+        opened = _sit(user, event, second)
+        user.last_time = max(user.last_time, event.time)
+        stars = _stars(event)
+        old, seen = _touch(user, event, second, stars)
+        touched[row] = opened or seen < np.int64(user.session_second)
+        if stars > 0:
+            replaced[row] = old
+            if old > 0:
+                user.residual_sum += stars - old
+            else:
+                usual = np.float64(global_mean[row]) + np.float64(item_bias[row])
+                user.residual_sum += _rounded(stars - usual, RESIDUAL_STEPS)
+        _count(user, event, stars, replaced[row])
+        if event.action == PURCHASE and not np.isnan(event.price):
+            user.paid_count += np.uint32(1)
+            user.paid_log_sum += _price(event)
 
 
-def _rings(
-    states: Rows,
-    runs: _Runs,
-    events: Rows,
-    stars: NDArray[np.float64],
-    duplicate: NDArray[np.bool_] | None,
-) -> _Rings:
-    """Recent items and event ids along each run, in rounds: round r takes the r-th of each run.
+@compiled
+def _sit(user: Any, event: Any, second: Any) -> bool:
+    """Go on with the user's session, or open one: whether it was opened."""
+    if event.session != 0:
+        opened = event.session != user.session
+    else:
+        opened = user.last_time == 0 or event.time - user.last_time > SESSION_GAP
+    if opened:
+        user.session_second = second
+        user.session_events = np.uint32(0)
+        user.sessions += np.uint32(1)
+    user.session_events += np.uint32(1)
+    if event.session != 0:
+        user.session = event.session
+    if user.first_second == 0:
+        user.first_second = second
+    return opened
 
-    Users stand sorted by the size of their runs, so that those in a round are the first ones. The
-    second, rating and actions of a slot travel in one number.
+
+@compiled
+def _touch(user: Any, event: Any, second: Any, stars: float) -> tuple[float, int]:
+    """Bring the item to the front of the recent ones.
+
+    Gives the stars that it had (0: none), and when the user met it before (-1: never).
     """
-    n, k = len(events), len(states)
-    rounds = np.arange(n) - runs.first[runs.of]
-    busy = np.argsort(-runs.size, kind="stable")
-    rank = np.empty_like(busy)
-    rank[busy] = np.arange(k)
-    order = np.argsort(rounds * k + rank[runs.of])  # rows round by round
-
-    recent = states.take(busy)["recent"]
-    ids, items, marks = recent["event_id"].copy(), recent["item"].copy(), _marks(recent)
-    last_time = states["last_time"][busy]
-    before_ids, before_items, before_marks = (np.empty((n, RECENT), np.uint64) for _ in range(3))
-    before_time = np.empty(n, np.int64)
-    earlier = np.zeros(n, np.uint64)  # marks of the item's slot, 0 where it has none
-
-    event_id, item = events["event_id"][order][:, None], events["item"][order][:, None]
-    time, counted = events["time"][order], events["action"][order] != TEXT
-    given = None if duplicate is None else duplicate[order]
-    repeated = np.empty(n, np.bool_)
-    mark = _event_marks(events, stars)[order]
-    keep = np.where(mark & _RATING, ~_RATING, ~np.uint64(0))  # a new rating drops the old one
-
-    rows, slots = np.arange(k), np.arange(1, RECENT)
-    end = 0
-    for width in np.bincount(rounds).tolist():
-        begin, end = end, end + width
-        now = slice(begin, end)
-        round_ids, round_items, round_marks = ids[:width], items[:width], marks[:width]
-        before_ids[now], before_items[now], before_marks[now] = round_ids, round_items, round_marks
-        before_time[now] = last_time[:width]
-        fresh = ~((round_ids == event_id[now]).any(1) if given is None else given[now])
-        repeated[now] = ~fresh
-        np.copyto(round_ids[:, 1:], before_ids[now, :-1], where=fresh[:, None])
-        np.copyto(round_ids[:, :1], event_id[now], where=fresh[:, None])
-        touch = fresh & counted[now]
-        np.maximum(last_time[:width], time[now], out=last_time[:width], where=touch)
-        found = round_items == item[now]
-        place, row = found.argmax(1), rows[:width]
-        known = found[row, place]
-        old = np.where(known, round_marks[row, place], np.uint64(0))
-        earlier[now] = old
-        new = (np.maximum(old, mark[now]) & _SECOND) | (((old & keep[now]) | mark[now]) & ~_SECOND)
-        # Slots before the item's own, or all but the last, move down by one.
-        depth = np.where(touch, np.where(known, place, RECENT - 1), 0)
-        moved = depth[:, None] >= slots
-        np.copyto(round_items[:, 1:], before_items[now, :-1], where=moved)
-        np.copyto(round_marks[:, 1:], before_marks[now, :-1], where=moved)
-        np.copyto(round_items[:, 0], item[now, 0], where=touch)
-        np.copyto(round_marks[:, 0], new, where=touch)
-
-    back = np.empty_like(order)
-    back[order] = np.arange(n)
-    met = earlier[back]
-    return _Rings(
-        lambda: _slots(
-            *(ring.take(back, axis=0) for ring in (before_ids, before_items, before_marks))
-        ),
-        _slots(*(ring.take(rank, axis=0) for ring in (ids, items, marks))),
-        before_time[back],
-        last_time[rank],
-        repeated[back],
-        ((met & _RATING) >> _RATING_SHIFT) / float(RATING_STEPS),
-        np.where(met > 0, (met >> _SECOND_SHIFT).astype(np.int64), -1),
-    )
+    recent, place = user.recent, 0
+    while place < RECENT and recent[place].item != event.item:
+        place += 1
+    rating = actions = np.uint8(0)
+    seen = -1
+    if place < RECENT:
+        seen = np.int64(recent[place].second)
+        second = max(second, recent[place].second)
+        rating, actions = recent[place].rating, recent[place].actions
+    else:
+        place = RECENT - 1
+        _leave(user)
+    old = rating / RATING_STEPS
+    for slot in range(place, 0, -1):
+        recent[slot].item = recent[slot - 1].item
+        recent[slot].second = recent[slot - 1].second
+        recent[slot].rating = recent[slot - 1].rating
+        recent[slot].actions = recent[slot - 1].actions
+    recent[0].item = event.item
+    recent[0].second = second
+    recent[0].rating = np.uint8(stars * RATING_STEPS) if stars > 0 else rating
+    recent[0].actions = actions | np.uint8(1 << event.action)
+    return old, seen
 
 
-_RATING_SHIFT, _SECOND_SHIFT = np.uint64(8), np.uint64(16)
-_RATING = np.uint64(0xFF00)
-_SECOND = ~np.uint64(0xFFFF)
+@compiled
+def _leave(user: Any) -> None:
+    """Keep the rating of the recent item that is about to be forgotten."""
+    last = user.recent[RECENT - 1]
+    if last.rating > 0:
+        place = user.older[user.left % np.uint32(OLDER)]
+        place.item = np.uint32(last.item & np.uint64(0xFFFF_FFFF))
+        place.rating = last.rating
+        user.left += np.uint32(1)
 
 
-def _marks(slots: Rows) -> NDArray[np.uint64]:
-    second, rating = slots["second"].astype(np.uint64), slots["rating"].astype(np.uint64)
-    return (second << _SECOND_SHIFT) | (rating << _RATING_SHIFT) | slots["actions"]
+@compiled
+def _count(sums: Any, event: Any, stars: float, replaced: float) -> None:
+    """Count an event in the sums of a user or of an item."""
+    if replaced > 0:
+        _mark(sums, replaced, -1)
+        sums.rating_sum -= replaced
+        sums.rating_square_sum -= replaced * replaced
+    else:
+        sums.actions[event.action] += 1
+        sums.rating_count += stars > 0
+    if stars > 0:
+        _mark(sums, stars, 1)
+        sums.rating_sum += stars
+        sums.rating_square_sum += stars * stars
+    if not np.isnan(event.price):
+        sums.price_count += 1
+        sums.price_log_sum += _price(event)
 
 
-def _event_marks(events: Rows, stars: NDArray[np.float64]) -> NDArray[np.uint64]:
-    second, rating = _second(events).astype(np.uint64), (stars * RATING_STEPS).astype(np.uint64)
-    action = np.where(events["action"] < COUNTED, 1 << (events["action"] % COUNTED), 0)
-    return (second << _SECOND_SHIFT) | (rating << _RATING_SHIFT) | action.astype(np.uint64)
+@compiled
+def _mark(sums: Any, stars: float, count: int) -> None:
+    star = int(np.floor(stars + 0.5))  # halves up
+    if 1 <= star <= STARS:
+        sums.histogram[star - 1] += count
 
 
-def _slots(ids: NDArray[np.uint64], items: NDArray[np.uint64], marks: NDArray[np.uint64]) -> Fields:
-    return {
-        "event_id": ids,
-        "item": items,
-        "second": marks >> _SECOND_SHIFT,
-        "rating": marks >> _RATING_SHIFT & np.uint64(0xFF),
-        "actions": marks & np.uint64(0xFF),
-    }
+@compiled
+def _run_partition(rows: Any, events: Any, duplicate: Any) -> None:
+    for row in range(len(events)):
+        rows[row + 1] = rows[row]
+        after, event = rows[row + 1], events[row]
+        after.step += np.uint64(1)
+        if event.action != TEXT:
+            after.seq += np.uint64(1)
+        stars = _stars(event)
+        if stars > 0 and not duplicate[row]:
+            after.rating_count += np.uint64(1)
+            after.rating_sum += stars
+            star = int(np.floor(stars + 0.5))
+            if 1 <= star <= STARS:
+                after.histogram[star - 1] += np.uint64(1)
 
 
-@dataclass(frozen=True)
-class _Sessions:
-    """Fields of sessions, and of the first time."""
-
-    before: Fields  # (n)
-    after: Fields  # (k)
-
-
-def _sessions(
-    old: Rows, rings: _Rings, runs: _Runs, events: Rows, applied: NDArray[np.bool_]
-) -> tuple[_Sessions, NDArray[np.bool_]]:
-    """What sessions events met and left, and which events opened one, (n)."""
-    named, second = events["session"] != 0, _second(events)
-    session, session_after = runs.latest(applied & named, events["session"], old["session"])
-    renamed: NDArray[np.bool_] = events["session"] != session
-    silent: NDArray[np.bool_] = (rings.last_time == 0) | (
-        events["time"] - rings.last_time > SESSION_GAP
-    )
-    opened = applied & np.where(named, renamed, silent)
-    since, since_after = runs.latest(opened, second, old["session_second"])
-    count = np.cumsum(applied)
-    earlier = count - applied
-    start = earlier[runs.first]
-    begun, begun_after = runs.latest(opened, earlier, start - old["session_events"])
-
-    opening = applied & (earlier == start[runs.of])  # the first event applied of each run
-    first = old["first_second"].copy()
-    newcomer = opening & (first == 0)[runs.of]
-    first[runs.of[newcomer]] = second[newcomer]
-    met = np.where(earlier > start[runs.of], first[runs.of], old["first_second"][runs.of])
-    before: Fields = {
-        "session": session,
-        "session_second": since,
-        "session_events": earlier - begun,
-        "first_second": met,
-    }
-    after: Fields = {
-        "session": session_after,
-        "session_second": since_after,
-        "session_events": count[runs.last] - begun_after,
-        "first_second": first,
-    }
-    return _Sessions(before, after), opened
+@compiled
+def _add_deltas(
+    deltas: Any, rows: Any, source: Any, events: Any, replaced: Any, touched: Any
+) -> int:
+    """Fill the first of `deltas` from events in the order of `rows`; gives how many."""
+    count = 0
+    for place in range(len(rows)):
+        row = rows[place]
+        event = events[row]
+        last = deltas[max(count - 1, 0)]
+        if not count or last.item != event.item or last.source != source[place]:
+            last = deltas[count]
+            last.item, last.source = event.item, source[place]
+            last.first_time = last.last_time = event.time
+            count += 1
+        _count(last, event, _stars(event), replaced[row])
+        last.sessions += touched[row]
+        last.first_time = min(last.first_time, event.time)
+        last.last_time = max(last.last_time, event.time)
+    return count
 
 
-def _added(
-    events: Rows,
-    applied: NDArray[np.bool_],
-    stars: NDArray[np.float64],
-    replaced: NDArray[np.float64],
-    item_bias: NDArray[np.float32],
-    global_mean: NDArray[np.float32],
-) -> NDArray[np.float64]:
-    """What each event adds to the sums of ratings, actions and prices, (n, SUM_COLUMNS)."""
-    rated = applied & (stars > 0)
-    edit = rated & (replaced > 0)
-    first = applied & ~edit
-    new, old = np.where(rated, stars, 0), np.where(edit, replaced, 0)
-    residual = _rounded(stars - global_mean - item_bias, RESIDUAL_STEPS)
-    priced = applied & ~np.isnan(events["price"])
-    price = _rounded(np.log1p(np.where(priced, events["price"], 0).astype(np.float64)), LOG_STEPS)
-    paid = priced & (events["action"] == PURCHASE)
-    values = {
-        "actions": (events["action"][:, None] == np.arange(COUNTED)) & first[:, None],
-        "rating_count": rated & ~edit,
-        "histogram": _one_hot(new) - _one_hot(old),
-        "rating_sum": new - old,
-        "rating_square_sum": new * new - old * old,
-        "residual_sum": np.where(edit, new - old, np.where(rated, residual, 0)),
-        "price_count": priced,
-        "price_log_sum": price,
-        "paid_count": paid,
-        "paid_log_sum": np.where(paid, price, 0),
-    }
-    added = np.zeros((len(events), SUM_COLUMNS))
-    for name, value in values.items():
-        added[:, SUMS[name]] = value.reshape(len(events), -1)
-    return added
+@compiled
+def _apply_items(states: Any, stood: Any, item_index: Any, deltas: Any, offsets: Any) -> None:
+    for row in range(len(deltas)):
+        item = item_index[row]
+        if offsets[row] < stood[item]:
+            continue
+        state, delta = states[item], deltas[row]
+        for action in range(COUNTED):
+            state.actions[action] += delta.actions[action]
+        for star in range(STARS):
+            state.histogram[star] += delta.histogram[star]
+        state.rating_count += delta.rating_count
+        state.rating_sum += delta.rating_sum
+        state.rating_square_sum += delta.rating_square_sum
+        state.price_count += delta.price_count
+        state.price_log_sum += delta.price_log_sum
+        state.sessions += delta.sessions
+        if state.first_time == 0 or delta.first_time < state.first_time:
+            state.first_time = delta.first_time
+        state.last_time = max(state.last_time, delta.last_time)
+        state.offset = max(state.offset, offsets[row] + np.uint64(1))
 
 
-def _base(states: Rows, less: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sums of states less these, (k, SUM_COLUMNS)."""
-    base = np.empty((len(states), SUM_COLUMNS))
-    for name, columns in SUMS.items():
-        base[:, columns] = states[name].reshape(len(states), -1)
-    return base - less
+@compiled
+def _stars(event: Any) -> float:
+    """A rating rounded to 1/32 star; 0: none."""
+    if event.action != REVIEW or np.isnan(event.rating):
+        return 0.0
+    return _rounded(np.float64(event.rating), RATING_STEPS)
 
 
-def _fields(sums: NDArray[np.float64]) -> Fields:
-    return {name: _field(sums, name) for name in SUMS}
+@compiled
+def _price(event: Any) -> float:
+    return _rounded(np.log1p(np.float64(event.price)), LOG_STEPS)
 
 
-def _field(sums: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-    columns = sums[:, SUMS[name]]
-    return columns if USER[name].shape else columns[:, 0]
-
-
-def _set(rows: Rows, fields: Fields) -> None:
-    for name, values in fields.items():
-        rows[name] = values
-
-
-def _stars(events: Rows) -> NDArray[np.float64]:
-    """Ratings rounded to 1/32 star; 0: none."""
-    rated = (events["action"] == REVIEW) & ~np.isnan(events["rating"])
-    return _rounded(np.where(rated, events["rating"], 0).astype(np.float64), RATING_STEPS)
-
-
-def _star(stars: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Whole stars, halves up."""
-    return np.floor(stars + 0.5).astype(np.intp)
-
-
-def _one_hot(stars: NDArray[np.float64]) -> NDArray[np.int8]:
-    return (_star(stars)[:, None] == np.arange(1, STARS + 1)).astype(np.int8)
-
-
-def _rounded(values: NDArray[Any], steps: int) -> NDArray[np.float64]:
-    return np.rint(values.astype(np.float64) * steps) / steps
-
-
-def _second(events: Rows) -> NDArray[np.int64]:
-    return events["time"] // 1000
+@compiled
+def _rounded(value: float, steps: int) -> float:
+    return np.rint(value * steps) / steps
 
 
 def to_bytes(rows: Rows) -> list[bytes]:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.features import ITEM_DAMPING, USER_DAMPING
+from model.ids import low_half
 from model.network import Inputs, NetworkConfig, bucket, tensors
 from model.taste import COLUMNS, Taste
 from trainer.baselines import fit_damped_bias, predict_damped_bias
@@ -39,7 +40,7 @@ def fit_taste(
     taste = Taste(config.buckets, config.factors)
     if not len(rows):
         return taste
-    users, buckets = inputs.users[rows], bucket(inputs.items[rows], config.buckets)
+    users, buckets = inputs.users[rows], bucket(low_half(inputs.items[rows]), config.buckets)
     bias = fit_damped_bias(users, buckets, rating[rows], USER_DAMPING, ITEM_DAMPING)
     residual = rating[rows] - predict_damped_bias(bias, users, buckets)
     user, item = np.searchsorted(bias.users, users), np.searchsorted(bias.items, buckets)

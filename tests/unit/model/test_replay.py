@@ -23,7 +23,7 @@ from model.state import (
 )
 
 USERS = np.arange(1, 5, dtype=np.uint64)
-ITEMS = np.arange(1, 31, dtype=np.uint64) << np.uint64(58) | np.uint64(3)
+ITEMS = np.arange(1, 31, dtype=np.uint64) * (np.uint64(1 << 58 | 1))
 START = 1_700_000_000_000
 
 
@@ -85,6 +85,8 @@ def assert_same_observations(one: Observation, other: Observation) -> None:
     assert one.recents.tobytes() == other.recents.tobytes()
     assert one.recent_ratings.tobytes() == other.recent_ratings.tobytes()
     assert one.recent_actions.tobytes() == other.recent_actions.tobytes()
+    assert one.older.tobytes() == other.older.tobytes()
+    assert one.older_ratings.tobytes() == other.older_ratings.tobytes()
     assert one.item_attributes.tobytes() == other.item_attributes.tobytes()
     assert one.item_vectors.tolist() == other.item_vectors.tolist()
     assert one.recent_vectors.tolist() == other.recent_vectors.tolist()
@@ -123,6 +125,7 @@ def test_states_are_those_of_a_plain_reading(events: Rows) -> None:
         ids: list[int] = []
         ring: list[int] = []
         given: dict[int, float] = {}
+        older: list[tuple[int, float]] = []
         ratings: list[tuple[int, float]] = []
         duplicates: list[bool] = []
         for event in events[events["user"] == user]:
@@ -137,7 +140,8 @@ def test_states_are_those_of_a_plain_reading(events: Rows) -> None:
                 ring.remove(item)
             ring.insert(0, item)
             for forgotten in ring[RECENT:]:
-                given.pop(forgotten, None)
+                if stars := given.pop(forgotten, None):
+                    older.append((forgotten & 0xFFFF_FFFF, stars))
             del ring[RECENT:]
             if not np.isnan(event["rating"]):
                 rating = round(float(event["rating"]) * 32) / 32
@@ -150,6 +154,9 @@ def test_states_are_those_of_a_plain_reading(events: Rows) -> None:
         filled = state["recent"]["item"] > 0
         assert state["recent"]["item"][filled].tolist() == ring
         assert state["recent"]["event_id"].tolist()[: len(ids)] == ids[:RECENT]
+        kept = zip(state["older"]["item"].tolist(), state["older"]["rating"] / 32, strict=True)
+        assert list(kept)[: state["left"]] == older
+        assert state["left"] == len(older)
         stars = state["recent"]["rating"][filled] / 32
         assert dict(zip(ring, stars.tolist(), strict=True)) == {k: given.get(k, 0) for k in ring}
         assert state["rating_count"] == len(ratings)
@@ -332,14 +339,14 @@ def test_observing_is_what_a_batch_observes() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(histories(), st.integers(1, 30), st.integers(1, 3))
-def test_states_are_the_same_without_a_look(events: Rows, size: int, threads: int) -> None:
+@given(histories(), st.integers(1, 30))
+def test_states_are_the_same_without_a_look(events: Rows, size: int) -> None:
     known = surroundings()
     looked = History(known.item_attributes, known.user_attributes, known.vectors, size)
     for _ in looked.run(events):
         pass
     applied = History(batch_events=size)
-    applied.apply(events, threads)
+    applied.apply(events)
     assert applied.users.hashes.tolist() == looked.users.hashes.tolist()
     assert applied.users.rows.tobytes() == looked.users.rows.tobytes()
     assert applied.partition.tobytes() == looked.partition.tobytes()

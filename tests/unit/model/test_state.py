@@ -9,16 +9,17 @@ from model.events import CART, CODES, EVENT, PURCHASE, REVIEW, TEXT, VIEW, Rows,
 from model.exceptions import LayoutError
 from model.state import (
     ITEM,
+    OLDER,
     PARTITION,
     RECENT,
     USER,
     Change,
     advance,
     apply_items,
+    duplicates,
     from_bytes,
     item_deltas,
     layout_hash,
-    meet,
     run_partition,
     to_bytes,
 )
@@ -39,8 +40,12 @@ def event(number: int, item: int, action: int = VIEW, at: int = 0, **fields: Any
 def apply(*events: Rows, mean: float = 4.0, item_bias: float = 0.0) -> tuple[Change, Rows]:
     """What one new user's events change; the user's state after them."""
     rows = np.concatenate(events)
+    index = np.zeros(len(rows), np.intp)
     change = advance(
-        meet(blank(USER, 1), np.zeros(len(rows), np.intp), rows),
+        blank(USER, 1),
+        index,
+        rows,
+        duplicates(blank(USER, 1), index, rows),
         np.full(len(rows), item_bias, np.float32),
         np.full(len(rows), mean, np.float32),
         np.arange(len(rows), dtype=np.uint64),
@@ -63,11 +68,11 @@ def test_counts_and_sums_of_ratings() -> None:
 
 def test_each_event_meets_the_state_before_it() -> None:
     change, _ = apply(event(1, 10, REVIEW, rating=5), event(2, 11, at=1), event(3, 12, CART, at=2))
-    assert change.before()["rating_count"].tolist() == [0, 1, 1]
-    assert change.before()["actions"][:, VIEW].tolist() == [0, 0, 1]
-    assert change.before()["last_time"].tolist() == [0, START, START + MINUTE]
-    assert change.before()["first_second"].tolist() == [0, START // 1000, START // 1000]
-    assert change.before()["recent"]["item"][:, :2].tolist() == [[0, 0], [10, 0], [11, 10]]
+    assert change.met["rating_count"].tolist() == [0, 1, 1]
+    assert change.met["actions"][:, VIEW].tolist() == [0, 0, 1]
+    assert change.met["last_time"].tolist() == [0, START, START + MINUTE]
+    assert change.met["first_second"].tolist() == [0, START // 1000, START // 1000]
+    assert change.met["recent"]["item"][:, :2].tolist() == [[0, 0], [10, 0], [11, 10]]
 
 
 def test_prices_and_payments() -> None:
@@ -91,6 +96,21 @@ def test_recent_items_are_distinct_and_newest_first() -> None:
 def test_the_oldest_item_is_forgotten() -> None:
     _, user = apply(*(event(number, 100 + number) for number in range(1, RECENT + 3)))
     assert user["recent"]["item"].tolist() == list(range(118, 102, -1))
+
+
+def test_ratings_of_forgotten_items_are_kept_for_a_while() -> None:
+    high = 7 << 32  # of which the state keeps nothing
+    rated = [
+        event(number, high | number, REVIEW, rating=1 + number % 5)
+        for number in range(1, RECENT + OLDER + 3)
+    ]
+    _, user = apply(*rated, event(500, 900), event(501, 901))
+    assert user["left"] == OLDER + 4
+    older = user["older"]
+    assert older["item"][:5].tolist() == [OLDER + 1, OLDER + 2, OLDER + 3, OLDER + 4, 5]
+    assert older["rating"][4] == 32 * (1 + 5 % 5)
+    _, viewer = apply(*(event(number, number) for number in range(1, RECENT + 9)))
+    assert (viewer["left"], viewer["older"]["item"].any()) == (0, False)
 
 
 def test_a_repeated_event_changes_nothing_but_the_step() -> None:
@@ -152,8 +172,8 @@ def test_sessions_open_by_name_or_after_silence() -> None:
         event(7, 10, at=91, session=8),  # opens
         event(8, 10, at=92, session=8),
     )
-    assert change.before()["sessions"].tolist() == [0, 1, 1, 2, 3, 3, 3, 4]
-    assert change.before()["session_events"].tolist() == [0, 1, 2, 1, 1, 2, 3, 1]
+    assert change.met["sessions"].tolist() == [0, 1, 1, 2, 3, 3, 3, 4]
+    assert change.met["session_events"].tolist() == [0, 1, 2, 1, 1, 2, 3, 1]
     assert (user["sessions"], user["session_events"], user["session"]) == (4, 2, 8)
     assert user["session_second"] == (START + 91 * MINUTE) // 1000
     assert change.new_touch.tolist() == [True, False, True, True, True, False, True, False]
@@ -163,8 +183,15 @@ def test_users_without_events_stay_as_they_are() -> None:
     states = blank(USER, 3)
     states["sessions"] = [5, 6, 7]
     nothing = np.zeros(1, np.float32)
-    meeting = meet(states, np.array([1]), event(1, 10))
-    change = advance(meeting, nothing, nothing, np.array([4], np.uint64))
+    change = advance(
+        states,
+        np.array([1]),
+        event(1, 10),
+        np.zeros(1, np.bool_),
+        nothing,
+        nothing,
+        np.array([4], np.uint64),
+    )
     assert change.states["sessions"].tolist() == [5, 7, 7]
     assert change.states["step"].tolist() == [0, 5, 0]
     assert states["sessions"].tolist() == [5, 6, 7]

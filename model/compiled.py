@@ -1,0 +1,21 @@
+"""Functions as machine code: loops over rows that NumPy has no one call for."""
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def compiled(function: Function) -> Function:
+    """The function, compiled for each kind of its arguments at the first call with them.
+
+    What was compiled is kept beside the source, or in the user's cache folder, for processes to
+    come; where neither can be written to, each process compiles anew. Other threads run meanwhile.
+    """
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast(Function, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # nowhere to keep it
+        return cast(Function, numba.njit(**options)(function))
