@@ -286,8 +286,8 @@ def page(parts: Mapping[str, Any]) -> str:
         for name, each in methods.items():
             found = each["figures"]
             lines.append(
-                f"| {name} | {found['trained']:,} | {found['processor_minutes']} | {found['peak_mb']:,} | "
-                f"{found['rmse']:.4f} | {found['accuracy']:.1%} |"
+                f"| {name} | {found['trained']:,} | {found['processor_minutes']} | "
+                f"{found['peak_mb']:,} | {found['rmse']:.4f} | {found['accuracy']:.1%} |"
             )
     for name, each in parts.get("ablations", {}).items():
         lines += ["", f"## What each part of the network is worth on {name}", ""]

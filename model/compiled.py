@@ -14,8 +14,8 @@ def compiled(function: Function) -> Function:
     What was compiled is kept beside the source, or in the user's cache folder, for processes to
     come; where neither can be written to, each process compiles anew. Other threads run meanwhile.
     """
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return cast(Function, numba.njit(cache=True, **options)(function))
+        made = numba.njit(function, cache=True, nogil=True, error_model="numpy")
     except RuntimeError:  # nowhere to keep it
-        return cast(Function, numba.njit(**options)(function))
+        made = numba.njit(function, nogil=True, error_model="numpy")
+    return cast(Function, made)

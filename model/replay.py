@@ -228,7 +228,7 @@ class History:
         return observe(self.users.rows.take(users), self.partition, events, lookups), lookups
 
     def apply(self, events: Rows) -> None:
-        """Apply `events` EVENT (n), in order, and observe nothing: the states of `run`, bit for bit."""
+        """Apply `events` EVENT (n), in order, and observe nothing; states are those of `run`."""
         for begin in range(0, len(events), self.batch_events):
             batch = events[begin : begin + self.batch_events]
             users, user_index = self.users.distinct(batch["user"])

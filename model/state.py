@@ -150,24 +150,6 @@ LAYOUT_HASH = layout_hash(
 )
 
 
-def _sum_columns(names: Sequence[str]) -> dict[str, slice]:
-    ends = np.cumsum([int(np.prod(USER[name].shape)) for name in names]).tolist()
-    return {
-        name: slice(begin, end) for name, begin, end in zip(names, [0, *ends], ends, strict=False)
-    }
-
-
-ITEM_SUMS = (
-    "actions",
-    "rating_count",
-    "histogram",
-    "rating_sum",
-    "rating_square_sum",
-    "price_count",
-    "price_log_sum",
-)
-
-
 @dataclass(frozen=True)
 class Change:
     """What `advance` did: n events, u users."""
@@ -298,7 +280,7 @@ def _advance(
         user.last_time = max(user.last_time, event.time)
         stars = _stars(event)
         old, seen = _touch(user, event, second, stars)
-        touched[row] = opened or seen < np.int64(user.session_second)
+        touched[row] = opened or seen < int(user.session_second)
         if stars > 0:
             replaced[row] = old
             if old > 0:
@@ -343,7 +325,7 @@ def _touch(user: Any, event: Any, second: Any, stars: float) -> tuple[float, int
     rating = actions = np.uint8(0)
     seen = -1
     if place < RECENT:
-        seen = np.int64(recent[place].second)
+        seen = int(recent[place].second)
         second = max(second, recent[place].second)
         rating, actions = recent[place].rating, recent[place].actions
     else:

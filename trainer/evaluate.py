@@ -27,6 +27,8 @@ from rich.table import Table
 
 from model import encoder as encoders
 from model.encoder import TextEncoder, review_text
+from model.features import FEATURE_HASH
+from model.state import LAYOUT_HASH
 from trainer import ablations, leaks, text
 from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
@@ -189,9 +191,10 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
 
 
 def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
-    """Where the parts of an evaluation are kept: one folder for each file and settings."""
+    """Where the parts of an evaluation are kept: one for each file, settings and features' code."""
     digest = hashlib.sha256(path.read_bytes())
-    digest.update(orjson.dumps([config.model_dump(mode="json"), encoder, ties]))
+    code = [FEATURE_HASH, LAYOUT_HASH]
+    digest.update(orjson.dumps([config.model_dump(mode="json"), encoder, ties, *code]))
     return root / digest.hexdigest()[:16]
 
 

@@ -161,6 +161,25 @@ def test_shrink_scales_the_correction(inputs: Inputs) -> None:
     np.testing.assert_allclose(run(model, inputs).mean.numpy() - bias, whole / 4, atol=1e-5)
 
 
+def test_the_taste_reads_older_ratings(inputs: Inputs) -> None:
+    model = FusedNetwork(default_config(vector=WIDTH, factors=2)).eval()
+    assert model.taste is not None
+    model.taste.factors.fill_(1.0)
+    model.taste.level.fill_(3.0)
+    none = replace(inputs, older=np.zeros_like(inputs.older))
+    some = replace(none, older=none.older.copy(), older_ratings=none.older_ratings.copy())
+    some.older[::2, :3], some.older_ratings[::2, :3] = 7, 160
+    with torch.no_grad():
+        before, after = (
+            model.columns(tensors(model.config, each))[:, -4:].numpy() for each in (none, some)
+        )
+    np.testing.assert_array_equal(
+        after[:, 1] - before[:, 1], np.tile([3, 0], len(inputs))[: len(inputs)]
+    )
+    assert (after[::2, 0] > before[::2, 0]).all()
+    np.testing.assert_allclose(after[1::2], before[1::2], atol=1e-6)
+
+
 def test_without_texts(observed: Observed) -> None:
     inputs = gather(observed.events, observed.observation, observed.lookups, 0)
     model = FusedNetwork(default_config(vector=0)).eval()

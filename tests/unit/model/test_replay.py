@@ -139,9 +139,10 @@ def test_states_are_those_of_a_plain_reading(events: Rows) -> None:
             if item in ring:
                 ring.remove(item)
             ring.insert(0, item)
-            for forgotten in ring[RECENT:]:
-                if stars := given.pop(forgotten, None):
-                    older.append((forgotten & 0xFFFF_FFFF, stars))
+            gone = [
+                (forgotten & 0xFFFF_FFFF, given.pop(forgotten, 0)) for forgotten in ring[RECENT:]
+            ]
+            older += [each for each in gone if each[1]]
             del ring[RECENT:]
             if not np.isnan(event["rating"]):
                 rating = round(float(event["rating"]) * 32) / 32
