@@ -194,12 +194,17 @@ class Output(NamedTuple):
     logits: Tensor  # (n, 5) before the tilt
 
 
-def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = "cpu") -> Tensors:
-    """Inputs on a device; raises ValueError when they do not fit the network's configuration."""
+def check(config: NetworkConfig, inputs: Inputs) -> None:
+    """Raise ValueError when inputs do not fit a network's configuration."""
     if inputs.features.shape[1] != config.features:
         raise ValueError(f"{inputs.features.shape[1]} features given, {config.features} expected")
     if inputs.vectors.shape[1] != config.vector:
         raise ValueError(f"vectors of {inputs.vectors.shape[1]} given, {config.vector} expected")
+
+
+def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = "cpu") -> Tensors:
+    """Inputs on a device; raises ValueError when they do not fit the network's configuration."""
+    check(config, inputs)
 
     def send(array: NDArray[np.generic], kind: type[np.generic]) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(array, kind)).to(device)

@@ -1,6 +1,8 @@
 """From what was observed to predictions: one path for every caller and any number of rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -14,11 +16,10 @@ from model.events import Rows
 from model.lookups import Lookups
 from model.network import FusedNetwork, Inputs, gather, tensors
 from model.replay import Observation
+from model.serving import Served
 
-# Rows always pass the network in blocks of one size, the last one padded: matrix products of
-# another size may add in another order, and an event must score the same alone and in any batch.
-_BLOCK_CPU = 128
-_BLOCK_CUDA = 2048
+# Rows pass the network on a device in blocks of one size, the last one padded: see `serving`.
+_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Predictor:
     calibration: Calibration
     encoder_hash: str | None  # whose vectors it reads
 
+    @cached_property
+    def _outputs(self) -> Callable[[Inputs], tuple[Reals, Reals]]:
+        assert self.network is not None
+        return _ready(self.network)
+
     @property
     def vector_width(self) -> int:
         """Length of the vectors that it reads; 0: none."""
@@ -53,7 +59,7 @@ class Predictor:
             mean, logits = ladder.outputs(observation.features)
         else:
             inputs = gather(events, observation, lookups, self.vector_width)
-            mean, logits = raw_outputs(self.network, inputs)
+            mean, logits = self._outputs(inputs)
         rating, shares, low, high = calibrate(mean, logits, self.calibration)
         tier = ladder.tiers(observation.features)
         return Predictions(rating, shares, low, high, tier, self.version)
@@ -69,17 +75,27 @@ def predictor(bundle: Bundle | None, device: str = "auto") -> Predictor:
 
 def raw_outputs(network: FusedNetwork, inputs: Inputs) -> tuple[Reals, Reals]:
     """Mean (n,) and logits (n, 5) of a network as it serves, not calibrated."""
-    device = network.prior.device
-    block = _BLOCK_CUDA if device.type == "cuda" else _BLOCK_CPU
+    return _ready(network)(inputs)
+
+
+def _ready(network: FusedNetwork) -> Callable[[Inputs], tuple[Reals, Reals]]:
+    """What gives a network's outputs on the device where it is."""
+    if network.prior.device.type == "cpu":
+        return Served(network).outputs
+    return partial(_outputs_on_device, network)
+
+
+@torch.inference_mode()
+def _outputs_on_device(network: FusedNetwork, inputs: Inputs) -> tuple[Reals, Reals]:
     count = len(inputs)
-    padded = np.arange(count + -count % block)
+    padded = np.arange(count + -count % _BLOCK)
     padded[count:] = 0
     outputs = np.empty((len(padded), 6))
-    with torch.inference_mode():
-        rows = tensors(network.config, inputs.take(padded), device) if count else None
-        for first in range(0, len(padded), block):
-            assert rows is not None
-            output = network(rows.rows(first, first + block))
-            outputs[first : first + block, 0] = output.mean.cpu()
-            outputs[first : first + block, 1:] = output.logits.cpu()
+    for first in range(0, len(padded), _BLOCK):
+        rows = tensors(
+            network.config, inputs.take(padded[first : first + _BLOCK]), network.prior.device
+        )
+        output = network(rows)
+        outputs[first : first + _BLOCK, 0] = output.mean.cpu()
+        outputs[first : first + _BLOCK, 1:] = output.logits.cpu()
     return outputs[:count, 0], outputs[:count, 1:]
