@@ -75,6 +75,13 @@ def duplicated(rows: Rows) -> Rows:
     return opaque(rows).copy().view(rows.dtype)
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rows of one dtype, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([opaque(part) for part in parts]).view(parts[0].dtype)
+
+
 def milliseconds(times: Sequence[datetime]) -> NDArray[np.int64]:
     """Aware times as milliseconds since 1970, UTC, rounded down; shape (n,)."""
     # Decoded times share one time zone of fixed offset, and so are subtracted without asking it.

@@ -1,13 +1,15 @@
 """The one way from events to features and states: for scoring, recovery, proof and training."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model import features
-from model.events import TEXT, Rows, blank, opaque
+from model.events import TEXT, Rows, blank, joined, opaque
 from model.exceptions import GapError
 from model.ids import Hashes
 from model.lookups import Lookups, Store, Table, empty, table
@@ -39,6 +41,26 @@ class Observation:
     item_attributes: Rows  # ITEM_ATTRIBUTES (n)
     item_vectors: NDArray[np.intp]  # (n): rows of lookups.vectors.rows; its last (zero): none
     recent_vectors: NDArray[np.intp]  # (n, 16): likewise
+
+    def take(self, rows: NDArray[np.intp]) -> Self:
+        """These rows, in this order."""
+        return replace(
+            self, **{name: column.take(rows, axis=0) for name, column in vars(self).items()}
+        )
+
+    def part(self, rows: slice) -> Self:
+        """These rows, as a view."""
+        return replace(self, **{name: column[rows] for name, column in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a batch has of one user partition: n events of u users, in the order of its journal."""
+
+    states: Rows  # USER (u), distinct users
+    user_index: NDArray[np.intp]  # (n): each event's row in `states`
+    partition: Rows  # PARTITION, shape ()
+    events: Rows  # EVENT (n)
 
 
 @dataclass(frozen=True)
@@ -97,30 +119,51 @@ def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Obs
     )
 
 
-def run_batch(
-    states: Rows, user_index: NDArray[np.intp], partition: Rows, events: Rows, lookups: Lookups
-) -> BatchResult:
-    """Observe and apply n events of one user partition in the order of its journal.
+def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResult], Observation]:
+    """Observe and apply a batch: what each share gives, and the observation of all, in order.
 
-    `states` USER (u), distinct users; `user_index` (n): each event's row in it; `partition`:
-    PARTITION, shape (). Users' states and the running mean are as each event met them; `lookups`
-    as the batch began. Nothing given is changed.
+    Users' states and the running means are as each event met them; `lookups` as the batch began.
+    All shares pass each step at once: many small arrays cost more than one. Nothing given is
+    changed.
     """
-    duplicate = duplicates(states, user_index, events)
-    met = run_partition(partition, events, duplicate)
-    partitions, predicted = met[:-1], events["action"] != TEXT
-    step = partitions["step"].copy()
-    global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
-    change = advance(states, user_index, events, duplicate, item_bias, global_mean, step)
-    return BatchResult(
-        observe(change.met, partitions, events, lookups),
-        duplicate,
-        step,
-        np.where(predicted, partitions["seq"], np.uint64(0)),
-        change.states,
-        met[-1].reshape(()),
-        item_deltas(events, change),
+    events = joined([share.events for share in shares])
+    states = joined([share.states for share in shares])
+    rows, users = (
+        _spans([len(each) for each in of])
+        for of in zip(*((s.events, s.states) for s in shares), strict=True)
     )
+    index = np.concatenate(
+        [share.user_index + span.start for share, span in zip(shares, users, strict=True)]
+    )
+    duplicate = duplicates(states, index, events)
+    runs = [
+        run_partition(share.partition, share.events, duplicate[span])
+        for share, span in zip(shares, rows, strict=True)
+    ]
+    partitions = joined([run[:-1] for run in runs])
+    step = partitions["step"].copy()
+    seq = np.where(events["action"] != TEXT, partitions["seq"], np.uint64(0))
+    global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
+    change = advance(states, index, events, duplicate, item_bias, global_mean, step)
+    observation = observe(change.met, partitions, events, lookups)
+    results = [
+        BatchResult(
+            observation.part(span),
+            duplicate[span],
+            step[span],
+            seq[span],
+            change.states[theirs],
+            run[-1].reshape(()),
+            item_deltas(share.events, change.part(span)),
+        )
+        for share, run, span, theirs in zip(shares, runs, rows, users, strict=True)
+    ]
+    return results, observation
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    ends = np.cumsum([0, *sizes]).tolist()
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def recover(
@@ -216,7 +259,7 @@ class History:
             lookups = self._lookups(batch)
             users, user_index = self.users.distinct(batch["user"])
             states = self.users.rows.take(users)
-            result = run_batch(states, user_index, self.partition, batch, lookups)
+            (result,), _ = run_batch([Share(states, user_index, self.partition, batch)], lookups)
             opaque(self.users.rows)[users] = opaque(result.states)
             self._follow(result.partition, result.deltas, result.step[0])
             yield HistoryBatch(rows, lookups, result)

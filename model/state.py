@@ -160,6 +160,16 @@ class Change:
     replaced: NDArray[np.float64]  # (n): stars that an edit took away; 0: none
     new_touch: NDArray[np.bool_]  # (n): the item's first event in the user's session
 
+    def part(self, rows: slice) -> "Change":
+        """What some of the events did; the states are those of all."""
+        return Change(
+            self.met[rows],
+            self.states,
+            self.duplicate[rows],
+            self.replaced[rows],
+            self.new_touch[rows],
+        )
+
 
 def duplicates(states: Rows, user_index: NDArray[np.intp], events: Rows) -> NDArray[np.bool_]:
     """Which of n events, in order, repeat one of the last 16 of their user (n).

@@ -19,11 +19,11 @@ import numpy as np
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
-from model.events import EVENT, Rows, blank, from_request
+from model.events import EVENT, Rows, blank, from_request, joined
 from model.ids import hash_ids, partitions_of
 from model.ladder import TIERS
 from model.predict import Predictions
-from model.replay import Observation, observe
+from model.replay import observe
 from model.state import USER
 from schemas.codec import encode_columns, format_times, time_ms
 from schemas.records import ScoreRequest
@@ -33,7 +33,7 @@ from streams.inputs import split
 from streams.loop import Outcome, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
-from streams.predictions import prediction_columns, select
+from streams.predictions import prediction_columns
 from streams.reader import USER_STATE, Reader
 from streams.store import Store
 from streams.user_states import decode_header
@@ -196,15 +196,10 @@ class Answers:
         states = self._reader.states(USER_STATE, distinct, USER)
         lookups = self._reader.lookups(events, states)
         partitions = partitions_of(users, self._store.partitions)[request]
-        met = states[index[request]]
-        observations: list[Observation] = []
-        order: list[NDArray[np.intp]] = []
-        for partition in np.unique(partitions):
-            rows = np.flatnonzero(partitions == partition)
-            header = self._header(int(partition))
-            observations.append(observe(met[rows], header["partition"], events[rows], lookups))
-            order.append(rows)
-        observation = select(observations, np.argsort(np.concatenate(order)))
+        owners, owner = np.unique(partitions, return_inverse=True)
+        headers = [self._header(partition)["partition"] for partition in owners.tolist()]
+        running = joined([each.copy().reshape(1) for each in headers]).take(owner)
+        observation = observe(states.take(index[request]), running, events, lookups)
         return serving.predictor.predict(events, observation, lookups)
 
     def _header(self, partition: int) -> Rows:

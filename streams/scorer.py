@@ -31,15 +31,15 @@ from model.events import (
     from_behavior,
     from_reviews,
     from_text_features,
-    opaque,
+    joined,
 )
 from model.features import FEATURE_HASH
 from model.ids import NONE, Hashes
 from model.ladder import TIERS
 from model.lookups import Lookups
 from model.predict import Predictions
-from model.replay import BatchResult, run_batch
-from model.state import LAYOUT_HASH, SOURCES, USER
+from model.replay import BatchResult, Observation, Share, run_batch
+from model.state import LAYOUT_HASH, SOURCES
 from model.updates import to_updates
 from schemas import journal
 from schemas.codec import encode_columns, format_times, time_ms
@@ -52,7 +52,7 @@ from streams.inputs import Inputs, split
 from streams.loop import Outcome, Output, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
-from streams.predictions import prediction_columns, select
+from streams.predictions import prediction_columns
 from streams.reader import Reader
 from streams.user_states import UserStates
 
@@ -157,13 +157,13 @@ class Scorer:
             arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
-        parts, lookups = self._run(messages, arrivals)
+        parts, observation, lookups = self._run(messages, arrivals)
         with self._phase("predict"):
             scored = np.flatnonzero(arrivals.events["action"] != TEXT)
-            observation = select([part.result.observation for part in parts], scored)
-            predictions = serving.predictor.predict(
-                arrivals.events.take(scored), observation, lookups
-            )
+            events = arrivals.events
+            if len(scored) < len(events):
+                events, observation = events.take(scored), observation.take(scored)
+            predictions = serving.predictor.predict(events, observation, lookups)
         with self._phase("encode"):
             predicted_at = int(time.time() * 1_000)
             ratings = _prediction_records(arrivals, parts, scored, predictions, predicted_at)
@@ -214,31 +214,41 @@ class Scorer:
         ]
         return arrivals.take(np.flatnonzero(~ahead)), letters
 
-    def _run(self, messages: list[Message], arrivals: _Arrivals) -> tuple[list[_Part], Lookups]:
-        """Read what the batch needs, then observe and apply it partition by partition."""
+    def _run(
+        self, messages: list[Message], arrivals: _Arrivals
+    ) -> tuple[list[_Part], Observation, Lookups]:
+        """Read what the batch needs, then observe and apply it."""
         ends = _ends(messages, self._prefix)
-        shares: list[tuple[int, slice, Hashes, NDArray[np.intp], Rows]] = []
+        spans: list[tuple[int, slice, Hashes]] = []
+        shares: list[Share] = []
+        headers: list[Rows] = []
         with self._phase("read"):
             for partition in sorted(ends):
                 low, high = np.searchsorted(arrivals.partitions, [partition, partition + 1])
                 rows = slice(int(low), int(high))
                 users, index = np.unique(arrivals.events["user"][rows], return_inverse=True)
-                shares.append((partition, rows, users, index, self._states.read(partition, users)))
-            all_states = np.concatenate([opaque(share[-1]) for share in shares])
-            lookups = self._reader.lookups(arrivals.events, all_states.view(USER))
+                header = self._states[partition].header.copy()
+                headers.append(header)
+                spans.append((partition, rows, users))
+                states = self._states.read(partition, users)
+                shares.append(
+                    Share(states, index, header["partition"].copy(), arrivals.events[rows])
+                )
+            all_states = joined([share.states for share in shares])
+            lookups = self._reader.lookups(arrivals.events, all_states)
         parts: list[_Part] = []
         with self._phase("features"):
-            for partition, rows, users, index, states in shares:
-                header = self._states[partition].header.copy()
-                result = run_batch(
-                    states, index, header["partition"].copy(), arrivals.events[rows], lookups
-                )
+            results, observation = run_batch(shares, lookups)
+            for (partition, rows, users), share, header, result in zip(
+                spans, shares, headers, results, strict=True
+            ):
                 header["partition"] = result.partition
                 read = np.array(ends[partition])
                 header["ends"] = np.where(read >= 0, read, header["ends"])
-                disorder = _disorder(arrivals, rows, index, states["last_time"], result)
+                last_times = share.states["last_time"]
+                disorder = _disorder(arrivals, rows, share.user_index, last_times, result)
                 parts.append(_Part(partition, rows, users, result, header, disorder))
-        return parts, lookups
+        return parts, observation, lookups
 
     def _journal_records(
         self, arrivals: _Arrivals, parts: list[_Part], lookups: Lookups, encoder: str

@@ -23,7 +23,7 @@ from model.ids import Hashes, hash_ids, partitions_of
 from model.lookups import Lookups, Table, empty, table
 from model.lookups import Store as Rowstore
 from model.predict import Predictor, predictor
-from model.replay import BatchResult, run_batch
+from model.replay import BatchResult, Share, run_batch
 from model.state import (
     CATEGORY,
     ITEM,
@@ -43,7 +43,6 @@ from schemas.journal import TOPICS, Journal
 from schemas.topics import BY_NAME
 from streams.catalog import Entry, describe_log, id_of
 from streams.config import ArchiveConfig, ModelsConfig
-from streams.predictions import select
 from streams.reader import (
     ITEM_STATE,
     USER_STATE,
@@ -335,9 +334,8 @@ class _Partition:
         users, index = np.unique(events["user"], return_inverse=True)
         places = self._users.place(users)
         lookups = self._lookups(entry, events, users)
-        result = run_batch(
-            self._users.rows[places].copy(), index, self._state.copy(), events, lookups
-        )
+        share = Share(self._users.rows[places].copy(), index, self._state.copy(), events)
+        (result,), _ = run_batch([share], lookups)
         self._users.rows[places] = result.states
         self._state = result.partition
         self._compare(entry, events, result, lookups)
@@ -422,7 +420,7 @@ class _Partition:
                 continue
             then = {at: each for at, each in found.items() if each.model_version == version}
             chosen = rows[list(then)]
-            now = used.predict(events[chosen], select([result.observation], chosen), lookups)
+            now = used.predict(events[chosen], result.observation.take(chosen), lookups)
             numbers = np.column_stack([now.rating, now.distribution, now.low, now.high])
             written = np.array(
                 [[each.rating, *each.distribution, *each.interval] for each in then.values()]

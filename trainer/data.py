@@ -10,7 +10,7 @@ the states would have to share, and none is made yet.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -324,7 +324,7 @@ def replay(
         chosen = np.flatnonzero(rated[begin : begin + len(observation.features)])
         if len(chosen):
             parts.append(
-                gather(log.events[begin + chosen], _take(observation, chosen), lookups, width)
+                gather(log.events[begin + chosen], observation.take(chosen), lookups, width)
             )
 
     end = len(log) if still is None else still
@@ -411,10 +411,4 @@ def _updated(known: Table, hashes: NDArray[np.uint64], rows: Rows) -> Table:
     old = ~np.isin(known.hashes, hashes)
     return table(
         np.concatenate([known.hashes[old], hashes]), np.concatenate([known.rows[:-1][old], rows])
-    )
-
-
-def _take(observation: Observation, rows: NDArray[np.intp]) -> Observation:
-    return Observation(
-        **{field.name: getattr(observation, field.name)[rows] for field in fields(Observation)}
     )

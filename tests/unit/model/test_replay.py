@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.events import ACTIONS, EVENT, REVIEW, TEXT, Rows, blank
 from model.exceptions import GapError
 from model.lookups import Lookups, empty, table
-from model.replay import BatchResult, History, Observation, observe, recover, run_batch
+from model.replay import BatchResult, History, Observation, Share, observe, recover, run_batch
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
@@ -77,7 +77,8 @@ def surroundings() -> Lookups:
 
 def run(states: Rows, partition: Rows, events: Rows, lookups: Lookups) -> BatchResult:
     """Run a batch whose users' states are those of USERS, in their order."""
-    return run_batch(states, np.searchsorted(USERS, events["user"]), partition, events, lookups)
+    share = Share(states, np.searchsorted(USERS, events["user"]), partition, events)
+    return run_batch([share], lookups)[0][0]
 
 
 def assert_same_observations(one: Observation, other: Observation) -> None:
@@ -114,6 +115,26 @@ def test_a_batch_gives_what_its_events_alone_give(events: Rows, size: int) -> No
     for name in ("duplicate", "step", "seq"):
         together = np.concatenate([getattr(part, name) for part in parts])
         assert together.tolist() == getattr(whole, name).tolist()
+
+
+@settings(deadline=None, max_examples=40)
+@given(histories())
+def test_shares_of_a_batch_give_what_each_alone_gives(events: Rows) -> None:
+    """Users 1 and 2 in one partition, 3 and 4 in another, and a third without events."""
+    lookups, rows = surroundings(), blank(PARTITION, 3)
+    rows["rating_count"], rows["rating_sum"] = [7, 0, 1], [29.5, 0, 5]
+    shares: list[Share] = []
+    for number, mine in enumerate(([1, 2], [3, 4], [])):
+        chosen = events[np.isin(events["user"], mine)]
+        index = np.searchsorted(np.array(mine, np.uint64), chosen["user"])
+        shares.append(Share(blank(USER, len(mine)), index, rows[number].copy(), chosen))
+    results, observation = run_batch(shares, lookups)
+    alone = [run_batch([share], lookups)[0][0] for share in shares]
+    for one, other in zip(results, alone, strict=True):
+        assert_same_observations(one.observation, other.observation)
+        for name in ("duplicate", "step", "seq", "states", "partition", "deltas"):
+            assert getattr(one, name).tobytes() == getattr(other, name).tobytes()
+    assert_same_observations(joined([one.observation for one in results]), observation)
 
 
 @settings(deadline=None, max_examples=60)
@@ -318,7 +339,8 @@ def test_slices_of_a_history_cover_it() -> None:
 def test_an_empty_batch_changes_nothing() -> None:
     states, partition = blank(USER, 1), blank(PARTITION, ())
     lookups = Lookups(empty(ITEM), empty(ITEM_ATTRIBUTES), empty(USER_ATTRIBUTES))
-    result = run_batch(states, np.empty(0, np.intp), partition, blank(EVENT, 0), lookups)
+    share = Share(states, np.empty(0, np.intp), partition, blank(EVENT, 0))
+    (result,), _ = run_batch([share], lookups)
     assert len(result.observation.features) == len(result.deltas) == 0
     assert result.states.tobytes() == states.tobytes()
     assert result.partition.tobytes() == partition.tobytes()

@@ -10,7 +10,7 @@ from model.events import EVENT, REVIEW, TEXT, VIEW, Rows, blank
 from model.features import FEATURE_HASH
 from model.lookups import Lookups, Table, empty, table
 from model.lookups import Store as Rowstore
-from model.replay import run_batch
+from model.replay import Share, run_batch
 from model.state import ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, USER, USER_ATTRIBUTES
 from schemas import journal
 from schemas.journal import Journal, Transaction
@@ -43,9 +43,8 @@ class Partition:
         known, index = np.unique(events["user"], return_inverse=True)
         places = self.users.place(known)
         lookups = Lookups(_items(), empty(ITEM_ATTRIBUTES), empty(USER_ATTRIBUTES))
-        result = run_batch(
-            self.users.rows[places].copy(), index, self.header["partition"].copy(), events, lookups
-        )
+        states, partition = self.users.rows[places].copy(), self.header["partition"].copy()
+        (result,), _ = run_batch([Share(states, index, partition, events)], lookups)
         self.users.rows[places] = result.states
         topics = np.select([events["action"] == REVIEW, events["action"] == TEXT], [0, 2], 1)
         ends, offsets = self.header["ends"].copy(), np.zeros(len(events), np.int64)
