@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from model.events import Rows, blank, milliseconds
 from model.ids import hash_ids, hash_names
 from model.lookups import Table, table
-from model.state import CATEGORY, ITEM_ATTRIBUTES, LOG_STEPS, USER_ATTRIBUTES
+from model.state import CATEGORY, ITEM_ATTRIBUTES, LEVELS, LOG_STEPS, USER_ATTRIBUTES
 from schemas.records import Item, User
 
-LEVELS = ITEM_ATTRIBUTES["category"].shape[0]  # a path is known by this many prefixes
 EVERYTHING = 1  # the category that holds all items
 LEAST_PRICES = 5  # a category with fewer prices leaves the rank to a wider one
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from model.compiled import compiled
 from model.events import (
     ACTIONS,
     CART,
@@ -27,7 +28,7 @@ from model.events import (
     WISHLIST,
     Rows,
 )
-from model.state import RATING_STEPS, SESSION_GAP, STARS
+from model.state import LEVELS, RATING_STEPS, SESSION_GAP, STARS
 
 Group = Literal["user", "item", "behavior", "cross", "attributes", "text"]
 Column = NDArray[Any]  # (n)
@@ -40,6 +41,7 @@ PRIOR_HISTOGRAM = np.array([0.5, 0.5, 1.5, 3.5, 4.0])  # ten ratings of mean 4, 
 PRIOR_COUNT = 10.0
 CROSS_DAMPING = 2.0
 RATE_DAMPING = 5.0
+ALIKE = ("category", "leaf", "brand", "price_band")  # what an item may share with a recent one
 PRICE_BAND = 0.35  # in log price: within a factor of 1.4
 GENDER_BITS = 2
 REGION_BITS = 3
@@ -298,41 +300,53 @@ def _behavior(users: Rows, items: Rows, events: Rows, known: Columns) -> Columns
 def _cross(
     users: Rows, attributes: Rows, recent_attributes: Rows, events: Rows, known: Columns
 ) -> Columns:
-    recent = users["recent"]
-    category, recent_category = attributes["category"], recent_attributes["category"]
-    depth = np.maximum((category != 0).sum(1) - 1, 0)[:, None]
-    leaf = np.take_along_axis(category, depth, 1)
-    recent_leaf = np.take_along_axis(recent_category, depth[:, :, None], 2)[:, :, 0]
-    brand = attributes["brand"][:, None]
-    price = np.log1p(attributes["price"].astype(np.float64))[:, None]
-    recent_price = np.log1p(recent_attributes["price"].astype(np.float64))
-    this = recent["item"] == events["item"][:, None]  # at most one in a row
-    done = np.where(this, recent["actions"], 0).max(1)
-    rating = np.where(this, recent["rating"], 0).max(1) / float(RATING_STEPS)
-    second = np.where(this, recent["second"], 0).max(1).astype(np.int64)
+    met = np.zeros((len(events), 3), np.int64)  # of the event's own item: actions, rating, second
+    alike = np.zeros((len(events), len(ALIKE), 3))  # recent items, those rated, their stars
+    _compare(users, attributes, recent_attributes, events, met, alike)
+    done, rating = met[:, 0], met[:, 1] / float(RATING_STEPS)
     columns: Columns = {
         "item_viewed": (done & (1 << VIEW | 1 << CLICK)) != 0,
         "item_carted": (done & (1 << CART)) != 0,
         "item_bought": (done & (1 << PURCHASE)) != 0,
         "item_rated": np.where(rating > 0, rating, np.nan),
-        "item_seen": _elapsed(second * 1000, events["time"], HOUR),
+        "item_seen": _elapsed(met[:, 2] * 1000, events["time"], HOUR),
     }
-    stars = recent["rating"] / float(RATING_STEPS)
-    rated = stars > 0
     usual = known["global_mean"] + known["user_bias"]
-    alike: dict[str, NDArray[np.bool_]] = {
-        "category": (recent_category[:, :, 0] == category[:, :1]) & (category[:, :1] != 0),
-        "leaf": (recent_leaf == leaf) & (leaf != 0),
-        "brand": (recent_attributes["brand"] == brand) & (brand != 0),
-        "price_band": np.abs(recent_price - price) < PRICE_BAND,  # False where either is nan
-    }
-    for name, same in alike.items():
-        count = (same & rated).sum(1)
-        columns[f"{name}_count"] = same.sum(1)
-        columns[f"{name}_rating"] = ((stars * same).sum(1) - count * usual) / (
-            count + CROSS_DAMPING
-        )
+    for at, name in enumerate(ALIKE):
+        count, rated, stars = alike[:, at].T
+        columns[f"{name}_count"] = count
+        columns[f"{name}_rating"] = (stars - rated * usual) / (rated + CROSS_DAMPING)
     return columns
+
+
+@compiled
+def _compare(
+    users: Any, attributes: Any, recent_attributes: Any, events: Any, met: Any, alike: Any
+) -> None:
+    """Compare each event's item with the user's recent ones; fill what `_cross` makes of it."""
+    for row in range(len(events)):
+        item, recent, mine = events[row].item, users[row].recent, attributes[row]
+        depth = 0
+        while depth < LEVELS - 1 and mine.category[depth + 1] != 0:
+            depth += 1
+        price = np.log1p(np.float64(mine.price))
+        for slot in range(len(recent)):
+            other, theirs = recent[slot], recent_attributes[row, slot]
+            if other.item == item:  # of at most one
+                met[row, 0], met[row, 1] = other.actions, other.rating
+                met[row, 2] = other.second
+            same = (
+                mine.category[0] != 0 and theirs.category[0] == mine.category[0],
+                mine.category[depth] != 0 and theirs.category[depth] == mine.category[depth],
+                mine.brand != 0 and theirs.brand == mine.brand,
+                np.abs(np.log1p(np.float64(theirs.price)) - price) < PRICE_BAND,  # False for nan
+            )
+            for at in range(len(same)):
+                if same[at]:
+                    alike[row, at, 0] += 1
+                    if other.rating:
+                        alike[row, at, 1] += 1
+                        alike[row, at, 2] += other.rating / RATING_STEPS
 
 
 def _attributes(attributes: Rows) -> Columns:
@@ -357,19 +371,36 @@ def _text(
             "text_similarity_highest": nothing,
             "text_rating": nothing,
         }
-    given = ~np.isnan(similarity)
-    cosine = np.where(given, similarity, 0).astype(np.float64)
-    some = given.any(1)
-    rating = users["recent"]["rating"]
-    usual = (known["global_mean"] + known["user_bias"])[:, None]
-    weight = np.where(rating > 0, np.maximum(cosine, 0), 0)
-    deviation = (weight * (rating / float(RATING_STEPS) - usual)).sum(1)
+    usual = known["global_mean"] + known["user_bias"]
+    sums = np.empty((len(users), 4))  # count, sum and highest of cosines; weighted deviation
+    _weigh(similarity, users, usual, CROSS_DAMPING, sums)
+    count, total, highest, deviation = sums.T
+    some = count > 0
     return {
         "text_known": text_known,
-        "text_similarity": _ratio(cosine.sum(1), given.sum(1)),
-        "text_similarity_highest": np.where(some, np.where(given, cosine, -1).max(1), np.nan),
-        "text_rating": np.where(some, deviation / (weight.sum(1) + CROSS_DAMPING), np.nan),
+        "text_similarity": _ratio(total, count),
+        "text_similarity_highest": np.where(some, highest, np.nan),
+        "text_rating": np.where(some, deviation, np.nan),
     }
+
+
+@compiled
+def _weigh(similarity: Any, users: Any, usual: Any, damping: float, sums: Any) -> None:
+    for row in range(len(users)):
+        recent = users[row].recent
+        count, total, highest, weights, deviation = 0, 0.0, -1.0, 0.0, 0.0
+        for slot in range(len(recent)):
+            cosine = np.float64(similarity[row, slot])
+            if np.isnan(cosine):
+                continue
+            count += 1
+            total += cosine
+            highest = max(highest, cosine)
+            if recent[slot].rating and cosine > 0:
+                weights += cosine
+                deviation += cosine * (recent[slot].rating / RATING_STEPS - usual[row])
+        sums[row, 0], sums[row, 1], sums[row, 2] = count, total, highest
+        sums[row, 3] = deviation / (weights + damping)
 
 
 def _counts(side: str, actions: NDArray[Any]) -> Columns:

@@ -24,15 +24,9 @@ class Table:
         size, wanted = len(self.hashes), hashes.ravel()
         if not size:
             return np.zeros(hashes.shape, np.intp)
-        shift, starts = self._buckets
-        found = starts[wanted >> shift]
-        rest = np.arange(len(wanted))  # those that may stand further on
-        while len(rest):
-            rest = rest[self.hashes[found[rest]] < wanted[rest]]
-            found[rest] += 1
-            rest = rest[found[rest] < size]
-        missing = self.hashes[np.minimum(found, size - 1)] != wanted
-        return np.where(missing, size, found).reshape(hashes.shape)
+        found = np.empty(len(wanted), np.intp)
+        _find(self.hashes, *self._buckets, wanted, found)
+        return found.reshape(hashes.shape)
 
     def take(self, hashes: Hashes) -> NDArray[Any]:
         """The rows of these hashes, shape (*hashes.shape, ...)."""
@@ -111,6 +105,16 @@ class Store:
         if 2 * size > len(self._slots):
             self._slots = np.full(1 << (4 * size - 1).bit_length(), -1, np.int64)
             _place(self._slots, self._hashes, 0, self.hashes, np.empty(self._count, np.intp))
+
+
+@compiled
+def _find(hashes: Any, shift: Any, starts: Any, wanted: Any, found: Any) -> None:
+    size = len(hashes)
+    for row in range(len(wanted)):
+        at = starts[wanted[row] >> shift]
+        while at < size and hashes[at] < wanted[row]:
+            at += 1
+        found[row] = at if at < size and hashes[at] == wanted[row] else size
 
 
 @compiled

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model import features
+from model.compiled import compiled
 from model.events import TEXT, Rows, blank, joined, opaque
 from model.exceptions import GapError
 from model.ids import Hashes
@@ -207,17 +208,37 @@ def _similarity(
     vectors: Table, items: NDArray[np.intp], recents: NDArray[np.intp]
 ) -> NDArray[np.float32]:
     """Cosines, shape (n, 16), of each item's vector with the recents'; nan where either is none."""
-    none = len(vectors.hashes)
-    row, slot = np.nonzero((items[:, None] < none) & (recents < none))
     cosines = np.full(recents.shape, np.nan, np.float32)
-    for begin in range(0, len(row), _PAIRS):
-        pairs = row[begin : begin + _PAIRS], slot[begin : begin + _PAIRS]
-        left, right = vectors.rows[items[pairs[0]]], vectors.rows[recents[pairs]]
-        cosines[pairs] = np.einsum("pd,pd->p", left, right)
+    _compare(vectors.rows, len(vectors.hashes), items, recents, cosines)
     return cosines
 
 
-_PAIRS = 4096  # pairs of vectors at once: as many as a core's cache holds
+@compiled
+def _compare(vectors: Any, none: int, items: Any, recents: Any, cosines: Any) -> None:
+    width = vectors.shape[1]
+    whole = width - width % _LANES
+    lanes = np.empty(_LANES, np.float32)
+    for row in range(len(items)):
+        if items[row] >= none:
+            continue
+        item = vectors[items[row]]
+        for slot in range(recents.shape[1]):
+            if recents[row, slot] >= none:
+                continue
+            recent = vectors[recents[row, slot]]
+            lanes[:] = 0
+            for begin in range(0, whole, _LANES):
+                for lane in range(_LANES):
+                    lanes[lane] += item[begin + lane] * recent[begin + lane]
+            total = np.float32(0)
+            for lane in range(_LANES):
+                total += lanes[lane]
+            for at in range(whole, width):
+                total += item[at] * recent[at]
+            cosines[row, slot] = total
+
+
+_LANES = 16  # sums side by side, in one order on every machine
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from model.exceptions import LayoutError
 RECENT = 16  # items, and event ids, that a user's state remembers
 OLDER = 64  # ratings that it remembers of items that are not recent any more
 STARS = 5
+LEVELS = 4  # a category path is known by this many prefixes
 RATING_STEPS = 32  # to a star: the finest binary fraction that fits a byte
 LOG_STEPS = 256
 RESIDUAL_STEPS = 1024
@@ -121,7 +122,11 @@ ITEM_ATTRIBUTES = np.dtype(
         ("first_time", "<i8"),  # ms; of the item's earliest record; 0: none
         ("text", "<u8"),  # hash of `catalog.item_text`; 0: no text
         ("brand", "<u4"),
-        ("category", "<u4", 4),  # hash of each prefix of the category path, widest first; 0: none
+        (
+            "category",
+            "<u4",
+            LEVELS,
+        ),  # hash of each prefix of the category path, widest first; 0: none
         ("price", "<f4"),
         ("price_rank", "<f4"),  # 0 to 1 among the prices of its category
     ]
