@@ -8,10 +8,13 @@ number of partitions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
+
+from model.compiled import compiled
 
 Hashes = NDArray[np.uint64]
 
@@ -19,6 +22,7 @@ NONE = 0  # the hash of no id; an id whose hash happens to be 0 gets another
 
 _SEED = 0x9747B28C
 _MULTIPLIER = np.uint32(0x5BD1E995)
+_WORD = 4  # bytes
 _LOW = np.uint64(0x7FFF_FFFF)
 
 
@@ -52,26 +56,39 @@ def hash_names(names: Sequence[str | None]) -> NDArray[np.uint32]:
 
 
 def murmur2(keys: Sequence[bytes]) -> NDArray[np.uint32]:
-    """Kafka's murmur2 of each key, shape (n,), four bytes of all keys at a step.
+    """Kafka's murmur2 of each key, shape (n,).
 
     Source: `org.apache.kafka.common.utils.Utils.murmur2`. The client library that has it takes one
     key a call, keeps only the partition, and would bring a Kafka client into this package.
     """
-    lengths = np.fromiter(map(len, keys), np.int64, len(keys))
-    width = max(int(lengths.max(initial=0) + 3) // 4, 1)
-    padded = b"".join(key.ljust(width * 4, b"\0") for key in keys)
-    words = np.frombuffer(padded, "<u4").reshape(len(keys), width)  # (n, words)
-    whole = lengths // 4
-    hashes = np.uint32(_SEED) ^ lengths.astype(np.uint32)
-    with np.errstate(over="ignore"):
-        for step in range(int(whole.max(initial=0))):
-            word = words[:, step] * _MULTIPLIER
-            word ^= word >> np.uint32(24)
-            mixed = (hashes * _MULTIPLIER) ^ (word * _MULTIPLIER)
-            hashes = np.where(step < whole, mixed, hashes)
-        rest = words[np.arange(len(keys)), np.minimum(whole, width - 1)]
-        hashes = np.where(lengths % 4 > 0, (hashes ^ rest) * _MULTIPLIER, hashes)
-        hashes ^= hashes >> np.uint32(13)
-        hashes *= _MULTIPLIER
-        hashes ^= hashes >> np.uint32(15)
+    ends = np.cumsum(np.fromiter(map(len, keys), np.int64, len(keys)))
+    hashes = np.empty(len(keys), np.uint32)
+    _murmur2(np.frombuffer(b"".join(keys), np.uint8), ends, hashes)
     return hashes
+
+
+@compiled
+def _murmur2(data: Any, ends: Any, hashes: Any) -> None:
+    begin = 0
+    for row in range(len(ends)):
+        end = ends[row]
+        found = np.uint32(_SEED ^ (end - begin))
+        while end - begin >= _WORD:
+            word = np.uint32(_little(data, begin, _WORD) * _MULTIPLIER)
+            word = np.uint32(word ^ (word >> np.uint32(24)))
+            found = np.uint32(found * _MULTIPLIER) ^ np.uint32(word * _MULTIPLIER)
+            begin += _WORD
+        if begin < end:
+            found = np.uint32((found ^ _little(data, begin, end - begin)) * _MULTIPLIER)
+        found = np.uint32((found ^ (found >> np.uint32(13))) * _MULTIPLIER)
+        hashes[row] = found ^ (found >> np.uint32(15))
+        begin = end
+
+
+@compiled
+def _little(data: Any, begin: int, count: int) -> Any:
+    """The number that up to four bytes are, the lowest first."""
+    number = np.uint32(0)
+    for at in range(count):
+        number |= np.uint32(data[begin + at]) << np.uint32(8 * at)
+    return np.uint32(number)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
 import structlog
 from confluent_kafka import Message
 from numpy.typing import NDArray
@@ -42,7 +41,7 @@ from model.replay import BatchResult, Observation, Share, run_batch
 from model.state import LAYOUT_HASH, SOURCES
 from model.updates import to_updates
 from schemas import journal
-from schemas.codec import encode_columns, format_times, time_ms
+from schemas.codec import encode_columns, encode_rows, format_times, time_ms
 from schemas.journal import Journal
 from schemas.records import LATEST_TIME
 from streams.config import ScorerConfig
@@ -490,6 +489,7 @@ def _item_updates(arrivals: _Arrivals, parts: list[_Part]) -> OutputBatch:
                 }
         updates = to_updates(part.result.deltas, names, sources)
         messages += [
-            {"key": update["item_id"].encode(), "value": orjson.dumps(update)} for update in updates
+            {"key": update["item_id"].encode(), "value": value}
+            for update, value in zip(updates, encode_rows(updates), strict=True)
         ]
     return OutputBatch("item-updates", messages)

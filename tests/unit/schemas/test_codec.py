@@ -3,13 +3,22 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from schemas import codec
-from schemas.codec import Decoded, decode, encode, encode_columns, encode_many, format_times
+from schemas.codec import (
+    Decoded,
+    decode,
+    encode,
+    encode_columns,
+    encode_many,
+    encode_rows,
+    format_times,
+)
 from schemas.examples import EXAMPLES
 from schemas.exceptions import ContractError
 from schemas.records import Behavior, Record, Review
@@ -173,6 +182,12 @@ def test_columns_are_encoded_as_rows() -> None:
     assert b"price" not in encode_columns(columns, drop_none=True)[1]
     with pytest.raises(ValueError, match="shorter"):
         encode_columns({"event_id": ["a", "b"], "user_id": ["u"]})
+
+
+@given(st.lists(st.text(st.sampled_from('",{}:\\aé1'), max_size=9) | st.just('"},{"id":"')))
+def test_rows_are_encoded_as_each_alone(texts: list[str]) -> None:
+    rows = [{"id": text, "inner": [{"other": text}], "n": None} for text in texts]
+    assert encode_rows(rows) == [orjson.dumps(row) for row in rows]
 
 
 ids = st.text(st.characters(codec="utf-8"), max_size=6)
