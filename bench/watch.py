@@ -85,7 +85,7 @@ class Watched:
     ) -> None:
         self.name, self.topics, self.together = inner.name, inner.topics, inner.together
         self.transactional = inner.transactional
-        self.batch_size, self.linger_seconds = inner.batch_size, inner.linger_seconds
+        self.linger_seconds = inner.linger_seconds
         self.claim, self.drop, self.close = inner.claim, inner.drop, inner.close
         self.lag = 0
         self._inner = inner
@@ -95,6 +95,11 @@ class Watched:
         self._watch = Stopwatch()
         self._inner_began = self._inner_seconds()
         self._transactions: list[Transaction] = []
+
+    @property
+    def batch_size(self) -> int:
+        """As the processor has it at the moment."""
+        return self._inner.batch_size
 
     def process(self, messages: list[Message]) -> Outcome:
         """One batch."""

@@ -93,6 +93,11 @@ class ScorerConfig(BaseModel):
         default=2_000, ge=1, le=100_000, description="most events in a transaction"
     )
     linger_ms: int = Field(default=20, ge=0, description="longest wait for a fuller batch")
+    latency_target_ms: int = Field(
+        default=0,
+        ge=0,
+        description="transactions shrink so that an event is predicted within this; 0: never",
+    )
     digest_seconds: float = Field(default=1.0, gt=0, description="window of one score digest")
     longest_future_seconds: float = Field(
         default=86_400, gt=0, description="an event further in the future is a dead letter"

@@ -51,6 +51,7 @@ from streams.inputs import Inputs, split
 from streams.loop import Outcome, Output, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
+from streams.pace import Pace
 from streams.predictions import prediction_columns
 from streams.reader import Reader
 from streams.user_states import UserStates
@@ -121,7 +122,7 @@ class Scorer:
         metrics: Metrics,
         worker: str,
     ) -> None:
-        self.batch_size = config.batch_events
+        self._pace = Pace(config.batch_events, config.latency_target_ms / 1_000)
         self.linger_seconds = config.linger_ms / 1_000
         self._config = config
         self._prefix = prefix
@@ -135,6 +136,11 @@ class Scorer:
         self._sweep_at = time.monotonic() + SWEEP_SECONDS
         self.lag = 0
         self._log = structlog.get_logger(__name__)
+
+    @property
+    def batch_size(self) -> int:
+        """Most events in the next transaction."""
+        return self._pace.size(self.lag)
 
     def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
         """Claim and recover the partition's user states."""
@@ -151,6 +157,7 @@ class Scorer:
         """Score and apply one batch."""
         if not messages:
             return Outcome()
+        began = time.monotonic()
         with self._phase("decode"):
             inputs, letters = split(messages, self._prefix, self.name)
             arrivals, ahead = self._set_aside(_arrange(inputs))
@@ -173,6 +180,7 @@ class Scorer:
             self._write(delivered, parts)
             self._count_unusual(parts, {"contract": len(letters), "future": len(ahead)})
             self._count_scored(arrivals, scored, predictions, predicted_at)
+            self._pace.took(len(messages), time.monotonic() - began)
 
         return Outcome(
             batches=[ratings, updates],

@@ -1,0 +1,35 @@
+"""How many events a transaction takes, so that it ends in time."""
+
+LEAST = 100  # events: a transaction costs as much with fewer
+SHRINK, GROW = 0.5, 1.25  # a turn changes the size by these factors at most
+
+
+class Pace:
+    """The size of transactions under a latency target.
+
+    An event that comes while a transaction is under way waits for it and then for its own, so each
+    may take half of the target. One that took t seconds makes the next one target / (2 t) times as
+    large, within bounds; a short one that was not full says nothing of larger ones. Who is behind
+    by more than the largest transaction has missed the target, and catches up fastest with those.
+    """
+
+    def __init__(self, most: int, target_seconds: float) -> None:
+        """At most `most` events; a target of 0 is none."""
+        self._most = most
+        self._target = target_seconds
+        self._size = float(most)
+
+    def size(self, lag: int) -> int:
+        """Most events of the next transaction; `lag`: events that wait."""
+        if not self._target or lag > self._most:
+            return self._most
+        return round(self._size)
+
+    def took(self, events: int, seconds: float) -> None:
+        """A transaction of so many events took so long, from reading them to the commit."""
+        if not self._target:
+            return
+        change = min(max(self._target / 2 / max(seconds, 1e-6), SHRINK), GROW)
+        if change < 1 or events >= round(self._size):
+            least = min(LEAST, self._most)
+            self._size = min(max(self._size * change, least), self._most)

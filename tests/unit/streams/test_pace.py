@@ -1,0 +1,55 @@
+"""Sizes of transactions, by hand and under a simple law of their cost."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.pace import GROW, LEAST, Pace
+
+
+def test_without_a_target_transactions_are_as_large_as_they_may_be() -> None:
+    pace = Pace(2_000, 0)
+    pace.took(2_000, 60)
+    assert pace.size(0) == 2_000
+
+
+def test_a_slow_transaction_makes_the_next_one_smaller() -> None:
+    pace = Pace(2_000, 0.2)
+    pace.took(2_000, 0.125)
+    assert pace.size(0) == 1_600  # 2,000 · 0.1 / 0.125
+    pace.took(1_600, 10)
+    assert pace.size(0) == 800  # by a half at most
+    pace.took(800, 0.08)
+    assert pace.size(0) == 800 * GROW
+
+
+def test_one_that_was_not_full_says_nothing_of_larger_ones() -> None:
+    pace = Pace(2_000, 0.2)
+    pace.took(2_000, 0.2)
+    assert pace.size(0) == 1_000
+    pace.took(10, 0.01)
+    assert pace.size(0) == 1_000
+
+
+def test_who_is_behind_takes_the_largest() -> None:
+    pace = Pace(2_000, 0.2)
+    pace.took(2_000, 0.2)
+    assert pace.size(2_001) == 2_000
+    assert pace.size(2_000) == 1_000
+
+
+@given(
+    st.floats(0.001, 0.3),
+    st.floats(1e-6, 1e-3),
+    st.floats(0.05, 2),
+    st.integers(1, 5_000),
+)
+def test_it_settles_where_half_the_target_is_met(
+    fixed: float, each: float, target: float, most: int
+) -> None:
+    pace = Pace(most, target)
+    for _ in range(100):
+        size = pace.size(0)
+        assert min(LEAST, most) <= size <= most
+        pace.took(size, fixed + each * size)
+    met = fixed + each * pace.size(0) <= target / 2 * 1.1
+    assert met or pace.size(0) == min(LEAST, most)
