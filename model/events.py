@@ -77,8 +77,8 @@ def duplicated(rows: Rows) -> Rows:
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """Rows of one dtype, one part after another."""
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) == 1 or not parts[0].dtype.names:
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
     return np.concatenate([opaque(part) for part in parts]).view(parts[0].dtype)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.compiled import compiled
-from model.events import Rows, blank, opaque
+from model.events import Rows, blank, joined, opaque
 from model.ids import Hashes
 
 
@@ -52,7 +52,7 @@ def table(hashes: Hashes, rows: NDArray[Any]) -> Table:
     """
     order = np.argsort(hashes)
     default = blank(rows.dtype, (1, *rows.shape[1:]))
-    return Table(hashes[order], np.concatenate([rows.take(order, axis=0), default]))
+    return Table(hashes[order], joined([rows.take(order, axis=0), default]))
 
 
 def empty(dtype: np.dtype[Any]) -> Table:

@@ -84,7 +84,7 @@ class Copy:
             rows["row"][places[stale]] = read.rows
             rows["found"][places[stale]] = read.found
             rows["until"][places[stale]] = now + np.where(read.found, self._seconds, self._missing)
-        return rows[places]
+        return rows.take(places)
 
 
 class Reader:
@@ -130,7 +130,7 @@ class Reader:
             return None
         if self._vectors is None and (width := self._width(wanted)):
             self._vectors = Copy(
-                np.dtype((VECTOR_DTYPE, (width,))),
+                np.dtype((np.float32, (width,))),
                 lambda texts: self._fetch_vectors(texts, width),
                 FOUND_VECTOR_SECONDS,
                 MISSING_SECONDS,
@@ -139,8 +139,10 @@ class Reader:
             return None
         read = self._vectors.take(wanted)
         found = read["found"]
-        vectors = read["row"][found].astype(np.float32)
-        return table(wanted[found], vectors)
+        hashes = wanted[found]  # in order, as a table has them
+        vectors = np.zeros((len(hashes) + 1, read["row"].shape[1]), np.float32)
+        vectors[:-1] = read["row"][found]
+        return Table(hashes, vectors)
 
     def _width(self, texts: Hashes) -> int:
         """The width of the encoder's vectors, as the first one found has it; 0: none was."""
@@ -163,6 +165,6 @@ class Reader:
         missing = bytes(np.dtype(VECTOR_DTYPE).itemsize * width)
         data = b"".join(missing if each is None else each for each in values)
         return Fetched(
-            np.frombuffer(data, VECTOR_DTYPE).reshape(len(values), width),
+            np.frombuffer(data, VECTOR_DTYPE).reshape(len(values), width).astype(np.float32),
             np.array([each is not None for each in values], bool),
         )
