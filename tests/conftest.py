@@ -10,10 +10,15 @@ from typing import Any, NoReturn
 
 import pytest
 import redis
+from hypothesis import settings
 
 from schemas.exceptions import StarcastError
 from streams.embedded import Child, start_broker, start_store
 from tests.servers import start_kafka
+
+# A busy machine is no failure, nor is a function that compiles when it is first called.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 CHROMIUM = "/usr/bin/chromium"
 # No sandbox since CI runs as root; the rest keeps the browser from calling home.

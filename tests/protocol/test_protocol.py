@@ -127,6 +127,4 @@ class Protocol(RuleBasedStateMachine):
 
 
 def test_nothing_breaks_at_random() -> None:
-    run_state_machine_as_test(
-        Protocol, settings=settings(max_examples=300, stateful_step_count=40, deadline=None)
-    )
+    run_state_machine_as_test(Protocol, settings=settings(max_examples=300, stateful_step_count=40))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -12,7 +12,6 @@ logits = arrays(np.float64, (7, 5), elements=st.floats(-60, 60))
 means = arrays(np.float64, 7, elements=st.floats(0, 6))
 
 
-@settings(deadline=None)
 @given(logits, means)
 def test_mean_is_the_wanted_one(logits: np.ndarray, means: np.ndarray) -> None:
     shares = tilt(torch.tensor(logits), torch.tensor(means)).exp()
@@ -23,7 +22,6 @@ def test_mean_is_the_wanted_one(logits: np.ndarray, means: np.ndarray) -> None:
     assert (deviation > 0).all()
 
 
-@settings(deadline=None)
 @given(logits, means)
 def test_single_precision_is_as_good_as_it_can_be(logits: np.ndarray, means: np.ndarray) -> None:
     shares = tilt(torch.tensor(logits).float(), torch.tensor(means).float()).exp()
@@ -31,7 +29,6 @@ def test_single_precision_is_as_good_as_it_can_be(logits: np.ndarray, means: np.
     np.testing.assert_allclose(reached, np.clip(means, LOWEST, HIGHEST), atol=1e-5)
 
 
-@settings(deadline=None)
 @given(logits, means, st.integers(0, 6))
 def test_a_row_does_not_depend_on_the_others(
     logits: np.ndarray, means: np.ndarray, row: int

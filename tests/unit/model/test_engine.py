@@ -63,7 +63,6 @@ jobs = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(jobs, st.integers(1, 10))
 def test_whatever_comes(jobs: list[tuple[int, int, int]], budget: int) -> None:
     start = time.monotonic() + 3600
@@ -81,7 +80,6 @@ def test_whatever_comes(jobs: list[tuple[int, int, int]], budget: int) -> None:
     assert engine.pending == 0
 
 
-@settings(deadline=None)
 @given(jobs, st.integers(1, 10))
 def test_batches_keep_the_budget_and_the_deadlines(
     jobs: list[tuple[int, int, int]], budget: int
@@ -205,7 +203,7 @@ def test_an_error_in_the_block_fails_what_is_queued() -> None:
     assert all(isinstance(future.exception(0), EngineClosedError) for future in futures)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 20), st.booleans())
 def test_close_among_submissions_leaves_nobody_waiting(number: int, finish: bool) -> None:
     engine = Engine(Gated(), 3)

@@ -68,7 +68,7 @@ def test_before_any_training_the_rating_is_the_bias(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(deadline=None, max_examples=50)  # a busy machine is no failure
+@settings(max_examples=50)
 @given(rows=st.lists(st.integers(0, len(SHOP.events) - 1), min_size=1, max_size=150))
 def test_same_alone_and_in_any_batch(model: str, rows: list[int]) -> None:
     whole, some, alone = (
@@ -136,7 +136,6 @@ def test_a_batch_costs_little() -> None:
     assert (time.thread_time() - begin) / 2000 < 60e-6
 
 
-@settings(deadline=None)
 @given(
     arrays(np.float64, 9, elements=st.floats(0, 6)),
     arrays(np.float64, (9, 5), elements=st.floats(-9, 9)),

@@ -98,7 +98,7 @@ def joined(observations: Sequence[Observation]) -> Observation:
     return Observation(*(np.concatenate(parts) for parts in fields))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories(), st.integers(1, 20))
 def test_a_batch_gives_what_its_events_alone_give(events: Rows, size: int) -> None:
     lookups, states, partition = surroundings(), blank(USER, len(USERS)), blank(PARTITION, ())
@@ -117,7 +117,7 @@ def test_a_batch_gives_what_its_events_alone_give(events: Rows, size: int) -> No
         assert together.tolist() == getattr(whole, name).tolist()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(histories())
 def test_shares_of_a_batch_give_what_each_alone_gives(events: Rows) -> None:
     """Users 1 and 2 in one partition, 3 and 4 in another, and a third without events."""
@@ -137,7 +137,7 @@ def test_shares_of_a_batch_give_what_each_alone_gives(events: Rows) -> None:
     assert_same_observations(joined([one.observation for one in results]), observation)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories())
 def test_states_are_those_of_a_plain_reading(events: Rows) -> None:
     """Beside lists and dictionaries that hold every event."""
@@ -186,7 +186,7 @@ def test_states_are_those_of_a_plain_reading(events: Rows) -> None:
         assert state["histogram"].sum() == len(ratings)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories(), st.data())
 def test_the_answer_is_never_in_the_question(events: Rows, data: st.DataObject) -> None:
     lookups, states, partition = surroundings(), blank(USER, len(USERS)), blank(PARTITION, ())
@@ -200,7 +200,7 @@ def test_the_answer_is_never_in_the_question(events: Rows, data: st.DataObject) 
     assert one.recent_ratings[upto].tobytes() == two.recent_ratings[upto].tobytes()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories(), st.integers(1, 20), st.data())
 def test_recovery_gives_what_was_and_skips_what_is_applied(
     events: Rows, size: int, data: st.DataObject
@@ -244,7 +244,7 @@ def test_a_hole_in_the_journal_is_refused() -> None:
             )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories(), st.integers(1, 20))
 def test_item_deltas_sum_to_the_same_whatever_the_batches(events: Rows, size: int) -> None:
     lookups = surroundings()
@@ -270,7 +270,7 @@ def test_item_deltas_sum_to_the_same_whatever_the_batches(events: Rows, size: in
     assert items["price_log_sum"].sum() == users["price_log_sum"].sum()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories())
 def test_what_is_sent_twice_changes_nothing(events: Rows) -> None:
     lookups, partition = surroundings(), blank(PARTITION, ())
@@ -285,7 +285,7 @@ def test_what_is_sent_twice_changes_nothing(events: Rows) -> None:
     assert again.partition["rating_count"] == once.partition["rating_count"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories())
 def test_predictions_are_numbered_without_holes(events: Rows) -> None:
     partition = blank(PARTITION, ())
@@ -298,7 +298,7 @@ def test_predictions_are_numbered_without_holes(events: Rows) -> None:
     assert result.partition["seq"] == 40 + predicted.sum()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(histories(), st.integers(1, 30))
 def test_a_history_is_live_scoring(events: Rows, size: int) -> None:
     known = surroundings()
@@ -361,7 +361,7 @@ def test_observing_is_what_a_batch_observes() -> None:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(histories(), st.integers(1, 30))
 def test_states_are_the_same_without_a_look(events: Rows, size: int) -> None:
     known = surroundings()

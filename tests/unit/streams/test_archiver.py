@@ -175,7 +175,7 @@ def test_archivers_side_by_side_write_each_row_once(tmp_path: Path) -> None:
     assert archived(tmp_path) == [(part, offset) for part in (0, 1) for offset in range(60)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(
         st.one_of(

@@ -180,7 +180,6 @@ def described(made: Sequence[Entry], cuts: Sequence[int]) -> tuple[list[Rows], T
     return rows, prices
 
 
-@settings(deadline=None)
 @given(entries, st.lists(st.integers(0, 40), max_size=6))
 def test_a_log_may_be_cut_anywhere(
     log: list[tuple[str, float | None, list[str] | None, int]], cuts: list[int]
@@ -210,7 +209,7 @@ def test_a_log_may_be_cut_anywhere(
     assert prices.take(np.array([1], np.uint64))["count"].tolist() == [counts]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(entries, st.lists(st.integers(0, 40), max_size=4))
 def test_batches_of_any_size_store_the_same(
     log: list[tuple[str, float | None, list[str] | None, int]], cuts: list[int]

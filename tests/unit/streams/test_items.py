@@ -224,9 +224,7 @@ def test_a_store_that_was_emptied_is_noticed_though_nothing_comes(store: str) ->
         items.idle()
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 5)), max_size=25),
     turns=st.lists(st.tuples(st.integers(0, 25), st.booleans()), max_size=5),

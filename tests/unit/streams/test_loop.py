@@ -1070,6 +1070,4 @@ class NewGroup(Group):
 
 @pytest.mark.parametrize("machine", [Group, NewGroup])
 def test_each_record_is_answered_once_whatever_happens(machine: type[Group]) -> None:
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
-    )
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=30))

@@ -145,7 +145,6 @@ logs = st.dictionaries(
 
 
 @given(logs, st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_a_partitions_own_order_is_kept(
     appended: dict[tuple[str, int], list[int]], random: Any
 ) -> None:
@@ -395,9 +394,7 @@ def test_letters_and_disorder_are_counted_after_the_commit(make: Make) -> None:
         max_size=30,
     )
 )
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_disorder_is_what_a_look_at_each_event_finds(
     make: Make, rows: list[tuple[int, int, int, str]]
 ) -> None:
@@ -524,9 +521,7 @@ events = st.lists(
 
 
 @given(events, st.sets(st.integers(0, 25)))
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_batches_change_nothing(
     make: Make, rows: list[tuple[str, int, int, int]], cuts: set[int]
 ) -> None:

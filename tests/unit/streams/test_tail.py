@@ -72,9 +72,7 @@ def test_a_log_is_the_archive_and_then_what_retention_has_left(
     ]
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)), st.integers(1, 7))
 def test_a_compacted_log_is_all_that_either_has(
     tmp_path_factory: pytest.TempPathFactory,

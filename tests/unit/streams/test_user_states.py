@@ -82,7 +82,6 @@ TWO = [(2, 0, 0, 4), (0, 3, 1, 5), (0, 2, 0, 6), (1, 1, 1, 1)]
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(rows=history, cuts=st.sets(st.integers(1, 39), max_size=6), data=st.data())
