@@ -103,7 +103,7 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 	@$(BIN)/python -m tests.servers
 
 .PHONY: bench-loop
-bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
+bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop and its peers
 	$(BIN)/python -m bench.loop $(ARGS)
 
 .PHONY: quality

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from confluent_kafka import Message
-from faststream import AckPolicy  # pyright: ignore[reportMissingImports]
 from faststream.confluent import (  # pyright: ignore[reportMissingImports]
     KafkaBroker,
     KafkaPublishMessage,
 )
+from faststream.middlewares import AckPolicy  # pyright: ignore[reportMissingImports]
 
 from bench.peers.confluent import arrival
 from bench.peers.work import FETCH_KILOBYTES, WAIT_SECONDS, Settings, Work, serve
@@ -41,7 +41,7 @@ async def _run(settings: Settings, work: Work) -> None:
         config={"queued.max.messages.kbytes": FETCH_KILOBYTES},
     )
 
-    @broker.subscriber(
+    @broker.subscriber(  # pyright: ignore[reportUntypedFunctionDecorator]
         *settings.inputs,
         group_id=settings.prefix,
         batch=True,

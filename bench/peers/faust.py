@@ -1,7 +1,7 @@
 """Faust: batches by `take`, user states in Redis. At least once.
 
-Faust's acknowledgements follow a batch and are committed by a timer, outside any transaction of
-ours, so an event may be scored again after a crash, and its prediction published twice.
+Acknowledgements follow a batch and are committed by a timer, as Faust does by default, so an event
+may be scored again after a crash, and its prediction published twice.
 """
 
 import asyncio

@@ -32,7 +32,7 @@ from model.state import LAYOUT_HASH, PARTITION, USER, from_bytes, to_bytes
 from schemas.codec import decode, encode_columns, format_times
 from schemas.topics import BY_NAME
 from starcast.log import LogConfig, configure
-from streams.config import KafkaConfig, RedisConfig
+from streams.config import RedisConfig
 from streams.memory import settle
 from streams.predictions import prediction_columns
 from streams.reader import USER_STATE, Reader, partition_keys
@@ -196,7 +196,7 @@ class Work:
     def _read(
         self, arrivals: Sequence[Arrival], events: Rows
     ) -> tuple[list[Share], list[int], list[bytes]]:
-        """The shares of the partitions, their numbers, and the keys of all their users: one MGET."""
+        """The shares of the partitions, their numbers, and the keys of all their users."""
         of = np.array([arrival.partition for arrival in arrivals])
         partitions, starts = np.unique(of, return_index=True)
         spans = [
@@ -302,12 +302,3 @@ def serve(
     sys.stdout.buffer.write(orjson.dumps(figures) + b"\n")
     sys.stdout.flush()
     return 0
-
-
-def kafka_config(settings: Settings) -> KafkaConfig:
-    """The peer's Kafka as our own functions take it."""
-    return KafkaConfig(
-        bootstrap_servers=settings.bootstrap,
-        topic_prefix=settings.prefix,
-        partitions=settings.partitions,
-    )
