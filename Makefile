@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 JARS := .cache/kafka/libs
 PACKAGES := schemas model streams trainer starcast
-COMPILE := pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make requirements"
 
 # torch and what it needs are gigabytes: a slow line must not end the set-up.
@@ -32,8 +32,10 @@ setup: .venv/.installed ## Make .venv with the locked requirements and this proj
 
 .PHONY: requirements
 requirements: ## Lock the requirements again, newest versions with hashes (UPGRADE=1), else as few changes as can be
-	$(BIN)/uv $(COMPILE) $(if $(UPGRADE),--upgrade) --extra demo --extra peers --group dev -o requirements.txt
-	$(BIN)/uv $(COMPILE) --extra demo --constraints requirements.txt -o deploy/requirements.txt
+	$(BIN)/uv $(COMPILE) pyproject.toml $(if $(UPGRADE),--upgrade) --extra demo --extra peers --group dev -o requirements.txt
+	$(BIN)/uv $(COMPILE) pyproject.toml --extra demo --constraints requirements.txt -o deploy/requirements.txt
+	for peer in quix faststream; do \
+		$(BIN)/uv $(COMPILE) bench/peers/$$peer.in $(if $(UPGRADE),--upgrade) -o bench/peers/$$peer.txt; done
 
 .PHONY: system
 system: ## Install Java, Maven and Chromium by apt where they are missing
@@ -101,7 +103,7 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 	@$(BIN)/python -m tests.servers
 
 .PHONY: bench-loop
-bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
+bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop and its peers
 	$(BIN)/python -m bench.loop $(ARGS)
 
 .PHONY: quality

@@ -4,7 +4,8 @@ Starts an Apache Kafka and a Valkey of its own and fills them: users, items, vec
 that a first part of the events leaves. Then measures in turn, each time on new events: the scoring
 loop, exactly-once, with the default bundle; the bare loop, which reads the same input and writes
 the records that the scoring loop wrote in the same transactions, and does nothing else; the scoring
-loop with the cold-start ladder; the bare loop. Prints a table and writes `results/loop.json`.
+loop with the cold-start ladder; the bare loop. After all these the peers of `bench.peers`, each on
+new events in topics of its own. Prints tables and writes `results/loop.json`.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from rich.table import Table
 
 from bench.events import World, make_events, make_world
 from bench.model import default_models
+from bench.peers import beside
+from bench.peers.launch import PEERS, Peer, run
 from bench.report import write
 from bench.watch import PHASES, Run, Stopwatch, Transaction
 from bench.worker import Scored, score, work
@@ -62,6 +65,12 @@ class Sizes:
     items: int
     partitions: int
     batch: int
+    peer_events: int  # measured of a peer that takes batches; of another one a tenth
+
+    def of_peer(self, peer: Peer) -> int:
+        """Events that a peer gets: the first and the last batch are not measured."""
+        measured = self.peer_events if peer.batches else self.peer_events // 10
+        return max(measured, self.batch) + 2 * self.batch
 
     @property
     def first_events(self) -> int:
@@ -84,7 +93,12 @@ class Bench:
     """The servers, filled, and what is measured on them."""
 
     def __init__(
-        self, sizes: Sizes, kafka: KafkaConfig, redis: RedisConfig, models: Mapping[str, str]
+        self,
+        sizes: Sizes,
+        kafka: KafkaConfig,
+        redis: RedisConfig,
+        models: Mapping[str, str],
+        peers: Mapping[str, Path],  # the Python of each
     ) -> None:
         self._sizes = sizes
         self._kafka = kafka
@@ -92,8 +106,10 @@ class Bench:
         self._redis = redis
         self._models = {name: ModelsConfig(url=url) for name, url in models.items()}
         world = make_world(sizes.users, sizes.items)
-        runs = len(models) * sizes.rounds
-        self._events = make_events(world, sizes.first_events + runs * sizes.events)
+        self._peers = peers
+        self._peer_runs = 0
+        a_round = len(models) * sizes.events + sum(sizes.of_peer(PEERS[name]) for name in peers)
+        self._events = make_events(world, sizes.first_events + sizes.rounds * a_round)
         self._fill(world)
 
     def measure(self, model: str) -> Measured:
@@ -105,6 +121,19 @@ class Bench:
         return Measured(
             scored.run, bare, bytes_in / events, scored.bytes_out / events, scored.memory_mb
         )
+
+    def measure_peer(self, name: str) -> dict[str, Any]:
+        """One run of a peer on new events; raises PeerError.
+
+        Peers write user states without a claim, so no scoring loop may run after this.
+        """
+        self._peer_runs += 1
+        kafka = self._kafka.model_copy(update={"topic_prefix": f"{name}-{self._peer_runs}."})
+        apply_topics(kafka)
+        events = self._sizes.of_peer(PEERS[name])
+        play(islice(self._events, events), kafka)
+        redis, models = self._redis.url.get_secret_value(), self._models["bundle"].url
+        return run(PEERS[name], self._peers[name], kafka, redis, models, events, self._sizes.batch)
 
     def _fill(self, world: World) -> None:
         apply_topics(self._kafka)
@@ -273,10 +302,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--partitions", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2_000, help="events in a transaction")
-    sizes = Sizes(**vars(parser.parse_args(arguments)))
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=[*PEERS, "none"],
+        default=[*PEERS],
+        help="which run beside it (default: all that can be installed)",
+    )
+    parser.add_argument(
+        "--peer-events",
+        type=int,
+        default=40_000,
+        help="events measured of a peer that takes batches; of another one a tenth",
+    )
+    options = vars(parser.parse_args(arguments))
+    names = [name for name in options.pop("peers") if name != "none"]
+    sizes = Sizes(**options)
     configure(LogConfig(level="warning"))
     console = Console()
     measured: dict[str, list[Measured]] = {model: [] for model in MODELS}
+    peers = beside.installed(names, console)
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
         folder = Path(name)
         models = {"bundle": default_models(console), "ladder": str(folder / "models")}
@@ -286,16 +331,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bootstrap_servers=endpoints.bootstrap_servers, partitions=sizes.partitions
             )
             redis = RedisConfig(url=SecretStr(endpoints.redis_url))
-            bench = Bench(sizes, kafka, redis, models)
+            bench = Bench(sizes, kafka, redis, models, peers)
             for _ in range(sizes.rounds):
                 for model in MODELS:
-                    run = bench.measure(model)
-                    measured[model].append(run)
+                    each = bench.measure(model)
+                    measured[model].append(each)
                     console.print(
-                        f"{model}: {run.scoring.rate:,.0f} events/s, bare {run.bare.rate:,.0f}"
+                        f"{model}: {each.scoring.rate:,.0f} events/s, bare {each.bare.rate:,.0f}"
                     )
+            runs = beside.measure(peers, sizes.rounds, bench.measure_peer, console)
     figures = summary(measured)
+    figures |= beside.summary(figures["bundle"], runs)
     console.print(table(figures))
+    if runs:
+        console.print(beside.table(figures))
     console.print(
         f"{figures['bytes_in_per_event']} bytes in and {figures['bytes_out_per_event']} out "
         f"an event, before compression; {figures['memory_mb']} MB"

@@ -1,0 +1,161 @@
+"""Runs peers of the scoring loop: each in a process of its own, some in an environment of its own.
+
+A peer whose packages would not agree with ours, or that nothing else needs, has them locked in
+`NAME.txt`. They are installed into `.cache/peers/NAME` at first use; a `.pth` file there lets what
+the peer does not bring itself (torch, numba, …) come from the environment that runs us.
+"""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from sysconfig import get_path
+from typing import Any
+
+import orjson
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from bench.peers.work import OUTPUT, WAIT_SECONDS
+from schemas.exceptions import StarcastError
+from streams.admin import reader_config
+from streams.config import KafkaConfig
+
+ENVIRONMENTS = Path(".cache/peers")
+INSTALL_SECONDS = 600.0  # an index that hangs would hang the benchmark
+RUN_SECONDS = 900.0  # so would a peer that waits for events which it has lost
+LONGEST_TAIL = 2_000  # characters of a failed peer's last words
+
+
+class PeerError(StarcastError):
+    """A peer that cannot be installed, that failed, or that did not do the work."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer and how it is run."""
+
+    name: str  # of its module
+    title: str
+    batches: bool  # whether it hands over many events at once
+    exactly_once: bool
+    own_environment: bool = False
+
+
+PEERS: Mapping[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("confluent", "confluent-kafka, single events", batches=False, exactly_once=True),
+        Peer("quix", "Quix Streams", batches=False, exactly_once=True, own_environment=True),
+        Peer("faust", "Faust, take", batches=True, exactly_once=False),
+        Peer("faststream", "FastStream, batches", True, exactly_once=False, own_environment=True),
+    )
+}
+
+
+def python(peer: Peer) -> Path:
+    """The Python that runs a peer; its environment is made at first use, or when its lock changed.
+
+    Raises PeerError when it cannot be.
+    """
+    if not peer.own_environment:
+        return Path(sys.executable)
+    folder = ENVIRONMENTS / peer.name
+    lock = Path(__file__).with_name(f"{peer.name}.txt")
+    made_of, digest = folder / "made-of", sha256(lock.read_bytes()).hexdigest()
+    executable = (folder / "bin" / "python").absolute()
+    if made_of.exists() and made_of.read_text() == digest:
+        return executable
+    uv = Path(sys.executable).with_name("uv")
+    _install([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder])
+    _install(
+        [uv, "pip", "install", "--quiet", "--python", executable, "--require-hashes", "-r", lock]
+    )
+    [packages] = folder.glob("lib/python*/site-packages")
+    # After the peer's own: where both have a package, the peer's version wins.
+    (packages / "ours.pth").write_text(get_path("purelib") + "\n")
+    made_of.write_text(digest)
+    return executable
+
+
+def run(
+    peer: Peer,
+    executable: Path,
+    kafka: KafkaConfig,
+    redis: str,
+    models: str,
+    events: int,
+    batch: int,
+) -> dict[str, Any]:
+    """A peer's figures over the events that wait in its topics.
+
+    Raises PeerError when it failed, or has not published one prediction for each event.
+    """
+    options = {
+        "bootstrap": kafka.bootstrap_servers,
+        "redis": redis,
+        "models": models,
+        "events": events,
+        "batch": batch,
+        "partitions": kafka.partitions,
+        "prefix": kafka.topic_prefix,
+    }
+    command = [str(executable), "-m", f"bench.peers.{peer.name}"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    try:
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            timeout=RUN_SECONDS,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PeerError(f"{peer.title} did not end within {RUN_SECONDS:.0f} s.") from error
+    if ended.returncode:
+        raise PeerError(f"{peer.title} failed: {ended.stderr.decode()[-LONGEST_TAIL:]}")
+    figures = orjson.loads(ended.stdout.splitlines()[-1])
+    published = predicted(kafka)
+    if len(published) != events or (peer.exactly_once and published.total() != events):
+        raise PeerError(
+            f"{peer.title} published {published.total():,} predictions for {len(published):,} "
+            f"of {events:,} events."
+        )
+    return figures | {"published_twice": published.total() - events}
+
+
+def predicted(kafka: KafkaConfig) -> Counter[str]:
+    """How often each event has a prediction that a read_committed reader sees."""
+    found = Counter[str]()
+    consumer = Consumer(reader_config(kafka, auto_offset_reset="earliest"))
+    try:
+        topic = kafka.topic_prefix + OUTPUT
+        left = set(range(kafka.partitions))
+        consumer.assign([TopicPartition(topic, partition, 0) for partition in left])
+        while left:
+            # One message waits for nothing; a batch would wait for more until its timeout.
+            message = consumer.poll(WAIT_SECONDS)
+            if message is None:
+                raise PeerError(f"{topic} gave nothing for {WAIT_SECONDS:.0f} s.")
+            error = message.error()
+            if error is None:
+                found[orjson.loads(message.value() or b"")["event_id"]] += 1
+            elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
+                left.discard(message.partition() or 0)
+            else:
+                raise KafkaException(error)
+    finally:
+        consumer.close()
+    return found
+
+
+def _install(command: list[Any]) -> None:
+    words = [str(word) for word in command]
+    try:
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=INSTALL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PeerError(f"{words[0]} did not run: {error}") from error
+    if ended.returncode:
+        raise PeerError(f"{' '.join(words)} failed: {ended.stderr[-LONGEST_TAIL:]}")

@@ -1,0 +1,304 @@
+"""What every peer of the scoring loop does with events, one at a time or a batch at once.
+
+Decode, read states from Redis, compute features, predict, write user states back, encode prediction
+records: by the same functions of `model` and `schemas` as the scorer. How events come and how
+predictions and offsets go is the peer's own affair, and so is how many it hands over at once.
+
+The pace is taken at the beginnings of calls: a peer that asks for the next events has done whatever
+it does with those before. The events until the first mark are left out (start-up, compilation), and
+so is the end, where a peer waits for input that does not come.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import orjson
+import psutil
+import torch
+from pydantic import SecretStr
+
+from model import bundle, registry
+from model.events import EVENT, Rows, blank, from_behavior, from_reviews, joined, opaque
+from model.lookups import Lookups
+from model.predict import Predictor, predictor
+from model.replay import BatchResult, Observation, Share, run_batch
+from model.state import LAYOUT_HASH, PARTITION, USER, from_bytes, to_bytes
+from schemas.codec import decode, encode_columns, format_times
+from schemas.topics import BY_NAME
+from starcast.log import LogConfig, configure
+from streams.config import RedisConfig
+from streams.memory import settle
+from streams.predictions import prediction_columns
+from streams.reader import USER_STATE, Reader, partition_keys
+from streams.store import Store
+from streams.user_states import decode_header
+
+INPUTS = ("reviews", "behavior")
+OUTPUT = "predicted-ratings"
+WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the run
+FETCH_KILOBYTES = 8_192  # prefetched input: a peer that starts must not be measured while it fills
+
+_FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
+    "reviews": from_reviews,
+    "behavior": from_behavior,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where a peer works, and on how much."""
+
+    bootstrap: str
+    redis: str
+    models: str
+    events: int  # that it will find
+    batch: int  # most events in a transaction or a batch
+    partitions: int
+    prefix: str  # of the peer's own topics
+
+    @property
+    def inputs(self) -> list[str]:
+        """The topics to read, with the prefix."""
+        return [self.prefix + topic for topic in INPUTS]
+
+    @property
+    def output(self) -> str:
+        """The topic of predictions, with the prefix."""
+        return self.prefix + OUTPUT
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One event as Kafka gave it."""
+
+    topic: str  # with the prefix
+    partition: int
+    offset: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One prediction record, for the partition whose events it answers."""
+
+    key: bytes
+    value: bytes
+    partition: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far a peer was."""
+
+    events: int
+    seconds: float
+    cpu_seconds: float  # of the process, all threads
+
+
+class Pace:
+    """Marks, each at the first beginning of a call at least `every` events after the last."""
+
+    def __init__(self, every: int) -> None:
+        self.events = 0
+        self.calls = 0
+        self.marks: list[Mark] = []
+        self._every = every
+
+    def begin(self, events: int) -> None:
+        """A call with so many events begins."""
+        if not self.marks or self.events - self.marks[-1].events >= self._every:
+            self.marks.append(Mark(self.events, time.perf_counter(), time.process_time()))
+        self.events += events
+        self.calls += 1
+
+
+def steady(marks: Sequence[Mark]) -> Mark:
+    """Events, seconds and processor seconds between the second mark and the last."""
+    first, last = marks[1], marks[-1]
+    return Mark(
+        last.events - first.events,
+        last.seconds - first.seconds,
+        last.cpu_seconds - first.cpu_seconds,
+    )
+
+
+class Work:
+    """The work on events, with the model and the store that it needs."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(1)  # as the scorer has it
+        stable = registry.read(settings.models).stable
+        loaded = bundle.load(settings.models, stable.version, stable.sha256) if stable else None
+        self._predictor: Predictor = predictor(loaded)
+        self._store = Store(
+            RedisConfig(url=SecretStr(settings.redis)), LAYOUT_HASH, settings.partitions
+        )
+        self._reader = Reader(self._store)
+        self._reader.use_encoder(self._predictor.encoder_hash or "")
+        self._prefix = settings.prefix
+        self._events = settings.events
+        self._partition_keys = [
+            self._store.plain_key(f"{settings.prefix}partition:{partition}")
+            for partition in range(settings.partitions)
+        ]
+        self._begin_partitions()
+        self.pace = Pace(settings.batch)
+
+    @property
+    def done(self) -> bool:
+        """Whether all events have come."""
+        return self.pace.events >= self._events
+
+    def score(self, arrivals: Sequence[Arrival]) -> list[Prediction]:
+        """Predictions for events, in some order that keeps each partition's own."""
+        self.pace.begin(len(arrivals))
+        arrivals = sorted(arrivals, key=lambda arrival: arrival.partition)
+        records, events = self._decode(arrivals)
+        shares, partitions, users = self._read(arrivals, events)
+        lookups = self._reader.lookups(events, joined([share.states for share in shares]))
+        results, observation = run_batch(shares, lookups)
+        self._write(partitions, users, results)
+        return self._encode(arrivals, records, events, observation, lookups, results)
+
+    def _begin_partitions(self) -> None:
+        """Go on where the scorer stopped: the running means and counters of its partitions."""
+        headers = [
+            decode_header(self._store.header(USER_STATE, partition))
+            for partition in range(self._store.partitions)
+        ]
+        self._store.put(self._partition_keys, [each["partition"].tobytes() for each in headers])
+
+    def _decode(self, arrivals: Sequence[Arrival]) -> tuple[list[Any], Rows]:
+        records: list[Any] = [None] * len(arrivals)
+        events = blank(EVENT, len(arrivals))
+        for topic in INPUTS:
+            name = self._prefix + topic
+            rows = [at for at, arrival in enumerate(arrivals) if arrival.topic == name]
+            if not rows:
+                continue
+            mine = [arrivals[at] for at in rows]
+            decoded = decode(
+                BY_NAME[topic],
+                [arrival.value for arrival in mine],
+                [(arrival.partition, arrival.offset) for arrival in mine],
+            ).records
+            opaque(events)[rows] = opaque(_FROM_RECORDS[topic](decoded))
+            for at, record in zip(rows, decoded, strict=True):
+                records[at] = record
+        return records, events
+
+    def _read(
+        self, arrivals: Sequence[Arrival], events: Rows
+    ) -> tuple[list[Share], list[int], list[bytes]]:
+        """The shares of the partitions, their numbers, and the keys of all their users."""
+        of = np.array([arrival.partition for arrival in arrivals])
+        partitions, starts = np.unique(of, return_index=True)
+        spans = [
+            slice(begin, end)
+            for begin, end in zip(starts, [*starts[1:], len(arrivals)], strict=True)
+        ]
+        distinct = [np.unique(events["user"][span], return_inverse=True) for span in spans]
+        numbers = partitions.tolist()
+        keys = [
+            partition_keys(self._store, USER_STATE, partition, users)
+            for partition, (users, _) in zip(numbers, distinct, strict=True)
+        ]
+        all_keys = [key for mine in keys for key in mine]
+        values = self._store.read(
+            [*(self._partition_keys[partition] for partition in numbers), *all_keys]
+        )
+        headers = np.frombuffer(b"".join(each or b"" for each in values[: len(numbers)]), PARTITION)
+        states = from_bytes(values[len(numbers) :], USER)
+        ends = np.cumsum([len(mine) for mine in keys])
+        shares = [
+            Share(states[end - len(mine) : end], index, headers[at].copy(), events[span])
+            for at, (end, mine, (_, index), span) in enumerate(
+                zip(ends, keys, distinct, spans, strict=True)
+            )
+        ]
+        return shares, numbers, all_keys
+
+    def _write(
+        self, partitions: Sequence[int], users: Sequence[bytes], results: Sequence[BatchResult]
+    ) -> None:
+        keys = [*users, *(self._partition_keys[partition] for partition in partitions)]
+        states = to_bytes(joined([result.states for result in results]))
+        self._store.put(keys, [*states, *(result.partition.tobytes() for result in results)])
+
+    def _encode(
+        self,
+        arrivals: Sequence[Arrival],
+        records: Sequence[Any],
+        events: Rows,
+        observation: Observation,
+        lookups: Lookups,
+        results: Sequence[BatchResult],
+    ) -> list[Prediction]:
+        predictions = self._predictor.predict(events, observation, lookups)
+        count, now = len(records), np.array([int(time.time() * 1_000)])
+        values = encode_columns(
+            {
+                "event_id": [record.event_id for record in records],
+                "user_id": [record.user_id for record in records],
+                "item_id": [record.item_id for record in records],
+                "event_time": format_times(events["time"]),
+                "predicted_at": format_times(now) * count,
+                "kind": ["interaction"] * count,
+                **prediction_columns(predictions),
+                "source": [
+                    {
+                        "topic": arrival.topic.removeprefix(self._prefix),
+                        "partition": arrival.partition,
+                        "offset": arrival.offset,
+                    }
+                    for arrival in arrivals
+                ],
+                "seq": np.concatenate([result.seq for result in results]).tolist(),
+            }
+        )
+        return [
+            Prediction(record.user_id.encode(), value, arrival.partition)
+            for record, value, arrival in zip(records, values, arrivals, strict=True)
+        ]
+
+
+def serve(
+    name: str,
+    packages: Sequence[str],
+    run: Callable[[Settings, Work], None],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a peer over the events that wait in its topics; its figures as JSON, last on stdout."""
+    parser = argparse.ArgumentParser(prog=f"bench.peers.{name}")
+    parser.add_argument("--bootstrap", required=True, help="host:port of Kafka")
+    parser.add_argument("--redis", required=True, help="URL of Redis or Valkey")
+    parser.add_argument("--models", required=True, help="URL of the registry of models")
+    parser.add_argument("--events", type=int, required=True, help="events that wait; three batches")
+    parser.add_argument("--batch", type=int, default=2_000, help="most events at once")
+    parser.add_argument("--partitions", type=int, default=8)
+    parser.add_argument("--prefix", default=f"{name}.", help="of the peer's own topics")
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    if settings.events < 3 * settings.batch:
+        parser.error("the first batch is left out, and the last: three are needed at least")
+    configure(LogConfig(level="warning"))
+    work = Work(settings)
+    settle()  # as the scorer does
+    run(settings, work)
+    measured = steady(work.pace.marks)
+    figures = {
+        "events": measured.events,
+        "events_per_second": round(measured.events / measured.seconds, 1),
+        "cpu_us_per_event": round(measured.cpu_seconds / measured.events * 1e6, 1),
+        "events_per_call": round(work.pace.events / work.pace.calls, 1),
+        "memory_mb": round(psutil.Process().memory_info().rss / 2**20),
+        "versions": {package: version(package) for package in packages},
+    }
+    sys.stdout.buffer.write(orjson.dumps(figures) + b"\n")
+    sys.stdout.flush()
+    return 0
