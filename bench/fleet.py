@@ -25,7 +25,7 @@ from streams.embedded import HOST, Child, free_port, start_child
 from streams.producer import Outgoing
 
 SEND_SECONDS = 50.0  # a transaction that is open for longer is ended by the broker
-SCORE_SECONDS = 300.0  # workers that score nothing any more end the benchmark
+SCORE_SECONDS = 120.0  # workers that score nothing any more end the benchmark
 STOP_SECONDS = 15.0  # a worker that does not end is killed, and its partitions wait for its session
 ANSWER_SECONDS = 10.0  # a worker that hangs must not hang the benchmark
 READY_SECONDS = 3.0  # ready for so long, no rebalance is on its way
@@ -85,7 +85,11 @@ class Fleet:
         producer.commit_transaction(SEND_SECONDS)
         while self._predicted() - before < count:
             if time.perf_counter() - began > SCORE_SECONDS:
-                raise StarcastError(f"{count} events were not scored in {SCORE_SECONDS:.0f} s.")
+                left = count - (self._predicted() - before)
+                raise StarcastError(
+                    f"{left:.0f} of {count} events were not scored in {SCORE_SECONDS:.0f} s; the "
+                    f"workers' logs are in {self._servers.folder}."
+                )
             time.sleep(LOOK_SECONDS)
         seconds = time.perf_counter() - began
         worker, kafka, store = (

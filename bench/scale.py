@@ -40,7 +40,7 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
-from bench.direct import Batches, Scored, Shop, score_batches
+from bench.direct import FIRST_EVENT, Batches, Scored, Shop, score_batches
 from bench.events import World, make_events
 from bench.extrapolation import LABEL, Measured, Needed, Wanted, extrapolate
 from bench.fleet import Played, Servers, start_fleet
@@ -164,7 +164,7 @@ class Scale:
         with self._servers() as (servers, kafka, redis):
             self._fill(redis, PARTITIONS)
             apply_topics(kafka)
-            stream = self._stream()
+            stream = self._stream(self._options.rounds * len(self._options.workers))
             played: dict[int, list[Played]] = {count: [] for count in self._options.workers}
             for _ in range(self._options.rounds):
                 for count in self._options.workers:
@@ -184,7 +184,7 @@ class Scale:
                 redis = store.model_copy(update={"key_prefix": f"p{count}"})
                 self._fill(redis, count)
                 apply_topics(kafka)
-                stream = self._stream()
+                stream = self._stream(self._options.rounds)
                 with start_fleet(servers, kafka, redis, self._ladder.url, 1) as fleet:
                     fleet.play(islice(stream, WARM_UP))
                     for _ in range(self._options.rounds):
@@ -208,11 +208,12 @@ class Scale:
             put_items(store, self._sample, histories, ITEMS)
             put_users(store, self._sample, histories, USERS)
 
-    def _stream(self) -> Iterator[Outgoing]:
-        """Events without end, of the users and items that the store knows."""
+    def _stream(self, plays: int) -> Iterator[Outgoing]:
+        """Events of the users and items that the store knows, for so many runs after a warm-up."""
         shop = self._sample.shop
         world = World(make_users(USERS), make_items(shop, ITEMS), shop.texts)
-        return make_events(world, sys.maxsize // 2**24, seed=8, first=10**8)
+        count = plays * (WARM_UP + self._options.events)
+        return make_events(world, count, seed=8, first=FIRST_EVENT)
 
     @contextmanager
     def _store(self, name: str) -> Generator[RedisConfig]:
