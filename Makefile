@@ -106,6 +106,10 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop and its peers
 	$(BIN)/python -m bench.loop $(ARGS)
 
+.PHONY: bench-scale
+bench-scale: setup system kafka-jars ## Measure how cost grows with users, items, partitions, workers (ARGS="--parts users --users 10000 5000000")
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scale $(ARGS)
+
 .PHONY: quality
 quality: setup ## Measure predictions beside peers, fine-tuning, ablations; goes on where it was (ARGS="--parts sets")
 	test -d .cache/movielens || $(BIN)/python -m bench.movielens .cache/movielens

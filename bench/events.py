@@ -60,14 +60,17 @@ def make_world(users: int, items: int, seed: int = 7) -> World:
 
 
 def make_events(
-    world: World, count: int, end: datetime | None = None, seed: int = 7
+    world: World, count: int, end: datetime | None = None, seed: int = 7, first: int = 0
 ) -> Iterator[Outgoing]:
-    """Reviews and behaviour in order of time, the last at `end` (now)."""
+    """Reviews and behaviour in order of time, the last at `end` (now).
+
+    An event's id is its number, from `first` on: parts of one stream need different numbers.
+    """
     random = np.random.default_rng(seed)
-    first = (end or datetime.now(UTC)) - timedelta(milliseconds=STEP_MS * count)
-    start = int(first.timestamp() * 1000)
-    for begin in range(0, count, CHUNK):
-        numbers = np.arange(begin, min(begin + CHUNK, count))
+    begins = (end or datetime.now(UTC)) - timedelta(milliseconds=STEP_MS * (first + count))
+    start = int(begins.timestamp() * 1000)
+    for begin in range(first, first + count, CHUNK):
+        numbers = np.arange(begin, min(begin + CHUNK, first + count))
         yield from _chunk(world, random, numbers, start)
 
 
