@@ -104,6 +104,14 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
 	$(BIN)/python -m bench.loop $(ARGS)
 
+.PHONY: bench-text
+bench-text: setup ## Measure the text encoder beside sentence-transformers and the machine's matrix products
+	$(BIN)/python -m bench.text $(ARGS)
+
+.PHONY: bench-train
+bench-train: setup ## Measure fine-tuning beside transformers.Trainer and a plain loop, and replays
+	$(BIN)/python -m bench.train $(ARGS)
+
 .PHONY: quality
 quality: setup ## Measure predictions beside peers, fine-tuning, ablations; goes on where it was (ARGS="--parts sets")
 	test -d .cache/movielens || $(BIN)/python -m bench.movielens .cache/movielens
