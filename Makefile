@@ -110,6 +110,14 @@ bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare 
 bench-scale: setup system kafka-jars ## Measure how cost grows with users, items, partitions, workers (ARGS="--parts users --users 10000 5000000")
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scale $(ARGS)
 
+.PHONY: bench-text
+bench-text: setup ## Measure the text encoder beside sentence-transformers and the machine's matrix products
+	$(BIN)/python -m bench.text $(ARGS)
+
+.PHONY: bench-train
+bench-train: setup ## Measure fine-tuning beside transformers.Trainer and a plain loop, and replays
+	$(BIN)/python -m bench.train $(ARGS)
+
 .PHONY: quality
 quality: setup ## Measure predictions beside peers, fine-tuning, ablations; goes on where it was (ARGS="--parts sets")
 	test -d .cache/movielens || $(BIN)/python -m bench.movielens .cache/movielens
