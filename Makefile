@@ -104,6 +104,10 @@ servers: setup system kafka-jars ## Run Apache Kafka and Valkey until Ctrl-C
 bench-loop: setup system kafka-jars ## Measure the scoring loop beside the bare Kafka loop
 	$(BIN)/python -m bench.loop $(ARGS)
 
+.PHONY: bench-latency
+bench-latency: setup system kafka-jars ## Measure latency at rates that stay beside the bare Kafka loop (ARGS="--rates 1000 5000")
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.latency $(ARGS)
+
 .PHONY: quality
 quality: setup ## Measure predictions beside peers, fine-tuning, ablations; goes on where it was (ARGS="--parts sets")
 	test -d .cache/movielens || $(BIN)/python -m bench.movielens .cache/movielens

@@ -14,8 +14,10 @@ import os
 import sys
 import tempfile
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -29,6 +31,7 @@ import polars as pl
 import vl_convert
 from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from rich import box
 from rich.console import Console
@@ -55,9 +58,10 @@ from bench.soak import Template, make_pool, ready
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.config import KafkaConfig, RedisConfig, ScorerConfig
-from streams.embedded import HOST, Child, Endpoints, free_port, start_child
+from streams.embedded import HOST, Endpoints, free_port, start_child
 from tests.servers import servers
 
+TRANSACTIONS = "transactions"
 LOOPS = ("scorer", "bare")
 PERCENTILES = (50.0, 99.0, 99.9)
 RATES = (1_000, 5_000, 10_000, 20_000)
@@ -68,7 +72,9 @@ BEHIND_SECONDS = 2.0  # a loop that is later with the last event does not keep u
 GIVE_UP_SECONDS = 6.0  # and one so late will not; more would only have to be worked off
 GROWTH = 0.02  # seconds that a loop may fall behind in a second: more is no noise
 DRAIN_SECONDS = 120.0  # a loop that loses events would never end
+READY_SECONDS = 60.0  # a bare loop that is given no partitions would hang the benchmark
 START_SECONDS = 240.0  # a worker that does not become ready would hang the benchmark
+TABLE_WIDTH = 120  # Markdown whose lines are cut is none
 PACKAGES = ("confluent-kafka", "hdrhistogram", "numpy", "orjson", "redis", "torch")
 
 
@@ -93,6 +99,9 @@ class Measured:
     latencies: NDArray[np.float64]  # in order of visibility
     late: NDArray[np.float64]  # of the sender, and part of the above
     sustained: bool
+    events: int  # the warm-up's too, as in what follows
+    transactions: int
+    phases: Mapping[str, float]  # seconds; none of the bare loop
 
 
 class Course:
@@ -102,6 +111,7 @@ class Course:
         self,
         options: Options,
         kafka: KafkaConfig,
+        metrics_port: int,
         pool: Sequence[Template],
         executors: Mapping[str, ProcessPoolExecutor],
         manager: SyncManager,
@@ -109,14 +119,13 @@ class Course:
         self._options = options
         self._kafka = kafka
         self._bare = kafka.model_copy(update={"topic_prefix": "bare."})
+        self._port = metrics_port
         self._pool = pool
         self._executors = executors
         self._manager = manager
         self._number = FIRST_NUMBER
         self._predictions: Sequence[bytes] = ()
         self._samples: Mapping[str, Sample] = {}
-        for executor in executors.values():
-            executor.submit(os.getpid).result()  # it has loaded its modules by then
         self._play(kafka, self._plan(min(options.rates), options.warm_up))
 
     def measure(self, loop: str, rate: int) -> Measured:
@@ -126,13 +135,19 @@ class Course:
     def _scorer(self, rate: int) -> Measured:
         starts = {topic: ends_of(self._kafka, topic) for topic in OTHER_OUTPUTS}
         plan = self._plan(rate, self._options.warm_up + self._options.seconds)
+        before = batch_seconds(self._port)
         sent, seen = self._play(self._kafka, plan)
+        spent = {
+            phase: value - before.get(phase, 0.0)
+            for phase, value in batch_seconds(self._port).items()
+        }
         self._predictions = seen.values
         self._samples = {
             topic: sample_of(self._kafka, topic, start, sent.count)
             for topic, start in starts.items()
         }
-        return judged(plan, sent, seen, self._options.warm_up)
+        transactions = int(spent.pop(TRANSACTIONS))
+        return judged(plan, sent, seen, self._options.warm_up, transactions, spent)
 
     def _echo(self, rate: int) -> Measured:
         is_ready, stop = self._manager.Event(), self._manager.Event()
@@ -140,15 +155,13 @@ class Course:
             echo, self._bare, ScorerConfig(), self._predictions, self._samples, is_ready, stop
         )
         try:
-            while not is_ready.wait(LEAD_SECONDS):
-                if running.done():
-                    running.result()
+            if not is_ready.wait(READY_SECONDS):
+                raise StarcastError("The bare loop was given no partitions.")
             plan = self._plan(rate, self._options.warm_up + self._options.seconds)
             sent, seen = self._play(self._bare, plan, running)
         finally:
             stop.set()
-        running.result()
-        return judged(plan, sent, seen, self._options.warm_up)
+        return judged(plan, sent, seen, self._options.warm_up, running.result(), {})
 
     def _plan(self, rate: int, seconds: float) -> Plan:
         """New events that begin to come soon."""
@@ -176,7 +189,29 @@ class Course:
         return sending.result(), seen
 
 
-def judged(plan: Plan, sent: Sent, seen: Seen, warm_up: float) -> Measured:
+def batch_seconds(port: int) -> dict[str, float]:
+    """The worker's seconds by phase so far, and how many batches there were."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as answer:
+        text = answer.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            phase = sample.labels.get("phase", "")
+            if sample.name == "starcast_batch_seconds_sum":
+                found[phase] = sample.value
+            elif sample.name == "starcast_batch_seconds_count" and phase == "process":
+                found[TRANSACTIONS] = sample.value
+    return found
+
+
+def judged(
+    plan: Plan,
+    sent: Sent,
+    seen: Seen,
+    warm_up: float,
+    transactions: int,
+    phases: Mapping[str, float],
+) -> Measured:
     """The latencies after the warm-up, and whether the loop kept up."""
     order = np.argsort(seen.index)
     index = seen.index[order]
@@ -184,8 +219,14 @@ def judged(plan: Plan, sent: Sent, seen: Seen, warm_up: float) -> Measured:
         raise StarcastError("An event was answered twice, or one that was never sent.")
     measured = index >= round(plan.rate * warm_up)
     latencies = seen.latencies[order][measured]
-    complete = sent.count == plan.count
-    return Measured(latencies, sent.late[measured], complete and keeps_up(latencies, plan.rate))
+    return Measured(
+        latencies,
+        sent.late[measured],
+        sent.count == plan.count and keeps_up(latencies, plan.rate),
+        sent.count,
+        transactions,
+        phases,
+    )
 
 
 def keeps_up(latencies: NDArray[np.float64], rate: float) -> bool:
@@ -232,6 +273,8 @@ def run_rates(
         low = highest_sustained(runs["scorer"])
         for _ in range(options.halvings):
             middle = int(round((low + high) / 2, -2))
+            if middle in (low, high):
+                break
             low, high = (middle, high) if run("scorer", middle) else (low, middle)
     return runs
 
@@ -265,6 +308,10 @@ def figures_of(runs: Mapping[str, Mapping[int, Sequence[Measured]]]) -> dict[str
 def _row(runs: Sequence[Measured]) -> dict[str, Any]:
     histogram = histogram_of(np.concatenate([run.latencies for run in runs]))
     late = np.concatenate([run.late for run in runs])
+    transactions = sum(run.transactions for run in runs)
+    phases = Counter[str]()
+    for run in runs:
+        phases.update(run.phases)  # pyright: ignore[reportArgumentType]
     return {
         "sustained": all(run.sustained for run in runs),
         "events": histogram.get_total_count(),
@@ -274,6 +321,10 @@ def _row(runs: Sequence[Measured]) -> dict[str, Any]:
         },
         "max": round(histogram.get_max_value() / 1_000, 2),
         "sender_late_p99": round(float(np.percentile(late, 99)) * 1_000, 2) if len(late) else None,
+        "events_per_transaction": round(sum(run.events for run in runs) / transactions, 1),
+        "ms_per_transaction": {
+            phase: round(spent / transactions * 1_000, 2) for phase, spent in phases.items()
+        },
     }
 
 
@@ -341,8 +392,8 @@ def plot(runs: Mapping[str, Mapping[int, Sequence[Measured]]], path: Path) -> No
 
 
 @contextmanager
-def scorer(folder: Path, endpoints: Endpoints, models: str, partitions: int) -> Generator[Child]:
-    """`starcast run scorer` with default settings, ready."""
+def scorer(folder: Path, endpoints: Endpoints, models: str, partitions: int) -> Generator[int]:
+    """`starcast run scorer` with default settings, ready; the port of its metrics."""
     port = free_port()
     with start_child(
         "scorer",
@@ -356,18 +407,18 @@ def scorer(folder: Path, endpoints: Endpoints, models: str, partitions: int) -> 
             "STARCAST_KAFKA__PARTITIONS": str(partitions),
             "STARCAST_REDIS__URL": endpoints.redis_url,
             "STARCAST_ARCHIVE__URL": str(folder / "archive"),
-            "STARCAST_MODELS__URL": str(Path(models).resolve()),
+            "STARCAST_MODELS__URL": models,
             "STARCAST_WEB__METRICS_PORT": str(port),
         },
-    ) as child:
-        yield child
+    ):
+        yield port
 
 
 def measure_all(
     options: Options, folder: Path, console: Console
 ) -> dict[str, dict[int, list[Measured]]]:
     """Start everything and measure."""
-    models = default_models(console)
+    models = str(Path(default_models(console)).resolve())
     console.print("Filling Kafka and Valkey …")
     context = get_context("spawn")
     with (
@@ -376,6 +427,8 @@ def measure_all(
         ProcessPoolExecutor(1, context) as sender,
         ProcessPoolExecutor(1, context) as bare,
     ):
+        executors = {"sender": sender, "bare": bare}
+        loaded = [executor.submit(os.getpid) for executor in executors.values()]
         kafka = KafkaConfig(
             bootstrap_servers=endpoints.bootstrap_servers, partitions=options.partitions
         )
@@ -392,8 +445,9 @@ def measure_all(
         Bench(sizes, kafka, redis, {"ladder": str(folder / "models")})
         world = make_world(options.users, options.items)
         pool = [each for each in make_pool(world, POOL) if each.topic != "score-requests"]
-        with scorer(folder, endpoints, models, options.partitions):
-            course = Course(options, kafka, pool, {"sender": sender, "bare": bare}, manager)
+        with scorer(folder, endpoints, models, options.partitions) as port:
+            wait(loaded)  # their modules, before anything is measured
+            course = Course(options, kafka, port, pool, executors, manager)
             return run_rates(options, course.measure, console)
 
 
@@ -420,10 +474,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
         runs = measure_all(options, Path(name), console)
     figures = figures_of(runs)
-    console.print(table(figures))
+    Console(width=TABLE_WIDTH).print(table(figures))
     console.print(
         f"Highest rate sustained: {figures['highest_sustained']:,} events/s "
-        f"(bare loop: at least {figures['highest_sustained_bare']:,})"
+        f"(bare loop: {figures['highest_sustained_bare']:,} of those tried)"
     )
     plot(runs, RESULTS / "latency.svg")
     path = write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
