@@ -294,7 +294,7 @@ def start_workers(folder: Path, environment: Mapping[str, str]) -> Generator[dic
                 [sys.executable, "-m", "starcast", "run", *processors],
                 f"{HOST}:{port}",
                 folder,
-                lambda port=port: _ready(port),
+                lambda port=port: ready(port),
                 timeout=START_SECONDS,
                 stop_timeout=15.0,
                 environment={**environment, "STARCAST_WEB__METRICS_PORT": str(port)},
@@ -304,7 +304,7 @@ def start_workers(folder: Path, environment: Mapping[str, str]) -> Generator[dic
         yield workers
 
 
-def _ready(port: int) -> bool:
+def ready(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://{HOST}:{port}/ready", timeout=ANSWER_SECONDS) as found:
             return found.status == 200

@@ -1,0 +1,489 @@
+"""How long from an event to its prediction, at rates that stay, beside the bare Kafka loop.
+
+Starts an Apache Kafka and a Valkey of its own, fills them as `bench.loop` does, and runs
+`starcast run scorer` with default settings and the default bundle. At each rate events come at
+constant intervals whatever becomes of them (an open loop), and a read_committed reader notes when
+each prediction becomes visible; the latency counts from when the event was due. After it the same
+with the bare loop, which waits for its batches as the scorer does and writes as much. Goes on to
+the next rate until the scorer does not keep up, then looks for the highest rate in between.
+Prints a table and writes `results/latency.json` and `results/latency.svg`.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import altair
+import numpy as np
+import polars as pl
+import vl_convert
+from hdrh.histogram import HdrHistogram
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.events import make_world
+from bench.loop import Bench, Sizes
+from bench.model import default_models
+from bench.open_loop import (
+    OTHER_OUTPUTS,
+    PREDICTIONS,
+    Plan,
+    Sample,
+    Seen,
+    Sent,
+    echo,
+    ends_of,
+    sample_of,
+    send,
+    watch,
+)
+from bench.report import RESULTS, write
+from bench.soak import Template, make_pool, ready
+from schemas.exceptions import StarcastError
+from starcast.log import LogConfig, configure
+from streams.config import KafkaConfig, RedisConfig, ScorerConfig
+from streams.embedded import HOST, Endpoints, free_port, start_child
+from tests.servers import servers
+
+TRANSACTIONS = "transactions"
+LOOPS = ("scorer", "bare")
+PERCENTILES = (50.0, 99.0, 99.9)
+RATES = (1_000, 5_000, 10_000, 20_000)
+POOL = 50_000  # events made once and sent again and again, with new ids and times
+FIRST_NUMBER = 1 << 40  # of the events that are measured: others have filled the store
+LEAD_SECONDS = 1.0  # the sender has found the topics' leaders by then
+BEHIND_SECONDS = 2.0  # a loop that is later with the last event does not keep up
+GIVE_UP_SECONDS = 6.0  # and one so late will not; more would only have to be worked off
+GROWTH = 0.02  # seconds that a loop may fall behind in a second: more is no noise
+DRAIN_SECONDS = 120.0  # a loop that loses events would never end
+READY_SECONDS = 60.0  # a bare loop that is given no partitions would hang the benchmark
+START_SECONDS = 240.0  # a worker that does not become ready would hang the benchmark
+TABLE_WIDTH = 120  # Markdown whose lines are cut is none
+PACKAGES = ("confluent-kafka", "hdrhistogram", "numpy", "orjson", "redis", "torch")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How fast, how long, and of how much."""
+
+    rates: Sequence[int]
+    seconds: float
+    warm_up: float
+    rounds: int
+    halvings: int
+    users: int
+    items: int
+    partitions: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One loop at one rate; latencies in seconds, after the warm-up."""
+
+    latencies: NDArray[np.float64]  # in order of visibility
+    late: NDArray[np.float64]  # of the sender, and part of the above
+    sustained: bool
+    events: int  # the warm-up's too, as in what follows
+    transactions: int
+    phases: Mapping[str, float]  # seconds; none of the bare loop
+
+
+class Course:
+    """Both loops, running or ready to, and what is needed to measure them."""
+
+    def __init__(
+        self,
+        options: Options,
+        kafka: KafkaConfig,
+        metrics_port: int,
+        pool: Sequence[Template],
+        executors: Mapping[str, ProcessPoolExecutor],
+        manager: SyncManager,
+    ) -> None:
+        self._options = options
+        self._kafka = kafka
+        self._bare = kafka.model_copy(update={"topic_prefix": "bare."})
+        self._port = metrics_port
+        self._pool = pool
+        self._executors = executors
+        self._manager = manager
+        self._number = FIRST_NUMBER
+        self._predictions: Sequence[bytes] = ()
+        self._samples: Mapping[str, Sample] = {}
+        self._play(kafka, self._plan(min(options.rates), options.warm_up))
+
+    def measure(self, loop: str, rate: int) -> Measured:
+        """One loop at one rate. The bare loop writes what the scorer wrote at its last rate."""
+        return self._scorer(rate) if loop == "scorer" else self._echo(rate)
+
+    def _scorer(self, rate: int) -> Measured:
+        starts = {topic: ends_of(self._kafka, topic) for topic in OTHER_OUTPUTS}
+        plan = self._plan(rate, self._options.warm_up + self._options.seconds)
+        before = batch_seconds(self._port)
+        sent, seen = self._play(self._kafka, plan)
+        spent = {
+            phase: value - before.get(phase, 0.0)
+            for phase, value in batch_seconds(self._port).items()
+        }
+        self._predictions = seen.values
+        self._samples = {
+            topic: sample_of(self._kafka, topic, start, sent.count)
+            for topic, start in starts.items()
+        }
+        transactions = int(spent.pop(TRANSACTIONS))
+        return judged(plan, sent, seen, self._options.warm_up, transactions, spent)
+
+    def _echo(self, rate: int) -> Measured:
+        is_ready, stop = self._manager.Event(), self._manager.Event()
+        running = self._executors["bare"].submit(
+            echo, self._bare, ScorerConfig(), self._predictions, self._samples, is_ready, stop
+        )
+        try:
+            if not is_ready.wait(READY_SECONDS):
+                raise StarcastError("The bare loop was given no partitions.")
+            plan = self._plan(rate, self._options.warm_up + self._options.seconds)
+            sent, seen = self._play(self._bare, plan, running)
+        finally:
+            stop.set()
+        return judged(plan, sent, seen, self._options.warm_up, running.result(), {})
+
+    def _plan(self, rate: int, seconds: float) -> Plan:
+        """New events that begin to come soon."""
+        plan = Plan(self._number, round(rate * seconds), rate, time.monotonic() + LEAD_SECONDS)
+        self._number += plan.count
+        return plan
+
+    def _play(
+        self, kafka: KafkaConfig, plan: Plan, running: Future[Any] | None = None
+    ) -> tuple[Sent, Seen]:
+        stop = self._manager.Event()
+        ends = ends_of(kafka, PREDICTIONS)
+        sending = self._executors["sender"].submit(send, kafka, self._pool, plan, stop)
+
+        def sent() -> int | None:
+            if running is not None and running.done():
+                running.result()
+                raise StarcastError("The bare loop has ended.")
+            return sending.result().count if sending.done() else None
+
+        try:
+            seen = watch(kafka, plan, ends, stop, sent, GIVE_UP_SECONDS, DRAIN_SECONDS)
+        finally:
+            stop.set()
+        return sending.result(), seen
+
+
+def batch_seconds(port: int) -> dict[str, float]:
+    """The worker's seconds by phase so far, and how many batches there were."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as answer:
+        text = answer.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            phase = sample.labels.get("phase", "")
+            if sample.name == "starcast_batch_seconds_sum":
+                found[phase] = sample.value
+            elif sample.name == "starcast_batch_seconds_count" and phase == "process":
+                found[TRANSACTIONS] = sample.value
+    return found
+
+
+def judged(
+    plan: Plan,
+    sent: Sent,
+    seen: Seen,
+    warm_up: float,
+    transactions: int,
+    phases: Mapping[str, float],
+) -> Measured:
+    """The latencies after the warm-up, and whether the loop kept up."""
+    order = np.argsort(seen.index)
+    index = seen.index[order]
+    if not np.array_equal(index, np.arange(sent.count)):
+        raise StarcastError("An event was answered twice, or one that was never sent.")
+    measured = index >= round(plan.rate * warm_up)
+    latencies = seen.latencies[order][measured]
+    return Measured(
+        latencies,
+        sent.late[measured],
+        sent.count == plan.count and keeps_up(latencies, plan.rate),
+        sent.count,
+        transactions,
+        phases,
+    )
+
+
+def keeps_up(latencies: NDArray[np.float64], rate: float) -> bool:
+    """Whether a loop kept up: near its input at the end, and no further behind by then.
+
+    `latencies` (n) are those of all events in the order in which they were due.
+    """
+    quarter = max(len(latencies) // 4, 1)
+    first, last = np.median(latencies[:quarter]), np.median(latencies[-quarter:])
+    between = (len(latencies) - quarter) / rate  # seconds from one quarter to the other
+    return bool(latencies[-1] <= BEHIND_SECONDS and last - first <= GROWTH * between)
+
+
+def histogram_of(latencies: NDArray[np.float64]) -> HdrHistogram:
+    """Microseconds up to an hour, to three digits."""
+    histogram = HdrHistogram(1, 3_600_000_000, 3)
+    values, counts = np.unique(np.rint(latencies * 1e6).astype(np.int64), return_counts=True)
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        histogram.record_value(max(value, 1), count)
+    return histogram
+
+
+def run_rates(
+    options: Options, measure: Callable[[str, int], Measured], console: Console
+) -> dict[str, dict[int, list[Measured]]]:
+    """Each loop at each rate, up to the first that it does not sustain; then rates in between."""
+    runs: dict[str, dict[int, list[Measured]]] = {loop: {} for loop in LOOPS}
+    broken: dict[str, int] = {}
+
+    def run(loop: str, rate: int) -> bool:
+        measured = measure(loop, rate)
+        runs[loop].setdefault(rate, []).append(measured)
+        console.print(f"{loop} at {rate:,}/s: {_words(measured)}")
+        if not measured.sustained:
+            broken[loop] = rate
+        return measured.sustained
+
+    for rate in sorted(options.rates):
+        for _ in range(options.rounds):
+            for loop in LOOPS:
+                if loop not in broken:
+                    run(loop, rate)
+    if high := broken.get("scorer", 0):
+        low = highest_sustained(runs["scorer"])
+        for _ in range(options.halvings):
+            middle = int(round((low + high) / 2, -2))
+            if middle in (low, high):
+                break
+            low, high = (middle, high) if run("scorer", middle) else (low, middle)
+    return runs
+
+
+def highest_sustained(runs: Mapping[int, Sequence[Measured]]) -> int:
+    """The highest rate that every run sustained; 0 when there is none."""
+    good = [rate for rate, each in runs.items() if all(run.sustained for run in each)]
+    return max(good, default=0)
+
+
+def figures_of(runs: Mapping[str, Mapping[int, Sequence[Measured]]]) -> dict[str, Any]:
+    """Ratios by name, and each loop's percentiles in milliseconds, over all rounds of a rate."""
+    rows = {
+        loop: {str(rate): _row(each) for rate, each in sorted(by_rate.items())}
+        for loop, by_rate in runs.items()
+    }
+    ratios: dict[str, float] = {}
+    for rate, row in rows["scorer"].items():
+        bare = rows["bare"].get(rate)
+        if bare and row["sustained"] and bare["sustained"]:
+            for name in map(_name, PERCENTILES):
+                ratios[f"ratio_{name}_at_{rate}"] = round(row[name] / bare[name], 2)
+    return {
+        **ratios,
+        "highest_sustained": highest_sustained(runs["scorer"]),
+        "highest_sustained_bare": highest_sustained(runs["bare"]),
+        **rows,
+    }
+
+
+def _row(runs: Sequence[Measured]) -> dict[str, Any]:
+    histogram = histogram_of(np.concatenate([run.latencies for run in runs]))
+    late = np.concatenate([run.late for run in runs])
+    transactions = sum(run.transactions for run in runs)
+    phases = Counter[str]()
+    for run in runs:
+        phases.update(run.phases)  # pyright: ignore[reportArgumentType]
+    return {
+        "sustained": all(run.sustained for run in runs),
+        "events": histogram.get_total_count(),
+        **{
+            _name(each): round(histogram.get_value_at_percentile(each) / 1_000, 2)
+            for each in PERCENTILES
+        },
+        "max": round(histogram.get_max_value() / 1_000, 2),
+        "sender_late_p99": round(float(np.percentile(late, 99)) * 1_000, 2) if len(late) else None,
+        "events_per_transaction": round(sum(run.events for run in runs) / transactions, 1),
+        "ms_per_transaction": {
+            phase: round(spent / transactions * 1_000, 2) for phase, spent in phases.items()
+        },
+    }
+
+
+def _name(percentile: float) -> str:
+    return f"p{percentile:g}"
+
+
+def _words(measured: Measured) -> str:
+    row = _row([measured])
+    found = ", ".join(f"{name} {row[name]:.1f} ms" for name in map(_name, PERCENTILES))
+    return found if measured.sustained else f"not sustained ({found})"
+
+
+def table(figures: Mapping[str, Any]) -> Table:
+    """A Markdown table: milliseconds by rate, the loops side by side."""
+    names = [_name(each) for each in PERCENTILES]
+    shown = Table("events/s", box=box.MARKDOWN)
+    for column in (
+        *(f"{name} ms" for name in names),
+        *(f"bare {name} ms" for name in names),
+        *(f"ratio {name}" for name in names),
+    ):
+        shown.add_column(column, justify="right")
+    rates = {rate for loop in LOOPS for rate in figures[loop]}
+    for rate in sorted(rates, key=int):
+        cells = [
+            f"{row[name]:.1f}" if row and row["sustained"] else "breaks" if row else ""
+            for row in (figures[loop].get(rate) for loop in LOOPS)
+            for name in names
+        ]
+        ratios = [figures.get(f"ratio_{name}_at_{rate}") for name in names]
+        shown.add_row(
+            f"{int(rate):,}", *cells, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        )
+    return shown
+
+
+def plot(runs: Mapping[str, Mapping[int, Sequence[Measured]]], path: Path) -> None:
+    """Latency by how rare it is, for each rate that was sustained."""
+    rows: list[dict[str, Any]] = []
+    for loop, by_rate in runs.items():
+        for rate, each in by_rate.items():
+            if not all(run.sustained for run in each):
+                continue
+            histogram = histogram_of(np.concatenate([run.latencies for run in each]))
+            rows += [
+                {
+                    "loop": loop,
+                    "events/s": rate,
+                    "slower than this: one event in": rarity,
+                    "ms": histogram.get_value_at_percentile(100 - 100 / rarity) / 1_000,
+                }
+                for rarity in np.geomspace(1.05, 1_000, 60).tolist()
+            ]
+    if not rows:
+        return
+    chart = altair.Chart(pl.DataFrame(rows)).mark_line()
+    chart = chart.encode(
+        x=altair.X("slower than this\\: one event in:Q", scale=altair.Scale(type="log")),
+        y=altair.Y("ms:Q", scale=altair.Scale(type="log")),
+        color=altair.Color("loop:N", sort=list(LOOPS)),
+    )
+    chart = chart.properties(width=260, height=200).facet("events/s:N", columns=3)
+    path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
+
+
+@contextmanager
+def scorer(folder: Path, endpoints: Endpoints, models: str, partitions: int) -> Generator[int]:
+    """`starcast run scorer` with default settings, ready; the port of its metrics."""
+    port = free_port()
+    with start_child(
+        "scorer",
+        [sys.executable, "-m", "starcast", "run", "scorer"],
+        f"{HOST}:{port}",
+        folder,
+        lambda: ready(port),
+        timeout=START_SECONDS,
+        environment={
+            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": endpoints.bootstrap_servers,
+            "STARCAST_KAFKA__PARTITIONS": str(partitions),
+            "STARCAST_REDIS__URL": endpoints.redis_url,
+            "STARCAST_ARCHIVE__URL": str(folder / "archive"),
+            "STARCAST_MODELS__URL": models,
+            "STARCAST_WEB__METRICS_PORT": str(port),
+        },
+    ):
+        yield port
+
+
+def measure_all(
+    options: Options, folder: Path, console: Console
+) -> dict[str, dict[int, list[Measured]]]:
+    """Start everything and measure."""
+    models = str(Path(default_models(console)).resolve())
+    console.print("Filling Kafka and Valkey …")
+    context = get_context("spawn")
+    with (
+        servers(folder / "servers") as endpoints,
+        context.Manager() as manager,
+        ProcessPoolExecutor(1, context) as sender,
+        ProcessPoolExecutor(1, context) as bare,
+    ):
+        executors = {"sender": sender, "bare": bare}
+        loaded = [executor.submit(os.getpid) for executor in executors.values()]
+        kafka = KafkaConfig(
+            bootstrap_servers=endpoints.bootstrap_servers, partitions=options.partitions
+        )
+        batch = ScorerConfig().batch_events
+        sizes = Sizes(
+            events=4 * options.users,
+            rounds=0,
+            users=options.users,
+            items=options.items,
+            partitions=options.partitions,
+            batch=batch,
+        )
+        redis = RedisConfig(url=SecretStr(endpoints.redis_url))
+        Bench(sizes, kafka, redis, {"ladder": str(folder / "models")})
+        world = make_world(options.users, options.items)
+        pool = [each for each in make_pool(world, POOL) if each.topic != "score-requests"]
+        with scorer(folder, endpoints, models, options.partitions) as port:
+            wait(loaded)  # their modules, before anything is measured
+            course = Course(options, kafka, port, pool, executors, manager)
+            return run_rates(options, course.measure, console)
+
+
+def _options(arguments: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog="bench.latency", description=__doc__)
+    parser.add_argument("--rates", type=int, nargs="+", default=RATES, help="events a second")
+    parser.add_argument("--seconds", type=float, default=20.0, help="measured at each rate")
+    parser.add_argument("--warm-up", type=float, default=5.0, help="seconds before, at each rate")
+    parser.add_argument("--rounds", type=int, default=2, help="of both loops at each rate")
+    parser.add_argument(
+        "--halvings", type=int, default=3, help="rates tried between the highest and the broken one"
+    )
+    parser.add_argument("--users", type=int, default=20_000)
+    parser.add_argument("--items", type=int, default=10_000)
+    parser.add_argument("--partitions", type=int, default=8)
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    options = _options(arguments)
+    configure(LogConfig(level="warning"))
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
+        runs = measure_all(options, Path(name), console)
+    figures = figures_of(runs)
+    Console(width=TABLE_WIDTH).print(table(figures))
+    console.print(
+        f"Highest rate sustained: {figures['highest_sustained']:,} events/s "
+        f"(bare loop: {figures['highest_sustained_bare']:,} of those tried)"
+    )
+    plot(runs, RESULTS / "latency.svg")
+    path = write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
+    console.print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
