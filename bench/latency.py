@@ -440,9 +440,10 @@ def measure_all(
             items=options.items,
             partitions=options.partitions,
             batch=batch,
+            peer_events=0,
         )
         redis = RedisConfig(url=SecretStr(endpoints.redis_url))
-        Bench(sizes, kafka, redis, {"ladder": str(folder / "models")})
+        Bench(sizes, kafka, redis, {"ladder": str(folder / "models")}, {})
         world = make_world(options.users, options.items)
         pool = [each for each in make_pool(world, POOL) if each.topic != "score-requests"]
         with scorer(folder, endpoints, models, options.partitions) as port:

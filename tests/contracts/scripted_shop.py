@@ -139,7 +139,8 @@ class ScriptedShop:
     def processor(self) -> Processor:
         shared = _Shared(self.settings, self.store, self.models, self.metrics)
         made: Any = _make(self.name, shared, 0)
-        made.batch_size = BATCH
+        if self.name != "scorer":  # whose settings say it
+            made.batch_size = BATCH
         return made
 
     def loop(self, processor: Processor) -> Loop:
@@ -229,6 +230,7 @@ def scripted_shop(
     """A new shop, its own keys and archive."""
     settings = Settings.model_validate(
         {
+            "scorer": {"batch_events": BATCH},
             "kafka": {"topic_prefix": PREFIX, "group_id": "shop", "partitions": PARTITIONS},
             "redis": {"url": SecretStr(store_url), "key_prefix": uuid4().hex},
             "archive": {"url": str(folder / uuid4().hex), "flush_rows": 5 * BATCH},
