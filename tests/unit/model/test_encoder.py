@@ -210,6 +210,9 @@ def test_batches_keep_the_token_budget(
     assert max(sizes) <= 256
     used = sum(cost for cost, text in zip(encoder.count_tokens(texts), texts, strict=True) if text)
     assert sum(sizes) < 1.15 * used  # texts of like length go together
+    sizes.clear()
+    encoder.encode(texts, token_budget=100_000)
+    assert 1_000 < max(sizes) <= 1_024  # what a CPU's caches hold
 
 
 def test_mean_pooling_by_hand(folders: dict[str, Path]) -> None:
