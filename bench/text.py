@@ -392,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reviews", type=int, default=400, help="for the student and star heads")
     parser.add_argument("--pairs", type=int, default=200_000, help="0: the network is left out")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 2_048, 8_192, 32_768])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1_024, 32_768])
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
