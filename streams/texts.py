@@ -178,7 +178,10 @@ class Texts:
                 self._device,
                 serving.star_head,
                 self._config.longest_tokens,
+                self._config.precision,
             )
+            if loaded.graphs is not None:
+                loaded.graphs.warm(self._config.token_budget)
             if self._engine is not None:
                 self._engine.close()
             self._loaded = serving, loaded

@@ -133,7 +133,8 @@ class _Text:
         )
         with TemporaryDirectory(prefix="starcast-search-") as folder:
             place = Path(folder) / "encoder"
-            return text.validate(self.reviews, encoder, config.text, place, config.seed)
+            told = text.validate(self.reviews, encoder, config.text, place, config.seed)
+        return scores(self.reviews.rating[self.reviews.span == text.VALIDATION], told).rmse
 
 
 Judge = Callable[[TrainerConfig, Trial], float]

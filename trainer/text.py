@@ -138,18 +138,23 @@ def _known(reviews: ReviewTexts, count: int) -> ReviewTexts:
 
 def validate(
     reviews: ReviewTexts, encoder: TextEncoder, config: TextConfig, folder: Path, seed: int
-) -> float:
-    """RMSE on VALIDATION of an encoder and a head that were fitted to TRAIN."""
+) -> Floats:
+    """Expected ratings of VALIDATION texts (n), by an encoder and a head fitted to TRAIN."""
     config = settled(config, in_service=False)
     train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
+    if config.adapt.epochs:
+        place, known = folder / "adapted", [*train.texts, *reviews.unrated]
+        encoder = adapt(encoder, known, config.adapt, place, seed, _unseen)
     l2 = _L2_TRIED[len(_L2_TRIED) // 2] if config.l2 is None else config.l2
     head = _head_on(encoder, train, l2)
+    if config.pseudo_labels and reviews.unrated:
+        train = joined(train, _pseudo_labelled(reviews.unrated, encoder, head, config))
     none = Labelled([], np.empty((0, STARS), np.float32))
     watched = validation if config.fine_tune.patience else none
     tuned = fine_tune(train, watched, encoder, head, config, folder, seed, _unseen)
     head = tuned.head or _head_on(tuned.encoder, train, l2)
     shares = stars(head, encode(tuned.encoder, validation.texts, _unseen))
-    return text_scores(reviews.rating[reviews.span == VALIDATION], shares).rmse
+    return shares @ np.arange(1.0, STARS + 1)
 
 
 def _head_on(encoder: TextEncoder, rows: Labelled, l2: float) -> StarHead:

@@ -1,0 +1,405 @@
+"""BERT encoders without padding: the tokens of several texts end to end, as one matrix.
+
+A padded batch computes every product for padding too, and has to be sorted by length to lose
+little. Here only attention looks at where a text begins and ends. With tokens x (tokens, hidden),
+a layer is that of Devlin et al. 2019 ("BERT", section 3):
+
+    a = norm(x + W_o · attention(W_q x, W_k x, W_v x)),    x' = norm(a + W_2 · gelu(W_1 a))
+
+On a CPU the model's own weights are used as they lie, and what a layer makes goes into memory that
+is taken once for all layers. On a GPU (`Graphs`) texts of one batch go through kernels that were
+recorded before, one recording for each size of batch.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+SIZES = (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
+"""Tokens of the batches that are recorded for a GPU."""
+LEAST_TOKENS = 16  # a text in a recorded batch is taken for at least as long, so texts are bounded
+
+Vectors = NDArray[np.float32]
+Weight = tuple[Tensor, Tensor]  # weight and offset
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values (tokens, heads, width) to what each token attends to, likewise."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer."""
+
+    attention: tuple[Weight, ...]  # queries, keys and values, one by one or as one product
+    mixed: Weight
+    mixed_norm: Weight
+    inner: Weight
+    outer: Weight
+    outer_norm: Weight
+
+
+@dataclass(frozen=True)
+class Bert:
+    """What a BERT encoder multiplies."""
+
+    words: Tensor  # (vocabulary, hidden)
+    positions: Tensor  # (longest, hidden)
+    norm: Weight
+    layers: tuple[Layer, ...]
+    heads: int
+    epsilon: float
+
+    @property
+    def hidden(self) -> int:
+        """Width of a token."""
+        return self.words.shape[1]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for what a layer makes, taken once for all layers."""
+
+    parts: tuple[Tensor, Tensor, Tensor]  # (tokens, hidden) each
+    mixed: Tensor  # (tokens, hidden)
+    inner: Tensor  # (tokens, inner)
+
+    @classmethod
+    def of(cls, bert: Bert, tokens: int) -> "Room":
+        """Room for so many tokens."""
+        first, second, third, mixed = torch.empty(4, tokens, bert.hidden).unbind()
+        inner = torch.empty(tokens, bert.layers[0].inner[0].shape[0])
+        return cls((first, second, third), mixed, inner)
+
+    def first(self, tokens: int) -> "Room":
+        """The beginning of it."""
+        first, second, third = (each[:tokens] for each in self.parts)
+        return Room((first, second, third), self.mixed[:tokens], self.inner[:tokens])
+
+
+def fits(model: nn.Module) -> bool:
+    """Whether `read` finds in a model all that it does: a BERT, unchanged, that nobody watches."""
+    settings: Any = getattr(model, "config", None)
+    if type(model).__name__ != "BertModel" or settings.hidden_act != "gelu" or settings.is_decoder:
+        return False
+    if getattr(settings, "position_embedding_type", "absolute") != "absolute":
+        return False
+    layers: Any = model.encoder
+    square = {layer.attention.self.query.weight.shape for layer in layers.layer}
+    plain = all(
+        type(each) is nn.Linear or not hasattr(each, "weight") or type(each) in _PLAIN
+        for each in model.modules()
+    )
+    watched = any(each._forward_hooks for each in model.modules())  # pyright: ignore[reportPrivateUsage]
+    return plain and not watched and square == {(settings.hidden_size, settings.hidden_size)}
+
+
+_PLAIN = (nn.Embedding, nn.LayerNorm)
+
+
+def read(model: nn.Module, joined: bool = False) -> Bert:
+    """The weights of a model that `fits`; `joined`: a layer's first three products as one copy."""
+    found: Any = model
+    settings, embeddings = found.config, found.embeddings
+
+    def of(each: Any) -> Weight:
+        return each.weight.detach(), each.bias.detach()
+
+    def layer(each: Any) -> Layer:
+        own = each.attention.self
+        parts = of(own.query), of(own.key), of(own.value)
+        if joined:
+            weights, offsets = zip(*parts, strict=True)
+            parts = ((torch.cat(weights), torch.cat(offsets)),)
+        output = each.attention.output
+        return Layer(
+            parts,
+            of(output.dense),
+            of(output.LayerNorm),
+            of(each.intermediate.dense),
+            of(each.output.dense),
+            of(each.output.LayerNorm),
+        )
+
+    kind = embeddings.token_type_embeddings.weight[0]  # of all tokens: texts come alone
+    return Bert(
+        words=embeddings.word_embeddings.weight.detach(),
+        positions=(embeddings.position_embeddings.weight + kind).detach(),
+        norm=of(embeddings.LayerNorm),
+        layers=tuple(layer(each) for each in found.encoder.layer),
+        heads=settings.num_attention_heads,
+        epsilon=settings.layer_norm_eps,
+    )
+
+
+def states(
+    bert: Bert, ids: Tensor, positions: Tensor, attend: Attend, room: Room | None = None
+) -> Tensor:
+    """The last layer's states (tokens, hidden).
+
+    Args:
+        bert: the weights.
+        ids: (tokens) of all texts, end to end.
+        positions: (tokens) of each in its text.
+        attend: knows where texts end.
+        room: of as many tokens; none: each product takes its own.
+    """
+
+    def norm(given: Tensor, weight: Weight) -> Tensor:
+        return nn.functional.layer_norm(given, (bert.hidden,), *weight, bert.epsilon)
+
+    tokens = len(ids)
+    x = norm(bert.words[ids] + bert.positions[positions], bert.norm)
+    parts, mixed, inner = (
+        (room.parts, room.mixed, room.inner) if room else ((None,) * 3, None, None)
+    )
+    for layer in bert.layers:
+        made = [_times(x, each, to) for each, to in zip(layer.attention, parts, strict=False)]
+        split = [each for one in made for each in one.split(bert.hidden, 1)]
+        queries, keys, values = (each.view(tokens, bert.heads, -1) for each in split)
+        attended = attend(queries, keys, values).reshape(tokens, bert.hidden)
+        x = norm(_times(attended, layer.mixed, mixed).add_(x), layer.mixed_norm)
+        hidden = torch.ops.aten.gelu_(_times(x, layer.inner, inner))
+        x = norm(_times(hidden, layer.outer, mixed).add_(x), layer.outer_norm)
+    return x
+
+
+def _times(given: Tensor, weight: Weight, to: Tensor | None) -> Tensor:
+    if to is None:
+        return nn.functional.linear(given, *weight)
+    return torch.addmm(weight[1], given, weight[0].t(), out=to)
+
+
+def pooled(x: Tensor, bounds: Tensor, pooling: str) -> Tensor:
+    """Unit vectors (texts, hidden) of states (tokens, hidden) by `bounds` (texts + 1).
+
+    `pooling` is that of an encoder: mean, cls or last.
+    """
+    x = x.float()
+    if pooling == "mean":
+        means: Any = torch.segment_reduce(x, "mean", offsets=bounds, axis=0, unsafe=True)
+        return nn.functional.normalize(means, dim=1)
+    at = bounds[:-1] if pooling == "cls" else (bounds[1:] - 1).clamp(min=0)
+    return nn.functional.normalize(x[at], dim=1)
+
+
+# -- on a CPU ------------------------------------------------------------------------------------
+
+
+def encode(
+    model: nn.Module, tokens: Sequence[Sequence[int]], pooling: str, budget: int
+) -> Iterator[tuple[slice, Vectors]]:
+    """Unit vectors (some, hidden) of texts, with which these are, at most `budget` tokens at once.
+
+    Texts of one length attend together, so sort them by length.
+    """
+    bert = read(model)
+    lengths = np.array([len(each) for each in tokens])
+    room: Room | None = None
+    for rows in batches(lengths, budget):
+        some = lengths[rows]
+        bounds = np.concatenate([[0], some.cumsum()])
+        if room is None or len(room.mixed) < bounds[-1]:
+            room = Room.of(bert, int(bounds[-1]))
+        ids = _end_to_end(tokens[rows], int(bounds[-1]))
+        x = states(
+            bert,
+            torch.from_numpy(ids),
+            torch.from_numpy(_positions(bounds)),
+            _grouped(some),
+            room.first(int(bounds[-1])),
+        )
+        yield rows, pooled(x, torch.from_numpy(bounds), pooling).numpy()
+
+
+def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
+    """Texts in a row whose tokens fit a budget; a longer text is alone."""
+    ends = lengths.cumsum()
+    first = 0
+    while first < len(lengths):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + budget, side="right")))
+        yield slice(first, last)
+        first = last
+
+
+def _end_to_end(tokens: Sequence[Sequence[int]], count: int) -> NDArray[np.int64]:
+    return np.fromiter(chain.from_iterable(tokens), np.int64, count)
+
+
+def _positions(bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each token is in its text."""
+    return np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+
+
+def _grouped(lengths: NDArray[np.int64]) -> Attend:
+    """Attention of neighbours of one length at once."""
+    changes = np.flatnonzero(np.diff(lengths)) + 1
+    firsts = np.concatenate([[0], changes])
+    counts = np.diff(np.concatenate([firsts, [len(lengths)]])).tolist()
+    groups = list(zip(counts, lengths[firsts].tolist(), strict=True))
+    sizes = [count * length for count, length in groups]
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        found = torch.empty_like(queries)
+        heads = queries.shape[1:]
+        for (count, length), *parts, to in zip(
+            groups, *(each.split(sizes) for each in (queries, keys, values, found)), strict=True
+        ):
+            q, k, v = (each.view(count, length, *heads).transpose(1, 2) for each in parts)
+            one = nn.functional.scaled_dot_product_attention(q, k, v)
+            to.view(count, length, *heads).copy_(one.transpose(1, 2))
+        return found
+
+    return attend
+
+
+# -- on a GPU ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Kernels of one size of batch, with the memory that they read and write."""
+
+    ids: Tensor  # (tokens)
+    positions: Tensor  # (tokens)
+    bounds: Tensor  # (texts + 1); from the last text on all the same
+    vectors: Tensor  # (texts, hidden)
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """A BERT encoder on a GPU in bfloat16, its kernels recorded for each of `SIZES`.
+
+    Batches of any kind fit: one has at most its size in tokens and a quarter of it in texts, and
+    what is left over belongs to no text. Copies to and from the GPU overlap its work. Elsewhere
+    than on a GPU nothing is recorded, and what is computed is the same.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str, longest: int) -> None:
+        """Take over a model that `fits`, whose texts have at most `longest` tokens."""
+        self._bert = read(model, joined=True)
+        self._pooling = pooling
+        self._longest = longest
+        self._device = self._bert.words.device
+        self._recorded: dict[int, _Recorded] = {}
+
+    def encode(self, tokens: Sequence[Sequence[int]], budget: int) -> Vectors:
+        """Unit vectors (n, hidden) of n texts of at least one token, in any order.
+
+        At most `budget` tokens are in a batch; one that is no size of a batch is taken as the
+        next smaller that is.
+        """
+        lengths = np.array([len(each) for each in tokens], np.int64)
+        several = batches(np.maximum(lengths, LEAST_TOKENS), _sizes(budget)[-1])
+        with torch.inference_mode():
+            parts = [self._batch(tokens[rows]) for rows in several]
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        none = np.empty((0, self._bert.hidden), np.float32)
+        return np.concatenate([none, *(each.numpy() for each in parts)])
+
+    def warm(self, budget: int) -> None:
+        """Record all sizes up to a budget, so that no text waits for it."""
+        with torch.inference_mode():
+            for size in _sizes(budget):
+                self._of(size)
+
+    @torch.inference_mode()
+    def filled(self, tokens: Sequence[Sequence[int]]) -> Callable[[], Tensor]:
+        """Bring texts that fit one batch to the GPU.
+
+        What is returned makes their vectors (n, hidden), which lie there until it makes others.
+        """
+        lengths = np.array([len(each) for each in tokens], np.int64)
+        bounds = np.concatenate([[0], lengths.cumsum()])
+        count, texts = int(bounds[-1]), len(lengths)
+        least = max(count, texts * LEAST_TOKENS)
+        recorded = self._of(next(each for each in SIZES if least <= each))
+        self._put(_end_to_end(tokens, count), recorded.ids)
+        self._put(_positions(bounds), recorded.positions)
+        ends = np.full(len(recorded.bounds), count, np.int32)
+        ends[: texts + 1] = bounds
+        self._put(ends, recorded.bounds)
+
+        def make() -> Tensor:
+            recorded.replay()
+            return recorded.vectors[:texts]
+
+        return make
+
+    def _batch(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        made = self.filled(tokens)()
+        if self._device.type != "cuda":
+            return made.clone()
+        kept = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+        return kept.copy_(made, non_blocking=True)
+
+    def _put(self, values: NDArray[Any], to: Tensor) -> None:
+        given = torch.from_numpy(values)
+        if self._device.type == "cuda":
+            given = given.pin_memory()
+        to[: len(values)].copy_(given, non_blocking=True)
+
+    def _of(self, size: int) -> _Recorded:
+        if size not in self._recorded:
+            self._recorded[size] = self._record(size)
+        return self._recorded[size]
+
+    def _record(self, size: int) -> _Recorded:
+        texts = size // LEAST_TOKENS
+        ids = torch.zeros(size, dtype=torch.int64, device=self._device)
+        positions = torch.zeros_like(ids)
+        bounds = torch.zeros(texts + 1, dtype=torch.int32, device=self._device)
+        vectors = torch.zeros(texts, self._bert.hidden, device=self._device)
+        on_gpu = self._device.type == "cuda"
+        attend = _varlen(bounds, self._longest) if on_gpu else _looked_up(bounds)
+
+        def work() -> None:
+            x = states(self._bert, ids, positions, attend)
+            vectors.copy_(pooled(x, bounds, self._pooling))
+
+        if not on_gpu:
+            return _Recorded(ids, positions, bounds, vectors, work)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            work()  # what is set up at first is not recorded
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return _Recorded(ids, positions, bounds, vectors, graph.replay)
+
+
+def _sizes(budget: int) -> tuple[int, ...]:
+    """Those of `SIZES` that a budget allows, at least the first."""
+    return tuple(each for each in SIZES if each <= max(budget, SIZES[0]))
+
+
+def _varlen(bounds: Tensor, longest: int) -> Attend:
+    """Attention within bounds (texts + 1) on a GPU, of texts of at most `longest` tokens."""
+    varlen: Any = importlib.import_module("torch.nn.attention.varlen")
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return varlen.varlen_attn(queries, keys, values, bounds, bounds, longest, longest)
+
+    return attend
+
+
+def _looked_up(bounds: Tensor) -> Attend:
+    """Attention within bounds as they are when it is called."""
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        lengths = np.diff(bounds.numpy()).astype(np.int64)
+        rest = np.array([len(queries) - lengths.sum()])  # of no text
+        return _grouped(np.concatenate([lengths[lengths > 0], rest[rest > 0]]))(
+            queries, keys, values
+        )
+
+    return attend

@@ -1,0 +1,136 @@
+"""BERT encoders without padding beside transformers' own, tiny and random."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from model import packed
+
+HIDDEN, WORDS, LONGEST = 24, 50, 40
+Tokens = list[list[int]]
+
+token_lists = st.lists(
+    st.lists(st.integers(1, WORDS - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=12
+)
+poolings = st.sampled_from(["mean", "cls", "last"])
+
+
+def small(**changes: Any) -> BertModel:
+    """A BERT of two layers with random weights."""
+    torch.manual_seed(3)
+    settings: dict[str, Any] = {
+        "vocab_size": WORDS,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 32,
+        "max_position_embeddings": LONGEST,
+        "initializer_range": 0.5,
+    }
+    return BertModel(BertConfig(**settings | changes)).eval()
+
+
+MODEL = small()
+
+
+def one_by_one(model: BertModel, tokens: Tokens, pooling: str) -> np.ndarray[Any, Any]:
+    """What transformers makes of each text alone, where nothing is padded."""
+    found: list[torch.Tensor] = []
+    with torch.no_grad():
+        for each in tokens:
+            states = cast(Any, model)(input_ids=torch.tensor([each])).last_hidden_state[0]
+            taken = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling]
+            found.append(nn.functional.normalize(taken, dim=0))
+    return torch.stack(found).numpy()
+
+
+@given(token_lists, poolings, st.integers(1, 200))
+def test_packed_texts_are_as_alone(tokens: Tokens, pooling: str, budget: int) -> None:
+    with torch.inference_mode():
+        made = list(packed.encode(MODEL, tokens, pooling, budget))
+    rows = [row for some, _ in made for row in range(some.start, some.stop)]
+    assert rows == list(range(len(tokens)))
+    for some, _ in made:
+        assert sum(map(len, tokens[some])) <= budget or some.stop == some.start + 1
+    found = np.concatenate([vectors for _, vectors in made])
+    np.testing.assert_allclose(found, one_by_one(MODEL, tokens, pooling), atol=2e-5)
+
+
+@given(token_lists, poolings, st.sampled_from([1, 256, 512]))
+def test_recorded_batches_are_as_alone(tokens: Tokens, pooling: str, budget: int) -> None:
+    graphs = packed.Graphs(MODEL, pooling, LONGEST)
+    found = graphs.encode(tokens, budget)
+    np.testing.assert_allclose(found, one_by_one(MODEL, tokens, pooling), atol=2e-5)
+    again = graphs.encode(tokens[::-1], budget)  # what a batch leaves behind is not seen
+    np.testing.assert_array_equal(again[::-1].shape, found.shape)
+    np.testing.assert_allclose(again[::-1], found, atol=2e-5)
+
+
+def test_many_short_texts_fill_batches_by_their_number() -> None:
+    graphs = packed.Graphs(MODEL, "mean", LONGEST)
+    tokens = [[1 + number % 7] for number in range(100)]  # 100 tokens, more than 16 texts
+    found = graphs.encode(tokens, 256)
+    np.testing.assert_allclose(found, one_by_one(MODEL, tokens, "mean"), atol=2e-5)
+    few = graphs.encode(tokens[:17], 512)  # 17 tokens of more texts than the least batch holds
+    np.testing.assert_allclose(few, found[:17], atol=2e-5)
+
+
+def test_no_texts_are_no_vectors() -> None:
+    graphs = packed.Graphs(MODEL, "mean", LONGEST)
+    assert graphs.encode([], 256).shape == (0, HIDDEN)
+    assert list(packed.encode(MODEL, [], "mean", 256)) == []
+
+
+def test_batches_by_hand() -> None:
+    lengths = np.array([3, 3, 9, 1, 1, 1])
+    found = [(each.start, each.stop) for each in packed.batches(lengths, 6)]
+    assert found == [(0, 2), (2, 3), (3, 6)]
+
+
+def test_new_weights_are_used() -> None:
+    model = small()
+    before = one_by_one(model, [[1, 2, 3]], "mean")
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.mul_(0.9)
+    with torch.inference_mode():
+        ((_, after),) = packed.encode(model, [[1, 2, 3]], "mean", 256)
+    np.testing.assert_allclose(after, one_by_one(model, [[1, 2, 3]], "mean"), atol=2e-5)
+    assert np.abs(after - before).max() > 1e-3
+
+
+def watched(model: BertModel) -> None:
+    layer = cast(Any, model).encoder.layer[0].output.dense
+    layer.register_forward_hook(lambda *_: None)
+
+
+def adapted(model: BertModel) -> None:
+    class Adapted(nn.Linear):
+        """A layer that does more than multiply."""
+
+    cast(Any, model).encoder.layer[1].output.dense = Adapted(32, HIDDEN)
+
+
+def trimmed(model: BertModel) -> None:
+    cast(Any, model).encoder.layer[1].attention.self.query = nn.Linear(HIDDEN, 16)
+
+
+@pytest.mark.parametrize("change", [watched, adapted, trimmed])
+def test_changed_models_do_not_fit(change: Callable[[BertModel], None]) -> None:
+    model = small()
+    assert packed.fits(model)
+    change(model)
+    assert not packed.fits(model)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "relu"}, {"is_decoder": True}])
+def test_other_kinds_do_not_fit(changes: dict[str, Any]) -> None:
+    assert not packed.fits(small(**changes))
+    assert not packed.fits(nn.Linear(2, 2))
