@@ -1,7 +1,10 @@
 """The one Kafka loop that every processor shares.
 
 A turn of the loop: poll a batch, let the processor turn it into records and state writes, send the
-records and the input offsets in one transaction, and only then write the states. A partition is
+records and the input offsets in one transaction, and only then write the states. While the commit
+and the writes of one batch are under way in a thread of their own, the next is polled and
+processed, where the processor allows it (`Outcome.write`); its transaction begins when they are
+done. Whatever changes what is owned, claimed or held waits for them first. A partition is
 worked on when all topics of the processor own it and the processor has claimed and recovered it
 ("live"). Whatever goes wrong in between (a lost partition, an aborted transaction, a store that
 does not answer) has one answer: drop what is in memory, claim again, recover, and go on from the
@@ -13,6 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from socket import gethostname
@@ -85,12 +89,29 @@ class Outcome:
 
     batches: list[OutputBatch] = field(default_factory=list[OutputBatch])
     outputs: list[Output] = field(default_factory=list[Output])
-    tracked: frozenset[str] = frozenset()  # topics of `outputs` whose offsets `finish` needs
-    finish: Callable[[dict[Position, int]], None] | None = None  # after the commit
+    # More of them, made when nothing is under way any more: they tell what the batch before left.
+    late: Callable[[], list[Output]] | None = None
+    tracked: frozenset[str] = frozenset()  # topics of outputs whose offsets `write` needs
+    # Straight after the commit. With it, the next batch may be processed before it is called, in
+    # another thread: the processor goes on from what it holds in memory.
+    write: Callable[[dict[Position, int]], None] | None = None
+    finish: Callable[[dict[Position, int]], None] | None = None  # after both, in the loop's thread
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A transaction whose end is under way; it is waited for before the next begins."""
+
+    end: Callable[[], object]
+    outcome: Outcome
+    delivered: dict[Position, int]  # complete once `end` has come back
 
 
 class Processor(Protocol):
-    """What the loop asks of a processor. All calls come from the loop's own thread."""
+    """What the loop asks of a processor. All calls come from the loop's own thread.
+
+    Of what an outcome holds, only `write` may be called from another.
+    """
 
     @property
     def name(self) -> str:
@@ -141,7 +162,7 @@ class Processor(Protocol):
         ...
 
     def idle(self) -> Outcome | None:
-        """Called when there is nothing to read and after each batch, for timed work."""
+        """For timed work: called with nothing under way, at least every `IDLE_SECONDS` or batch."""
         ...
 
     def close(self) -> None:
@@ -175,6 +196,10 @@ class Loop:
         self._fenced_at = -TWICE_SECONDS
         self._begun_at = 0.0
         self._lag_at = 0.0
+        self._idle_at = 0.0
+        self._flight: _Flight | None = None
+        self._ended = False
+        self._commits = ThreadPoolExecutor(1, f"{processor.name} commits")
         self._consumer = Consumer(self._consumer_config())
         self._producer = Producer(self._producer_config())
 
@@ -205,8 +230,11 @@ class Loop:
         try:
             while not self._stop.is_set():
                 self._turn()
+            self._settle()
             self._close()
         finally:
+            self._ended = True
+            self._commits.shutdown()
             self._processor.drop({partition for _, partition in self._live})
             self._leave()
             with suppress(KafkaException):  # a fenced one repeats why, over the error that tells
@@ -244,16 +272,21 @@ class Loop:
             if batch:
                 with self._phase("process"):
                     outcome = self._processor.process(batch)
-                if self._finish(outcome, batch, metadata):
-                    self._back_off = FIRST_BACK_OFF_SECONDS
-            if (extra := self._processor.idle()) is not None:
-                self._finish(extra, [], metadata)
-        except FencedError as error:
-            self._log.warning("fenced", reason=str(error))
-            self._restart(error)
+                self._finish(outcome, batch, metadata)
+            self._idle(batch, metadata)
         except StoreError as error:
-            self._restart(error)
+            self._refused(error)
         self._measure_lag()
+
+    def _idle(self, batch: list[Message], metadata: Any) -> None:
+        """Timed work, and what it sends; a transaction under way is waited for only when due."""
+        if batch and self._flight is not None and time.monotonic() < self._idle_at:
+            return
+        self._settle()
+        self._idle_at = time.monotonic() + IDLE_SECONDS
+        if (extra := self._processor.idle()) is not None:
+            self._finish(extra, [], metadata)
+            self._settle()
 
     # -- ownership ---------------------------------------------------------------------------
 
@@ -300,7 +333,10 @@ class Loop:
         started = time.monotonic()
         if started < self._retry_at:
             return
-        for partition, topics in self._claimable().items():
+        claimable = self._claimable()
+        if claimable:
+            self._settle()  # what is compared with the commits must have been committed
+        for partition, topics in claimable.items():
             if time.monotonic() > started + CLAIM_SECONDS:
                 return
             inputs = [self._topic_partition(topic, partition) for topic in topics]
@@ -396,7 +432,8 @@ class Loop:
         self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(lost)
 
     def _forget(self, partitions: set[int]) -> None:
-        """Drop what is in memory of these, live or only claimed."""
+        """Drop what is in memory of these, live or only claimed, once it is written."""
+        self._settle()
         self._processor.drop(partitions)
         self._pause({position for position in self._live if position[1] in partitions})
 
@@ -441,7 +478,7 @@ class Loop:
             # librdkafka 2.16 answers an assignment's placeholder even after a seek, and goes there.
             self._log.warning("went back", partitions=sorted(back))
             self._forget(back)
-            batch = [message for message in batch if message.partition() not in back]
+            batch = [message for message in batch if self._place(message) in self._live]
         return batch
 
     def _good(self, message: Message) -> bool:
@@ -472,53 +509,96 @@ class Loop:
 
     # -- output ------------------------------------------------------------------------------
 
-    def _finish(self, outcome: Outcome, batch: list[Message], metadata: Any) -> bool:
-        """Outputs and offsets in one transaction, then the states; whether it was committed."""
+    def _finish(self, outcome: Outcome, batch: list[Message], metadata: Any) -> None:
+        """Outputs and offsets in one transaction, then the states."""
+        if not self._settle():
+            return  # what was processed stood on a transaction that came to nothing
         ends = {
             (message.topic(), message.partition()): (message.offset() or 0) + 1 for message in batch
         }
         offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
+        if self._exactly_once:
+            self._transact(outcome, offsets, metadata)
+            return
         with self._phase("commit"):
-            delivered = (
-                self._transact(outcome, offsets, metadata)
-                if self._exactly_once
-                else self._deliver(outcome, offsets)
-            )
+            delivered = self._deliver(outcome, offsets)
         if delivered is None:
-            return False
-        if outcome.finish is not None:
-            with self._phase("write"):
-                outcome.finish(delivered)
-        if not self._exactly_once and offsets:
+            return
+        self._write(outcome, delivered)
+        self._finished(outcome, delivered)
+        if offsets:
             self._commit_plain(offsets)
-        return True
 
-    def _transact(
-        self, outcome: Outcome, offsets: list[TopicPartition], metadata: Any
-    ) -> dict[Position, int] | None:
-        """The offsets of tracked outputs, or None when the transaction was aborted."""
+    def _transact(self, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> None:
+        """Begin a transaction and have it ended: at once, or by `_settle` after the next batch."""
         if offsets and _generation(metadata) < 1:
             self._restart(BrokerError("The batch was polled outside a group generation."))
-            return None
+            return
         self._begun_at = time.monotonic()
         try:
-            self._producer.begin_transaction()
-            delivered = self._send(outcome)
+            with self._phase("produce"):
+                self._producer.begin_transaction()
+                delivered = self._send(outcome)
+        except KafkaException as error:
+            self._undo(error)
+            return
+
+        def end() -> None:
             if offsets:
                 self._send_offsets(offsets, metadata)
             self._insist(self._producer.commit_transaction)
-            return delivered
+            self._write(outcome, delivered)
+
+        if outcome.write is None:
+            self._flight = _Flight(end, outcome, delivered)
+            self._settle()
+        else:
+            self._flight = _Flight(self._commits.submit(end).result, outcome, delivered)
+
+    def _settle(self) -> bool:
+        """Wait for the transaction under way, if there is one; whether all is well.
+
+        If not, it was aborted, or its states were not written: all is claimed again.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return True
+        try:
+            with self._phase("commit"):
+                flight.end()
+            self._finished(flight.outcome, flight.delivered)
+            return True
         except KafkaException as error:
-            if _error(error).fatal():
-                self._reopen(error)
-            else:
-                self._abort()
-            self._restart(error)
-            return None
+            self._undo(error)
         except TimeoutError as error:
             self._renew_producer()
             self._restart(error)
-            return None
+        except StoreError as error:
+            self._refused(error)
+        return False
+
+    def _refused(self, error: StoreError) -> None:
+        if isinstance(error, FencedError):
+            self._log.warning("fenced", reason=str(error))
+        self._restart(error)
+
+    def _undo(self, error: KafkaException) -> None:
+        """Abort, and begin again."""
+        if _error(error).fatal():
+            self._reopen(error)
+        else:
+            self._abort()
+        self._restart(error)
+
+    def _write(self, outcome: Outcome, delivered: dict[Position, int]) -> None:
+        if outcome.write is not None:
+            with self._phase("write"):
+                outcome.write(delivered)
+
+    def _finished(self, outcome: Outcome, delivered: dict[Position, int]) -> None:
+        self._back_off = FIRST_BACK_OFF_SECONDS
+        if outcome.finish is not None:
+            outcome.finish(delivered)
 
     def _send_offsets(self, offsets: list[TopicPartition], metadata: Any) -> None:
         """Raises TimeoutError when the producer hangs.
@@ -535,7 +615,8 @@ class Loop:
             try:
                 return end(COMMIT_SECONDS)
             except KafkaException as error:
-                if self._stop.is_set() or not _error(error).retriable():
+                ending = self._ended or self._stop.is_set()
+                if ending or not _error(error).retriable():
                     raise
 
     def _abort(self) -> None:
@@ -626,7 +707,8 @@ class Loop:
 
         for batch in outcome.batches:
             self._send_batch(batch, track if failed is not None else None)
-        for output in outcome.outputs:
+        late = outcome.late() if outcome.late else []
+        for output in [*outcome.outputs, *late]:
             while True:
                 try:
                     self._producer.produce(

@@ -12,7 +12,7 @@ never against this worker's clock: each replay and each worker comes to the same
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,18 +174,31 @@ class Scorer:
             predicted_at = int(time.time() * 1_000)
             ratings = _prediction_records(arrivals, parts, scored, predictions, predicted_at)
             updates = _item_updates(arrivals, parts)
-            journals = self._journal_records(arrivals, parts, lookups, serving.encoder_hash)
+        before = {part.partition: self._states[part.partition].header for part in parts}
+        for part in parts:
+            self._states.take(part.partition, part.users, part.result.states, part.header)
+        took = 0.0
 
-        def finish(delivered: dict[Position, int]) -> None:
+        def journals() -> list[Output]:
+            with self._phase("encode"):
+                return _journal_records(arrivals, parts, before, lookups, serving.encoder_hash)
+
+        def write(delivered: dict[Position, int]) -> None:
+            nonlocal took
             self._write(delivered, parts)
+            took = time.monotonic() - began
+
+        def finish(_: dict[Position, int]) -> None:
             self._count_unusual(parts, {"contract": len(letters), "future": len(ahead)})
             self._count_scored(arrivals, scored, predictions, predicted_at)
-            self._pace.took(len(messages), time.monotonic() - began)
+            self._pace.took(len(messages), took)
 
         return Outcome(
             batches=[ratings, updates],
-            outputs=journals + letters + ahead,
+            outputs=letters + ahead,
+            late=journals,
             tracked=frozenset({"journal"}),
+            write=write,
             finish=finish,
         )
 
@@ -256,46 +269,6 @@ class Scorer:
                 disorder = _disorder(arrivals, rows, share.user_index, last_times, result)
                 parts.append(_Part(partition, rows, users, result, header, disorder))
         return parts, observation, lookups
-
-    def _journal_records(
-        self, arrivals: _Arrivals, parts: list[_Part], lookups: Lookups, encoder: str
-    ) -> list[Output]:
-        outputs: list[Output] = []
-        items, attributes = lookups.items, lookups.item_attributes
-        users = lookups.user_attributes
-        texts = _texts_read(lookups, attributes.rows["text"][:-1])
-        reads = np.stack([attributes.hashes, texts, attributes.rows["version"][:-1]], axis=1)
-        for part in parts:
-            rows, result = part.rows, part.result
-            events, observation = arrivals.events[rows], result.observation
-            mine = np.zeros(len(reads) + 1, np.bool_)
-            mine[attributes.find(observation.recents)] = True
-            mine[attributes.find(events["item"])] = True
-            before = self._states[part.partition].header
-            entry = Journal(
-                topics=arrivals.topics[rows],
-                offsets=arrivals.offsets[rows],
-                steps=result.step,
-                seqs=result.seq,
-                events=events.view(f"V{EVENT.itemsize}"),
-                duplicates=result.duplicate,
-                features=observation.features,
-                item_versions=items.rows["offset"][items.find(events["item"])],
-                item_attributes_versions=observation.item_attributes["version"],
-                user_attributes_versions=users.rows["version"][users.find(events["user"])],
-                item_vectors=_texts_read(lookups, observation.item_attributes["text"]),
-                recents=reads[mine[:-1]],
-                feature_hash=FEATURE_HASH,
-                layout_hash=LAYOUT_HASH,
-                encoder=encoder,
-                partition_state=before.tobytes(),
-                ends=tuple(_read_ends(before, part.header)),
-            )
-            key = str(part.partition).encode()
-            outputs += [
-                Output("journal", key, value, part.partition) for value in journal.encode(entry)
-            ]
-        return outputs
 
     def _write(self, delivered: dict[Position, int], parts: list[_Part]) -> None:
         for part in parts:
@@ -431,6 +404,52 @@ def _texts_read(lookups: Lookups, texts: Hashes) -> Hashes:
 
 def _read_ends(before: Rows, after: Rows) -> list[int]:
     return np.where(after["ends"] != before["ends"], after["ends"], -1).tolist()
+
+
+def _journal_records(
+    arrivals: _Arrivals,
+    parts: list[_Part],
+    before: Mapping[int, Rows],
+    lookups: Lookups,
+    encoder: str,
+) -> list[Output]:
+    """Each partition's journal; `before`: headers as the batch before has left them, by then."""
+    outputs: list[Output] = []
+    items, attributes = lookups.items, lookups.item_attributes
+    users = lookups.user_attributes
+    texts = _texts_read(lookups, attributes.rows["text"][:-1])
+    reads = np.stack([attributes.hashes, texts, attributes.rows["version"][:-1]], axis=1)
+    for part in parts:
+        rows, result = part.rows, part.result
+        events, observation = arrivals.events[rows], result.observation
+        mine = np.zeros(len(reads) + 1, np.bool_)
+        mine[attributes.find(observation.recents)] = True
+        mine[attributes.find(events["item"])] = True
+        header = before[part.partition]
+        entry = Journal(
+            topics=arrivals.topics[rows],
+            offsets=arrivals.offsets[rows],
+            steps=result.step,
+            seqs=result.seq,
+            events=events.view(f"V{EVENT.itemsize}"),
+            duplicates=result.duplicate,
+            features=observation.features,
+            item_versions=items.rows["offset"][items.find(events["item"])],
+            item_attributes_versions=observation.item_attributes["version"],
+            user_attributes_versions=users.rows["version"][users.find(events["user"])],
+            item_vectors=_texts_read(lookups, observation.item_attributes["text"]),
+            recents=reads[mine[:-1]],
+            feature_hash=FEATURE_HASH,
+            layout_hash=LAYOUT_HASH,
+            encoder=encoder,
+            partition_state=header.tobytes(),
+            ends=tuple(_read_ends(header, part.header)),
+        )
+        key = str(part.partition).encode()
+        outputs += [
+            Output("journal", key, value, part.partition) for value in journal.encode(entry)
+        ]
+    return outputs
 
 
 def _prediction_records(

@@ -3,8 +3,12 @@
 The store is a view of the journal. A partition's header there says up to which journal offset its
 states stand; on a claim, the journal from there to its stable end is applied and written before
 anything is scored.
+
+In memory a partition may be one batch ahead of the store: `take` holds what a batch made of its
+states, for the batch after it to go on from, and `write` stores that once it is committed.
 """
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -48,12 +52,17 @@ class Held:
     """A partition that this worker owns."""
 
     claim: Claim
-    header: Rows  # HEADER, shape ()
+    header: Rows  # HEADER, shape (); after the last batch taken
     users: Rowstore = field(default_factory=lambda: Rowstore(USER))
+    last: tuple[Hashes, Rows] | None = None  # states of the last batch taken
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the claim's count of writes
 
 
 class UserStates:
-    """All that the worker knows of its partitions' users. One thread uses it."""
+    """All that the worker knows of its partitions' users.
+
+    One thread uses it, but `write` may be called from another.
+    """
 
     def __init__(
         self, store: Store, kafka: KafkaConfig, archived: ArchiveConfig, config: StatesConfig
@@ -98,7 +107,8 @@ class UserStates:
             return
         self._check_at = time.monotonic() + CHECK_SECONDS
         for held in self._held.values():
-            self._store.read_owned(held.claim, [])
+            with held.lock:
+                self._store.read_owned(held.claim, [])
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions; their next owner reads them from the store."""
@@ -108,26 +118,36 @@ class UserStates:
     def read(self, partition: int, users: Hashes) -> Rows:
         """USER rows (n) of distinct users, as they are now."""
         held = self._held[partition]
-        if len(held.users.rows) + len(users) > self._config.cache_users:
+        room = self._config.cache_users // len(self._held)
+        if len(held.users.rows) + len(users) > room:
             held.users = Rowstore(USER)
+            if held.last is not None:  # the store may not have them yet
+                _put(held.users, *held.last)
         cache = held.users
         known = len(cache.rows)
         places = cache.place(users)
         new = places >= known
         if new.any():
             keys = partition_keys(self._store, USER_STATE, partition, users[new])
-            read = from_bytes(self._store.read_owned(held.claim, keys), USER)
+            with held.lock:
+                read = from_bytes(self._store.read_owned(held.claim, keys), USER)
             opaque(cache.rows)[places[new]] = opaque(read)
         return cache.rows.take(places)
 
+    def take(self, partition: int, users: Hashes, rows: Rows, header: Rows) -> None:
+        """Hold states of distinct users (n), and the header, as a batch left them."""
+        held = self._held[partition]
+        _put(held.users, users, rows)
+        held.last = users, rows
+        held.header = header
+
     def write(self, partition: int, users: Hashes, rows: Rows, header: Rows) -> None:
-        """Write states and then the header, guarded by the claim."""
+        """Write what was taken, states and then the header, guarded by the claim."""
         held = self._held[partition]
         keys = partition_keys(self._store, USER_STATE, partition, users)
-        self._store.write(held.claim, keys, to_bytes(rows), header.tobytes())
-        places = held.users.place(users)
-        opaque(held.users.rows)[places] = opaque(rows)
-        held.header = header
+        values = to_bytes(rows)
+        with held.lock:
+            self._store.write(held.claim, keys, values, header.tobytes())
 
     def expire(self, partition: int, watermark: int) -> int:
         """Delete states whose last event is too old; how many.
@@ -148,7 +168,7 @@ class UserStates:
         ]
         if old:
             self._store.write(held.claim, old, [b""] * len(old), held.header.tobytes())
-            held.users = Rowstore(USER)
+            held.users, held.last = Rowstore(USER), None
         return len(old)
 
     def _recover(self, partition: int) -> dict[str, int]:
@@ -181,8 +201,14 @@ class UserStates:
             _joined([journal.duplicates for journal in journals]),
             _joined([journal.steps for journal in journals]),
         )
+        self.take(partition, users, states, header)
         self.write(partition, users, states, header)
         return len(events)
+
+
+def _put(cache: Rowstore, users: Hashes, rows: Rows) -> None:
+    places = cache.place(users)
+    opaque(cache.rows)[places] = opaque(rows)
 
 
 def decode_header(data: bytes | None) -> Rows:

@@ -169,16 +169,18 @@ class ScriptedShop:
         ]
 
     def turns(self, loop: Loop, count: int) -> None:
-        """Turns that wait for nothing."""
+        """Turns that wait for nothing but, at last, the transaction under way."""
         for _ in range(count):
             loop._retry_at = 0.0
             loop._turn()
+        loop._settle()
 
     def drain(self, loop: Loop) -> None:
         """Turn until all that was sent is read and worked on."""
         for _ in range(MOST_TURNS):
-            self.turns(loop, 1)
-            if not loop.waiting and self.left(loop) == 0:
+            loop._retry_at = 0.0
+            loop._turn()
+            if not loop.waiting and self.left(loop) == 0 and loop._settle():
                 return
         raise AssertionError("the worker comes to no end")
 

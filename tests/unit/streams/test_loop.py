@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -1071,3 +1071,131 @@ class NewGroup(Group):
 @pytest.mark.parametrize("machine", [Group, NewGroup])
 def test_each_record_is_answered_once_whatever_happens(machine: type[Group]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=30))
+
+
+# -- one batch ahead -----------------------------------------------------------------------------
+
+
+@dataclass
+class Ahead(Counting):
+    """Lets the next batch be processed before this one is committed."""
+
+    batch_size: int = 3
+    writing: threading.Event = field(default_factory=threading.Event)
+    written: list[str] = field(default_factory=list[str])  # by which thread
+
+    def process(self, messages: list[Message]) -> Outcome:
+        def write(_: dict[Position, int]) -> None:
+            assert self.writing.wait(10)
+            self._may_fail("write")
+            self.written.append(threading.current_thread().name)
+
+        return replace(super().process(messages), write=write)
+
+
+def ahead(world: World) -> tuple[Ahead, Loop]:
+    processor = Ahead()
+    loop = world.loop(processor, group_protocol="consumer")
+    loop._idle_at = world.clock.now + loops.IDLE_SECONDS
+    world.broker.append("eu.reviews", 0, *[b"v"] * 9)
+    world.consumer.rebalance(new=places(0))
+    return processor, loop
+
+
+def test_the_next_batch_is_processed_while_one_is_written(world: World) -> None:
+    processor, loop = ahead(world)
+    loop._turn()
+    processed: list[int] = []
+
+    def process(messages: list[Message]) -> Outcome:
+        processed.append(len(processor.written))
+        processor.writing.set()
+        return Ahead.process(processor, messages)
+
+    with patch.object(processor, "process", process):
+        loop._turn()
+    assert processed == [0]  # nothing had been written by then
+    assert processor.finished == [{("journal", 0): 1}]  # one; that of the second is under way
+    loop._settle()
+    assert processor.finished == [{("journal", 0): 1}, {("journal", 0): 2}]
+    assert all(name.startswith("counting commits") for name in processor.written)
+    assert len(answered(world)) == 6
+    assert world.broker.committed["eu.reviews", 0] == 6
+
+
+def test_what_stands_on_an_aborted_transaction_is_not_sent(world: World) -> None:
+    processor, loop = ahead(world)
+    processor.writing.set()
+    world.broker.fail(
+        "commit_transaction", failure(KafkaError._INCONSISTENT, txn_requires_abort=True)
+    )
+    loop._turn()
+    loop._turn()
+    assert (answered(world), loop.live) == ([], frozenset())
+    assert (processor.written, processor.finished) == ([], [])
+    world.turn(loop, 4)
+    assert len(answered(world)) == len(set(answered(world))) == 9
+    assert world.broker.committed["eu.reviews", 0] == 9
+
+
+def test_what_stands_on_states_that_were_not_written_is_done_again(world: World) -> None:
+    processor, loop = ahead(world)
+    processor.writing.set()
+    processor.errors["write"] = [StoreError("gone")]
+    loop._turn()
+    loop._turn()
+    assert len(answered(world)) == 3  # committed, and the journal has it
+    assert loop.live == frozenset()
+    world.turn(loop, 4)
+    assert processor.claims[-1] == (0, {"reviews": 3, "behavior": -1})
+    assert len(answered(world)) == len(set(answered(world))) == 9
+
+
+def test_a_revoked_partition_goes_once_it_is_written(world: World) -> None:
+    processor, loop = ahead(world)
+    loop._turn()
+    threading.Timer(0.05, processor.writing.set).start()
+    world.consumer.rebalance(gone=places(0))
+    assert processor.drops[-1] == {0}
+    assert (len(processor.written), processor.finished) == (1, [{("journal", 0): 1}])
+
+
+def test_a_claim_waits_for_what_is_under_way(world: World) -> None:
+    processor, loop = ahead(world)
+    loop._turn()
+    threading.Timer(0.05, processor.writing.set).start()
+    world.consumer.rebalance(new=places(1))
+    written: list[int] = []
+    claim = processor.claim
+
+    def watched(partition: int, committed: dict[str, int]) -> dict[str, int]:
+        written.append(len(processor.written))
+        return claim(partition, committed)
+
+    with patch.object(processor, "claim", watched):
+        loop._turn()
+    assert written == [1]
+
+
+def test_timed_work_is_not_put_off_by_a_backlog(world: World) -> None:
+    processor, loop = ahead(world)
+    processor.writing.set()
+    world.turn(loop)  # each turn takes longer than IDLE_SECONDS on this clock
+    assert processor.idles == 1
+    assert len(processor.written) == 1  # timed work finds nothing under way
+    loop._turn()
+    assert processor.idles == 1
+    world.turn(loop)
+    assert processor.idles == 2
+
+
+def test_a_worker_that_stops_ends_what_is_under_way(world: World) -> None:
+    processor, loop = ahead(world)
+    processor.writing.set()
+    processor.batch_size = 9
+    processor.idles = 0
+    world.consumer.between.extend([lambda: None, lambda: None, world.stop.set])
+    loop.run()
+    assert len(answered(world)) == 9
+    assert len(processor.finished) == 1
+    assert processor.closes == 1

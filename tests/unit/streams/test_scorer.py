@@ -38,7 +38,7 @@ from streams.config import (
     StatesConfig,
 )
 from streams.inputs import split
-from streams.loop import Outcome
+from streams.loop import Outcome, Output
 from streams.metrics import make_metrics
 from streams.models import Models
 from streams.reader import USER_STATE, Reader, partition_keys
@@ -101,10 +101,18 @@ def log(
     return [message(kind, each, partition, start + at) for at, each in enumerate(records)]
 
 
+def single(outcome: Outcome) -> list[Output]:
+    """All that it sends record by record."""
+    return [*outcome.outputs, *(outcome.late() if outcome.late else [])]
+
+
 def finish(scorer: Scorer, outcome: Outcome) -> None:
     """As the loop does after a commit."""
+    assert outcome.write is not None
     assert outcome.finish is not None
-    outcome.finish({("journal", partition): 10 for partition in range(PARTITIONS)})
+    delivered = {("journal", partition): 10 for partition in range(PARTITIONS)}
+    outcome.write(delivered)
+    outcome.finish(delivered)
 
 
 def values(outcome: Outcome, topic: str) -> list[bytes]:
@@ -114,7 +122,7 @@ def values(outcome: Outcome, topic: str) -> list[bytes]:
         if batch.topic == topic
         for each in batch.messages
     ]
-    return batches + [each.value or b"" for each in outcome.outputs if each.topic == topic]
+    return batches + [each.value or b"" for each in single(outcome) if each.topic == topic]
 
 
 def told(outcome: Outcome) -> list[PredictedRating]:
@@ -500,7 +508,7 @@ def test_the_journal_holds_what_was_read_and_done(make: Make) -> None:
     finish(scorer, scorer.process(log("reviews", 1, records[:1])))
     before = scorer._states[1].header.tobytes()
     outcome = scorer.process(log("reviews", 1, records[1:], 1))
-    (output,) = [each for each in outcome.outputs if each.topic == "journal"]
+    (output,) = [each for each in single(outcome) if each.topic == "journal"]
     assert (output.key, output.partition) == (b"1", 1)
     entry = journal.decode(output.value or b"").journal
     assert entry.partition_state == before
@@ -568,6 +576,6 @@ def test_digests_tell_of_what_was_scored(make: Make) -> None:
     time.sleep(0.001)
     outcome = scorer.idle()
     assert outcome is not None
-    (output,) = outcome.outputs
+    (output,) = single(outcome)
     assert output.topic == "score-digests"
     assert b'"kinds":{"interaction":1}' in (output.value or b"")

@@ -234,6 +234,7 @@ def test_states_are_read_once_and_written_through(
     states.claim(PARTITION, partition.ends())
     first = states.read(PARTITION, USERS[:3])
     step = partition.apply(events(TWO))
+    states.take(PARTITION, step.users, step.states, step.header)
     states.write(PARTITION, step.users, step.states, step.header)
     assert stored(states) == expected(partition)
     with pytest.MonkeyPatch.context() as patch:
@@ -252,10 +253,11 @@ def test_few_states_at_hand_give_the_same(store: str, journal: Callable[[Partiti
     states = make(store, cache_users=2)
     states.claim(PARTITION, partition.ends())
     step = partition.apply(events(TWO))
+    states.take(PARTITION, step.users, step.states, step.header)
     states.write(PARTITION, step.users, step.states, step.header)
     for user, value in zip(USERS, expected(partition), strict=True):
         assert to_bytes(states.read(PARTITION, np.array([user]))) == [value or b""]
-    assert len(states[PARTITION].users.rows) <= 2  # the last batch's, or as many as are kept
+    assert len(states[PARTITION].users.rows) <= len(step.users) + 1  # the last batch's, and one
 
 
 def test_an_owner_that_was_replaced_is_refused(
@@ -335,3 +337,22 @@ def test_a_header_of_another_size_is_refused() -> None:
     with pytest.raises(LayoutError, match="has 3 bytes"):
         decode_header(b"abc")
     assert decode_header(None)["ends"].tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("cache_users", [0, 2, 1_000])
+def test_states_that_were_taken_are_read_before_they_are_written(
+    store: str, journal: Callable[[Partition], None], cache_users: int
+) -> None:
+    """The next batch goes on from them, however few are kept at hand."""
+    partition = batches(ONE)
+    journal(partition)
+    states = make(store, cache_users=cache_users)
+    states.claim(PARTITION, partition.ends())
+    before = stored(states)
+    step = partition.apply(events(TWO))
+    states.take(PARTITION, step.users, step.states, step.header)
+    for user, value in zip(USERS, expected(partition), strict=True):
+        assert to_bytes(states.read(PARTITION, np.array([user]))) == [value or b""]
+    assert stored(states) == before
+    states.write(PARTITION, step.users, step.states, step.header)
+    assert stored(states) == expected(partition)
