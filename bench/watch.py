@@ -3,17 +3,19 @@
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from confluent_kafka import Message
 
-from streams.loop import Outcome, Position, Processor
+from streams.loop import Outcome, Output, OutputBatch, Position, Processor
 from streams.metrics import Metrics
 
-# Phases that the scorer times itself; the others lie between the loop's calls.
+# Phases that scorer and loop time themselves. "commit" is the wait for a transaction's end, which
+# goes on while the next batch is processed, and "write" a part of that end, in its own thread.
 INNER = ("decode", "read", "features", "predict", "encode")
+OUTER = ("process", "produce", "commit", "write")
 PHASES = ("consume", *INNER, "produce", "commit", "write", "other")
 
 
@@ -22,7 +24,7 @@ class Transaction:
     """What one transaction read and wrote."""
 
     events: int
-    outputs: Mapping[str, list[dict[str, Any]]]  # by topic, as `produce_batch` takes them
+    outputs: dict[str, list[dict[str, Any]]]  # by topic, as `produce_batch` takes them
 
     @property
     def bytes_out(self) -> int:
@@ -93,7 +95,9 @@ class Watched:
         self._left = events
         self._stop = stop
         self._watch = Stopwatch()
-        self._inner_began = self._inner_seconds()
+        self._before: dict[str, float] = {}  # seconds by phase when the watch was started
+        self._first = 0  # transaction that was not processed by then
+        self._late = 0.0  # seconds of making late outputs, a part of processing
         self._transactions: list[Transaction] = []
 
     @property
@@ -103,65 +107,72 @@ class Watched:
 
     def process(self, messages: list[Message]) -> Outcome:
         """One batch."""
-        self._watch.mark("consume")
-        outcome = self._inner.process(messages)
-        self._watch.mark("process")
-        return self._noted(outcome, len(messages))
+        return self._noted(self._inner.process(messages), len(messages))
 
     def idle(self) -> Outcome | None:
         """Timed work."""
         self._inner.lag = self.lag
         outcome = self._inner.idle()
-        self._watch.mark("other")
         return outcome and self._noted(outcome, 0)
 
     def run(self) -> Run:
-        """What was measured."""
-        ended = self._inner_seconds()
-        inner = {name: ended[name] - began for name, began in self._inner_began.items()}
-        run = self._watch.run(sum(each.events for each in self._transactions[1:]))
-        phases = dict(run.phases) | inner
-        phases["other"] += phases.pop("process") - sum(inner.values())
-        return replace(run, phases=phases)
+        """What was measured; the first batch is not, nor one processed while it was committed."""
+        run = self._watch.run(sum(each.events for each in self._transactions[self._first :]))
+        spent = {name: now - self._before[name] for name, now in self._seconds().items()}
+        spent["process"] += self._late
+        inner = sum(spent[name] for name in INNER)
+        between = run.seconds - spent["process"] - spent["produce"] - spent["commit"]
+        spent |= {"consume": between, "other": spent.pop("process") - inner}
+        return replace(run, phases=spent)
 
     def transactions(self) -> list[Transaction]:
         """All transactions, the first one too."""
         return self._transactions
 
     def _noted(self, outcome: Outcome, events: int) -> Outcome:
-        inner = outcome.finish
-        self._transactions.append(Transaction(events, _by_topic(outcome)))
+        inner, late = outcome.finish, outcome.late
+        transaction = Transaction(events, _by_topic(outcome.batches, outcome.outputs))
+        self._transactions.append(transaction)
         self._left -= events
 
+        def made() -> list[Output]:
+            began = time.perf_counter()
+            outputs = late() if late else []
+            self._late += time.perf_counter() - began
+            for topic, records in _by_topic([], outputs).items():
+                transaction.outputs.setdefault(topic, []).extend(records)
+            return outputs
+
         def finish(delivered: dict[Position, int]) -> None:
-            self._watch.mark("commit")
             if inner:
                 inner(delivered)
-            self._watch.mark("write")
-            if len(self._transactions) == 1:
+            self._watch.mark("")
+            if not self._before:
                 self._watch.start()
-                self._inner_began = self._inner_seconds()
+                self._before, self._first = self._seconds(), len(self._transactions)
+                self._late = 0.0
             if self._left <= 0:
                 self._stop.set()
 
-        outcome.finish = finish
-        return outcome
+        return replace(outcome, finish=finish, late=made)
 
-    def _inner_seconds(self) -> dict[str, float]:
+    def _seconds(self) -> dict[str, float]:
         return {
             name: self._metrics.registry.get_sample_value(
                 "starcast_batch_seconds_sum", {"processor": self.name, "phase": name}
             )
             or 0.0
-            for name in INNER
+            for name in (*INNER, *OUTER)
         }
 
 
-def _by_topic(outcome: Outcome) -> Mapping[str, list[dict[str, Any]]]:
+def _by_topic(
+    batches: Sequence[OutputBatch], outputs: Sequence[Output]
+) -> dict[str, list[dict[str, Any]]]:
     topics = defaultdict[str, list[dict[str, Any]]](list)
-    for batch in outcome.batches:
+    for batch in batches:
         topics[batch.topic] += batch.messages
-    for output in outcome.outputs:
+    for output in outputs:
         topics[output.topic].append(
             {"key": output.key, "value": output.value, "partition": output.partition}
         )

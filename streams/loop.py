@@ -12,13 +12,14 @@ committed offsets.
 """
 
 import struct
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from socket import gethostname
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreE
 from streams.metrics import Metrics
 
 IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
+TIMED_SECONDS = 1.0  # timed work waits no longer, though it costs a wait for what is under way
 TRANSACTION_SECONDS = 10.0  # a dead worker's open transaction blocks readers no longer than this
 COMMIT_SECONDS = 8.0  # a broker that fails over answers late: asked again, unless to stop
 CONTROL_SECONDS = 10.0  # a coordinator that moves is found again within this
@@ -59,6 +61,9 @@ FETCH_BYTES = 4 * 1024 * 1024  # which behind a backlog would hold a megabyte of
 FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
 PATIENT_SECONDS = 0.2  # who lingers so long, and answers nobody, lets the broker gather as long
 PATIENT_BYTES = 256 * 1024  # again, until there is this much: each fetch costs both sides
+# A thread that ends a transaction has Python back this soon, each time it has waited for Kafka or
+# the store: after Python's own 5 ms a time, the next batch was through before it was.
+SWITCH_SECONDS = 0.0005
 OUTPUT_MESSAGES = 200_000  # outputs in flight; more than the largest transaction makes
 
 Position = tuple[str, int]  # topic (with the prefix taken off), partition
@@ -162,7 +167,7 @@ class Processor(Protocol):
         ...
 
     def idle(self) -> Outcome | None:
-        """For timed work: called with nothing under way, at least every `IDLE_SECONDS` or batch."""
+        """For timed work: called with nothing under way, after a batch or `TIMED_SECONDS`."""
         ...
 
     def close(self) -> None:
@@ -219,6 +224,7 @@ class Loop:
         Raises `BrokerError` when Kafka fences this worker for good, and what `claim` raises when
         Kafka and the processor's own store do not belong together.
         """
+        sys.setswitchinterval(SWITCH_SECONDS)
         if self._exactly_once:
             self._init_transactions()
         self._consumer.subscribe(
@@ -283,7 +289,7 @@ class Loop:
         if batch and self._flight is not None and time.monotonic() < self._idle_at:
             return
         self._settle()
-        self._idle_at = time.monotonic() + IDLE_SECONDS
+        self._idle_at = time.monotonic() + TIMED_SECONDS
         if (extra := self._processor.idle()) is not None:
             self._finish(extra, [], metadata)
             self._settle()
@@ -513,6 +519,8 @@ class Loop:
         """Outputs and offsets in one transaction, then the states."""
         if not self._settle():
             return  # what was processed stood on a transaction that came to nothing
+        if outcome.late is not None:
+            outcome = replace(outcome, outputs=[*outcome.outputs, *outcome.late()], late=None)
         ends = {
             (message.topic(), message.partition()): (message.offset() or 0) + 1 for message in batch
         }
@@ -707,8 +715,7 @@ class Loop:
 
         for batch in outcome.batches:
             self._send_batch(batch, track if failed is not None else None)
-        late = outcome.late() if outcome.late else []
-        for output in [*outcome.outputs, *late]:
+        for output in outcome.outputs:
             while True:
                 try:
                     self._producer.produce(
