@@ -177,8 +177,13 @@ class _Lane:
         began, worker = time.perf_counter(), time.process_time()
         outcome = self._scorer.process(messages)
         processed = time.perf_counter()
+        assert outcome.late is not None
+        assert outcome.write is not None
         assert outcome.finish is not None
-        outcome.finish({("journal", each): number + 1 for each in range(self._shop.partitions)})
+        outcome.late()
+        delivered = {("journal", each): number + 1 for each in range(self._shop.partitions)}
+        outcome.write(delivered)
+        outcome.finish(delivered)
         worker, ended = time.process_time() - worker, time.perf_counter()
         spent = {name: now - phases[name] for name, now in self._phases().items()}
         spent["write"] = ended - processed

@@ -54,6 +54,7 @@ CLAIM_SECONDS = 5.0  # a worker that recovers many partitions still polls, so th
 TWICE_SECONDS = 60.0  # fenced again so soon, a worker shares its transactional id with another
 FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again this soon,
 LAST_BACK_OFF_SECONDS = 5.0  # and later this often
+COMMITS = "-commits"  # ends the name of the thread that ends transactions
 BY_KEY = -1  # a partition: that which the key's hash says
 LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
 FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most, and one answer of a broker,
@@ -204,7 +205,7 @@ class Loop:
         self._idle_at = 0.0
         self._flight: _Flight | None = None
         self._ended = False
-        self._commits = ThreadPoolExecutor(1, f"{processor.name} commits")
+        self._commits = ThreadPoolExecutor(1, processor.name + COMMITS)
         self._consumer = Consumer(self._consumer_config())
         self._producer = Producer(self._producer_config())
 

@@ -23,19 +23,23 @@ def without_guard() -> None:
     """A batch that was refused is committed with the generation that the worker joins next."""
     transact = Loop._transact
 
-    def again(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> Any:
-        delivered = transact(self, outcome, offsets, metadata)
+    def again(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> None:
+        transact(self, outcome, offsets, metadata)
         wanted = {self._position(each) for each in offsets}
         until = time.monotonic() + REJOIN_SECONDS
-        while delivered is None and time.monotonic() < until:
+        while wanted and not _settled(self) and time.monotonic() < until:
             self._consumer.consume(1, 0.2)  # paused: only callbacks come
             if wanted <= self._owned:
-                delivered = transact(
-                    self, outcome, offsets, self._consumer.consumer_group_metadata()
-                )
-        return delivered
+                transact(self, outcome, offsets, self._consumer.consumer_group_metadata())
+                if self._settle():
+                    return
 
     Loop._transact = again
+
+
+def _settled(loop: Loop) -> bool:
+    """Whether a batch's transaction was committed: a refused one leaves nothing live."""
+    return loop._settle() and bool(loop._live)
 
 
 def without_fence() -> None:
@@ -78,25 +82,25 @@ def without_order() -> None:
     transact = Loop._transact
     committed = 0
 
-    def early(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> Any:
+    def early(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> None:
         nonlocal committed
         if committed < SETTLED_COMMITS:
-            delivered = transact(self, outcome, offsets, metadata)
-            committed += delivered is not None
-            return delivered
-        finish, outcome.finish = outcome.finish, None
+            transact(self, outcome, offsets, metadata)
+            committed += _settled(self)
+            return
+        write, outcome.write = outcome.write, None
         send = self._send
 
         def send_and_write(outcome: Outcome, failed: Any = None) -> Any:
             delivered = send(outcome, failed)
             self._producer.flush(10)
-            if finish is not None:
-                finish(delivered)
+            if write is not None:
+                write(delivered)
             return delivered
 
         self._send = send_and_write
         try:
-            return transact(self, outcome, offsets, metadata)
+            transact(self, outcome, offsets, metadata)
         finally:
             self._send = send
 

@@ -77,10 +77,11 @@ class Points:
                 self._orders.clear()
 
     def reach(self, point: str) -> None:
-        """What the thread of a processor does at a point: mostly nothing."""
+        """What a processor's thread, or that of its commits, does at a point: mostly nothing."""
         if not self._orders:
             return
-        order = self._orders.pop((threading.current_thread().name, point), None)
+        processor, _, _ = threading.current_thread().name.partition(loops.COMMITS)
+        order = self._orders.pop((processor, point), None)
         if order is None:
             return
         self._control.send(order)

@@ -1118,7 +1118,7 @@ def test_the_next_batch_is_processed_while_one_is_written(world: World) -> None:
     assert processor.finished == [{("journal", 0): 1}]  # one; that of the second is under way
     loop._settle()
     assert processor.finished == [{("journal", 0): 1}, {("journal", 0): 2}]
-    assert all(name.startswith("counting commits") for name in processor.written)
+    assert all(name.startswith("counting" + loops.COMMITS) for name in processor.written)
     assert len(answered(world)) == 6
     assert world.broker.committed["eu.reviews", 0] == 6
 
