@@ -118,6 +118,10 @@ bench-text: setup ## Measure the text encoder beside sentence-transformers and t
 bench-train: setup ## Measure fine-tuning beside transformers.Trainer and a plain loop, and replays
 	$(BIN)/python -m bench.train $(ARGS)
 
+.PHONY: bench-check
+bench-check: setup system kafka-jars ## Fail when a benchmark's ratio has fallen by more than its noise (ARGS="--as-is" compares the last runs)
+	$(BIN)/python -m bench.check $(ARGS)
+
 .PHONY: bench-latency
 bench-latency: setup system kafka-jars ## Measure latency at rates that stay beside the bare Kafka loop (ARGS="--rates 1000 5000")
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.latency $(ARGS)

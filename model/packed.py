@@ -15,7 +15,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,17 +89,19 @@ def fits(model: nn.Module) -> bool:
         return False
     if getattr(settings, "position_embedding_type", "absolute") != "absolute":
         return False
-    layers: Any = model.encoder
-    square = {layer.attention.self.query.weight.shape for layer in layers.layer}
-    plain = all(
-        type(each) is nn.Linear or not hasattr(each, "weight") or type(each) in _PLAIN
-        for each in model.modules()
-    )
-    watched = any(each._forward_hooks for each in model.modules())  # pyright: ignore[reportPrivateUsage]
-    return plain and not watched and square == {(settings.hidden_size, settings.hidden_size)}
+    modules = list(model.modules())
+    if any(each._forward_hooks for each in modules):  # pyright: ignore[reportPrivateUsage]
+        return False
+    if any(hasattr(each, "weight") and type(each) not in _PLAIN for each in modules):
+        return False
+    layers: list[Any] = list(cast(Any, model).encoder.layer)
+    if any(type(each).__name__ != "BertLayer" for each in layers):
+        return False
+    square = (settings.hidden_size, settings.hidden_size)
+    return all(each.attention.self.query.weight.shape == square for each in layers)
 
 
-_PLAIN = (nn.Embedding, nn.LayerNorm)
+_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)
 
 
 def read(model: nn.Module, joined: bool = False) -> Bert:

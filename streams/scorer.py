@@ -186,10 +186,10 @@ class Scorer:
         def write(delivered: dict[Position, int]) -> None:
             nonlocal took
             self._write(delivered, parts)
+            self._count_unusual(parts, {"contract": len(letters), "future": len(ahead)})
             took = time.monotonic() - began
 
         def finish(_: dict[Position, int]) -> None:
-            self._count_unusual(parts, {"contract": len(letters), "future": len(ahead)})
             self._count_scored(arrivals, scored, predictions, predicted_at)
             self._pace.took(len(messages), took)
 

@@ -118,11 +118,21 @@ def adapted(model: BertModel) -> None:
     cast(Any, model).encoder.layer[1].output.dense = Adapted(32, HIDDEN)
 
 
+def wrapped(model: BertModel) -> None:
+    layers = cast(Any, model).encoder.layer
+    layers[0] = nn.Sequential(layers[0])
+
+
+def quantized(model: BertModel) -> None:
+    linear = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)))[0]
+    cast(Any, model).encoder.layer[0].attention.self.query = linear
+
+
 def trimmed(model: BertModel) -> None:
     cast(Any, model).encoder.layer[1].attention.self.query = nn.Linear(HIDDEN, 16)
 
 
-@pytest.mark.parametrize("change", [watched, adapted, trimmed])
+@pytest.mark.parametrize("change", [watched, adapted, wrapped, quantized, trimmed])
 def test_changed_models_do_not_fit(change: Callable[[BertModel], None]) -> None:
     model = small()
     assert packed.fits(model)

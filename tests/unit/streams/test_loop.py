@@ -1081,11 +1081,13 @@ class Ahead(Counting):
     """Lets the next batch be processed before this one is committed."""
 
     batch_size: int = 3
+    committed: threading.Event = field(default_factory=threading.Event)
     writing: threading.Event = field(default_factory=threading.Event)
     written: list[str] = field(default_factory=list[str])  # by which thread
 
     def process(self, messages: list[Message]) -> Outcome:
         def write(_: dict[Position, int]) -> None:
+            self.committed.set()
             assert self.writing.wait(10)
             self._may_fail("write")
             self.written.append(threading.current_thread().name)
@@ -1154,6 +1156,7 @@ def test_what_stands_on_states_that_were_not_written_is_done_again(world: World)
 def test_a_revoked_partition_goes_once_it_is_written(world: World) -> None:
     processor, loop = ahead(world)
     loop._turn()
+    assert processor.committed.wait(10)
     threading.Timer(0.05, processor.writing.set).start()
     world.consumer.rebalance(gone=places(0))
     assert processor.drops[-1] == {0}
@@ -1163,6 +1166,7 @@ def test_a_revoked_partition_goes_once_it_is_written(world: World) -> None:
 def test_a_claim_waits_for_what_is_under_way(world: World) -> None:
     processor, loop = ahead(world)
     loop._turn()
+    assert processor.committed.wait(10)
     threading.Timer(0.05, processor.writing.set).start()
     world.consumer.rebalance(new=places(1))
     written: list[int] = []
