@@ -1,5 +1,6 @@
 """BERT encoders without padding beside transformers' own, tiny and random."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -124,7 +125,8 @@ def wrapped(model: BertModel) -> None:
 
 
 def quantized(model: BertModel) -> None:
-    linear = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)))[0]
+    tools: Any = importlib.import_module("torch.ao.quantization")
+    (linear,) = tools.quantize_dynamic(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)))
     cast(Any, model).encoder.layer[0].attention.self.query = linear
 
 
