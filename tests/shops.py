@@ -31,6 +31,7 @@ from streams.reader import ITEM_STATE, USER_STATE, store_keys
 from streams.run import _make, _Shared
 from streams.store import Store
 from streams.tail import read_topic
+from streams.user_states import decode_header
 
 PARTITIONS = 3
 PIPELINE = (  # topics that end; digests come as long as a worker lives
@@ -183,6 +184,16 @@ class Shop:
         until(
             lambda: all(
                 int(store.header(ITEM_STATE, partition or 0) or 0) == end
+                for partition, end in ends.items()
+            )
+        )
+
+    def until_users_are_written(self) -> None:
+        """Wait until user states stand where the journal ends; they are written after a commit."""
+        ends = {each.partition() or 0: (each.offset() or 0) + 1 for each in self.read("journal")}
+        until(
+            lambda: all(
+                int(decode_header(self.store.header(USER_STATE, partition))["journal"]) == end
                 for partition, end in ends.items()
             )
         )

@@ -108,6 +108,7 @@ def whole(kafka: str, store_server: str, tmp_path_factory: pytest.TempPathFactor
             shop.play(sent)
             predictions = shop.until_predicted(EVENTS)
             shop.until_items_are_applied()
+            shop.until_users_are_written()
             until(lambda: all(each.lag == 0 for each in workers.processors.values()))
         shop.until_archived()
     return Whole(shop, sent, predictions, folder)
@@ -280,6 +281,7 @@ def test_a_lost_store_is_rebuilt_from_the_journal(whole: Whole) -> None:
     with shop.workers("scorer", "items", "catalog"):
         until(lambda: shop.states() == before)
     shop.until_items_are_applied()
+    shop.until_users_are_written()
     assert verify(whole).clean
     assert len(shop.predictions()) == EVENTS
 
@@ -316,6 +318,7 @@ def test_a_killed_worker_is_taken_over(shop: Shop) -> None:
             playing.join()
             predictions = shop.until_predicted(2_000)
             shop.until_items_are_applied()
+            shop.until_users_are_written()
     check_each_once(predictions, sent)
     check_states(shop, sent)
 
@@ -350,6 +353,7 @@ def test_a_worker_that_wakes_late_changes_nothing(shop: Shop) -> None:
                 shop.play(more)
                 predictions = shop.until_predicted(1_000 + len(more))
                 shop.until_items_are_applied()
+                shop.until_users_are_written()
     check_each_once(predictions, sent + more)
     check_states(shop, sent + more)
 
@@ -370,6 +374,7 @@ def test_a_fenced_producer_is_replaced_once(shop: Shop) -> None:
     with shop.workers("scorer", "items"):
         predictions = shop.until_predicted(600)
         shop.until_items_are_applied()
+        shop.until_users_are_written()
     check_each_once(predictions, sent)
     check_states(shop, sent)
 
@@ -391,6 +396,7 @@ def test_two_workers_of_a_kip_848_group_share_the_work(shop: Shop) -> None:
         shop.play(sent[800:])
         predictions = shop.until_predicted(1_200)
         shop.until_items_are_applied()
+        shop.until_users_are_written()
     check_each_once(predictions, sent)
     check_states(shop, sent)
 
@@ -511,6 +517,7 @@ def test_a_repeated_event_is_answered_and_not_applied_and_an_edit_replaces(shop:
         shop.play([("reviews", edited), ("reviews", review("r3", user="bob"))])
         predictions = shop.until_predicted(8)
         shop.until_items_are_applied()
+        shop.until_users_are_written()
     check_each_once(predictions, [*sent, ("reviews", edited), ("reviews", review("r3"))])
     (ann,) = shop.users(["ann"])
     assert (ann["rating_count"], ann["rating_sum"], ann["rating_square_sum"]) == (1, 5, 25)
@@ -548,6 +555,7 @@ def test_requests_pass_the_backlog_and_are_ranked(shop: Shop) -> None:
         shop.play(records)
         shop.until_predicted(1_000)
         shop.until_items_are_applied()
+        shop.until_users_are_written()
     user = next(record.user_id for topic, record in records if topic == "reviews")
     shop.play((topic, record) for topic, record in only_events(events(1_000, seed=8)))  # a backlog
     now = datetime.now(UTC)
@@ -615,6 +623,7 @@ def test_a_store_outage_pauses_and_drops_nothing(kafka: str, tmp_path: Path) -> 
             shop.play(sent[1_000:])
             predictions = shop.until_predicted(1_500)
             shop.until_items_are_applied()
+            shop.until_users_are_written()
             shop.until_archived()
         check_each_once(predictions, sent)
         check_states(shop, sent)
@@ -630,6 +639,7 @@ def test_topics_made_anew_are_told_from_the_old_ones(shop: Shop) -> None:
         shop.play(sent)
         shop.until_predicted(300)
         shop.until_items_are_applied()
+        shop.until_users_are_written()
         shop.until_archived()
     anew = make_shop(
         shop.settings.kafka.bootstrap_servers, "redis://unused:1", Path(shop.settings.archive.url)
