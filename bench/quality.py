@@ -36,7 +36,7 @@ from trainer.config import Method, TextConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.fine_tune import taken
 from trainer.gate import difference
-from trainer.metrics import Difference, scores
+from trainer.metrics import scores
 from trainer.prepare import cleaned, item_vectors, prepared, review_texts
 from trainer.text import ReviewTexts
 from trainer.train import base_encoder
@@ -299,6 +299,20 @@ def gains(sets: Mapping[str, Any]) -> dict[str, Any]:
     return {"by_set": found, "mean": float(np.mean(told)) if told else None}
 
 
+def compared(variants: Mapping[str, Any]) -> dict[str, Any]:
+    """Variants of the text model, each with what its squared error is above that beside it."""
+    config = TrainerConfig()
+    found: dict[str, Any] = {}
+    for name, each in variants.items():
+        beside, figures, gap = WORDED[name].beside, each["figures"], None
+        if name != beside:
+            told = [figures["rating"], figures["expected"], variants[beside]["figures"]["expected"]]
+            rating, expected, other = (np.asarray(one, np.float64) for one in told)
+            gap = asdict(difference(rating, expected, other, config.gate, config.seed))
+        found[name] = each | {"figures": {"rmse": figures["rmse"], "beside": beside, "gap": gap}}
+    return found
+
+
 def page(parts: Mapping[str, Any]) -> str:
     """docs/quality.md."""
     lines = [
@@ -344,11 +358,10 @@ def page(parts: Mapping[str, Any]) -> str:
         lines += ["", f"## Variants of the text model, on validation texts of {TEXT_SET}", ""]
         lines += ["| fine-tuned | RMSE | squared error more, 95% interval |", "|---|---|---|"]
         for name, each in variants.items():
-            beside = WORDED[name].beside
-            gap = _gap(each["figures"], variants[beside]["figures"]) if beside in variants else None
-            told = f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" if gap else ""
-            told += f" than {beside}" if gap and beside != AS_IT_IS else ""
-            lines.append(f"| {name} | {each['figures']['rmse']:.4f} | {told} |")
+            found, gap = each["figures"], each["figures"]["gap"]
+            told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
+            told += f" than {found['beside']}" if gap and found["beside"] != AS_IT_IS else ""
+            lines.append(f"| {name} | {found['rmse']:.4f} | {told} |")
     if replay := parts.get("replay"):
         found = replay["figures"]
         lines += ["", "## A long replay", ""]
@@ -357,16 +370,6 @@ def page(parts: Mapping[str, Any]) -> str:
             f"{found['events_per_second']:,} events/s, {found['peak_mb']:,} MB at most."
         )
     return "\n".join(lines) + "\n"
-
-
-def _gap(figures: Mapping[str, Any], beside: Mapping[str, Any]) -> Difference | None:
-    """What a variant's squared error is above that of another; none of itself."""
-    if figures is beside:
-        return None
-    numbers = (figures["rating"], figures["expected"], beside["expected"])
-    rating, expected, other = (np.asarray(each, np.float64) for each in numbers)
-    config = TrainerConfig()
-    return difference(rating, expected, other, config.gate, config.seed)
 
 
 def _rating_table(way: str, block: Mapping[str, Any]) -> list[str]:
@@ -423,6 +426,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name: place.part(f"{words} {name}", lambda make=make, name=name: make(place, name))
                 for name in names
             }
+    if "worded" in parts:
+        parts["worded"] = compared(parts["worded"])
     if "replay" in chosen.parts:
         parts["replay"] = place.part("replay", replayed)
     if parts.get("sets"):
