@@ -26,6 +26,8 @@ SIZES = (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
 """Tokens of the batches that are recorded for a GPU."""
 LEAST_TOKENS = 16  # a text in a recorded batch is taken for at least as long, so texts are bounded
 
+_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)  # all that holds weights in a plain BERT
+
 Vectors = NDArray[np.float32]
 Weight = tuple[Tensor, Tensor]  # weight and offset
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,6 +92,7 @@ def fits(model: nn.Module) -> bool:
     if getattr(settings, "position_embedding_type", "absolute") != "absolute":
         return False
     modules = list(model.modules())
+    # Who watches would not be called; torch has no public way to ask whether anybody does.
     if any(each._forward_hooks for each in modules):  # pyright: ignore[reportPrivateUsage]
         return False
     if any(hasattr(each, "weight") and type(each) not in _PLAIN for each in modules):
@@ -99,9 +102,6 @@ def fits(model: nn.Module) -> bool:
         return False
     square = (settings.hidden_size, settings.hidden_size)
     return all(each.attention.self.query.weight.shape == square for each in layers)
-
-
-_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)
 
 
 def read(model: nn.Module, joined: bool = False) -> Bert:

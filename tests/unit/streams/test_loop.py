@@ -1098,7 +1098,7 @@ class Ahead(Counting):
 def ahead(world: World) -> tuple[Ahead, Loop]:
     processor = Ahead()
     loop = world.loop(processor, group_protocol="consumer")
-    loop._idle_at = world.clock.now + loops.IDLE_SECONDS
+    loop._idle_at = world.clock.now + loops.TIMED_SECONDS
     world.broker.append("eu.reviews", 0, *[b"v"] * 9)
     world.consumer.rebalance(new=places(0))
     return processor, loop
@@ -1184,7 +1184,7 @@ def test_a_claim_waits_for_what_is_under_way(world: World) -> None:
 def test_timed_work_is_not_put_off_by_a_backlog(world: World) -> None:
     processor, loop = ahead(world)
     processor.writing.set()
-    world.turn(loop)  # each turn takes longer than IDLE_SECONDS on this clock
+    world.turn(loop)  # each turn takes longer than TIMED_SECONDS on this clock
     assert processor.idles == 1
     assert len(processor.written) == 1  # timed work finds nothing under way
     loop._turn()
@@ -1197,7 +1197,6 @@ def test_a_worker_that_stops_ends_what_is_under_way(world: World) -> None:
     processor, loop = ahead(world)
     processor.writing.set()
     processor.batch_size = 9
-    processor.idles = 0
     world.consumer.between.extend([lambda: None, lambda: None, world.stop.set])
     loop.run()
     assert len(answered(world)) == 9
