@@ -12,11 +12,13 @@ from model import device as devices
 from model import ladder
 from model.bundle import Bundle
 from model.calibration import Calibration, Reals, Singles, calibrate
-from model.events import Rows
-from model.lookups import Lookups
+from model.events import EVENT, REVIEW, Rows, blank
+from model.ids import NONE, hash_ids
+from model.lookups import Lookups, table
 from model.network import FusedNetwork, Inputs, gather, tensors
-from model.replay import Observation
+from model.replay import History, Observation, recover
 from model.serving import Served
+from model.state import ITEM_ATTRIBUTES, PARTITION, USER
 
 # Rows pass the network on a device in blocks of one size, the last one padded: see `serving`.
 _BLOCK = 2048
@@ -71,6 +73,33 @@ def predictor(bundle: Bundle | None, device: str = "auto") -> Predictor:
         return Predictor(ladder.VERSION, None, Calibration(), None)
     network = bundle.network.to(devices.find(device)).eval()
     return Predictor(bundle.version, network, bundle.calibration, bundle.encoder_hash)
+
+
+def warm(predictor: Predictor) -> None:
+    """Predict for an invented shopper, as a worker does before it takes work on.
+
+    After it all loops of `model.compiled` are compiled. At a machine's first run that takes ten
+    seconds and more, in which a worker that has partitions would be silent and lose them.
+    """
+    items = hash_ids(["a", "b", "c"])
+    attributes = blank(ITEM_ATTRIBUTES, len(items))
+    attributes["text"] = items
+    vectors = np.ones((len(items), max(predictor.vector_width, 1)), np.float32)
+    events = blank(EVENT, len(items))
+    events["user"], events["item"], events["event_id"] = NONE + 1, items, items
+    events["action"], events["rating"], events["time"] = REVIEW, 4, 1
+    history = History(table(items, attributes), vectors=table(items, vectors))
+    (batch,) = history.run(events)
+    predictor.predict(events, batch.result.observation, batch.lookups)
+    recover(
+        blank(USER, 1),
+        np.zeros(len(events), np.intp),
+        blank(PARTITION, ()),
+        events,
+        batch.result.observation.features,
+        batch.result.duplicate,
+        batch.result.step,
+    )
 
 
 def raw_outputs(network: FusedNetwork, inputs: Inputs) -> tuple[Reals, Reals]:

@@ -15,7 +15,7 @@ import torch
 from model import bundle, encoder, registry
 from model.bundle import Bundle
 from model.exceptions import BundleError
-from model.predict import Predictor, predictor
+from model.predict import Predictor, predictor, warm
 from schemas.exceptions import StarcastError
 from streams.config import ModelsConfig
 from streams.metrics import Metrics
@@ -104,13 +104,19 @@ class Models:
     def _ladder(self) -> Serving:
         folder = encoder.locate(self._config.encoder)
         hash_ = encoder.folder_hash(folder) if folder else ""
-        return Serving(predictor(None, self._config.device), None, folder, None, hash_)
+        return self._warmed(Serving(predictor(None), None, folder, None, hash_))
 
     def _serve(self, loaded: Bundle) -> Serving:
-        return Serving(
-            predictor(loaded, self._config.device),
-            loaded,
-            loaded.encoder_folder,
-            loaded.star_head,
-            loaded.encoder_hash or "",
+        return self._warmed(
+            Serving(
+                predictor(loaded, self._config.device),
+                loaded,
+                loaded.encoder_folder,
+                loaded.star_head,
+                loaded.encoder_hash or "",
+            )
         )
+
+    def _warmed(self, serving: Serving) -> Serving:
+        warm(serving.predictor)
+        return serving

@@ -16,6 +16,7 @@ from torch import nn
 from model import bundle, registry
 from model.calibration import Calibration
 from model.network import FusedNetwork, default_config
+from model.predict import predictor, warm
 from streams.reader import USER_STATE
 from tests.faults.check import (
     SETTLED_SECONDS,
@@ -255,4 +256,6 @@ def _write_bundles(url: str) -> None:
             card=CARD,
         )
         if not seed:
+            # Compiled here once, for workers that would each do it at the same time.
+            warm(predictor(bundle.load(url, written.version, written.sha256), "cpu"))
             registry.promote(url, written.version, written.sha256, "harness", "the first")

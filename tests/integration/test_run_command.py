@@ -8,11 +8,14 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 
 from streams.admin import apply_topics
 from streams.config import KafkaConfig
@@ -61,20 +64,55 @@ def ready(port: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_gets_ready_and_ends_on_a_signal(
-    worker: subprocess.Popen[str], environment: dict[str, str], number: signal.Signals
-) -> None:
+def wait_ready(worker: subprocess.Popen[Any], environment: dict[str, str]) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while not ready(environment["STARCAST_WEB__METRICS_PORT"]):
         assert worker.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_gets_ready_and_ends_on_a_signal(
+    worker: subprocess.Popen[str], environment: dict[str, str], number: signal.Signals
+) -> None:
+    wait_ready(worker, environment)
     worker.send_signal(number)
     _, log = worker.communicate(timeout=STOP_SECONDS)
     assert worker.returncode == 0
     assert "Traceback" not in log
     assert all("event" in json.loads(line) for line in log.splitlines())
+
+
+def test_nothing_is_compiled_once_a_worker_is_ready(
+    environment: dict[str, str], embedded_broker: str, tmp_path: Path
+) -> None:
+    compiled = tmp_path / "compiled"
+    command = [sys.executable, "-m", "starcast", "run", "scorer", "items", "catalog"]
+    prefix = environment["STARCAST_KAFKA__TOPIC_PREFIX"]
+    with subprocess.Popen(
+        command,
+        env=environment | {"NUMBA_CACHE_DIR": str(compiled)},
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        wait_ready(process, environment)
+        before = set(compiled.rglob("*.nbc"))
+        producer = Producer({"bootstrap.servers": embedded_broker})
+        for item in ("a", "b", "a"):
+            view = {"event_id": uuid.uuid4().hex, "user_id": "u", "item_id": item, "action": "view"}
+            value = json.dumps(view | {"event_time": "2026-01-01T00:00:00Z"})
+            producer.produce(f"{prefix}behavior", value, "u")
+        assert not producer.flush(30)
+        with closing(
+            Consumer({"bootstrap.servers": embedded_broker, "group.id": prefix + "reads"})
+        ) as consumer:
+            ratings = f"{prefix}predicted-ratings"
+            consumer.assign([TopicPartition(ratings, each, OFFSET_BEGINNING) for each in range(2)])
+            assert len(consumer.consume(3, READY_SECONDS)) == 3
+        process.kill()
+    assert before
+    assert set(compiled.rglob("*.nbc")) == before
 
 
 def test_an_unknown_processor(environment: dict[str, str], tmp_path: Path) -> None:
