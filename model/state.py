@@ -47,20 +47,21 @@ USER = np.dtype(
         ("first_second", "<u4"),  # s; event applied first; 0: none
         ("session_second", "<u4"),  # s; begin of the current session
         ("session", "<u8"),  # the latest session id seen; 0: none
+        ("rating_sum", "<f8"),
+        ("rating_square_sum", "<f8"),
+        ("residual_sum", "<f8"),  # sum of rating - global mean - item bias, as they were then
+        ("price_log_sum", "<f8"),  # log(1 + price) of events with a price
+        ("paid_log_sum", "<f8"),  # the same of purchases
+        ("text_sum", "<f8"),  # expected stars of own review texts
+        # Counters, side by side: stored in as few bytes as the largest needs (`to_bytes`).
         ("session_events", "<u4"),  # applied since the session began
         ("sessions", "<u4"),
         ("actions", "<u4", COUNTED),
         ("rating_count", "<u4"),
         ("histogram", "<u4", STARS),  # ratings rounded to 1..5 stars
-        ("rating_sum", "<f8"),
-        ("rating_square_sum", "<f8"),
-        ("residual_sum", "<f8"),  # sum of rating - global mean - item bias, as they were then
         ("price_count", "<u4"),
-        ("price_log_sum", "<f8"),  # log(1 + price) of events with a price
         ("paid_count", "<u4"),
-        ("paid_log_sum", "<f8"),  # the same of purchases
         ("text_count", "<u4"),
-        ("text_sum", "<f8"),  # expected stars of own review texts
         ("left", "<u4"),  # rated items that have left `recent`
         # Last, so that a short history has a short row (`to_bytes`).
         ("recent", SLOT, RECENT),
@@ -477,22 +478,82 @@ def _rounded(value: float, steps: int) -> float:
 
 
 def to_bytes(rows: Rows) -> list[bytes]:
-    """Rows as the store keeps them: little endian, packed, zeros at the end cut off."""
-    size, data = rows.dtype.itemsize, rows.tobytes()
-    return [data[at : at + size].rstrip(b"\0") for at in range(0, len(data), size)]
+    """Rows as the store keeps them: little endian, packed, zeros at the end cut off.
+
+    Before a USER row stands one byte: how many bytes each of its counters has, 1, 2 or 4.
+    """
+    data = _matrix(rows.tobytes(), rows.dtype.itemsize)
+    if rows.dtype != USER:
+        return _cut(data)
+    counters = np.ascontiguousarray(data[:, _COUNTERS]).view("<u4")
+    narrowest = np.searchsorted([1 << 8, 1 << 16], counters.max(1), side="right")
+    values = [b""] * len(rows)
+    for number, width in enumerate(_WIDTHS):
+        at = np.flatnonzero(narrowest == number)
+        if not len(at):
+            continue
+        part = [
+            np.full((len(at), 1), width, np.uint8),
+            data[at, : _COUNTERS.start],
+            counters[at].astype(f"<u{width}").view(np.uint8),
+            data[at, _COUNTERS.stop :],
+        ]
+        for row, value in zip(at.tolist(), _cut(np.hstack(part)), strict=True):
+            if len(value) > 1:
+                values[row] = value
+    return values
 
 
 def from_bytes(values: Sequence[bytes | None], dtype: np.dtype[Any]) -> Rows:
     """Rows of what `to_bytes` wrote, shape (n,); `None` gives a blank row.
 
-    Raises LayoutError for a value longer than a row.
+    Raises LayoutError for a value that is not of this layout.
     """
-    size, missing = dtype.itemsize, blank(dtype, 1).tobytes()
-    data = b"".join(missing if value is None else value.ljust(size, b"\0") for value in values)
+    if dtype != USER:
+        missing = blank(dtype, 1).tobytes()
+        given = [missing if value is None else value for value in values]
+        return _padded(given, dtype.itemsize).view(dtype)[:, 0]
+    widths = np.array([value[0] if value else 0 for value in values], np.uint8)
+    if not np.isin(widths, (0, *_WIDTHS)).all():
+        raise _other_layout(f"begins with {max(widths)}", f"has one of {_WIDTHS}")
+    data = np.zeros((len(values), USER.itemsize), np.uint8)
+    begin, end = _COUNTERS.start, _COUNTERS.stop
+    for width in _WIDTHS:
+        at = np.flatnonzero(widths == width)
+        if not len(at):
+            continue
+        rest = 1 + begin + (end - begin) // 4 * width
+        form = _padded([values[row] or b"" for row in at.tolist()], rest + USER.itemsize - end)
+        data[at, :begin] = form[:, 1 : 1 + begin]
+        counters = np.ascontiguousarray(form[:, 1 + begin : rest]).view(f"<u{width}")
+        data[at, begin:end] = counters.astype("<u4").view(np.uint8)
+        data[at, end:] = form[:, rest:]
+    return data.view(USER)[:, 0]
+
+
+_BEGINS = {name: place[1] for name, place in (USER.fields or {}).items()}  # bytes in a row
+_COUNTERS = slice(_BEGINS["session_events"], _BEGINS["recent"])  # of 4 bytes each
+_WIDTHS = (1, 2, 4)  # of a stored counter, bytes
+
+
+def _matrix(data: bytes, size: int) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8).reshape(-1, size)
+
+
+def _cut(data: NDArray[np.uint8]) -> list[bytes]:
+    size, whole = data.shape[1], data.tobytes()
+    return [whole[at : at + size].rstrip(b"\0") for at in range(0, len(whole), size)]
+
+
+def _padded(values: Sequence[bytes], size: int) -> NDArray[np.uint8]:
+    data = b"".join(value.ljust(size, b"\0") for value in values)
     if len(data) != size * len(values):
-        longest = max(len(value) for value in values if value is not None)
-        raise LayoutError(
-            f"A stored state has {longest} bytes where layout {LAYOUT_HASH} has {size}: another"
-            " layout wrote under this key. Rebuild the store under this layout."
-        )
-    return np.frombuffer(data, dtype).copy()
+        raise _other_layout(f"has {max(map(len, values))} bytes", f"has {size}")
+    return _matrix(data, size).copy()
+
+
+def _other_layout(found: str, wanted: str) -> LayoutError:
+    return LayoutError(
+        f"A stored state {found} where layout {LAYOUT_HASH} {wanted}: another layout wrote under"
+        " this key. Rebuild the store under this layout."
+    )
