@@ -5,7 +5,7 @@ import numpy as np
 from bench.events import ACTIONS, ITEM_EXPONENT, REVIEW_SHARE, STEP_MS, USER_EXPONENT, zipf
 from model.events import CODES, EVENT, REVIEW, Rows, blank
 from model.ids import Hashes, hash_ids
-from model.lookups import Table, table
+from model.lookups import Table, Vectors, table, vectors_of
 from model.state import ITEM_ATTRIBUTES
 
 FIRST_MS = 1_700_000_000_000  # time of the first event
@@ -27,7 +27,7 @@ def make_rows(count: int, users: int, items: int, seed: int = 7) -> Rows:
     return events
 
 
-def make_item_tables(items: int, width: int, seed: int = 7) -> tuple[Table, Table]:
+def make_item_tables(items: int, width: int, seed: int = 7) -> tuple[Table, Vectors]:
     """Attributes of items, each with a text of its own, and unit vectors of those texts."""
     random = np.random.default_rng(seed)
     attributes = blank(ITEM_ATTRIBUTES, items)
@@ -37,7 +37,7 @@ def make_item_tables(items: int, width: int, seed: int = 7) -> tuple[Table, Tabl
     attributes["price"] = random.lognormal(3, 1, items)
     vectors = random.standard_normal((items, width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return table(ids("item", items), attributes), table(ids("text", items), vectors)
+    return table(ids("item", items), attributes), vectors_of(ids("text", items), vectors)
 
 
 def ids(kind: str, count: int) -> Hashes:

@@ -137,6 +137,31 @@ def _place(slots: Any, known: Any, count: int, wanted: Any, found: Any) -> int:
     return count
 
 
+class Source:
+    """Stands for one table of vectors: rows of the same number under the same source are equal."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors by text hash. Row 0 is zero, and what a hash gets that has no vector."""
+
+    places: Table  # intp: positions in `rows`
+    rows: NDArray[np.float32]  # (m + 1, d), or the first of a table that grows
+    source: Source
+
+    def find(self, hashes: Hashes) -> NDArray[np.intp]:
+        """The position in `rows` of each hash, in the shape of `hashes`; 0 when it is missing."""
+        return self.places.take(hashes)
+
+
+def vectors_of(hashes: Hashes, rows: NDArray[np.float32]) -> Vectors:
+    """Vectors (m, d) of distinct hashes (m)."""
+    none = np.zeros((1, rows.shape[1]), np.float32)
+    return Vectors(
+        table(hashes, np.arange(1, len(rows) + 1)), np.concatenate([none, rows]), Source()
+    )
+
+
 @dataclass(frozen=True)
 class Lookups:
     """What a batch reads beside its users' states, as of the batch's begin.
@@ -148,4 +173,4 @@ class Lookups:
     items: Table  # ITEM rows of the events' items
     item_attributes: Table  # ITEM_ATTRIBUTES of the events' items and of their users' recent items
     user_attributes: Table  # USER_ATTRIBUTES of the events' users
-    vectors: Table | None = None  # float32 (m + 1, d) by text hash; the last row is zero
+    vectors: Vectors | None = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model.events import Rows
 from model.features import FEATURES, INDEX
 from model.ids import low_half
-from model.lookups import Lookups
+from model.lookups import Lookups, Source
 from model.replay import Observation
 from model.state import RATING_STEPS
 from model.taste import COLUMNS, Taste
@@ -105,6 +105,7 @@ class Inputs:
     item_vectors: NDArray[np.intp]  # (n,) rows of `vectors`
     recent_vectors: NDArray[np.intp]  # (n, 16)
     vectors: NDArray[np.float32]  # (m, d) as `TextEncoder.project` gives them
+    source: Source  # of the vectors; other vectors need another
 
     def __len__(self) -> int:
         return len(self.features)
@@ -114,8 +115,18 @@ class Inputs:
         named = {name: getattr(self, name)[rows] for name in _PER_ROW}
         return replace(self, **named)
 
+    def without_vectors(self, width: int) -> Self:
+        """The same, with no vector anywhere; those that there are not have a width all the same."""
+        return replace(
+            self,
+            item_vectors=np.zeros_like(self.item_vectors),
+            recent_vectors=np.zeros_like(self.recent_vectors),
+            vectors=np.zeros((1, width), np.float32),
+            source=Source(),
+        )
 
-_PER_ROW = tuple(field.name for field in fields(Inputs) if field.name != "vectors")
+
+_PER_ROW = tuple(field.name for field in fields(Inputs) if field.name not in ("vectors", "source"))
 
 
 def gather(events: Rows, observation: Observation, lookups: Lookups, width: int) -> Inputs:
@@ -123,9 +134,9 @@ def gather(events: Rows, observation: Observation, lookups: Lookups, width: int)
     attributes = observation.item_attributes
     item_vectors, recent_vectors = observation.item_vectors, observation.recent_vectors
     if width and lookups.vectors is not None:
-        vectors = lookups.vectors.rows
+        vectors, source = lookups.vectors.rows, lookups.vectors.source
     else:
-        vectors = np.zeros((1, width), np.float32)
+        vectors, source = np.zeros((1, width), np.float32), Source()
         item_vectors, recent_vectors = np.zeros_like(item_vectors), np.zeros_like(recent_vectors)
     return Inputs(
         features=observation.features,
@@ -141,23 +152,25 @@ def gather(events: Rows, observation: Observation, lookups: Lookups, width: int)
         item_vectors=item_vectors,
         recent_vectors=recent_vectors,
         vectors=vectors,
+        source=source,
     )
 
 
 def concatenate(parts: Sequence[Inputs]) -> Inputs:
     """The rows of several batches, one after another; a table that batches share is held once."""
-    tables = {id(part.vectors): part.vectors for part in parts}
+    by_length = sorted(parts, key=lambda part: len(part.vectors))  # of a source the longest is all
+    tables = {part.source: part.vectors for part in by_length}
     starts = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]), strict=False))
     shifted = [
         replace(
             part,
-            item_vectors=part.item_vectors + starts[id(part.vectors)],
-            recent_vectors=part.recent_vectors + starts[id(part.vectors)],
+            item_vectors=part.item_vectors + starts[part.source],
+            recent_vectors=part.recent_vectors + starts[part.source],
         )
         for part in parts
     ]
     columns = {name: np.concatenate([getattr(p, name) for p in shifted]) for name in _PER_ROW}
-    return Inputs(**columns, vectors=np.concatenate(list(tables.values())))
+    return Inputs(**columns, vectors=np.concatenate(list(tables.values())), source=Source())
 
 
 class Tensors(NamedTuple):

@@ -14,7 +14,7 @@ from model.bundle import Bundle
 from model.calibration import Calibration, Reals, Singles, calibrate
 from model.events import EVENT, REVIEW, Rows, blank
 from model.ids import NONE, hash_ids
-from model.lookups import Lookups, table
+from model.lookups import Lookups, table, vectors_of
 from model.network import FusedNetwork, Inputs, gather, tensors
 from model.replay import History, Observation, recover
 from model.serving import Served
@@ -88,7 +88,7 @@ def warm(predictor: Predictor) -> None:
     events = blank(EVENT, len(items))
     events["user"], events["item"], events["event_id"] = NONE + 1, items, items
     events["action"], events["rating"], events["time"] = REVIEW, 4, 1
-    history = History(table(items, attributes), vectors=table(items, vectors))
+    history = History(table(items, attributes), vectors=vectors_of(items, vectors))
     (batch,) = history.run(events)
     predictor.predict(events, batch.result.observation, batch.lookups)
     recover(

@@ -13,7 +13,7 @@ from model.compiled import compiled
 from model.events import TEXT, Rows, blank, joined, opaque
 from model.exceptions import GapError
 from model.ids import Hashes
-from model.lookups import Lookups, Store, Table, empty, table
+from model.lookups import Lookups, Store, Table, Vectors, empty, table
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
@@ -40,7 +40,7 @@ class Observation:
     older: NDArray[np.uint32]  # (n, 64): low halves of hashes of items rated before those; 0: none
     older_ratings: NDArray[np.uint8]  # (n, 64): in 1/32 star
     item_attributes: Rows  # ITEM_ATTRIBUTES (n)
-    item_vectors: NDArray[np.intp]  # (n): rows of lookups.vectors.rows; its last (zero): none
+    item_vectors: NDArray[np.intp]  # (n): rows of lookups.vectors.rows; 0: none
     recent_vectors: NDArray[np.intp]  # (n, 16): likewise
 
     def take(self, rows: NDArray[np.intp]) -> Self:
@@ -94,8 +94,8 @@ def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Obs
     else:
         item_vectors = vectors.find(attributes["text"])
         recent_vectors = vectors.find(recent_attributes["text"])
-        text_known = item_vectors < len(vectors.hashes)
-        similarity = _similarity(vectors, item_vectors, recent_vectors)
+        text_known = item_vectors > 0
+        similarity = _similarity(vectors.rows, item_vectors, recent_vectors)
     rows = features.compute(
         users,
         lookups.items.take(events["item"]),
@@ -205,25 +205,25 @@ def recover(
 
 
 def _similarity(
-    vectors: Table, items: NDArray[np.intp], recents: NDArray[np.intp]
+    vectors: NDArray[np.float32], items: NDArray[np.intp], recents: NDArray[np.intp]
 ) -> NDArray[np.float32]:
     """Cosines, shape (n, 16), of each item's vector with the recents'; nan where either is none."""
     cosines = np.full(recents.shape, np.nan, np.float32)
-    _compare(vectors.rows, len(vectors.hashes), items, recents, cosines)
+    _compare(vectors, items, recents, cosines)
     return cosines
 
 
 @compiled
-def _compare(vectors: Any, none: int, items: Any, recents: Any, cosines: Any) -> None:
+def _compare(vectors: Any, items: Any, recents: Any, cosines: Any) -> None:
     width = vectors.shape[1]
     whole = width - width % _LANES
     lanes = np.empty(_LANES, np.float32)
     for row in range(len(items)):
-        if items[row] >= none:
+        if items[row] == 0:
             continue
         item = vectors[items[row]]
         for slot in range(recents.shape[1]):
-            if recents[row, slot] >= none:
+            if recents[row, slot] == 0:
                 continue
             recent = vectors[recents[row, slot]]
             lanes[:] = 0
@@ -261,7 +261,7 @@ class History:
         self,
         item_attributes: Table | None = None,
         user_attributes: Table | None = None,
-        vectors: Table | None = None,
+        vectors: Vectors | None = None,
         batch_events: int = 512,
     ) -> None:
         self.item_attributes = item_attributes or empty(ITEM_ATTRIBUTES)

@@ -1,14 +1,15 @@
 """The fused network as it serves on a CPU: what `FusedNetwork.forward` says, several times faster.
 
-Weights are fixed, so what depends on them and an id alone is made once: the part of a recent item's
-token that comes from its hashed id is a table by bucket, trees lose the nodes that ask nothing. A
-batch's distinct vectors are projected once, however many rows name them. What is row by row (taste,
+Weights are fixed, so what depends on them and an id or a vector alone is made once: the part of a
+recent item's token that comes from its hashed id is a table by bucket, a text's vector is
+multiplied when it is first met, trees lose the nodes that ask nothing. What is row by row (taste,
 trees, attention, standardising) is compiled loops; dense layers are matrix products of blocks of
 one size, the last one padded, since products of another size may add in another order, and an
 event must score the same alone and in any batch.
 
-Cost of a row and a member, with the default sizes: 31,000 products in the dense layers, 10,000 in
-the attention; an average path of four questions for each tree.
+Cost of a row and a member, with the default sizes: 31,000 products in the dense layers (fewer by
+those of the vector: 61,000 more each time a new one is met), 10,000 in the attention; an average
+path of four questions for each tree.
 """
 
 import math
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from model.compiled import compiled
 from model.ids import low_half
+from model.lookups import Source
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, bucket, check
 from model.state import RATING_STEPS
 from model.taste import COLUMNS, RIDGE, Taste
@@ -36,6 +39,7 @@ _BLOCK = 128  # rows of a matrix product
 # its place in memory begins, and a row would not be the same alone and in any batch.
 _WIDTH = 8
 _CHUNK = 8 * _BLOCK  # rows at a time, so that a long test fits in memory
+_NOTHING = np.empty((0, 0), np.float32)
 _BITS = 8  # of a recent item's actions
 
 
@@ -46,13 +50,15 @@ class _Dense:
     weight: Tensor  # (inputs, outputs)
     bias: Tensor  # (outputs,)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Of rows (n, inputs), n a multiple of the block."""
+    def __call__(self, rows: Tensor, begun: Tensor | None = None) -> Tensor:
+        """Of rows (n, inputs), n a multiple of the block; `begun` (at most n, outputs) is added."""
         weight, bias = self._padded
         made = torch.empty((len(rows), len(bias)))
         for first in range(0, len(rows), _BLOCK):
             block = slice(first, first + _BLOCK)
             torch.addmm(bias, rows[block], weight, out=made[block])
+        if begun is not None:
+            made[: len(begun), : len(self.bias)] += begun
         return made[:, : len(self.bias)]
 
     @cached_property
@@ -63,10 +69,51 @@ class _Dense:
         return pad(self.weight, (0, more)), pad(self.bias, (0, more))
 
 
+class _Products:
+    """What vectors give in linear layers without a bias, multiplied when first asked for."""
+
+    def __init__(self, layers: Sequence[_Dense]) -> None:
+        self._layers = layers
+        self._done = np.zeros(0, np.bool_)
+        self._made = [np.empty((0, len(layer.bias)), np.float32) for layer in layers]
+
+    def of(self, inputs: Inputs) -> Sequence[Singles]:
+        """By layer, the products (m, outputs) of the vectors that rows name; others' are junk."""
+        vectors, old = inputs.vectors, len(self._done)
+        if len(vectors) > old:
+            size = max(len(vectors), 2 * old)
+            self._done = np.concatenate([self._done, np.zeros(size - old, np.bool_)])
+            self._made = [
+                np.concatenate([made, np.empty((size - old, made.shape[1]), np.float32)])
+                for made in self._made
+            ]
+        wanted = np.zeros(len(vectors), np.bool_)
+        wanted[inputs.item_vectors] = True
+        wanted[inputs.recent_vectors] = True
+        new = np.flatnonzero(wanted & ~self._done[: len(vectors)])
+        for first in range(0, len(new), _CHUNK):
+            rows = new[first : first + _CHUNK]
+            block = np.zeros((-(-len(rows) // _BLOCK) * _BLOCK, vectors.shape[1]), np.float32)
+            block[: len(rows)] = vectors[rows]
+            for layer, made in zip(self._layers, self._made, strict=True):
+                made[rows] = layer(torch.from_numpy(block))[: len(rows)].numpy()
+        self._done[new] = True
+        return self._made
+
+
+class _Begun(NamedTuple):
+    """A member's products of a batch's vectors."""
+
+    hidden: Singles  # (m, width)
+    query: Singles  # (m, heads · token); without attention nothing, like `tokens`
+    tokens: Singles  # (m, token)
+
+
 @dataclass(frozen=True)
 class _Attention:
-    query: _Dense  # scaled
-    by_vector: _Dense  # from an item's vector to its share of a token; without a bias
+    query: _Dense  # scaled; of all but the item's vector
+    query_by_vector: _Dense
+    by_vector: _Dense  # from a recent item's vector to its share of a token; without a bias
     by_item: Singles  # (buckets, token): an id's share
     by_feedback: Singles  # (10, token): rating, whether there is one, action bits 0 to 7
     by_position: Singles  # (16, token): and what every token has
@@ -97,9 +144,16 @@ class _Served:
     categories: Singles  # (name_buckets, identity)
     brands: Singles
     attention: _Attention | None
-    hidden: Sequence[_Dense]
+    by_vector: _Dense  # from the item's vector to its share of what the first hidden layer gets
+    hidden: Sequence[_Dense]  # the first of all but the item's vector
     last: _Dense
     linear: _Dense
+
+    def by_vectors(self) -> Sequence[_Dense | None]:
+        """Layers over vectors, in the order of `_Begun`."""
+        if (attention := self.attention) is None:
+            return self.by_vector, None, None
+        return self.by_vector, attention.query_by_vector, attention.by_vector
 
 
 class Served:
@@ -120,6 +174,8 @@ class Served:
         self._prior, self._shrink = _array(network.prior), np.float32(network.shrink)
         self._taste = None if network.taste is None else _taste(network.taste)
         self._trees = None if network.trees is None else _pruned(network.trees)
+        # By whose the vectors are: each reader of a worker has its own, and asks in its own thread.
+        self._products = WeakKeyDictionary[Source, _Products]()
 
     @torch.inference_mode()
     def outputs(self, inputs: Inputs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -130,30 +186,32 @@ class Served:
         config, count = self._config, len(inputs)
         check(config, inputs)
         mean, logits = np.empty(count), np.empty((count, 5))
-        vectors, vector_rows = _distinct(inputs)
-        tokens = [
-            each.attention.by_vector(torch.from_numpy(vectors)).numpy() if each.attention else None
-            for each in self._members
-        ]
+        begun = self._begun(inputs)
         for first in range(0, count, _CHUNK):
             rows = slice(first, first + _CHUNK)
-            mean[rows], logits[rows] = self._chunk(inputs.take(rows), tokens, vector_rows[rows])
+            mean[rows], logits[rows] = self._chunk(inputs.take(rows), begun)
         return mean, logits
 
-    def _chunk(
-        self, inputs: Inputs, tokens: Sequence[Singles | None], vector_rows: NDArray[np.intp]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _begun(self, inputs: Inputs) -> list[_Begun]:
+        if inputs.source not in self._products:
+            layers = [layer for each in self._members for layer in each.by_vectors() if layer]
+            self._products[inputs.source] = _Products(layers)
+        made = iter(self._products[inputs.source].of(inputs))
+        return [
+            _Begun(*(next(made) if layer else _NOTHING for layer in each.by_vectors()))
+            for each in self._members
+        ]
+
+    def _chunk(self, inputs: Inputs, begun: Sequence[_Begun]) -> tuple[NDArray[Any], NDArray[Any]]:
         config, count = self._config, len(inputs)
         ids = _Ids(config, inputs)
         columns = self._columns(inputs, ids)
         rows = -(-count // _BLOCK) * _BLOCK
         joined = np.zeros((rows, len(self._members[0].hidden[0].weight)), np.float32)
         _standardise(columns, self._scaling, joined)
-        wide = 2 * config.columns
-        joined[:count, wide : wide + config.vector] = inputs.vectors[inputs.item_vectors]
         output = np.zeros((rows, 6), np.float32)
-        for member, projected in zip(self._members, tokens, strict=True):
-            output += _head(member, config, joined, inputs, ids, projected, vector_rows)
+        for member, products in zip(self._members, begun, strict=True):
+            output += _head(member, config, joined, inputs, ids, products)
         output = output[:count] / np.float32(len(self._members))
         correction = output[:, 0].copy()
         if self._trees is not None:
@@ -201,13 +259,15 @@ def _dense(layer: Any) -> _Dense:
 
 
 def _member(member: Member, config: NetworkConfig) -> _Served:
+    by_vector, first = _without(_dense(member.hidden[0]), 2 * config.columns, config.vector)
     return _Served(
         _array(member.users.table.weight),
         _array(member.items.table.weight),
         _array(member.categories.table.weight),
         _array(member.brands.table.weight),
         None if member.attention is None else _attention(member, config),
-        [_dense(member.hidden[0]), _dense(member.hidden[3])],
+        by_vector,
+        [first, _dense(member.hidden[3])],
         _dense(member.last),
         _dense(member.linear),
     )
@@ -220,14 +280,25 @@ def _attention(member: Member, config: NetworkConfig) -> _Attention:
     scale = config.token**-0.5
     sizes = (config.vector, config.identity, 2, _BITS)
     by_vector, by_identity, by_rating, by_bit = recent.weight.split(sizes)
+    query_by_vector, query = _without(
+        _Dense(query.weight * scale, query.bias * scale), 0, config.vector
+    )
     return _Attention(
-        _Dense(query.weight * scale, query.bias * scale),
+        query,
+        query_by_vector,
         _Dense(by_vector.contiguous(), torch.zeros(config.token)),
         _array(member.items.table.weight.detach().cpu() @ by_identity),
         _array(torch.cat([by_rating, by_bit.flip(0)])),  # training unpacks the highest bit first
         _array(attention.position.detach().cpu() + recent.bias),
         _dense(attention.output),
     )
+
+
+def _without(layer: _Dense, first: int, count: int) -> tuple[_Dense, _Dense]:
+    """A layer of `count` inputs alone, without a bias, and one of all others."""
+    before, these, after = layer.weight.split((first, count, len(layer.weight) - first - count))
+    alone = _Dense(these.contiguous(), torch.zeros_like(layer.bias))
+    return alone, _Dense(torch.cat([before, after]), layer.bias)
 
 
 def _taste(taste: Taste) -> tuple[Singles, Singles, float]:
@@ -276,16 +347,9 @@ def _leaves(value: Singles, node: int) -> Singles:
     return value[first : last + 1]
 
 
-def _distinct(inputs: Inputs) -> tuple[Singles, NDArray[np.intp]]:
-    """The vectors that recent items name, padded to a block, and the row of each slot (n, 16)."""
-    used = np.zeros(len(inputs.vectors), np.bool_)
-    used[inputs.recent_vectors] = True
-    chosen = np.flatnonzero(used)
-    place = np.zeros(len(used), np.intp)
-    place[chosen] = np.arange(len(chosen))
-    vectors = np.zeros((-(-len(chosen) // _BLOCK) * _BLOCK, inputs.vectors.shape[1]), np.float32)
-    vectors[: len(chosen)] = inputs.vectors[chosen]
-    return vectors, place[inputs.recent_vectors]
+def _of_items(products: Singles, inputs: Inputs) -> Tensor:
+    """What each row's item gives (n, outputs)."""
+    return torch.from_numpy(products.take(inputs.item_vectors, axis=0))
 
 
 def _head(
@@ -294,15 +358,10 @@ def _head(
     joined: Singles,
     inputs: Inputs,
     ids: _Ids,
-    tokens: Singles | None,
-    vector_rows: NDArray[np.intp],
+    begun: _Begun,
 ) -> Singles:
-    """Correction in stars and logits of one member (rows, 6); fills its part of `joined`.
-
-    `tokens` (m, token): what vectors are in a token; `vector_rows` (n, 16): whose each slot has.
-    """
-    wide = 2 * config.columns
-    at = wide + config.vector
+    """Correction in stars and logits of one member (rows, 6); fills its part of `joined`."""
+    at = wide = 2 * config.columns
     end = at + 3 * config.identity
     tables = (member.items, member.categories, member.brands, member.users)
     _embed(*tables, ids.item, ids.categories, ids.brand, ids.user, joined[:, at:])
@@ -310,9 +369,9 @@ def _head(
     if (attention := member.attention) is not None:
         heard = np.zeros((len(joined), config.heads * config.token), np.float32)
         _attend(
-            attention.query(rows[:, wide:end]).numpy(),
-            tokens,
-            vector_rows,
+            attention.query(rows[:, wide:end], _of_items(begun.query, inputs)).numpy(),
+            begun.tokens,
+            inputs.recent_vectors,
             attention.by_item,
             ids.recent,
             inputs.recent_ratings,
@@ -322,9 +381,9 @@ def _head(
             heard,
         )
         rows[:, end + config.identity :] = attention.output(torch.from_numpy(heard))
-    hidden = rows
-    for layer in member.hidden:
-        hidden = torch.nn.functional.silu(layer(hidden), inplace=True)
+    first, second = member.hidden
+    hidden = torch.nn.functional.silu(first(rows, _of_items(begun.hidden, inputs)), inplace=True)
+    hidden = torch.nn.functional.silu(second(hidden), inplace=True)
     made = member.last(hidden)
     made[:, :1] += member.linear(rows[:, :wide])
     return made.numpy()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model.events import Rows
 from model.ids import NONE, Hashes, partitions_of
-from model.lookups import Lookups, Table, table
+from model.lookups import Lookups, Source, Table, Vectors, table
 from model.lookups import Store as Rowstore
 from model.state import ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES, from_bytes
 from streams.store import Store
@@ -87,13 +87,44 @@ class Copy:
         return rows.take(places)
 
 
+class VectorCopy:
+    """Vectors read from the store, each kept in one place as long as there is room."""
+
+    def __init__(self, width: int, fetch: Callable[[Hashes], Fetched]) -> None:
+        self._width = width
+        self._fetch = fetch
+        self._begin()
+
+    def take(self, texts: Hashes) -> Vectors:
+        """Those of distinct texts, in order, that have one."""
+        if len(self._rows.rows) > MOST_ROWS:
+            self._begin()
+        read = self._places.take(texts)
+        places = np.append(read["row"][read["found"]], 0)
+        return Vectors(Table(texts[read["found"]], places), self._rows.rows["vector"], self._source)
+
+    def _begin(self) -> None:
+        self._source = Source()
+        self._rows = Rowstore(np.dtype([("vector", np.float32, (self._width,))]))
+        none = self._rows.place(np.array([NONE], np.uint64))  # row 0: no vector
+        self._rows.rows["vector"][none] = 0
+        self._places = Copy(np.dtype(np.intp), self._keep, FOUND_VECTOR_SECONDS, MISSING_SECONDS)
+
+    def _keep(self, texts: Hashes) -> Fetched:
+        read = self._fetch(texts)
+        places = np.zeros(len(texts), np.intp)
+        places[read.found] = self._rows.place(texts[read.found])
+        self._rows.rows["vector"][places[read.found]] = read.rows[read.found]
+        return Fetched(places, read.found)
+
+
 class Reader:
     """Reads lookups for batches. `encoder`: hash of the encoder whose vectors are wanted."""
 
     def __init__(self, store: Store, seconds: float = ATTRIBUTES_SECONDS) -> None:
         self._store = store
         self._encoder = ""
-        self._vectors: Copy | None = None
+        self._vectors: VectorCopy | None = None
         self._item_attributes = Copy(
             ITEM_ATTRIBUTES, self._fetcher(ITEM_KIND, ITEM_ATTRIBUTES), seconds, MISSING_SECONDS
         )
@@ -124,25 +155,13 @@ class Reader:
             vectors=self._vector_table(attributes["text"]),
         )
 
-    def _vector_table(self, texts: Hashes) -> Table | None:
+    def _vector_table(self, texts: Hashes) -> Vectors | None:
         wanted = np.unique(texts[texts != NONE])
         if not self._encoder or not len(wanted):
             return None
         if self._vectors is None and (width := self._width(wanted)):
-            self._vectors = Copy(
-                np.dtype((np.float32, (width,))),
-                lambda texts: self._fetch_vectors(texts, width),
-                FOUND_VECTOR_SECONDS,
-                MISSING_SECONDS,
-            )
-        if self._vectors is None:
-            return None
-        read = self._vectors.take(wanted)
-        found = read["found"]
-        hashes = wanted[found]  # in order, as a table has them
-        vectors = np.zeros((len(hashes) + 1, read["row"].shape[1]), np.float32)
-        vectors[:-1] = read["row"][found]
-        return Table(hashes, vectors)
+            self._vectors = VectorCopy(width, lambda texts: self._fetch_vectors(texts, width))
+        return None if self._vectors is None else self._vectors.take(wanted)
 
     def _width(self, texts: Hashes) -> int:
         """The width of the encoder's vectors, as the first one found has it; 0: none was."""

@@ -399,7 +399,7 @@ def _texts_read(lookups: Lookups, texts: Hashes) -> Hashes:
     vectors = lookups.vectors
     if vectors is None:
         return np.zeros_like(texts)
-    return np.where(vectors.find(texts) < len(vectors.hashes), texts, np.uint64(NONE))
+    return np.where(vectors.find(texts) > 0, texts, np.uint64(NONE))
 
 
 def _read_ends(before: Rows, after: Rows) -> list[int]:

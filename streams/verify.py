@@ -20,7 +20,7 @@ from model.events import EVENT, TEXT, Rows, from_behavior, from_reviews, from_te
 from model.exceptions import BundleError
 from model.features import FEATURES
 from model.ids import Hashes, hash_ids, partitions_of
-from model.lookups import Lookups, Table, empty, table
+from model.lookups import Lookups, Table, Vectors, empty, table, vectors_of
 from model.lookups import Store as Rowstore
 from model.predict import Predictor, predictor
 from model.replay import BatchResult, Share, run_batch
@@ -255,7 +255,7 @@ class _Replay:
         states.rows[places] = known
         return known
 
-    def vectors(self, encoder_hash: str, texts: NDArray[np.uint64]) -> Table | None:
+    def vectors(self, encoder_hash: str, texts: NDArray[np.uint64]) -> Vectors | None:
         """Vectors of texts under an encoder: the store's, which never change, else encoded anew."""
         if not encoder_hash:
             return None
@@ -273,7 +273,7 @@ class _Replay:
         found = np.array([row is not None for row in rows], bool)
         width = next((len(row) for row in rows if row is not None), encoder.WIDTH)
         vectors = np.array([row for row in rows if row is not None], np.float32).reshape(-1, width)
-        return table(wanted[found], vectors)
+        return vectors_of(wanted[found], vectors)
 
     def _encode(self, encoder_hash: str, text: int) -> NDArray[np.float32] | None:
         folder = encoder.locate(self.models.encoder)

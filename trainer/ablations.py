@@ -46,13 +46,7 @@ def _features(group: Group) -> Without:
 
 
 def _vectors(inputs: Inputs) -> Inputs:
-    none = len(inputs.vectors) - 1
-    return replace(
-        inputs,
-        item_vectors=np.full_like(inputs.item_vectors, none),
-        recent_vectors=np.full_like(inputs.recent_vectors, none),
-        vectors=np.where(np.arange(len(inputs.vectors))[:, None] == none, 0, inputs.vectors),
-    )
+    return inputs.without_vectors(inputs.vectors.shape[1])
 
 
 INPUTS: Mapping[str, Without] = {

@@ -31,7 +31,7 @@ from model.events import (
     from_text_features,
 )
 from model.ids import hash_ids
-from model.lookups import Lookups, Table, empty, table
+from model.lookups import Lookups, Table, Vectors, empty, table
 from model.network import Inputs, concatenate, gather
 from model.replay import History, Observation
 from model.state import CATEGORY, LAYOUT_HASH
@@ -292,7 +292,7 @@ def sorted_by_time(log: Log) -> Log:
 
 def replay(
     log: Log,
-    vectors: Table | None,
+    vectors: Vectors | None,
     encoder: str,
     width: int,
     on_rows: OnRows,

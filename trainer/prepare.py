@@ -9,7 +9,7 @@ import polars as pl
 from rich.progress import Progress
 
 from model.encoder import TextEncoder, review_text
-from model.lookups import Table, table
+from model.lookups import Vectors, vectors_of
 from model.network import Inputs
 from trainer import text
 from trainer.clean import Cleaned, clean
@@ -75,13 +75,13 @@ def unrated_texts(log: Log, config: TextConfig, before: int | None = None) -> li
 
 def item_vectors(
     log: Log, encoder: TextEncoder | None, on_progress: Callable[[int, int], None]
-) -> Table | None:
+) -> Vectors | None:
     """Projected vectors of a log's item texts by text hash; None without texts or encoder."""
     texts = item_texts(log)
     if encoder is None or not texts:
         return None
     vectors = encoder.project(text.encode(encoder, list(texts.values()), on_progress))
-    return table(np.array(list(texts), np.uint64), vectors)
+    return vectors_of(np.array(list(texts), np.uint64), vectors)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Prepared:
 def prepared(
     log: Log,
     reviews: pl.DataFrame,
-    vectors: Table | None,
+    vectors: Vectors | None,
     encoder: str,
     config: TrainerConfig,
     on_progress: Callable[[int, int], None],
@@ -121,11 +121,4 @@ def sampled(data: Prepared, config: TrainerConfig) -> Prepared:
 
 def of_width(inputs: Inputs, width: int) -> Inputs:
     """The same inputs for a network that reads vectors of another width: without vectors."""
-    if inputs.vectors.shape[1] == width:
-        return inputs
-    return replace(
-        inputs,
-        item_vectors=np.zeros_like(inputs.item_vectors),
-        recent_vectors=np.zeros_like(inputs.recent_vectors),
-        vectors=np.zeros((1, width), np.float32),
-    )
+    return inputs if inputs.vectors.shape[1] == width else inputs.without_vectors(width)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.events import EVENT, PURCHASE, REVIEW, VIEW, Rows, blank
-from model.lookups import Lookups, table
+from model.lookups import Lookups, table, vectors_of
 from model.replay import History, Observation
 from model.state import ITEM_ATTRIBUTES
 
@@ -51,7 +51,7 @@ def observe() -> Observed:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     history = History(
         item_attributes=table(described, attributes),
-        vectors=table(described[:40], vectors),
+        vectors=vectors_of(described[:40], vectors),
         batch_events=before,
     )
     *_, last = history.run(events)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model.features import INDEX
+from model.lookups import Source
 from model.network import (
     FusedNetwork,
     Inputs,
@@ -199,7 +200,7 @@ def test_foreign_inputs_are_refused(inputs: Inputs) -> None:
 def test_parts_put_together_are_the_whole(inputs: Inputs) -> None:
     model = network()
     first, second = inputs.take(slice(0, 100)), inputs.take(np.arange(100, len(inputs)))
-    second = replace(second, vectors=second.vectors.copy())  # a table of its own
+    second = replace(second, vectors=second.vectors.copy(), source=Source())
     whole = concatenate([first, second, first])
     assert len(whole) == len(inputs) + 100
     assert len(whole.vectors) == 2 * len(inputs.vectors)

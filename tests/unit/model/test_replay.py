@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.events import ACTIONS, EVENT, REVIEW, TEXT, Rows, blank
 from model.exceptions import GapError
-from model.lookups import Lookups, empty, table
+from model.lookups import Lookups, empty, table, vectors_of
 from model.replay import BatchResult, History, Observation, Share, observe, recover, run_batch
 from model.state import (
     ITEM,
@@ -71,7 +71,7 @@ def surroundings() -> Lookups:
         table(ITEMS[:25], items[:25]),
         table(ITEMS[:28], attributes[:28]),
         table(USERS[:2], people),
-        table(ITEMS[:20], vectors),
+        vectors_of(ITEMS[:20], vectors),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from model.lookups import Source
 from model.network import FusedNetwork, Inputs, default_config, gather, tensors
 from model.serving import Served
 from model.trees import Trees
@@ -77,6 +78,28 @@ def test_what_serves_says_what_the_network_says(network: FusedNetwork) -> None:
     np.testing.assert_allclose(mean, expected.mean.numpy(), atol=2e-5)
     np.testing.assert_allclose(logits, expected.logits.numpy(), atol=2e-5)
     assert np.std(mean - rows.features[:, network.config.bias_column]) > 0.01
+
+
+def test_a_table_of_vectors_may_grow() -> None:
+    """Each row, alone and in order, with no more of the table than rows so far have named."""
+    rows = inputs()
+    named = np.maximum(rows.item_vectors, rows.recent_vectors.max(1))
+    lengths = np.maximum.accumulate(named) + 1
+    served = Served(network := trained(members=2))
+    whole = Served(network).outputs(rows)
+    for row, length in enumerate(lengths.tolist()):
+        one = replace(rows.take(slice(row, row + 1)), vectors=rows.vectors[:length])
+        mean, logits = served.outputs(one)
+        assert mean == whole[0][row]
+        np.testing.assert_array_equal(logits[0], whole[1][row])
+
+
+def test_tables_of_vectors_are_told_apart() -> None:
+    rows, served = inputs(), Served(trained())
+    before = served.outputs(rows)
+    other = replace(rows, vectors=-rows.vectors, source=Source())
+    assert not np.array_equal(served.outputs(other)[0], before[0])
+    np.testing.assert_array_equal(served.outputs(rows)[0], before[0])
 
 
 def test_it_serves_what_it_was_made_of() -> None:
