@@ -5,8 +5,14 @@ mean inside (1, 5) there is one θ. Among all distributions with that mean it is
 p in relative entropy (Csiszár 1975, "I-divergence geometry").
 """
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from model.compiled import compiled
 
 LOWEST = 1.02  # ratings are predicted inside this range: at the edges θ would be infinite
 HIGHEST = 4.98
@@ -26,7 +32,11 @@ def tilt(logits: Tensor, mean: Tensor) -> Tensor:
     logits = (logits - logits.mean(-1, keepdim=True)).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
     mean = mean.clamp(LOWEST, HIGHEST)
     stars = torch.arange(1, 6, dtype=logits.dtype, device=logits.device)
-    theta = _solve(logits.detach().double(), mean.detach().double()).to(logits.dtype)
+    solved = np.empty(mean.shape)
+    _solve(_reals(logits), _reals(mean), solved)
+    theta = torch.from_numpy(solved).to(logits)
+    if not (logits.requires_grad or mean.requires_grad):
+        return torch.log_softmax(logits + theta[:, None] * stars, -1)
     probability = torch.softmax(logits + theta[:, None] * stars, -1)
     reached = (probability * stars).sum(-1)
     variance = (probability * (stars - reached[:, None]) ** 2).sum(-1).detach()
@@ -35,37 +45,50 @@ def tilt(logits: Tensor, mean: Tensor) -> Tensor:
     return torch.log_softmax(logits + theta[:, None] * stars, -1)
 
 
-@torch.no_grad()
-def _solve(logits: Tensor, mean: Tensor) -> Tensor:
+def _reals(tensor: Tensor) -> NDArray[np.float64]:
+    return tensor.detach().double().cpu().contiguous().numpy()
+
+
+@compiled
+def _solve(logits: Any, mean: Any, theta: Any) -> None:
     """θ (n,) by Newton's method on the log odds of the mean, which are nearly linear in θ.
 
     A step that leaves the bracket, or follows one that did not halve the error, becomes a bisection
-    (as `rtsafe` of Numerical Recipes). A row that has settled is left alone, so its result does not
-    depend on the other rows.
+    (as `rtsafe` of Numerical Recipes).
     """
-    stars = torch.arange(1, 6, dtype=logits.dtype, device=logits.device)
-    target = torch.log((mean - 1) / (5 - mean))
-    theta = torch.zeros_like(mean)
-    low = torch.full_like(mean, -_LARGEST_TILT)
-    high = torch.full_like(mean, _LARGEST_TILT)
-    last = torch.full_like(mean, torch.inf)
-    for _ in range(_MOST_STEPS):
-        probability = torch.softmax(logits + theta[:, None] * stars, -1)
-        above_one = (probability * (stars - 1)).sum(-1)
-        below_five = (probability * (5 - stars)).sum(-1)
-        error = torch.log(above_one / below_five) - target
-        settled = error.abs() < _SETTLED
-        if bool(settled.all()):
-            break
-        low = torch.where(error < 0, theta, low)
-        high = torch.where(error > 0, theta, high)
-        centred = stars - 1 - above_one[:, None]
-        variance = (probability * centred * centred).sum(-1)
-        step = theta - error * above_one * below_five / (4 * variance)
-        newton = (step > low) & (step < high) & (error.abs() < last / 2)
-        theta = torch.where(settled, theta, torch.where(newton, step, (low + high) / 2))
-        last = error.abs()
-    return theta
+    count = logits.shape[1]
+    shares = np.empty(count)
+    for row in range(len(mean)):
+        target = np.log((mean[row] - 1) / (count - mean[row]))
+        low, high = -_LARGEST_TILT, _LARGEST_TILT
+        last, found = np.inf, 0.0
+        for _ in range(_MOST_STEPS):
+            largest = -np.inf
+            for star in range(count):
+                shares[star] = logits[row, star] + found * (star + 1)
+                largest = max(largest, shares[star])
+            total = above = 0.0
+            for star in range(count):
+                shares[star] = np.exp(shares[star] - largest)
+                total += shares[star]
+                above += shares[star] * star
+            above /= total  # the mean's distance from one star,
+            below = count - 1 - above  # and from five
+            error = np.log(above / below) - target
+            if abs(error) < _SETTLED:
+                break
+            if error < 0:
+                low = found
+            else:
+                high = found
+            variance = 0.0
+            for star in range(count):
+                variance += shares[star] / total * (star - above) ** 2
+            found -= error * above * below / ((count - 1) * variance)
+            if not (low < found < high) or abs(error) >= last / 2:
+                found = (low + high) / 2
+            last = abs(error)
+        theta[row] = found
 
 
 def mean_and_deviation(probability: Tensor) -> tuple[Tensor, Tensor]:
