@@ -1,73 +1,49 @@
 """Item deltas as records of the topic `item-updates`, and back."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+import orjson
+from numpy.typing import NDArray
 
 from model.events import ACTIONS, COUNTED, Rows, milliseconds
 from model.ids import hash_ids
 from model.state import ITEM_DELTA
+from schemas.codec import encode_columns, format_times
 from schemas.records import ItemUpdate
 
 
-def to_updates(
-    deltas: Rows, item_ids: Mapping[int, str], sources: Mapping[int, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """The wire form (`schemas.records.ItemUpdate`) of ITEM_DELTA rows, ready to be encoded.
+def encode_updates(items: Sequence[str], deltas: Rows, sources: Sequence[bytes]) -> list[bytes]:
+    """The wire form (`schemas.records.ItemUpdate`) of ITEM_DELTA rows of these items (n).
 
-    `item_ids`: the id of each hash; `sources`: by position in `state.SOURCES`, the span of input
-    records (`schemas.records.UpdateSource`) that the batch took from that topic.
+    `sources` (n): the span of input records that each comes from (`UpdateSource`), as JSON.
     """
-    times = {
-        name: np.datetime_as_string(deltas[name].astype("datetime64[ms]"), timezone="UTC")
-        for name in ("first_time", "last_time")
-    }
-    columns = zip(
-        deltas["item"].tolist(),
-        deltas["source"].tolist(),
-        deltas["actions"].tolist(),
-        deltas["rating_count"].tolist(),
-        deltas["rating_sum"].tolist(),
-        deltas["rating_square_sum"].tolist(),
-        deltas["histogram"].tolist(),
-        deltas["price_count"].tolist(),
-        deltas["price_log_sum"].tolist(),
-        deltas["sessions"].tolist(),
-        times["first_time"].tolist(),
-        times["last_time"].tolist(),
-        strict=True,
-    )
-    return [
+    return encode_columns(
         {
-            "item_id": item_ids[item],
-            "source": sources[source],
-            "counts": {ACTIONS[code]: count for code, count in enumerate(actions) if count},
-            "rating_count": ratings,
-            "rating_sum": rating_sum,
-            "rating_square_sum": square_sum,
-            "rating_histogram": histogram,
-            "price_count": prices,
-            "price_log_sum": log_sum,
-            "sessions": sessions,
-            "first_event_time": first,
-            "last_event_time": last,
+            "item_id": items,
+            "source": sources,
+            "counts": _counts(deltas["actions"]),
+            "rating_count": deltas["rating_count"],
+            "rating_sum": deltas["rating_sum"],
+            "rating_square_sum": deltas["rating_square_sum"],
+            "rating_histogram": deltas["histogram"],
+            "price_count": deltas["price_count"],
+            "price_log_sum": deltas["price_log_sum"],
+            "sessions": deltas["sessions"],
+            "first_event_time": format_times(deltas["first_time"]),
+            "last_event_time": format_times(deltas["last_time"]),
         }
-        for (
-            item,
-            source,
-            actions,
-            ratings,
-            rating_sum,
-            square_sum,
-            histogram,
-            prices,
-            log_sum,
-            sessions,
-            first,
-            last,
-        ) in columns
-    ]
+    )
+
+
+def _counts(actions: NDArray[np.int32]) -> list[bytes]:
+    """JSON of the counts by name; most rows are one of a few."""
+    made: dict[bytes, bytes] = {}
+    for row in actions:
+        if (key := row.tobytes()) not in made:
+            found = {ACTIONS[code]: count for code, count in enumerate(row.tolist()) if count}
+            made[key] = orjson.dumps(found)
+    return [made[row.tobytes()] for row in actions]
 
 
 def from_updates(updates: Sequence[ItemUpdate]) -> Rows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from itertools import compress
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
@@ -116,37 +116,59 @@ def encode_many(records: Iterable[Record]) -> list[bytes]:
     return [record.__pydantic_serializer__.to_json(record, exclude_none=True) for record in records]
 
 
-def encode_columns(columns: Mapping[str, Sequence[Any]], drop_none: bool = False) -> list[bytes]:
-    """JSON values from columns of plain Python values, one value a row, without validation.
+Column: TypeAlias = "str | Sequence[Any] | NDArray[Any] | Mapping[str, Column]"
 
-    For hot paths that hold arrays (`array.tolist()`, `format_times`): eight times as fast as
-    building records. `drop_none` leaves out the fields of a row that are None; the first column
-    has none.
+
+def encode_columns(columns: Mapping[str, Column]) -> list[bytes]:
+    """JSON objects from columns, one value a row, without validation.
+
+    A column is a sequence of plain values (bytes are JSON already), an array of numbers, or, for
+    objects inside the rows, columns again; one string is the same in all rows. For hot paths:
+    each column is written as one JSON array and cut, and no row is ever a map.
+    Raises ValueError when columns differ in length.
     """
-    names = tuple(columns)
-    rows = zip(*columns.values(), strict=True)
-    if drop_none:
-        return encode_rows(
-            [
-                {name: cell for name, cell in zip(names, row, strict=True) if cell is not None}
-                for row in rows
-            ]
-        )
-    return encode_rows([dict(zip(names, row, strict=True)) for row in rows])
+    template, cells = _template(columns)
+    return list(map(template.__mod__, zip(*cells, strict=True)))
 
 
-def encode_rows(rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The JSON value of each of these maps of plain values.
+def _template(columns: Mapping[str, Column]) -> tuple[bytes, list[list[bytes]]]:
+    """What rows have in common, with a %b for each of the lists of JSON that follow."""
+    fields: list[bytes] = []
+    cells: list[list[bytes]] = []
+    for name, column in columns.items():
+        if isinstance(column, str):
+            written, mine = orjson.dumps(column).replace(b"%", b"%%"), []
+        elif isinstance(column, Mapping):
+            written, mine = _template(column)
+        else:
+            written, one = _cells(column)
+            mine = [one]
+        fields.append(orjson.dumps(name).replace(b"%", b"%%") + b":" + written)
+        cells += mine
+    return b"{" + b",".join(fields) + b"}", cells
 
-    All begin with the same name, and no map inside them does. One call for all, since a call costs
-    more than a row. A row begins where that name does: within a string no quote stands without a
-    backslash before it.
+
+def _cells(column: Sequence[Any] | NDArray[Any]) -> tuple[bytes, list[bytes]]:
+    """Each cell's JSON, and what stands around it.
+
+    Where a cut is not one between two cells, the number of pieces tells: within a string no quote
+    stands without a backslash before it, and a comma within a cell is one piece too many.
     """
-    if not rows:
-        return []
-    begin = b'{"' + next(iter(rows[0])).encode() + b'":'
-    first, *others = orjson.dumps(rows)[1:-1].split(b"," + begin)
-    return [first, *(begin + other for other in others)]
+    count = len(column)
+    if not count or isinstance(column[0], bytes):
+        return b"%b", list(column)
+    if isinstance(column, np.ndarray):
+        column = np.ascontiguousarray(column)
+    whole = orjson.dumps(column, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+    if isinstance(column[0], str):
+        around, pieces = b'"%b"', whole[1:-1].split(b'","')
+    elif isinstance(column, np.ndarray) and column.ndim > 1:
+        around, pieces = b"[%b]", whole[1:-1].split(b"],[")
+    else:
+        around, pieces = b"%b", whole.split(b",")
+    if len(pieces) != count:
+        return b"%b", [orjson.dumps(cell) for cell in column]
+    return around, pieces
 
 
 def format_times(times: NDArray[np.int64]) -> list[str]:

@@ -25,7 +25,7 @@ from model.ladder import TIERS
 from model.predict import Predictions
 from model.replay import observe
 from model.state import USER
-from schemas.codec import encode_columns, format_times, time_ms
+from schemas.codec import Column, encode_columns, format_times, time_ms
 from schemas.records import ScoreRequest
 from streams.config import ScorerConfig
 from streams.digests import Digests, Scored
@@ -137,30 +137,31 @@ class Answers:
             np.arange(len(requests)), [len(each.item_ids) for each in requests]
         )  # (m)
         items = [item for each in requests for item in each.item_ids]
-        columns: dict[str, list[Any]] = {
+        users = [requests[at].user_id for at in request]
+        columns: dict[str, Column] = {
             "request_id": [requests[at].request_id for at in request],
-            "user_id": [requests[at].user_id for at in request],
+            "user_id": users,
             "item_id": items,
             "event_time": format_times(
                 np.array([time_ms(each.event_time) for each in requests])[request]
             ),
-            "kind": ["request"] * len(items),
+            "kind": "request",
             "source": [sources[at] for at in request],
             "of": [len(requests[at].item_ids) for at in request],
         }
         scored: Scored | None = None
         if expired:
             columns |= {
-                "status": ["expired"] * len(items),
-                "tier": [TIERS[0]] * len(items),
-                "model_version": [self._models.serving.predictor.version] * len(items),
+                "status": "expired",
+                "tier": TIERS[0],
+                "model_version": self._models.serving.predictor.version,
             }
         else:
             predictions = self._predict(requests, request, items)
             columns |= prediction_columns(predictions)
             columns |= {
-                "status": ["ok"] * len(items),
-                "rank": _ranks(predictions.rating, request).tolist(),
+                "status": "ok",
+                "rank": _ranks(predictions.rating, request),
             }
             scored = Scored(
                 version=predictions.version,
@@ -171,13 +172,13 @@ class Answers:
                 actions=Counter(),
                 latencies_ms=(time.time() * 1_000 - stamps[request]).astype(np.float32),
             )
-        columns["predicted_at"] = format_times(np.full(len(items), int(time.time() * 1_000)))
+        columns["predicted_at"] = format_times(np.array([int(time.time() * 1_000)]))[0]
         values = encode_columns(columns)
         return OutputBatch(
             "predicted-ratings",
             [
                 {"key": user.encode(), "value": value}
-                for user, value in zip(columns["user_id"], values, strict=True)
+                for user, value in zip(users, values, strict=True)
             ],
         ), scored
 

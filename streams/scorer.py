@@ -39,11 +39,11 @@ from model.lookups import Lookups
 from model.predict import Predictions
 from model.replay import BatchResult, Observation, Share, run_batch
 from model.state import LAYOUT_HASH, SOURCES
-from model.updates import to_updates
+from model.updates import encode_updates
 from schemas import journal
-from schemas.codec import encode_columns, encode_rows, format_times, time_ms
+from schemas.codec import encode, encode_columns, format_times, time_ms
 from schemas.journal import Journal
-from schemas.records import LATEST_TIME
+from schemas.records import LATEST_TIME, UpdateSource
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
 from streams.digests import Digests, Scored
@@ -460,26 +460,23 @@ def _prediction_records(
     predicted_at: int,
 ) -> OutputBatch:
     records = [arrivals.records[at] for at in scored.tolist()]
-    seqs = np.concatenate([part.result.seq for part in parts])[scored].tolist()
     users = [record.user_id for record in records]
     partitions = arrivals.partitions[scored].tolist()
-    topics = [journal.TOPICS[topic] for topic in arrivals.topics[scored].tolist()]
-    offsets = arrivals.offsets[scored].tolist()
-    count = len(records)
     values = encode_columns(
         {
             "event_id": [record.event_id for record in records],
             "user_id": users,
             "item_id": [record.item_id for record in records],
             "event_time": format_times(arrivals.events["time"][scored]),
-            "predicted_at": format_times(np.array([predicted_at])) * count,
-            "kind": ["interaction"] * count,
+            "predicted_at": format_times(np.array([predicted_at]))[0],
+            "kind": "interaction",
             **prediction_columns(predictions),
-            "source": [
-                {"topic": topic, "partition": partition, "offset": offset}
-                for topic, partition, offset in zip(topics, partitions, offsets, strict=True)
-            ],
-            "seq": seqs,
+            "source": {
+                "topic": [journal.TOPICS[topic] for topic in arrivals.topics[scored].tolist()],
+                "partition": partitions,
+                "offset": arrivals.offsets[scored],
+            },
+            "seq": np.concatenate([part.result.seq for part in parts])[scored],
         }
     )
     # All of a user's records share the number of the partition that the user's events came from.
@@ -501,22 +498,28 @@ def _item_updates(arrivals: _Arrivals, parts: list[_Part]) -> OutputBatch:
             strict=True,
         )
     )
-    messages: list[dict[str, Any]] = []
+    spans: list[bytes] = []
     for part in parts:
-        sources: dict[int, dict[str, Any]] = {}
+        sources: dict[int, bytes] = {}
         for source, topic in enumerate(SOURCES):
             mine = arrivals.topics[part.rows] == journal.TOPICS.index(topic)
             offsets = arrivals.offsets[part.rows][mine]
             if len(offsets):
-                sources[source] = {
-                    "topic": topic,
-                    "partition": part.partition,
-                    "first_offset": int(offsets.min()),
-                    "last_offset": int(offsets.max()),
-                }
-        updates = to_updates(part.result.deltas, names, sources)
-        messages += [
-            {"key": update["item_id"].encode(), "value": value}
-            for update, value in zip(updates, encode_rows(updates), strict=True)
-        ]
-    return OutputBatch("item-updates", messages)
+                sources[source] = encode(
+                    UpdateSource(
+                        topic=topic,
+                        partition=part.partition,
+                        first_offset=int(offsets.min()),
+                        last_offset=int(offsets.max()),
+                    )
+                )
+        spans += [sources[source] for source in part.result.deltas["source"].tolist()]
+    deltas = joined([part.result.deltas for part in parts])
+    items = [names[item] for item in deltas["item"].tolist()]
+    return OutputBatch(
+        "item-updates",
+        [
+            {"key": item.encode(), "value": value}
+            for item, value in zip(items, encode_updates(items, deltas, spans), strict=True)
+        ],
+    )

@@ -24,7 +24,7 @@ from model.catalog import item_text
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
 from model.ids import hash_ids
-from schemas.codec import encode_columns, format_times, time_ms
+from schemas.codec import Column, encode_columns, format_times, time_ms
 from schemas.records import Review
 from streams.claims import ends, header_data, header_offset
 from streams.config import ModelsConfig, TextsConfig
@@ -246,10 +246,11 @@ class Texts:
         deviation = np.sqrt(np.maximum(stars @ STARS**2 - mean**2, 0))
         count = len(reviews)
         now = int(time.time() * 1_000)
-        shared: dict[str, list[Any]] = {
+        users, items = [each.user_id for each in reviews], [each.item_id for each in reviews]
+        shared: dict[str, Column] = {
             "event_id": [each.event_id for each in reviews],
-            "user_id": [each.user_id for each in reviews],
-            "item_id": [each.item_id for each in reviews],
+            "user_id": users,
+            "item_id": items,
             "event_time": format_times(
                 np.array([time_ms(each.event_time) for each in reviews], np.int64)
             ),
@@ -260,36 +261,33 @@ class Texts:
         predicted = encode_columns(
             shared
             | {
-                "predicted_at": format_times(np.full(count, now, np.int64)),
-                "kind": ["review"] * count,
+                "predicted_at": format_times(np.array([now]))[0],
+                "kind": "review",
                 "rating": rounded(np.clip(mean, 1, 5).astype(np.float32)),
                 "interval": rounded(np.stack([low, high], axis=1)),
-                "model_version": [serving.predictor.version] * count,
-                "source": [
-                    {
-                        "topic": "reviews",
-                        "partition": inputs.messages[at].partition(),
-                        "offset": inputs.messages[at].offset(),
-                    }
-                    for at in rows
-                ],
+                "model_version": serving.predictor.version,
+                "source": {
+                    "topic": "reviews",
+                    "partition": inputs.partitions()[rows],
+                    "offset": inputs.offsets()[rows],
+                },
             }
         )
-        features = encode_columns(shared | {"encoder": [text_encoder.hash] * count})
+        features = encode_columns(shared | {"encoder": text_encoder.hash})
         counts["review"] = count
         scored = Scored(
             version=serving.predictor.version,
             ratings=mean.astype(np.float32),
             truths=np.array([each.rating for each in reviews], np.float32),
             tiers=np.full(count, NO_TIER, np.uint8),
-            items=shared["item_id"],
+            items=items,
             actions=Counter({"review": count}),
             latencies_ms=(now - inputs.timestamps()[rows]).astype(np.float32),
         )
         # A user's text features go where the user's events came from.
         places = [inputs.messages[at].partition() or 0 for at in rows]
         return [
-            OutputBatch(topic, _keyed(shared["user_id"], values, places))
+            OutputBatch(topic, _keyed(users, values, places))
             for topic, values in (("predicted-ratings", predicted), ("text-features", features))
         ], scored
 

@@ -241,25 +241,22 @@ class Work:
         results: Sequence[BatchResult],
     ) -> list[Prediction]:
         predictions = self._predictor.predict(events, observation, lookups)
-        count, now = len(records), np.array([int(time.time() * 1_000)])
+        now = np.array([int(time.time() * 1_000)])
         values = encode_columns(
             {
                 "event_id": [record.event_id for record in records],
                 "user_id": [record.user_id for record in records],
                 "item_id": [record.item_id for record in records],
                 "event_time": format_times(events["time"]),
-                "predicted_at": format_times(now) * count,
-                "kind": ["interaction"] * count,
+                "predicted_at": format_times(now)[0],
+                "kind": "interaction",
                 **prediction_columns(predictions),
-                "source": [
-                    {
-                        "topic": arrival.topic.removeprefix(self._prefix),
-                        "partition": arrival.partition,
-                        "offset": arrival.offset,
-                    }
-                    for arrival in arrivals
-                ],
-                "seq": np.concatenate([result.seq for result in results]).tolist(),
+                "source": {
+                    "topic": [arrival.topic.removeprefix(self._prefix) for arrival in arrivals],
+                    "partition": [arrival.partition for arrival in arrivals],
+                    "offset": [arrival.offset for arrival in arrivals],
+                },
+                "seq": np.concatenate([result.seq for result in results]),
             }
         )
         return [

@@ -1,14 +1,14 @@
 """Item deltas keep all they say on the wire."""
 
 import numpy as np
-import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.ids import hash_ids
 from model.state import ITEM_DELTA
-from model.updates import from_updates, to_updates
-from schemas.records import ItemUpdate
+from model.updates import encode_updates, from_updates
+from schemas.codec import encode
+from schemas.records import ItemUpdate, UpdateSource
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6))
@@ -24,15 +24,14 @@ def test_deltas_go_over_the_wire_and_back(seed: int, size: int) -> None:
         deltas[name] = random.integers(-999, 999, size) / 256
     for name in ("first_time", "last_time"):
         deltas[name] = random.integers(10**12, 2 * 10**12, size)
-    sources = {
-        code: {"topic": topic, "partition": 3, "first_offset": 5, "last_offset": 9}
-        for code, topic in enumerate(("reviews", "behavior"))
-    }
-    updates = to_updates(deltas, dict(zip(deltas["item"].tolist(), names, strict=True)), sources)
-    records = [ItemUpdate.model_validate_json(orjson.dumps(update)) for update in updates]
-    assert [record.item_id for record in records] == names
-    assert [record.source.topic for record in records] == [
-        ("reviews", "behavior")[code] for code in deltas["source"]
+    topics = [("reviews", "behavior")[code] for code in deltas["source"]]
+    sources = [
+        encode(UpdateSource(topic=topic, partition=3, first_offset=5, last_offset=9))
+        for topic in topics
     ]
+    updates = encode_updates(names, deltas, sources)
+    records = [ItemUpdate.model_validate_json(update) for update in updates]
+    assert [record.item_id for record in records] == names
+    assert [record.source.topic for record in records] == topics
     deltas["source"] = 0
     assert from_updates(records).tobytes() == deltas.tobytes()

@@ -16,7 +16,6 @@ from schemas.codec import (
     encode,
     encode_columns,
     encode_many,
-    encode_rows,
     format_times,
 )
 from schemas.examples import EXAMPLES
@@ -171,7 +170,8 @@ def test_columns_are_encoded_as_rows() -> None:
     times = format_times(np.array([1795515300123, 1795515300000]))
     assert times == ["2026-11-24T10:15:00.123Z", "2026-11-24T10:15:00.000Z"]
     columns = {
-        **{name: [EVENT[name]] * 2 for name in ("event_id", "user_id", "item_id", "action")},
+        **{name: EVENT[name] for name in ("event_id", "user_id", "item_id")},
+        "action": ["view", "view"],
         "event_time": times,
         "price": [2.5, None],
     }
@@ -179,15 +179,49 @@ def test_columns_are_encoded_as_rows() -> None:
     assert isinstance(first, Behavior)
     assert isinstance(second, Behavior)
     assert (first.price, second.price) == (2.5, None)
-    assert b"price" not in encode_columns(columns, drop_none=True)[1]
     with pytest.raises(ValueError, match="shorter"):
         encode_columns({"event_id": ["a", "b"], "user_id": ["u"]})
 
 
-@given(st.lists(st.text(st.sampled_from('",{}:\\aé1'), max_size=9) | st.just('"},{"id":"')))
-def test_rows_are_encoded_as_each_alone(texts: list[str]) -> None:
-    rows = [{"id": text, "inner": [{"other": text}], "n": None} for text in texts]
-    assert encode_rows(rows) == [orjson.dumps(row) for row in rows]
+awkward = st.text(st.sampled_from('",{}[]%:\\aé1'), max_size=9) | st.just('"},{"id":"')
+cells = st.one_of(
+    awkward,
+    st.none(),
+    st.booleans(),
+    st.integers(-9, 9),
+    st.lists(st.integers(0, 3) | awkward, max_size=3),
+    st.dictionaries(awkward, awkward, max_size=2),
+)
+
+
+@given(st.data(), st.integers(0, 4))
+def test_cells_are_encoded_as_each_alone(data: st.DataObject, size: int) -> None:
+    """Columns of one kind of cell and of many, with all that a cut could mistake."""
+    kinds = [awkward, st.integers(-9, 9), st.floats(), cells]
+    columns = {
+        str(at): data.draw(st.lists(kind, min_size=size, max_size=size))
+        for at, kind in enumerate(kinds)
+    }
+    constant, name = data.draw(awkward), data.draw(awkward)
+    numbers = np.arange(6 * size).reshape(size, 6) / 4
+    rows = encode_columns(
+        {
+            **columns,
+            name: constant,
+            "inner": {"constant": constant, "number": numbers[:, 1]},
+            "numbers": numbers[:, ::2],
+            "written": [b"[1]"] * size,
+        }
+    )
+    for at, row in enumerate(rows):
+        alone = {key: column[at] for key, column in columns.items()} | {
+            name: constant,
+            "inner": {"constant": constant, "number": numbers[at, 1].item()},
+            "numbers": numbers[at, ::2].tolist(),
+            "written": [1],
+        }
+        assert row == orjson.dumps(alone)
+    assert len(rows) == size
 
 
 ids = st.text(st.characters(codec="utf-8"), max_size=6)
