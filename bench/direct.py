@@ -241,8 +241,7 @@ def _warm(shop: Shop, states: UserStates, reader: Reader) -> None:
         numbers = range(begin, min(begin + WARMED_AT_ONCE, shop.users))
         hashes = hash_ids([user_name(number) for number in numbers])
         partitions = partitions_of(hashes, shop.partitions)
-        for partition in range(shop.partitions):
-            states.read(partition, hashes[partitions == partition])
+        states.read({each: hashes[partitions == each] for each in range(shop.partitions)})
     for begin in range(0, shop.items, WARMED_AT_ONCE):
         numbers = range(begin, min(begin + WARMED_AT_ONCE, shop.items))
         events = blank(EVENT, len(numbers))

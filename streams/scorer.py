@@ -54,7 +54,7 @@ from streams.models import Models
 from streams.pace import Pace
 from streams.predictions import prediction_columns
 from streams.reader import Reader
-from streams.user_states import UserStates
+from streams.user_states import Taken, UserStates
 
 LATEST_MS = time_ms(LATEST_TIME) + 1  # above all event times
 LATE_MS = 86_400_000  # an event that Kafka took so long after it happened counts as late
@@ -102,6 +102,11 @@ class _Part:
     result: BatchResult
     header: Rows  # after the batch, but for the journal's end
     disorder: Counter[str]  # applied events, by kind
+
+    @property
+    def taken(self) -> Taken:
+        """What it left."""
+        return Taken(self.partition, self.users, self.result.states, self.header)
 
 
 class Scorer:
@@ -176,7 +181,7 @@ class Scorer:
             updates = _item_updates(arrivals, parts)
         before = {part.partition: self._states[part.partition].header for part in parts}
         for part in parts:
-            self._states.take(part.partition, part.users, part.result.states, part.header)
+            self._states.take(part.taken)
         took = 0.0
 
         def journals() -> list[Output]:
@@ -239,27 +244,28 @@ class Scorer:
     ) -> tuple[list[_Part], Observation, Lookups]:
         """Read what the batch needs, then observe and apply it."""
         ends = _ends(messages, self._prefix)
-        spans: list[tuple[int, slice, Hashes]] = []
-        shares: list[Share] = []
-        headers: list[Rows] = []
+        spans: list[tuple[int, slice]] = []
+        users: dict[int, Hashes] = {}
+        index: list[NDArray[np.intp]] = []
         with self._phase("read"):
             for partition in sorted(ends):
                 low, high = np.searchsorted(arrivals.partitions, [partition, partition + 1])
                 rows = slice(int(low), int(high))
-                users, index = np.unique(arrivals.events["user"][rows], return_inverse=True)
-                header = self._states[partition].header.copy()
-                headers.append(header)
-                spans.append((partition, rows, users))
-                states = self._states.read(partition, users)
-                shares.append(
-                    Share(states, index, header["partition"].copy(), arrivals.events[rows])
-                )
-            all_states = joined([share.states for share in shares])
-            lookups = self._reader.lookups(arrivals.events, all_states)
+                spans.append((partition, rows))
+                mine = np.unique(arrivals.events["user"][rows], return_inverse=True)
+                users[partition] = mine[0]
+                index.append(mine[1])
+            states = self._states.read(users)
+            headers = [self._states[partition].header.copy() for partition, _ in spans]
+            shares = [
+                Share(rows_, at, header["partition"].copy(), arrivals.events[rows])
+                for rows_, at, header, (_, rows) in zip(states, index, headers, spans, strict=True)
+            ]
+            lookups = self._reader.lookups(arrivals.events, joined(states))
         parts: list[_Part] = []
         with self._phase("features"):
             results, observation = run_batch(shares, lookups)
-            for (partition, rows, users), share, header, result in zip(
+            for (partition, rows), share, header, result in zip(
                 spans, shares, headers, results, strict=True
             ):
                 header["partition"] = result.partition
@@ -267,13 +273,14 @@ class Scorer:
                 header["ends"] = np.where(read >= 0, read, header["ends"])
                 last_times = share.states["last_time"]
                 disorder = _disorder(arrivals, rows, share.user_index, last_times, result)
-                parts.append(_Part(partition, rows, users, result, header, disorder))
+                parts.append(_Part(partition, rows, users[partition], result, header, disorder))
         return parts, observation, lookups
 
     def _write(self, delivered: dict[Position, int], parts: list[_Part]) -> None:
         for part in parts:
             part.header["journal"] = delivered["journal", part.partition]
-            self._states.write(part.partition, part.users, part.result.states, part.header)
+        self._states.write([part.taken for part in parts])
+        for part in parts:
             self._metrics.state_writes.labels(self.name, "written").inc(len(part.users))
 
     def _count_unusual(self, parts: list[_Part], letters: dict[str, int]) -> None:

@@ -4,11 +4,10 @@
 -- `writes` the number of writes. All keys of one call share the header's hash tag, so the
 -- functions work in a cluster.
 
--- Whether the caller is the owner, and the store has all that the owner has written: a replica
--- that took over without the last writes has fewer.
-local function owned(header, token, writes)
+-- The number of writes that the partition has seen, or -1 when the caller is not the owner.
+local function seen(header, token)
   local found = redis.call('HMGET', header, 'token', 'writes')
-  return found[1] == token and (found[2] or '0') == writes
+  return found[1] == token and tonumber(found[2] or '0') or -1
 end
 
 -- KEYS: header. Returns {token, data or false, writes}.
@@ -24,10 +23,11 @@ local function claim(keys, args)
 end
 
 -- KEYS: header, key...; ARGV: token, writes. Returns the values, or false when the caller is not
--- the owner or the store has lost something: then a missing key does not mean that there is no
--- state.
+-- the owner or the store has lost something, as a replica has that took over without the last
+-- writes: then a missing key does not mean that there is no state. It may have seen more writes:
+-- the caller does not wait for those that are under way.
 local function read(keys, args)
-  if not owned(keys[1], args[1], args[2]) then
+  if seen(keys[1], args[1]) < tonumber(args[2]) then
     return false
   end
   if #keys == 1 then
@@ -40,7 +40,7 @@ end
 -- key). Returns 1, or 0 when the caller is not the owner or the store has lost something: then
 -- nothing is changed.
 local function write(keys, args)
-  if not owned(keys[1], args[1], args[2]) then
+  if seen(keys[1], args[1]) ~= tonumber(args[2]) then
     return 0
   end
   local pairs_ = {}

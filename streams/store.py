@@ -28,6 +28,7 @@ from streams.partitions import hash_tags
 
 WRITE_KEYS = 500  # keys in one guarded write: 2,000 block the server for 8 ms
 READ_KEYS = 2_000  # keys in one MGET
+CALLS_AT_ONCE = 32  # guarded reads or writes in one round trip: few megabytes wait in memory
 ANSWER_SECONDS = 5.0  # a store that hangs must not hold a worker past its session
 CONNECT_SECONDS = 3.0  # a host that drops packets is told from one that is slow
 SENTINEL = "redis+sentinel"  # a URL's scheme: sentinels are asked which server is the primary
@@ -43,6 +44,26 @@ class Claim:
     token: int
     data: bytes | None  # the header that the last owner left
     writes: int = 0  # calls of `starcast_write` that the partition has seen, this owner's included
+
+
+@dataclass(frozen=True)
+class Writing:
+    """States of one partition, and the header that says where they stand."""
+
+    claim: Claim
+    keys: Sequence[bytes]
+    values: Sequence[bytes]  # empty ones delete
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function in `store.lua`."""
+
+    claim: Claim
+    function: str
+    keys: list[bytes]
+    arguments: list[Any]
 
 
 def connect(config: RedisConfig) -> Any:
@@ -121,9 +142,9 @@ class Store:
 
     def claim(self, kind: bytes, partition: int) -> Claim:
         """Take a partition over from whoever had it, and read the header that they left."""
-        with _answering():
-            found = self._call("starcast_claim", [self.header_key(kind, partition)], [])
-        token, data, writes = found
+        claim = Claim(kind, partition, 0, None)
+        call = Call(claim, "starcast_claim", [self.header_key(kind, partition)], [])
+        ((_, (token, data, writes)),) = self._answered([call])
         return Claim(kind, partition, int(token), data, int(writes))
 
     def header(self, kind: bytes, partition: int) -> bytes | None:
@@ -139,24 +160,31 @@ class Store:
         Raises `FencedError` when a newer owner has claimed the partition, or the store has lost
         some of what this one wrote.
         """
-        header = self.header_key(claim.kind, claim.partition)
-        with _answering():
-            starts = range(0, max(len(keys), 1), WRITE_KEYS)
-            for start in starts:
-                last = start + WRITE_KEYS >= len(keys)
-                done = self._call(
-                    "starcast_write",
-                    [header, *keys[start : start + WRITE_KEYS]],
-                    [
-                        claim.token,
-                        claim.writes,
-                        data if last else b"",
-                        *values[start : start + WRITE_KEYS],
-                    ],
-                )
-                if not done:
-                    raise _refused(claim)
-                claim.writes += 1
+        self.write_all([Writing(claim, keys, values, data)])
+
+    def write_all(self, writings: Sequence[Writing]) -> None:
+        """The same for distinct partitions, several chunks in one round trip.
+
+        A partition that is refused keeps none of the others from being written.
+        """
+        calls: list[Call] = []
+        for each in writings:
+            header = self.header_key(each.claim.kind, each.claim.partition)
+            for number, start in enumerate(range(0, max(len(each.keys), 1), WRITE_KEYS)):
+                part = slice(start, start + WRITE_KEYS)
+                last = part.stop >= len(each.keys)
+                keys, values = each.keys[part], each.values[part]
+                data = each.data if last else b""
+                arguments = [each.claim.token, each.claim.writes + number, data, *values]
+                calls.append(Call(each.claim, "starcast_write", [header, *keys], arguments))
+        refused: Claim | None = None
+        for call, done in self._answered(calls):
+            if done:
+                call.claim.writes += 1
+            else:
+                refused = call.claim
+        if refused:
+            raise _refused(refused)
 
     def read_owned(self, claim: Claim, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of keys of a claimed partition, None where there is none.
@@ -164,16 +192,24 @@ class Store:
         Without keys it only asks whether the claim holds. Raises `FencedError` when a newer owner
         has claimed the partition, or the store has lost it or some of what was written to it.
         """
-        header = self.header_key(claim.kind, claim.partition)
-        values: list[bytes | None] = []
-        with _answering():
+        return self.read_all_owned([(claim, keys)])[0]
+
+    def read_all_owned(
+        self, wanted: Sequence[tuple[Claim, Sequence[bytes]]]
+    ) -> list[list[bytes | None]]:
+        """The same for distinct partitions, several in one round trip."""
+        calls: list[Call] = []
+        for claim, keys in wanted:
+            header = self.header_key(claim.kind, claim.partition)
             for start in range(0, max(len(keys), 1), READ_KEYS):
-                part = keys[start : start + READ_KEYS]
-                found = self._call("starcast_read", [header, *part], [claim.token, claim.writes])
-                if found is None:
-                    raise _refused(claim)
-                values += found
-        return values
+                part = [header, *keys[start : start + READ_KEYS]]
+                calls.append(Call(claim, "starcast_read", part, [claim.token, claim.writes]))
+        values: dict[int, list[bytes | None]] = {claim.partition: [] for claim, _ in wanted}
+        for call, found in self._answered(calls):
+            if found is None:
+                raise _refused(call.claim)
+            values[call.claim.partition] += found
+        return list(values.values())
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of keys, None where there is none."""
@@ -208,17 +244,34 @@ class Store:
         """Give the connections back."""
         self.client.close()
 
-    def _call(self, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
-        """Call a store function; load the library where it is not there yet."""
-        version, library = _library()
-        name = f"{function}_{version}"
+    def _answered(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Any]]:
+        """Each call and its answer."""
+        with _answering():
+            for start in range(0, len(calls), CALLS_AT_ONCE):
+                several = calls[start : start + CALLS_AT_ONCE]
+                yield from zip(several, self._round_trip(several), strict=True)
+
+    def _round_trip(self, calls: Sequence[Call]) -> list[Any]:
+        """Call store functions; load the library where it is not there yet.
+
+        A write that had been done before that is refused when it is sent again: its owner then
+        claims anew.
+        """
         try:
-            return self.client.fcall(name, len(keys), *keys, *arguments)
+            return self._send(calls)
         except redis.ResponseError as error:
             if "unction not found" not in str(error):
                 raise
-        self.client.function_load(library, replace=True)
-        return self.client.fcall(name, len(keys), *keys, *arguments)
+        self.client.function_load(_library()[1], replace=True)
+        return self._send(calls)
+
+    def _send(self, calls: Sequence[Call]) -> list[Any]:
+        version, _ = _library()
+        with self.client.pipeline(transaction=False) as pipeline:
+            for call in calls:
+                name = f"{call.function}_{version}"
+                pipeline.fcall(name, len(call.keys), *call.keys, *call.arguments)
+            return pipeline.execute()
 
 
 @cache

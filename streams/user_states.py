@@ -8,9 +8,8 @@ In memory a partition may be one batch ahead of the store: `take` holds what a b
 states, for the batch after it to go on from, and `write` stores that once it is committed.
 """
 
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,7 @@ from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.journal import read_journal
 from streams.reader import USER_STATE, partition_keys
-from streams.store import Claim, Store
+from streams.store import Claim, Store, Writing
 
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
 MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
@@ -55,7 +54,16 @@ class Held:
     header: Rows  # HEADER, shape (); after the last batch taken
     users: Rowstore = field(default_factory=lambda: Rowstore(USER))
     last: tuple[Hashes, Rows] | None = None  # states of the last batch taken
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of the claim's count of writes
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a batch left of one partition: states of distinct users (n), and the header."""
+
+    partition: int
+    users: Hashes
+    rows: Rows  # USER (n)
+    header: Rows  # HEADER, shape ()
 
 
 class UserStates:
@@ -106,48 +114,67 @@ class UserStates:
         if time.monotonic() < self._check_at:
             return
         self._check_at = time.monotonic() + CHECK_SECONDS
-        for held in self._held.values():
-            with held.lock:
-                self._store.read_owned(held.claim, [])
+        self._store.read_all_owned([(held.claim, []) for held in self._held.values()])
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions; their next owner reads them from the store."""
         for partition in partitions:
             self._held.pop(partition, None)
 
-    def read(self, partition: int, users: Hashes) -> Rows:
-        """USER rows (n) of distinct users, as they are now."""
-        held = self._held[partition]
-        room = self._config.cache_users // len(self._held)
-        if len(held.users.rows) + len(users) > room:
-            held.users = Rowstore(USER)
-            if held.last is not None:  # the store may not have them yet
-                _put(held.users, *held.last)
-        cache = held.users
-        known = len(cache.rows)
-        places = cache.place(users)
-        new = places >= known
-        if new.any():
-            keys = partition_keys(self._store, USER_STATE, partition, users[new])
-            with held.lock:
-                read = from_bytes(self._store.read_owned(held.claim, keys), USER)
-            opaque(cache.rows)[places[new]] = opaque(read)
-        return cache.rows.take(places)
+    def read(self, wanted: Mapping[int, Hashes]) -> list[Rows]:
+        """By partition, USER rows (n) of distinct users, as they are now."""
+        places: list[NDArray[np.intp]] = []
+        missing: list[tuple[Held, Hashes, NDArray[np.intp]]] = []
+        for partition, users in wanted.items():
+            held = self._held[partition]
+            room = self._config.cache_users // len(self._held)
+            if len(held.users.rows) + len(users) > room:
+                held.users = Rowstore(USER)
+                if held.last is not None:  # the store may not have them yet
+                    _put(held.users, *held.last)
+            known = len(held.users.rows)
+            found = held.users.place(users)
+            places.append(found)
+            new = found >= known
+            if new.any():
+                missing.append((held, users[new], found[new]))
+        self._fill(missing)
+        return [
+            self._held[partition].users.rows.take(found)
+            for partition, found in zip(wanted, places, strict=True)
+        ]
 
-    def take(self, partition: int, users: Hashes, rows: Rows, header: Rows) -> None:
-        """Hold states of distinct users (n), and the header, as a batch left them."""
-        held = self._held[partition]
-        _put(held.users, users, rows)
-        held.last = users, rows
-        held.header = header
+    def _fill(self, missing: Sequence[tuple[Held, Hashes, NDArray[np.intp]]]) -> None:
+        """Read users that have a place in the cache and nothing there yet."""
+        keys = [
+            partition_keys(self._store, USER_STATE, held.claim.partition, users)
+            for held, users, _ in missing
+        ]
+        claims = [held.claim for held, _, _ in missing]
+        found = self._store.read_all_owned(list(zip(claims, keys, strict=True)))
+        for (held, _, places), values in zip(missing, found, strict=True):
+            opaque(held.users.rows)[places] = opaque(from_bytes(values, USER))
 
-    def write(self, partition: int, users: Hashes, rows: Rows, header: Rows) -> None:
-        """Write what was taken, states and then the header, guarded by the claim."""
-        held = self._held[partition]
-        keys = partition_keys(self._store, USER_STATE, partition, users)
-        values = to_bytes(rows)
-        with held.lock:
-            self._store.write(held.claim, keys, values, header.tobytes())
+    def take(self, taken: Taken) -> None:
+        """Hold states, and the header, as a batch left them."""
+        held = self._held[taken.partition]
+        _put(held.users, taken.users, taken.rows)
+        held.last = taken.users, taken.rows
+        held.header = taken.header
+
+    def write(self, taken: Iterable[Taken]) -> None:
+        """Write what was taken, by partition states and then the header, guarded by the claim."""
+        self._store.write_all(
+            [
+                Writing(
+                    self._held[each.partition].claim,
+                    partition_keys(self._store, USER_STATE, each.partition, each.users),
+                    to_bytes(each.rows),
+                    each.header.tobytes(),
+                )
+                for each in taken
+            ]
+        )
 
     def expire(self, partition: int, watermark: int) -> int:
         """Delete states whose last event is too old; how many.
@@ -193,7 +220,7 @@ class UserStates:
         events = _joined([journal.events for journal in journals]).view(EVENT)
         users, user_index = np.unique(events["user"], return_inverse=True)
         states, header["partition"] = recover(
-            self.read(partition, users),
+            self.read({partition: users})[0],
             user_index,
             header["partition"].copy(),
             events,
@@ -201,8 +228,9 @@ class UserStates:
             _joined([journal.duplicates for journal in journals]),
             _joined([journal.steps for journal in journals]),
         )
-        self.take(partition, users, states, header)
-        self.write(partition, users, states, header)
+        taken = Taken(partition, users, states, header)
+        self.take(taken)
+        self.write([taken])
         return len(events)
 
 

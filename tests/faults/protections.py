@@ -5,14 +5,15 @@ switch.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from confluent_kafka import TopicPartition
 
 from streams import store as stores
 from streams.loop import Loop, Outcome
-from streams.store import Claim, Store
+from streams.store import Call, Claim, Store
 from streams.user_states import UserStates
 
 SETTLED_COMMITS = 5
@@ -44,34 +45,43 @@ def _settled(loop: Loop) -> bool:
 
 def without_fence() -> None:
     """Whoever writes to the store does, whichever claim came last."""
-    call = Store._call
+    round_trip = Store._round_trip
 
-    def unfenced(self: Store, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
-        if function == "starcast_read":
-            return self.client.mget(keys[1:]) if keys[1:] else []
-        if function != "starcast_write":
-            return call(self, function, keys, arguments)
-        done = 0
-        while not done:  # the owner may write in between
-            newest = self.client.hget(keys[0], "token")
-            writes = self.client.hget(keys[0], "writes")
-            done = call(self, function, keys, [newest or b"", writes or b"0", *arguments[2:]])
-        return done
+    def unfenced(self: Store, calls: Sequence[Call]) -> list[Any]:
+        return [_forced(self, call, round_trip) for call in calls]
 
-    stores.Store._call = unfenced
+    stores.Store._round_trip = unfenced
+
+
+def _forced(store: Store, call: Call, round_trip: Callable[[Store, Sequence[Call]], Any]) -> Any:
+    if call.function == "starcast_read":
+        return store.client.mget(call.keys[1:]) if call.keys[1:] else []
+    if call.function != "starcast_write":
+        return round_trip(store, [call])[0]
+    done = 0
+    while not done:  # the owner may write in between
+        newest = store.client.hget(call.keys[0], "token")
+        writes = store.client.hget(call.keys[0], "writes")
+        arguments = [newest or b"", writes or b"0", *call.arguments[2:]]
+        (done,) = round_trip(store, [replace(call, arguments=arguments)])
+    return done
 
 
 def without_count() -> None:
     """An owner writes on though the store has lost some of what it wrote."""
-    call = Store._call
+    round_trip = Store._round_trip
 
-    def uncounted(self: Store, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
-        if function in ("starcast_read", "starcast_write"):
-            writes = self.client.hget(keys[0], "writes")
-            arguments = [arguments[0], writes or b"0", *arguments[2:]]
-        return call(self, function, keys, arguments)
+    def uncounted(self: Store, calls: Sequence[Call]) -> list[Any]:
+        return [round_trip(self, [_recounted(self, call)])[0] for call in calls]
 
-    stores.Store._call = uncounted
+    stores.Store._round_trip = uncounted
+
+
+def _recounted(store: Store, call: Call) -> Call:
+    if call.function not in ("starcast_read", "starcast_write"):
+        return call
+    writes = store.client.hget(call.keys[0], "writes")
+    return replace(call, arguments=[call.arguments[0], writes or b"0", *call.arguments[2:]])
 
 
 def without_order() -> None:

@@ -40,7 +40,8 @@ POINTS = (
     "writing",  # some chunks of a batch's states are written, the header is not
     "claimed",  # a new owner has read the header; nothing is recovered
 )
-CHUNK = 20  # keys in a guarded write here, so that a batch has many
+CHUNK = 20  # keys in a guarded write here, so that a batch has many,
+ROUND_TRIP = 3  # and round trips end in the middle of a partition's
 FAILED = 3  # exit code of a worker that ended by an error of ours, with its reason in the log
 
 
@@ -114,13 +115,13 @@ def install(points: Points) -> None:
             points.reach("committed")
             return done
 
-    call = stores.Store._call
+    round_trip = stores.Store._round_trip
 
-    def pointed_call(self: Any, function: str, keys: list[bytes], arguments: list[Any]) -> Any:
-        done = call(self, function, keys, arguments)
-        if function == "starcast_write" and arguments[2] == b"":
+    def pointed_trip(self: Any, calls: Sequence[stores.Call]) -> list[Any]:
+        done = round_trip(self, calls)
+        if calls[-1].function == "starcast_write" and calls[-1].arguments[2] == b"":
             points.reach("writing")
-        elif function == "starcast_claim":
+        elif calls[-1].function == "starcast_claim":
             points.reach("claimed")
         return done
 
@@ -133,8 +134,9 @@ def install(points: Points) -> None:
 
     loops.Consumer = PointedConsumer  # pyright: ignore[reportPrivateImportUsage]
     loops.Producer = PointedProducer  # pyright: ignore[reportPrivateImportUsage]
-    stores.Store._call = pointed_call
+    stores.Store._round_trip = pointed_trip
     stores.WRITE_KEYS = CHUNK
+    stores.CALLS_AT_ONCE = ROUND_TRIP
     streams.catalog.Catalog.batch_size = CHUNK - 1  # what it describes at once is one write
     streams.scorer.run_batch = pointed(streams.scorer.run_batch)
     streams.items.apply_items = pointed(streams.items.apply_items)

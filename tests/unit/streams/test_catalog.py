@@ -21,7 +21,7 @@ from streams.config import RedisConfig
 from streams.exceptions import FencedError
 from streams.metrics import make_metrics
 from streams.reader import ITEM_KIND, USER_KIND, partition_keys
-from streams.store import WRITE_KEYS, Store
+from streams.store import WRITE_KEYS, Call, Store
 from tests.unit.streams.messages import PREFIX, message
 
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -134,13 +134,13 @@ def test_a_batch_is_one_write(store: str, monkeypatch: pytest.MonkeyPatch) -> No
     catalog = make(store)
     catalog.claim(0, {})
     calls: list[int] = []
-    call = catalog._store._call
+    round_trip = catalog._store._round_trip
 
-    def counted(function: str, keys: list[bytes], arguments: list[Any]) -> Any:
-        calls.append(len(keys))
-        return call(function, keys, arguments)
+    def counted(several: Sequence[Call]) -> list[Any]:
+        calls.extend(len(call.keys) for call in several)
+        return round_trip(several)
 
-    monkeypatch.setattr(catalog._store, "_call", counted)
+    monkeypatch.setattr(catalog._store, "_round_trip", counted)
     work(catalog, items_log([item(f"item {number}") for number in range(catalog.batch_size)]))
     assert calls == [1 + BATCH + 1]  # the header, the items and the prices
     assert calls[0] == 1 + WRITE_KEYS
@@ -237,17 +237,17 @@ def _keep_in(catalog: Catalog, held: dict[bytes, bytes]) -> None:
     """Has a catalog keep its keys in a dictionary."""
     store = catalog._store
 
-    def call(function: str, keys: list[bytes], arguments: list[Any]) -> Any:
-        if function == "starcast_claim":
-            return [1, held.get(keys[0]), 0]
-        for key, value in zip(keys, arguments[2:], strict=True):
+    def answer(call: Call) -> Any:
+        if call.function == "starcast_claim":
+            return [1, held.get(call.keys[0]), 0]
+        for key, value in zip(call.keys, call.arguments[2:], strict=True):
             if value:
                 held[key] = value
             else:
                 held.pop(key, None)
         return 1
 
-    store._call = call
+    store._round_trip = lambda calls: [answer(call) for call in calls]
     store.read = lambda keys: [held.get(key) for key in keys]
 
 

@@ -3,6 +3,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from streams.config import RedisConfig
 from streams.embedded import HOST, Child, free_port, start_child, start_store
 from streams.exceptions import FencedError, StoreError
 from streams.partitions import SLOTS, hash_tags
-from streams.store import Claim, Store
+from streams.store import Call, Claim, Store, Writing
 
 KIND = b"u"
 
@@ -35,13 +36,14 @@ def keys_of(store: Store, count: int, partition: int = 3, kind: bytes = KIND) ->
 
 def intercept(store: Store, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
     """Have `before` called with the number of each call of a store function."""
-    call, numbers = store._call, iter(range(1_000))
+    monkeypatch.setattr(stores, "CALLS_AT_ONCE", 1)
+    send, numbers = store._round_trip, iter(range(1_000))
 
-    def counted(function: str, keys: list[bytes], arguments: list[Any]) -> Any:
+    def counted(calls: Sequence[Call]) -> list[Any]:
         before(next(numbers))
-        return call(function, keys, arguments)
+        return send(calls)
 
-    monkeypatch.setattr(store, "_call", counted)
+    monkeypatch.setattr(store, "_round_trip", counted)
 
 
 def test_a_claim_hands_the_last_owners_header_on(store: str) -> None:
@@ -87,6 +89,47 @@ def test_an_owner_reads_until_another_claims(store: str, monkeypatch: pytest.Mon
     with pytest.raises(FencedError):
         mine.read_owned(new, keys)
     assert mine.read(keys) == [None] * 23
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 32])
+def test_partitions_are_read_and_written_together(
+    store: str, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(stores, "CALLS_AT_ONCE", at_once)
+    monkeypatch.setattr(stores, "WRITE_KEYS", 2)
+    monkeypatch.setattr(stores, "READ_KEYS", 2)
+    mine = make(store)
+    claims = {partition: mine.claim(KIND, partition) for partition in (3, 4, 5)}
+    keys = {partition: keys_of(mine, 3, partition) for partition in claims}
+    values = [b"a", b"b", b"c"]
+
+    def write(header: bytes) -> None:
+        mine.write_all([Writing(claims[at], keys[at], values, header) for at in claims])
+
+    write(b"one")
+    wanted = [(claims[at], keys[at]) for at in (5, 3)]
+    assert mine.read_all_owned(wanted) == [values, values]
+    assert [claim.writes for claim in claims.values()] == [2, 2, 2]
+    mine.claim(KIND, 4)
+    with pytest.raises(FencedError, match="u partition 4"):
+        write(b"two")
+    assert [mine.header(KIND, at) for at in claims] == [b"two", b"one", b"two"]
+    assert [claim.writes for claim in claims.values()] == [4, 2, 4]
+    with pytest.raises(FencedError, match="u partition 4"):
+        mine.read_all_owned([(claims[at], []) for at in claims])
+    assert mine.read_all_owned([]) == []
+    mine.write_all([])
+
+
+def test_a_write_under_way_does_not_keep_its_owner_from_reading(store: str) -> None:
+    mine = make(store)
+    claim, keys = mine.claim(KIND, 3), keys_of(mine, 2)
+    mine.write(claim, keys, [b"a", b"b"], b"one")
+    before = replace(claim)
+    mine.write(claim, keys[:1], [b"A"], b"two")
+    assert mine.read_owned(before, keys) == [b"A", b"b"]  # its answer has not come yet
+    with pytest.raises(FencedError):
+        mine.write(before, keys[:1], [b"a"], b"two")
 
 
 def test_an_owner_from_before_the_store_was_emptied_changes_nothing(store: str) -> None:

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from model.events import Rows
 from model.exceptions import GapError, LayoutError
+from model.ids import Hashes
 from model.state import LAYOUT_HASH, to_bytes
 from schemas.journal import TOPICS, Transaction
 from streams import user_states
@@ -19,7 +20,7 @@ from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
 from streams.exceptions import FencedError, JournalGapError, StoreAheadError
 from streams.reader import USER_STATE, partition_keys
 from streams.store import Store
-from streams.user_states import HEADER, UserStates, decode_header
+from streams.user_states import HEADER, Taken, UserStates, decode_header
 from tests.unit.streams.journals import USERS, Partition, events
 
 PARTITION = 2
@@ -46,6 +47,11 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Partition], None]:
         monkeypatch.setattr(user_states, "read_journal", read)
 
     return stands
+
+
+def read(states: UserStates, users: Hashes) -> Rows:
+    (rows,) = states.read({PARTITION: users})
+    return rows
 
 
 def make(url: str, prefix: str = "shop", exactly_once: bool = True, **config: Any) -> UserStates:
@@ -118,9 +124,9 @@ def test_recovery_from_any_prefix_is_the_whole(
     assert states[PARTITION].header == whole_header
     header = decode_header(states._store.header(USER_STATE, PARTITION))
     assert header == whole_header
-    assert to_bytes(states.read(PARTITION, USERS)) == [value or b"" for value in whole]
+    assert to_bytes(read(states, USERS)) == [value or b"" for value in whole]
     with pytest.raises(FencedError):
-        write(USERS[:1], states.read(PARTITION, USERS[:1]), b"")
+        write(USERS[:1], read(states, USERS[:1]), b"")
 
 
 def test_an_empty_partition_begins_at_the_beginning(
@@ -232,19 +238,19 @@ def test_states_are_read_once_and_written_through(
     journal(partition)
     states = make(store)
     states.claim(PARTITION, partition.ends())
-    first = states.read(PARTITION, USERS[:3])
+    first = read(states, USERS[:3])
     step = partition.apply(events(TWO))
-    states.take(PARTITION, step.users, step.states, step.header)
-    states.write(PARTITION, step.users, step.states, step.header)
+    states.take(taken := Taken(PARTITION, step.users, step.states, step.header))
+    states.write([taken])
     assert stored(states) == expected(partition)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(states._store, "read_owned", lambda *_: pytest.fail("read again"))
-        again = states.read(PARTITION, USERS[:3])
+        patch.setattr(states._store, "_send", lambda *_: pytest.fail("read again"))
+        again = read(states, USERS[:3])
     assert to_bytes(again) == [value or b"" for value in expected(partition)[:3]]
     assert to_bytes(first) != to_bytes(again)
     states.drop([PARTITION, 99])
     states.claim(PARTITION, partition.ends())
-    assert to_bytes(states.read(PARTITION, USERS[:3])) == to_bytes(again)
+    assert to_bytes(read(states, USERS[:3])) == to_bytes(again)
 
 
 def test_few_states_at_hand_give_the_same(store: str, journal: Callable[[Partition], None]) -> None:
@@ -253,10 +259,10 @@ def test_few_states_at_hand_give_the_same(store: str, journal: Callable[[Partiti
     states = make(store, cache_users=2)
     states.claim(PARTITION, partition.ends())
     step = partition.apply(events(TWO))
-    states.take(PARTITION, step.users, step.states, step.header)
-    states.write(PARTITION, step.users, step.states, step.header)
+    states.take(taken := Taken(PARTITION, step.users, step.states, step.header))
+    states.write([taken])
     for user, value in zip(USERS, expected(partition), strict=True):
-        assert to_bytes(states.read(PARTITION, np.array([user]))) == [value or b""]
+        assert to_bytes(read(states, np.array([user]))) == [value or b""]
     assert len(states[PARTITION].users.rows) <= len(step.users) + 1  # the last batch's, and one
 
 
@@ -269,9 +275,10 @@ def test_an_owner_that_was_replaced_is_refused(
     old.claim(PARTITION, partition.ends())
     new.claim(PARTITION, partition.ends())
     step = partition.steps[0]
+    taken = [Taken(PARTITION, step.users, step.states, step.header)]
     with pytest.raises(FencedError):
-        old.write(PARTITION, step.users, step.states, step.header)
-    new.write(PARTITION, step.users, step.states, step.header)
+        old.write(taken)
+    new.write(taken)
 
 
 def test_states_of_a_store_that_was_emptied_are_not_taken_for_blank(
@@ -287,10 +294,10 @@ def test_states_of_a_store_that_was_emptied_are_not_taken_for_blank(
     with redis.Redis.from_url(store) as client:
         client.flushall()
     with pytest.raises(FencedError, match="the store has lost writes"):
-        states.read(PARTITION, USERS[:2])
+        read(states, USERS[:2])
     states.drop([PARTITION])
     states.claim(PARTITION, partition.ends())
-    assert to_bytes(states.read(PARTITION, USERS)) == [v or b"" for v in expected(partition)]
+    assert to_bytes(read(states, USERS)) == [v or b"" for v in expected(partition)]
 
 
 def test_states_expire_by_the_time_of_events(
@@ -309,7 +316,7 @@ def test_states_expire_by_the_time_of_events(
     assert states.expire(PARTITION, latest - 5 * DAY_MS) == 0
     assert states.expire(PARTITION, latest) == 1
     assert stored(states) == [None, *kept[1:]]
-    assert not states.read(PARTITION, USERS[:1])["step"].any()
+    assert not read(states, USERS[:1])["step"].any()
     assert states.expire(PARTITION, latest) == 0
     assert decode_header(states._store.header(USER_STATE, PARTITION)) == partition.steps[0].header
     forever = make(store)
@@ -350,9 +357,9 @@ def test_states_that_were_taken_are_read_before_they_are_written(
     states.claim(PARTITION, partition.ends())
     before = stored(states)
     step = partition.apply(events(TWO))
-    states.take(PARTITION, step.users, step.states, step.header)
+    states.take(taken := Taken(PARTITION, step.users, step.states, step.header))
     for user, value in zip(USERS, expected(partition), strict=True):
-        assert to_bytes(states.read(PARTITION, np.array([user]))) == [value or b""]
+        assert to_bytes(read(states, np.array([user]))) == [value or b""]
     assert stored(states) == before
-    states.write(PARTITION, step.users, step.states, step.header)
+    states.write([taken])
     assert stored(states) == expected(partition)
