@@ -168,7 +168,9 @@ class Worker:
         code = self.process.exitcode if code is None and self.process else code
         lines = self.log.read_text(errors="replace").splitlines()
         if code != FAILED:  # what it wrote last names the error, unless a signal ended it
-            return f"exit code {code}" + (f": {lines[-1].strip()[:300]}" if code == 1 else "")
+            return f"exit code {code}" + (
+                f": {lines[-1].strip()[:300]}" if code == 1 and lines else ""
+            )
         ended = [line for line in lines if " ended " in line or "ended  " in line]
         return ended[-1].split("ended", 1)[-1].strip()[:300] if ended else "ended"
 
