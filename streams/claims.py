@@ -51,8 +51,7 @@ class Claims:
         if time.monotonic() < self._check_at:
             return
         self._check_at = time.monotonic() + CHECK_SECONDS
-        for claim in self._held.values():
-            self._store.read_owned(claim, [])
+        self._store.read_all_owned([(claim, []) for claim in self._held.values()])
 
 
 def header_offset(data: bytes | None) -> int:

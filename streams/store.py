@@ -204,11 +204,13 @@ class Store:
             for start in range(0, max(len(keys), 1), READ_KEYS):
                 part = [header, *keys[start : start + READ_KEYS]]
                 calls.append(Call(claim, "starcast_read", part, [claim.token, claim.writes]))
-        values: dict[int, list[bytes | None]] = {claim.partition: [] for claim, _ in wanted}
+        values: dict[tuple[bytes, int], list[bytes | None]] = {
+            (claim.kind, claim.partition): [] for claim, _ in wanted
+        }
         for call, found in self._answered(calls):
             if found is None:
                 raise _refused(call.claim)
-            values[call.claim.partition] += found
+            values[call.claim.kind, call.claim.partition] += found
         return list(values.values())
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
