@@ -126,10 +126,11 @@ def run(
 def _play(
     world: World, schedule: Schedule, rate: float, result: Result, say: Callable[[str], None]
 ) -> None:
+    flowing = threading.Event()
     hurry = threading.Event()  # once all faults are injected: what is left is a burst
     started = time.monotonic()
     players = [
-        threading.Thread(target=shop.play, args=(rate, hurry), name=f"plays {shop.name}")
+        threading.Thread(target=shop.play, args=(rate, flowing, hurry), name=f"plays {shop.name}")
         for shop in world.shops
     ]
     for player in players:
@@ -151,6 +152,7 @@ def _play(
 
     try:
         until(lambda: all(_flows(shop) for shop in world.shops), FLOWS_SECONDS)
+        flowing.set()
         inject(schedule.alone)
         lanes = [
             threading.Thread(target=inject, args=(lane,), name=name)

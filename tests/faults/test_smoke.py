@@ -33,7 +33,7 @@ def test_a_short_run_is_clean(faulty_servers: Servers, tmp_path: Path) -> None:
     schedule = make_schedule(SEED, ["a", "b"], 1, KINDS, alone=False)
     save(schedule, tmp_path / "schedule.json")
     assert load(tmp_path / "schedule.json") == schedule
-    result = run(faulty_servers, schedule, Load(("a", "b"), 12_000, 500, 120), tmp_path, say=print)
+    result = run(faulty_servers, schedule, Load(("a", "b"), 12_000, 500, 90), tmp_path, say=print)
     report.show(result, Console())
     assert result.clean
     assert result.events >= 24_000

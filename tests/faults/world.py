@@ -37,6 +37,7 @@ CACHED_USERS = 50  # so few that states are read from the store again and again
 OVERRUN_SECONDS = 10.0  # max.poll.interval: a worker that is silent for longer loses its partitions
 REACH_SECONDS = 8.0  # a worker without partitions never reaches a point; another is tried
 SLOW_SECONDS = 8.0  # a worker that takes so long to end writes to its log where it is
+FEW_A_SECOND = 20.0  # events until all flows: what is sent before a slow start meets no fault
 END_SECONDS = 45.0  # a worker that does not end on SIGTERM is stuck
 
 _processes = get_context("forkserver")  # forked from one that has all modules loaded
@@ -203,19 +204,20 @@ class FaultyShop:
         """Workers that score and are up."""
         return [each for each in self.workers if each.wanted and each.alive()]
 
-    def play(self, rate: float, hurry: threading.Event) -> None:
-        """Send all events at a steady rate, then, told to hurry, the rest as fast as can be.
+    def play(self, rate: float, flowing: threading.Event, hurry: threading.Event) -> None:
+        """Send few events until all flows, then the others at a steady rate.
 
-        Each is acknowledged by all brokers in sync.
+        Told to hurry, it sends the rest as fast as can be. Each is acknowledged by all brokers in
+        sync.
         """
         producer = PersistentProducer(self.kafka, self.played)
-        started = time.monotonic()
+        due = time.monotonic()
         for topic, key, value in self.events.messages():
-            sent = producer.sent
-            if sent % 20 == 0:
-                while (wait := started + sent / rate - time.monotonic()) > 0 and not hurry.is_set():
+            if producer.sent % 20 == 0:
+                while (wait := due - time.monotonic()) > 0 and not hurry.is_set():
                     producer.turn(min(wait, 0.1))
                 producer.turn(0)
+                due += 20 / (rate if flowing.is_set() else min(rate, FEW_A_SECOND))
             producer.send(self.kafka.topic_prefix + topic, key, value)
         self.played["sent"], self.played["failed"] = producer.sent, producer.finish()
 
