@@ -109,7 +109,8 @@ class Bench:
         self._peers = peers
         self._peer_runs = 0
         a_round = len(models) * sizes.events + sum(sizes.of_peer(PEERS[name]) for name in peers)
-        self._events = make_events(world, sizes.first_events + sizes.rounds * a_round)
+        recorded = sizes.events  # by a flame graph
+        self._events = make_events(world, sizes.first_events + sizes.rounds * a_round + recorded)
         self._fill(world)
 
     def measure(self, model: str) -> Measured:
@@ -166,11 +167,16 @@ class Bench:
         play(counted(islice(self._events, count)), self._kafka)
         return size
 
-    def _score(self, model: str, events: int) -> Scored:
+    def record(self, path: Path) -> None:
+        """A flame graph of one more run with the default bundle; what it measures is not used."""
+        self._produce(self._sizes.events)
+        self._score("bundle", self._sizes.events, path)
+
+    def _score(self, model: str, events: int, flame: Path | None = None) -> Scored:
         config = ScorerConfig(batch_events=self._sizes.batch)
         with ProcessPoolExecutor(1, get_context("spawn")) as worker:
             return worker.submit(
-                score, self._kafka, self._redis, self._models[model], config, events
+                score, self._kafka, self._redis, self._models[model], config, events, flame
             ).result()
 
 
@@ -315,7 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=40_000,
         help="events measured of a peer that takes batches; of another one a tenth",
     )
+    parser.add_argument("--flame", type=Path, help="write a flame graph of one more run there")
     options = vars(parser.parse_args(arguments))
+    flame: Path | None = options.pop("flame")
     names = [name for name in options.pop("peers") if name != "none"]
     sizes = Sizes(**options)
     configure(LogConfig(level="warning"))
@@ -339,6 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     console.print(
                         f"{model}: {each.scoring.rate:,.0f} events/s, bare {each.bare.rate:,.0f}"
                     )
+            if flame:
+                bench.record(flame)
             runs = beside.measure(peers, sizes.rounds, bench.measure_peer, console)
     figures = summary(measured)
     figures |= beside.summary(figures["bundle"], runs)

@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
+from bench.flame import recorded
 from bench.watch import Run, Transaction, Watched
 from model.state import LAYOUT_HASH
 from starcast.log import LogConfig, configure
@@ -43,8 +45,12 @@ def score(
     models_config: ModelsConfig,
     config: ScorerConfig,
     events: int,
+    flame: Path | None = None,
 ) -> Scored:
-    """Score the next events; the process that calls this has nothing else to do."""
+    """Score the next events; the process that calls this has nothing else to do.
+
+    With `flame` a flame graph is written there.
+    """
     configure(LogConfig(level="warning"))
     store = Store(redis, LAYOUT_HASH, kafka.partitions)
     states = UserStates(store, kafka, ArchiveConfig(), StatesConfig())
@@ -55,18 +61,24 @@ def score(
             config, kafka.topic_prefix, states, Reader(store), models, metrics, "scorer-0"
         )
 
-    watched = work(make, kafka, events)
+    watched = work(make, kafka, events, flame)
     memory = psutil.Process().memory_info().rss
     transactions = watched.transactions()
     bytes_out = sum(each.bytes_out for each in transactions)
     return Scored(watched.run(), transactions, bytes_out, (memory - bytes_out) / 2**20)
 
 
-def work(make: Callable[[Metrics], Processor], kafka: KafkaConfig, records: int) -> Watched:
+def work(
+    make: Callable[[Metrics], Processor],
+    kafka: KafkaConfig,
+    records: int,
+    flame: Path | None = None,
+) -> Watched:
     """Run a processor until it has worked on so many records."""
     stop, metrics = threading.Event(), make_metrics()
     watched = Watched(make(metrics), metrics, records, stop)
     loop = Loop(watched, kafka, metrics, stop)
     settle()  # as `streams.run` does
-    loop.run()
+    with recorded(flame, f"One scorer, {records:,} events"):
+        loop.run()
     return watched
