@@ -94,7 +94,11 @@ class ScorerConfig(BaseModel):
     batch_events: int = Field(
         default=2_000, ge=1, le=100_000, description="most events in a transaction"
     )
-    linger_ms: int = Field(default=20, ge=0, description="longest wait for a fuller batch")
+    linger_ms: int = Field(
+        default=20,
+        ge=0,
+        description="longest wait for a fuller batch when no transaction is under way",
+    )
     latency_target_ms: int = Field(
         default=0,
         ge=0,

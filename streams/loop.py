@@ -41,6 +41,7 @@ from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.metrics import Metrics
+from streams.pace import Overlap
 
 IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
 TIMED_SECONDS = 1.0  # timed work waits no longer, though it costs a wait for what is under way
@@ -148,7 +149,7 @@ class Processor(Protocol):
 
     @property
     def linger_seconds(self) -> float:
-        """Longest wait for a fuller batch once there is a record."""
+        """Longest wait for a fuller batch once there is a record and nothing is under way."""
         ...
 
     def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
@@ -204,6 +205,7 @@ class Loop:
         self._lag_at = 0.0
         self._idle_at = 0.0
         self._flight: _Flight | None = None
+        self._overlap = Overlap()
         self._ended = False
         self._commits = ThreadPoolExecutor(1, processor.name + COMMITS)
         self._consumer = Consumer(self._consumer_config())
@@ -269,21 +271,27 @@ class Loop:
         waiting = FIRST_BACK_OFF_SECONDS if self._claimable() else IDLE_SECONDS
         messages = self._consumer.consume(1, waiting)
         if messages and self._processor.batch_size > 1:
-            messages += self._consumer.consume(
-                self._processor.batch_size - 1, self._processor.linger_seconds
-            )
+            messages += self._consumer.consume(self._processor.batch_size - 1, self._gathering())
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = self._consumer.consumer_group_metadata()
         batch = self._usable(messages)
         try:
             if batch:
+                began = time.monotonic()
                 with self._phase("process"):
                     outcome = self._processor.process(batch)
+                self._overlap.processed(time.monotonic() - began)
                 self._finish(outcome, batch, metadata)
             self._idle(batch, metadata)
         except StoreError as error:
             self._refused(error)
         self._measure_lag()
+
+    def _gathering(self) -> float:
+        """Longest wait for a fuller batch now that there is a record, seconds."""
+        if self._flight is None:
+            return self._processor.linger_seconds
+        return self._overlap.left(time.monotonic() - self._begun_at)
 
     def _idle(self, batch: list[Message], metadata: Any) -> None:
         """Timed work, and what it sends; a transaction under way is waited for only when due."""
@@ -557,6 +565,7 @@ class Loop:
                 self._send_offsets(offsets, metadata)
             self._insist(self._producer.commit_transaction)
             self._write(outcome, delivered)
+            self._overlap.ended(time.monotonic() - self._begun_at)
 
         if outcome.write is None:
             self._flight = _Flight(end, outcome, delivered)

@@ -1,7 +1,9 @@
-"""How many events a transaction takes, so that it ends in time."""
+"""How many events a transaction takes, so that it ends in time, and how long they are gathered."""
 
 LEAST = 100  # events: a transaction costs as much with fewer
 SHRINK, GROW = 0.5, 1.25  # a turn changes the size by these factors at most
+NEWEST = 0.2  # what the last turn counts in a running mean
+GATHER_SECONDS = 0.1  # a commit that is slow for once keeps no batch waiting for longer
 
 
 class Pace:
@@ -33,3 +35,27 @@ class Pace:
         if change < 1 or events >= round(self._size):
             least = min(LEAST, self._most)
             self._size = min(max(self._size * change, least), self._most)
+
+
+class Overlap:
+    """How long a batch is gathered while the transaction before it is under way.
+
+    Its own transaction can begin no sooner than that one ends. So it is taken as late as lets it be
+    processed by then: what comes until then need not wait for the next.
+    """
+
+    def __init__(self) -> None:
+        self._processing = 0.0
+        self._ending = 0.0
+
+    def processed(self, seconds: float) -> None:
+        """A batch was processed."""
+        self._processing += NEWEST * (seconds - self._processing)
+
+    def ended(self, seconds: float) -> None:
+        """A transaction took so long to end, from its begin to the write after its commit."""
+        self._ending += NEWEST * (seconds - self._ending)
+
+    def left(self, elapsed: float) -> float:
+        """Seconds to gather for, so long after the begin of the one under way."""
+        return min(max(self._ending - self._processing - elapsed, 0.0), GATHER_SECONDS)

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -173,4 +174,7 @@ def work(
         except StarcastError as error:
             structlog.get_logger().error("ended", error=type(error).__name__, reason=str(error))
             os._exit(FAILED)
+        except BaseException:
+            control.send(traceback.format_exc())  # its log may be on the disk that is full
+            raise
     os._exit(0)

@@ -168,12 +168,20 @@ class Worker:
     def _why(self, code: int | None = None) -> str:
         code = self.process.exitcode if code is None and self.process else code
         lines = self.log.read_text(errors="replace").splitlines()
-        if code != FAILED:  # what it wrote last names the error, unless a signal ended it
-            return f"exit code {code}" + (
-                f": {lines[-1].strip()[:300]}" if code == 1 and lines else ""
-            )
+        if code != FAILED:  # a bug, which it has told, or a signal
+            return f"exit code {code}{self._told()}"
         ended = [line for line in lines if " ended " in line or "ended  " in line]
         return ended[-1].split("ended", 1)[-1].strip()[:300] if ended else "ended"
+
+    def _told(self) -> str:
+        """The traceback that it sent before it ended."""
+        try:
+            while self.control.poll():
+                if isinstance(told := self.control.recv(), str):
+                    return f": {told}"
+        except (EOFError, OSError):
+            pass
+        return ""
 
 
 @dataclass

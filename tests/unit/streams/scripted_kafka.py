@@ -74,6 +74,7 @@ class ScriptedConsumer:
         self.between: deque[Callable[[], None]] = deque()  # run by the next calls of `consume`
         self.errors: deque[Message] = deque()
         self.commits: list[list[TopicPartition]] = []  # asked for, not answered
+        self.waits: list[float] = []  # the timeouts of `consume`
         self.closed = False
 
     def subscribe(
@@ -95,6 +96,7 @@ class ScriptedConsumer:
             self.on_assign(self, [TopicPartition(*place) for place in new])
 
     def consume(self, count: int, timeout: float) -> list[Message]:
+        self.waits.append(timeout)
         self._answer_commits()
         if self.between:
             self.between.popleft()()

@@ -1125,6 +1125,17 @@ def test_the_next_batch_is_processed_while_one_is_written(world: World) -> None:
     assert world.broker.committed["eu.reviews", 0] == 6
 
 
+def test_who_waits_for_a_commit_anyway_gathers_until_then(world: World) -> None:
+    processor, loop = ahead(world)
+    processor.linger_seconds = 0.25
+    loop._turn()
+    assert world.consumer.waits[-1] == 0.25  # nothing is under way
+    loop._overlap.ended(0.25)  # a mean of 0.05
+    world.consumer.between += [lambda: None, processor.writing.set]  # once it has been asked
+    loop._turn()
+    assert world.consumer.waits[-1] == pytest.approx(0.05)
+
+
 def test_what_stands_on_an_aborted_transaction_is_not_sent(world: World) -> None:
     processor, loop = ahead(world)
     processor.writing.set()

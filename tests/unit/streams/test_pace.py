@@ -1,9 +1,10 @@
 """Sizes of transactions, by hand and under a simple law of their cost."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.pace import GROW, LEAST, Pace
+from streams.pace import GATHER_SECONDS, GROW, LEAST, Overlap, Pace
 
 
 def test_without_a_target_transactions_are_as_large_as_they_may_be() -> None:
@@ -53,3 +54,25 @@ def test_it_settles_where_half_the_target_is_met(
         pace.took(size, fixed + each * size)
     met = fixed + each * pace.size(0) <= target / 2 * 1.1
     assert met or pace.size(0) == min(LEAST, most)
+
+
+def test_a_batch_is_gathered_until_it_is_processed_just_in_time() -> None:
+    overlap = Overlap()
+    assert overlap.left(0) == 0  # nothing is known yet
+    overlap.ended(0.25)  # a mean of 0.05
+    overlap.processed(0.05)  # and of 0.01
+    assert overlap.left(0) == pytest.approx(0.04)
+    assert overlap.left(0.03) == pytest.approx(0.01)
+    assert overlap.left(0.05) == 0
+
+
+seconds = st.floats(0, 100)
+
+
+@given(st.lists(st.tuples(seconds, seconds)), seconds)
+def test_no_batch_is_gathered_for_long(turns: list[tuple[float, float]], elapsed: float) -> None:
+    overlap = Overlap()
+    for ending, processing in turns:
+        overlap.ended(ending)
+        overlap.processed(processing)
+        assert 0 <= overlap.left(elapsed) <= GATHER_SECONDS
