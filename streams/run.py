@@ -213,8 +213,14 @@ def worker_slot(kafka: KafkaConfig, name: str) -> Generator[int]:
 
     It makes the transactional id stable over restarts and different for each worker.
     """
-    folder = Path(tempfile.gettempdir()) / f"starcast-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder = Path(tempfile.gettempdir()) / f"starcast-{os.getuid()}"
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StarcastError(
+            "This worker tells itself from others by a lock in the folder for temporary files, and "
+            f"has none: {error}. Make space there, or set TMPDIR to another."
+        ) from error
     for slot in range(SLOTS):
         path = folder / f"{kafka.topic_prefix}{kafka.group_id}-{name}-{slot}.lock"
         with path.open("w") as file:

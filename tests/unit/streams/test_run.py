@@ -70,6 +70,23 @@ def test_a_killed_worker_gives_its_number_back(tmp_path: Path) -> None:
         assert slot == 0
 
 
+FULL = """
+import resource
+from streams.config import KafkaConfig
+from streams.run import worker_slot
+
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # writes fail as on a full disk
+with worker_slot(KafkaConfig(), "scorer"):
+    pass
+"""
+
+
+def test_a_full_disk_is_told() -> None:
+    ended = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1].startswith("schemas.exceptions.StarcastError: This worker")
+
+
 def test_no_number_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "SLOTS", 1)
     with (
