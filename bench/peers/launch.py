@@ -52,6 +52,7 @@ PEERS: Mapping[str, Peer] = {
         Peer("quix", "Quix Streams", batches=False, exactly_once=True, own_environment=True),
         Peer("faust", "Faust, take", batches=True, exactly_once=False),
         Peer("faststream", "FastStream, batches", True, exactly_once=False, own_environment=True),
+        Peer("kafka_streams", "Kafka Streams, ONNX", True, exactly_once=True, own_environment=True),
     )
 }
 
