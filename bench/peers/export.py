@@ -15,7 +15,7 @@ from model.bundle import Bundle
 from model.features import FEATURE_HASH
 from model.ids import NONE
 from model.lookups import Table, empty, table
-from model.network import FusedNetwork, Member, Tensors
+from model.network import FusedNetwork, Member, NetworkConfig
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
@@ -25,7 +25,6 @@ from model.state import (
     USER_ATTRIBUTES,
     from_bytes,
 )
-from model.taste import COLUMNS
 from model.trees import Trees
 from schemas.exceptions import StarcastError
 from streams.reader import (
@@ -143,34 +142,90 @@ class _Network(nn.Module):
     def __init__(self, network: FusedNetwork, vectors: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.vectors = vectors
+        self.members = nn.ModuleList(
+            _Member(each, network.config, vectors) for each in network.networks
+        )
 
     def forward(self, columns: Tensor, trees: Tensor, ids: Tensor, feedback: Tensor) -> Tensor:
         """Mean and logits (n, 6)."""
         network = self.network
-        user, item, categories, brand, recents, vector, vectors = ids.split(
-            [1, 1, 4, 1, _RECENTS, 1, _RECENTS], 1
-        )
-        nothing = columns[:, :0]
-        tensors = Tensors(
-            features=columns,
-            user=user[:, 0],
-            item=item[:, 0],
-            categories=categories,
-            brand=brand[:, 0],
-            recents=recents,
-            feedback=feedback.view(-1, _RECENTS, _FEEDBACK),
-            older=nothing,
-            older_stars=nothing,
-            item_vector=self.vectors[vector[:, 0]],
-            recent_vectors=self.vectors[vectors],
-        )
         features = network.standardise(columns)
-        heads = [each.head(each.join(features, tensors)) for each in network.networks]
-        output = torch.stack(heads).mean(0)
+        output = torch.stack([each(features, ids, feedback) for each in self.members]).mean(0)
         bias = columns[:, network.config.bias_column, None]
         mean = bias + network.shrink * (output[:, :1] + trees)
         return torch.cat([mean, network.prior + output[:, 1:]], 1)
+
+
+class _Member(nn.Module):
+    """What `network.Member` says, its products of vectors and of recent ids made beforehand.
+
+    As in `model.serving`: a table's rows are multiplied once, and not wherever they are read.
+    """
+
+    tokens: Tensor  # (m + 1, token) of recent items, by vector
+    item_tokens: Tensor  # (buckets, token)
+    by_feedback: Tensor  # (10, token)
+    by_position: Tensor  # (16, token)
+    queries: Tensor  # (m + 1, heads · token) by the item's vector
+    query: Tensor  # (3 · identity, heads · token)
+    hiddens: Tensor  # (m + 1, width) by the item's vector
+    hidden: Tensor  # (the rest, width)
+
+    def __init__(self, member: Member, config: NetworkConfig, vectors: Tensor) -> None:
+        super().__init__()
+        attention = member.attention
+        assert attention is not None
+        self.member, self.attention = member, attention
+        query, recent, hidden = attention.query, attention.recent, member.hidden[0]
+        assert isinstance(hidden, nn.Linear)
+        width, scale = config.vector, config.token**-0.5
+        token_by_vector, token_by_item, by_feedback = recent.weight.split(
+            [width, config.identity, _FEEDBACK], 1
+        )
+        begin = 2 * config.columns
+        end = begin + width
+        made = {
+            "tokens": vectors @ token_by_vector.T,
+            "item_tokens": member.items.table.weight @ token_by_item.T,
+            "by_feedback": by_feedback.T,
+            "by_position": attention.position + recent.bias,
+            "queries": (vectors @ query.weight[:, :width].T + query.bias) * scale,
+            "query": query.weight[:, width:].T * scale,
+            "hiddens": vectors @ hidden.weight[:, begin:end].T + hidden.bias,
+            "hidden": torch.cat([hidden.weight[:, :begin], hidden.weight[:, end:]], 1).T,
+        }
+        for name, tensor in made.items():
+            self.register_buffer(name, tensor.detach().contiguous())
+
+    def forward(self, features: Tensor, ids: Tensor, feedback: Tensor) -> Tensor:
+        """Correction and logits (n, 6)."""
+        member = self.member
+        user, item, categories, brand, recents, vector, vectors = ids.split(
+            [1, 1, 4, 1, _RECENTS, 1, _RECENTS], 1
+        )
+        named = torch.cat(
+            [
+                member.items(item[:, 0]),
+                member.categories(categories).sum(1),
+                member.brands(brand[:, 0]),
+            ],
+            1,
+        )
+        query = self.queries[vector[:, 0]] + named @ self.query
+        tokens = self.tokens[vectors] + self.item_tokens[recents] + self.by_position
+        tokens = tokens + feedback.view(-1, _RECENTS, _FEEDBACK) @ self.by_feedback
+        heard = self._attend(query, tokens, recents)
+        joined = torch.cat([features, named, member.users(user[:, 0]), heard], 1)
+        rest = member.hidden[1:]
+        output = member.last(rest(self.hiddens[vector[:, 0]] + joined @ self.hidden))
+        return output + nn.functional.pad(member.linear(features), (0, 5))
+
+    def _attend(self, query: Tensor, tokens: Tensor, recents: Tensor) -> Tensor:
+        attention = self.attention
+        scores = query.view(-1, attention.heads, attention.token) @ tokens.transpose(1, 2)
+        scores = scores.masked_fill((recents == 0)[:, None], -torch.inf)
+        weights = torch.softmax(nn.functional.pad(scores, (0, 1)), -1)[..., :_RECENTS]
+        return attention.output((weights @ tokens).flatten(1))
 
 
 def _write_network(file: Path, network: FusedNetwork, vectors: Tensor) -> None:
@@ -183,7 +238,7 @@ def _write_network(file: Path, network: FusedNetwork, vectors: Tensor) -> None:
         torch.zeros(2, _RECENTS * _FEEDBACK),
     )
     names = ["columns", "trees", "ids", "feedback"]
-    with torch.inference_mode():
+    with torch.no_grad():
         torch.onnx.export(
             _Network(network, vectors).eval(),
             example,

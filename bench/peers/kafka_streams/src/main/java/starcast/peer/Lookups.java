@@ -11,7 +11,7 @@ final class Lookups {
     static final int ITEM = 176;
     static final int ITEM_ATTRIBUTES = 52;
     static final int USER_ATTRIBUTES = 20;
-    private static final int LANES = 8; // sums side by side, for the processor's sake
+    private static final int LANES = 16; // sums side by side, in the order that model/replay.py has
 
     final Table items;
     final Table itemAttributes;
