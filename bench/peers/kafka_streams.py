@@ -30,7 +30,7 @@ import orjson
 from pydantic import SecretStr
 
 from bench.peers import export
-from bench.peers.launch import ENVIRONMENTS, INSTALL_SECONDS, LONGEST_TAIL, PeerError
+from bench.peers.launch import ENVIRONMENTS, INSTALL_SECONDS, LONGEST_TAIL, PEERS, PeerError
 from bench.peers.work import Mark, Settings, tell, told
 from model import bundle, registry
 from model.state import LAYOUT_HASH
@@ -101,6 +101,7 @@ def settings(folder: Path, given: Settings) -> None:
         folder,
         known
         | {"application": f"{given.prefix}scoring", "streams": STREAMS}
+        | {"warm_up": PEERS["kafka_streams"].warm_up}
         | export.write(folder, loaded, rows),
     )
 

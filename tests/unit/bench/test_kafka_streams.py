@@ -112,8 +112,8 @@ def _prepare(folder: Path, bundle: Bundle) -> Expected:
     )
     said = export.write(folder, bundle, rows)
     nowhere = {"bootstrap": "", "prefix": "", "inputs": [], "output": "", "application": ""}
-    sizes = {"events": EVENTS - FIRST, "batch": BATCH, "partitions": 1, "streams": STREAMS}
-    export.write_settings(folder, nowhere | sizes | said)
+    sizes = {"events": EVENTS - FIRST, "warm_up": 0, "batch": BATCH, "partitions": 1}
+    export.write_settings(folder, nowhere | sizes | {"streams": STREAMS} | said)
     later = records[FIRST:]
     lines = [
         b"%b\t%d\t%b\n" % (topic.encode(), at, orjson.dumps(record))

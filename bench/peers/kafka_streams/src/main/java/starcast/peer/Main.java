@@ -30,7 +30,7 @@ public final class Main {
     public static void main(String[] arguments) throws Exception {
         Path folder = Path.of(arguments[0]);
         Settings settings = Settings.read(folder);
-        Pace pace = new Pace(settings.batch());
+        Pace pace = new Pace(settings.warmUp(), settings.batch());
         AtomicReference<Throwable> failure = new AtomicReference<>();
         try (Model model = new Model(settings, folder);
                 KafkaStreams streams = new KafkaStreams(topology(model, pace), properties(settings, folder))) {

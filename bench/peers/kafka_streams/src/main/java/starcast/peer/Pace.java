@@ -10,6 +10,7 @@ final class Pace {
     /** How far the program was; processor time is that of all its threads. */
     record Mark(long events, double seconds, double cpuSeconds) {}
 
+    private final long from; // events before are not measured
     private final long every;
     private final OperatingSystemMXBean system =
             (OperatingSystemMXBean) ManagementFactory.getOperatingSystemMXBean();
@@ -18,12 +19,13 @@ final class Pace {
     private long ended;
     private long calls;
 
-    Pace(long every) {
+    Pace(long from, long every) {
+        this.from = from;
         this.every = every;
     }
 
     synchronized void begin(int events) {
-        if (marks.isEmpty() || begun - marks.get(marks.size() - 1).events() >= every) {
+        if (marks.isEmpty() ? begun >= from : begun - marks.get(marks.size() - 1).events() >= every) {
             marks.add(new Mark(begun, System.nanoTime() / 1e9, system.getProcessCpuTime() / 1e9));
         }
         begun += events;

@@ -15,6 +15,7 @@ record Settings(
         String output,
         String application,
         long events, // that will be found
+        long warmUp, // of these not measured
         int batch, // most events in a call of the network, over all partitions
         int partitions,
         String version, // of the model
