@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle
 from model.features import FEATURE_HASH
-from model.ids import NONE
+from model.ids import NONE, Hashes
 from model.lookups import Table, empty, table
 from model.network import FusedNetwork, Member, NetworkConfig
 from model.state import (
@@ -68,8 +68,8 @@ class Rows:
             (folder / name.replace("_", "-")).write_bytes(rows.tobytes())
 
 
-def from_store(store: Store, encoder: str) -> Rows:
-    """All that the store has, with the vectors of an encoder."""
+def from_store(store: Store, bundle: Bundle) -> Rows:
+    """All that the store has, with the vectors that a bundle reads."""
     attributes = _rows(store, ITEM_KIND, ITEM_ATTRIBUTES)
     headers = [
         decode_header(store.header(USER_STATE, partition))["partition"]
@@ -79,7 +79,7 @@ def from_store(store: Store, encoder: str) -> Rows:
         items=_rows(store, ITEM_STATE, ITEM),
         item_attributes=attributes,
         user_attributes=_rows(store, USER_KIND, USER_ATTRIBUTES),
-        vectors=_vectors(store, encoder, np.unique(attributes.rows["text"])),
+        vectors=_vectors(store, bundle, np.unique(attributes.rows["text"])),
         users=_rows(store, USER_STATE, USER),
         partitions=table(
             np.arange(store.partitions, dtype=np.uint64), np.stack(headers).astype(PARTITION)
@@ -128,12 +128,13 @@ def _rows(store: Store, kind: bytes, dtype: np.dtype[Any]) -> Table:
     return table(hashes, from_bytes(values, dtype))
 
 
-def _vectors(store: Store, encoder: str, texts: Any) -> Table:
+def _vectors(store: Store, bundle: Bundle, texts: Hashes) -> Table:
     texts = texts[texts != NONE]
-    found = store.read(vector_keys(store, encoder, texts))
+    found = store.read(vector_keys(store, bundle.encoder_hash or "", texts))
     known = np.array([each is not None for each in found], bool)
     data = np.frombuffer(b"".join(each for each in found if each is not None), VECTOR_DTYPE)
-    return table(texts[known], data.reshape(int(known.sum()), -1).astype(np.float32))
+    rows = data.astype(np.float32).reshape(-1, bundle.network.config.vector)
+    return table(texts[known], rows)
 
 
 class _Network(nn.Module):

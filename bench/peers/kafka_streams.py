@@ -6,8 +6,8 @@ ours (`tests/unit/bench/test_kafka_streams.py` compares them). What it does othe
 
 - Item states, attributes and vectors are read from the store once, before the first event, into
   its memory; the others ask the store for item states in each batch. User states and running means
-  are taken over from the store likewise, and then live in RocksDB and their changelog topics: unlike
-  the other peers' states, they are committed with the predictions.
+  are taken over from the store likewise, and then live in RocksDB and their changelog topics:
+  unlike the other peers' states, they are committed with the predictions.
 - It does not sum up what a batch did to items, which the others compute and throw away.
 
 Kafka Streams hands over one record at a time; a task gathers up to `batch / partitions` of them for
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from bench.peers import export
 from bench.peers.launch import ENVIRONMENTS, INSTALL_SECONDS, LONGEST_TAIL, PEERS, PeerError
 from bench.peers.work import Mark, Settings, tell, told
 from model import bundle, registry
+from model.bundle import Bundle
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from streams.config import RedisConfig
@@ -43,9 +43,12 @@ BUILT = ENVIRONMENTS / "kafka_streams" / "java"
 JAVA = ("java", "-Xms1g", "-Xmx1g", "-XX:+UseParallelGC")
 LOG = "-Dorg.slf4j.simpleLogger.defaultLogLevel=error"
 
+GATHER_SECONDS = 1.0  # an event waits no longer than this for a fuller call
+
 STREAMS: Mapping[str, Any] = {
     "num.stream.threads": 1,
-    "commit.interval.ms": 200,
+    "commit.interval.ms": 1_000,
+    "max.task.idle.ms": -1,  # else it waits for behaviour where reviews are there, and so idles
     "statestore.cache.max.bytes": 128 * 2**20,
     "producer.compression.type": "lz4",
     "producer.linger.ms": 5,
@@ -81,37 +84,43 @@ def versions() -> dict[str, str]:
     """Of what the program is made of."""
     space = "{http://maven.apache.org/POM/4.0.0}"
     found = ElementTree.parse(SOURCE / "pom.xml").iter(f"{space}dependency")
-    named = [[each.findtext(space + tag, "") for tag in ("artifactId", "version")] for each in found]
+    named = [
+        [each.findtext(space + tag, "") for tag in ("artifactId", "version")] for each in found
+    ]
     return {name: version for name, version in named if name in ("kafka-streams", "onnxruntime")}
 
 
-def settings(folder: Path, given: Settings) -> None:
+def fill(folder: Path, given: Settings, loaded: Bundle) -> None:
     """Fill a folder with what the program reads."""
-    stable = registry.read(given.models).stable
-    if stable is None:
-        raise StarcastError(f"{given.models} has no stable version.")
-    loaded = bundle.load(given.models, stable.version, stable.sha256)
     store = Store(RedisConfig(url=SecretStr(given.redis)), LAYOUT_HASH, given.partitions)
-    rows = export.from_store(store, loaded.encoder_hash or "")
+    rows = export.from_store(store, loaded)
     store.close()
-    known = asdict(given) | {"inputs": given.inputs, "output": given.output}
-    for name in ("redis", "models"):
-        del known[name]
-    export.write_settings(
-        folder,
-        known
-        | {"application": f"{given.prefix}scoring", "streams": STREAMS}
-        | {"warm_up": PEERS["kafka_streams"].warm_up}
-        | export.write(folder, loaded, rows),
-    )
+    told = {
+        "bootstrap": given.bootstrap,
+        "prefix": given.prefix,
+        "inputs": given.inputs,
+        "output": given.output,
+        "application": f"{given.prefix}scoring",
+        "events": given.events,
+        "warm_up": PEERS["kafka_streams"].warm_up,
+        "batch": given.batch,
+        "partitions": given.partitions,
+        "gather_ms": round(GATHER_SECONDS * 1_000),
+        "streams": STREAMS,
+    }
+    export.write_settings(folder, told | export.write(folder, loaded, rows))
 
 
 def main() -> int:
     """Run the program over the events that wait in its topics; its figures as JSON."""
     given = told("kafka_streams")
+    stable = registry.read(given.models).stable
+    if stable is None:
+        raise StarcastError(f"{given.models} has no stable version.")
+    loaded = bundle.load(given.models, stable.version, stable.sha256)
     path = build()
     with tempfile.TemporaryDirectory(prefix="starcast-kafka-streams-") as name:
-        settings(Path(name), given)
+        fill(Path(name), given, loaded)
         command = [*JAVA, LOG, "-cp", path, "starcast.peer.Main", name]
         ended = subprocess.run(command, stdout=subprocess.PIPE)
     if ended.returncode:

@@ -44,7 +44,7 @@ OUTPUT = "predicted-ratings"
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the run
 FETCH_KILOBYTES = 8_192  # prefetched input: a peer that starts must not be measured while it fills
 
-_FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
+FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
     "reviews": from_reviews,
     "behavior": from_behavior,
 }
@@ -188,7 +188,7 @@ class Work:
                 [arrival.value for arrival in mine],
                 [(arrival.partition, arrival.offset) for arrival in mine],
             ).records
-            opaque(events)[rows] = opaque(_FROM_RECORDS[topic](decoded))
+            opaque(events)[rows] = opaque(FROM_RECORDS[topic](decoded))
             for at, record in zip(rows, decoded, strict=True):
                 records[at] = record
         return records, events

@@ -26,7 +26,6 @@ final class Scoring implements Processor<byte[], byte[], byte[], byte[]> {
     static final String USERS = "users";
     static final String PARTITIONS = "partitions";
     static final String WAITING = "waiting";
-    static final Duration LONGEST_WAIT = Duration.ofSeconds(1); // of an event for a fuller batch
 
     private final Model model;
     private final Pace pace;
@@ -61,7 +60,8 @@ final class Scoring implements Processor<byte[], byte[], byte[], byte[]> {
         try (KeyValueIterator<Integer, byte[]> left = waiting.all()) {
             left.forEachRemaining(each -> take(each.value));
         }
-        context.schedule(LONGEST_WAIT, PunctuationType.WALL_CLOCK_TIME, now -> flush());
+        Duration longest = Duration.ofMillis(model.settings.gatherMs());
+        context.schedule(longest, PunctuationType.WALL_CLOCK_TIME, now -> flush());
     }
 
     @Override

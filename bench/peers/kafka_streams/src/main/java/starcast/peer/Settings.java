@@ -18,6 +18,7 @@ record Settings(
         long warmUp, // of these not measured
         int batch, // most events in a call of the network, over all partitions
         int partitions,
+        long gatherMs, // the longest wait of an event for a fuller call
         String version, // of the model
         int features,
         int buckets,
