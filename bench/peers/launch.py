@@ -44,6 +44,7 @@ class Peer:
     exactly_once: bool
     own_environment: bool = False
     warm_up: int = 0  # events before the first that is measured: a JVM compiles what runs often
+    apart: str = ""  # what it does otherwise than the others, told beside its figures
 
 
 PEERS: Mapping[str, Peer] = {
@@ -60,6 +61,7 @@ PEERS: Mapping[str, Peer] = {
             exactly_once=True,
             own_environment=True,
             warm_up=20_000,
+            apart="reads items once, from a copy; sums nothing up of items; commits its states",
         ),
     )
 }
