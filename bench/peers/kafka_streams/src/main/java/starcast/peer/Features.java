@@ -1,5 +1,6 @@
 package starcast.peer;
 
+import static starcast.peer.Lookups.CATEGORY;
 import static starcast.peer.User.ACTIONS;
 import static starcast.peer.User.HISTOGRAM;
 import static starcast.peer.User.RATING_STEPS;
@@ -28,7 +29,6 @@ final class Features {
     private static final double CROSS_DAMPING = 2;
     private static final double RATE_DAMPING = 5;
     private static final double PRICE_BAND = 0.35;
-    private static final int LEVELS = 4; // of a category's path
     private static final double MINUTE = 60_000;
     private static final double HOUR = 3_600_000;
     private static final double DAY = 24 * HOUR;
@@ -66,8 +66,9 @@ final class Features {
         float globalMean = (float)
                 ((partition.f8(User.PARTITION_SUM) + PRIOR_SUM) / (partition.i8(User.PARTITION_COUNT) + PRIOR_COUNT));
         double mean = globalMean;
-        long itemCount = item.i8(88);
-        float itemBias = (float) ((item.f8(136) - itemCount * mean) / (itemCount + ITEM_DAMPING));
+        long itemCount = item.i8(Lookups.ITEM_RATING_COUNT);
+        double itemSum = item.f8(Lookups.ITEM_RATING_SUM);
+        float itemBias = (float) ((itemSum - itemCount * mean) / (itemCount + ITEM_DAMPING));
         usual = mean + itemBias;
         long ratings = user.u4(User.RATING_COUNT);
         double bias = user.f8(User.RESIDUAL_SUM) / (ratings + USER_DAMPING);
@@ -101,28 +102,28 @@ final class Features {
         put(texts > 0 ? (user.f8(User.TEXT_SUM) + CROSS_DAMPING * mean) / (texts + CROSS_DAMPING) : Double.NaN);
 
         put(itemBias);
-        put(deviation(item.f8(136), item.f8(144), itemCount));
+        put(deviation(itemSum, item.f8(Lookups.ITEM_SQUARE_SUM), itemCount));
         double total = partition.i8(User.PARTITION_COUNT) + PRIOR_COUNT;
         for (int star = 0; star < STARS; star++) {
             double share = (partition.i8(User.PARTITION_HISTOGRAM + 8 * star) + PRIOR_HISTOGRAM[star]) / total;
-            put((item.i8(96 + 8 * star) + ITEM_DAMPING * share) / (itemCount + ITEM_DAMPING));
+            put((item.i8(Lookups.ITEM_HISTOGRAM + 8 * star) + ITEM_DAMPING * share) / (itemCount + ITEM_DAMPING));
         }
         put(Math.log1p(itemCount));
-        counts(item, 24, true);
-        put(Math.log1p(item.i8(168)));
-        put(elapsed(first(attributes.i8(8), item.i8(8)), event.time, DAY));
-        put(elapsed(item.i8(16), event.time, HOUR));
-        double listed = Math.log1p(attributes.f4(44));
-        double itemPrice = Double.isNaN(listed) ? ratio(item.f8(160), item.i8(152)) : listed;
+        counts(item, Lookups.ITEM_ACTIONS, true);
+        put(Math.log1p(item.i8(Lookups.ITEM_SESSIONS)));
+        put(elapsed(first(attributes.i8(Lookups.FIRST_TIME), item.i8(Lookups.ITEM_FIRST_TIME)), event.time, DAY));
+        put(elapsed(item.i8(Lookups.ITEM_LAST_TIME), event.time, HOUR));
+        double listed = lookups.logPrice(attributesRow);
+        double itemPrice = Double.isNaN(listed) ? ratio(item.f8(Lookups.ITEM_PRICE_SUM), item.i8(Lookups.ITEM_PRICE_COUNT)) : listed;
         put(itemPrice);
-        put(attributes.f4(48));
-        put(attributes.i8(0) > 0);
+        put(attributes.f4(Lookups.PRICE_RANK));
+        put(attributes.i8(Lookups.VERSION) > 0);
 
         for (int action = 0; action < Event.COUNTED; action++) {
             put(event.action == action);
         }
         rates(user, ACTIONS, false);
-        rates(item, 24, true);
+        rates(item, Lookups.ITEM_ACTIONS, true);
         double price = Math.log1p(event.price);
         put(price);
         put(price - itemPrice);
@@ -134,9 +135,9 @@ final class Features {
 
         compare(user, attributes, listed, own);
         met(event, user);
-        put(person.f4(16) / 100f);
-        bits(person.u4(8), 2);
-        bits(person.u4(12), 3);
+        put(person.f4(Lookups.AGE) / 100f);
+        bits(person.u4(Lookups.GENDER), 2);
+        bits(person.u4(Lookups.REGION), 3);
         texts(user, attributesRow, own);
     }
 
@@ -180,7 +181,7 @@ final class Features {
     /** Recent items alike in widest category, narrowest category, brand and price band. */
     private void compare(Row user, Row mine, double price, double own) {
         int depth = 0;
-        while (depth < LEVELS - 1 && mine.u4(28 + 4 * (depth + 1)) != 0) {
+        while (depth < Lookups.LEVELS - 1 && mine.u4(CATEGORY + 4 * (depth + 1)) != 0) {
             depth++;
         }
         for (double[] each : alike) {
@@ -189,9 +190,9 @@ final class Features {
         for (int recent = 0; recent < RECENT; recent++) {
             Row theirs = lookups.itemAttributes.row(recents[recent]);
             int rating = user.u1(slot(recent) + SLOT_RATING);
-            share(0, same(mine, theirs, 28), rating);
-            share(1, same(mine, theirs, 28 + 4 * depth), rating);
-            share(2, same(mine, theirs, 24), rating);
+            share(0, same(mine, theirs, CATEGORY), rating);
+            share(1, same(mine, theirs, CATEGORY + 4 * depth), rating);
+            share(2, same(mine, theirs, Lookups.BRAND), rating);
             share(3, Math.abs(lookups.logPrice(recents[recent]) - price) < PRICE_BAND, rating);
         }
         for (double[] each : alike) {

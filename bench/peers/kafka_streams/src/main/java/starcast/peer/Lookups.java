@@ -11,6 +11,34 @@ final class Lookups {
     static final int ITEM = 176;
     static final int ITEM_ATTRIBUTES = 52;
     static final int USER_ATTRIBUTES = 20;
+
+    // Where an ITEM row has what.
+    static final int ITEM_FIRST_TIME = 8;
+    static final int ITEM_LAST_TIME = 16;
+    static final int ITEM_ACTIONS = 24;
+    static final int ITEM_RATING_COUNT = 88;
+    static final int ITEM_HISTOGRAM = 96;
+    static final int ITEM_RATING_SUM = 136;
+    static final int ITEM_SQUARE_SUM = 144;
+    static final int ITEM_PRICE_COUNT = 152;
+    static final int ITEM_PRICE_SUM = 160;
+    static final int ITEM_SESSIONS = 168;
+
+    // An ITEM_ATTRIBUTES row,
+    static final int VERSION = 0;
+    static final int FIRST_TIME = 8;
+    static final int TEXT = 16;
+    static final int BRAND = 24;
+    static final int CATEGORY = 28;
+    static final int LEVELS = 4; // of the path
+    static final int PRICE = 44;
+    static final int PRICE_RANK = 48;
+
+    // and a USER_ATTRIBUTES row.
+    static final int GENDER = 8;
+    static final int REGION = 12;
+    static final int AGE = 16;
+
     private static final int LANES = 16; // sums side by side, in the order that model/replay.py has
 
     final Table items;
@@ -39,8 +67,8 @@ final class Lookups {
         vectorOf = new int[itemAttributes.size + 1];
         logPrices = new double[itemAttributes.size + 1];
         for (int row = 0; row < vectorOf.length; row++) {
-            vectorOf[row] = vectors.find(itemAttributes.row(row).i8(16));
-            logPrices[row] = Math.log1p(itemAttributes.row(row).f4(44));
+            vectorOf[row] = vectors.find(itemAttributes.row(row).i8(TEXT));
+            logPrices[row] = Math.log1p(itemAttributes.row(row).f4(PRICE));
         }
     }
 

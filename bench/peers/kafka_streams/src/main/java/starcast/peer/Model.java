@@ -14,7 +14,7 @@ import java.util.Map;
 
 /** The network, trees and calibration of a bundle: the first two by ONNX Runtime. */
 final class Model implements AutoCloseable {
-    static final int IDS = 2 + 4 + 1 + User.RECENT + 1 + User.RECENT;
+    static final int IDS = 2 + Lookups.LEVELS + 1 + User.RECENT + 1 + User.RECENT;
     static final int FEEDBACK = User.RECENT * 10; // rating, whether there is one, bits of actions
     static final int OUTPUTS = 6; // mean and five logits
 
@@ -95,10 +95,10 @@ final class Model implements AutoCloseable {
             int at = count * IDS;
             ids.put(at++, event.user == 0 ? 0 : Long.remainderUnsigned(event.user, buckets - 1) + 1);
             ids.put(at++, item);
-            for (int level = 0; level < 4; level++) {
-                ids.put(at++, bucket(attributes.u4(28 + 4 * level), settings.nameBuckets()));
+            for (int level = 0; level < Lookups.LEVELS; level++) {
+                ids.put(at++, bucket(attributes.u4(Lookups.CATEGORY + 4 * level), settings.nameBuckets()));
             }
-            ids.put(at++, bucket(attributes.u4(24), settings.nameBuckets()));
+            ids.put(at++, bucket(attributes.u4(Lookups.BRAND), settings.nameBuckets()));
             ids.put(at + User.RECENT, lookups.vectorOf(attributesRow));
             for (int recent = 0; recent < User.RECENT; recent++) {
                 int slot = User.slot(recent);
