@@ -7,6 +7,7 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.Map;
+import java.util.Optional;
 import java.util.Properties;
 import java.util.concurrent.atomic.AtomicReference;
 import org.apache.kafka.common.serialization.Serde;
@@ -51,12 +52,16 @@ public final class Main {
     }
 
     private static void waitFor(long events, Pace pace, AtomicReference<Throwable> failure) throws Exception {
+        Optional<ProcessHandle> parent = ProcessHandle.current().parent();
         long seen = 0;
         long since = System.nanoTime();
         while (pace.ended() < events) {
             Thread.sleep(LOOK_MS);
             if (failure.get() != null) {
                 throw new IOException("Kafka Streams failed", failure.get());
+            }
+            if (!parent.map(ProcessHandle::isAlive).orElse(true)) {
+                throw new IOException("What has started this program is gone");
             }
             if (pace.ended() > seen) {
                 seen = pace.ended();
