@@ -9,6 +9,8 @@ ours (`tests/unit/bench/test_kafka_streams.py` compares them). What it does othe
   are taken over from the store likewise, and then live in RocksDB and their changelog topics:
   unlike the other peers' states, they are committed with the predictions.
 - It does not sum up what a batch did to items, which the others compute and throw away.
+- Of the contract it checks that ids, time and action are there, ids' lengths and numbers' ranges;
+  not a text's length, a time's range or a NUL.
 
 Kafka Streams hands over one record at a time; a task gathers up to `batch / partitions` of them for
 one call of the network. Those that wait stand in a state store of their own, so that a commit

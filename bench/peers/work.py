@@ -1,8 +1,9 @@
-"""What every peer of the scoring loop does with events, one at a time or a batch at once.
+"""What peers of the scoring loop do with events, one at a time or a batch at once.
 
 Decode, read states from Redis, compute features, predict, write user states back, encode prediction
-records: by the same functions of `model` and `schemas` as the scorer. How events come and how
-predictions and offsets go is the peer's own affair, and so is how many it hands over at once.
+records: by the same functions of `model` and `schemas` as the scorer (but for Kafka Streams, whose
+Java program has its own). How events come and how predictions and offsets go is the peer's own
+affair, and so is how many it hands over at once.
 
 The pace is taken at the beginnings of calls: a peer that asks for the next events has done whatever
 it does with those before. The events until the first mark are left out (start-up, compilation), and
