@@ -68,9 +68,9 @@ class Sizes:
     peer_events: int  # measured of a peer that takes batches; of another one a tenth
 
     def of_peer(self, peer: Peer) -> int:
-        """Events that a peer gets: the first and the last batch are not measured."""
+        """Events that a peer gets: its warm-up, first and last batch are not measured."""
         measured = self.peer_events if peer.batches else self.peer_events // 10
-        return max(measured, self.batch) + 2 * self.batch
+        return peer.warm_up + max(measured, self.batch) + 2 * self.batch
 
     @property
     def first_events(self) -> int:

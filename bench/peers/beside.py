@@ -72,7 +72,12 @@ def summary(ours: Figures, runs: Mapping[str, Sequence[Figures]]) -> dict[str, A
 
 def table(figures: Figures) -> Table:
     """The peers of a `summary`, one a row."""
-    shown = Table(title="Peers: the same work, the same bundle", caption="medians over the runs")
+    peers = [PEERS[name] for name in figures["peers"]]
+    apart = [f"{peer.title}: {peer.apart}" for peer in peers if peer.apart]
+    shown = Table(
+        title="Peers: the same work, the same bundle",
+        caption="\n".join(["medians over the runs", *apart]),
+    )
     shown.add_column("")
     for column in ("events/s", "ratio", "CPU µs", "CPU ratio", "a call", "exactly-once"):
         shown.add_column(column, justify="right")

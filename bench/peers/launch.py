@@ -43,6 +43,8 @@ class Peer:
     batches: bool  # whether it hands over many events at once
     exactly_once: bool
     own_environment: bool = False
+    warm_up: int = 0  # events before the first that is measured: a JVM compiles what runs often
+    apart: str = ""  # what it does otherwise than the others, told beside its figures
 
 
 PEERS: Mapping[str, Peer] = {
@@ -52,6 +54,15 @@ PEERS: Mapping[str, Peer] = {
         Peer("quix", "Quix Streams", batches=False, exactly_once=True, own_environment=True),
         Peer("faust", "Faust, take", batches=True, exactly_once=False),
         Peer("faststream", "FastStream, batches", True, exactly_once=False, own_environment=True),
+        Peer(
+            "kafka_streams",
+            "Kafka Streams, ONNX",
+            batches=True,
+            exactly_once=True,
+            own_environment=True,
+            warm_up=20_000,
+            apart="reads items once, from a copy; sums nothing up of items; commits its states",
+        ),
     )
 }
 

@@ -1,8 +1,9 @@
-"""What every peer of the scoring loop does with events, one at a time or a batch at once.
+"""What peers of the scoring loop do with events, one at a time or a batch at once.
 
 Decode, read states from Redis, compute features, predict, write user states back, encode prediction
-records: by the same functions of `model` and `schemas` as the scorer. How events come and how
-predictions and offsets go is the peer's own affair, and so is how many it hands over at once.
+records: by the same functions of `model` and `schemas` as the scorer (but for Kafka Streams, whose
+Java program has its own). How events come and how predictions and offsets go is the peer's own
+affair, and so is how many it hands over at once.
 
 The pace is taken at the beginnings of calls: a peer that asks for the next events has done whatever
 it does with those before. The events until the first mark are left out (start-up, compilation), and
@@ -12,7 +13,7 @@ so is the end, where a peer waits for input that does not come.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -44,7 +45,7 @@ OUTPUT = "predicted-ratings"
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the run
 FETCH_KILOBYTES = 8_192  # prefetched input: a peer that starts must not be measured while it fills
 
-_FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
+FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
     "reviews": from_reviews,
     "behavior": from_behavior,
 }
@@ -188,7 +189,7 @@ class Work:
                 [arrival.value for arrival in mine],
                 [(arrival.partition, arrival.offset) for arrival in mine],
             ).records
-            opaque(events)[rows] = opaque(_FROM_RECORDS[topic](decoded))
+            opaque(events)[rows] = opaque(FROM_RECORDS[topic](decoded))
             for at, record in zip(rows, decoded, strict=True):
                 records[at] = record
         return records, events
@@ -272,6 +273,21 @@ def serve(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Run a peer over the events that wait in its topics; its figures as JSON, last on stdout."""
+    settings = told(name, arguments)
+    work = Work(settings)
+    settle()  # as the scorer does
+    run(settings, work)
+    tell(
+        work.pace.marks,
+        work.pace.events / work.pace.calls,
+        psutil.Process().memory_info().rss / 2**20,
+        {package: version(package) for package in packages},
+    )
+    return 0
+
+
+def told(name: str, arguments: Sequence[str] | None = None) -> Settings:
+    """What a peer's command line says."""
     parser = argparse.ArgumentParser(prog=f"bench.peers.{name}")
     parser.add_argument("--bootstrap", required=True, help="host:port of Kafka")
     parser.add_argument("--redis", required=True, help="URL of Redis or Valkey")
@@ -284,18 +300,21 @@ def serve(
     if settings.events < 3 * settings.batch:
         parser.error("the first batch is left out, and the last: three are needed at least")
     configure(LogConfig(level="warning"))
-    work = Work(settings)
-    settle()  # as the scorer does
-    run(settings, work)
-    measured = steady(work.pace.marks)
+    return settings
+
+
+def tell(
+    marks: Sequence[Mark], events_per_call: float, memory_mb: float, versions: Mapping[str, str]
+) -> None:
+    """Write a peer's figures to stdout."""
+    measured = steady(marks)
     figures = {
         "events": measured.events,
         "events_per_second": round(measured.events / measured.seconds, 1),
         "cpu_us_per_event": round(measured.cpu_seconds / measured.events * 1e6, 1),
-        "events_per_call": round(work.pace.events / work.pace.calls, 1),
-        "memory_mb": round(psutil.Process().memory_info().rss / 2**20),
-        "versions": {package: version(package) for package in packages},
+        "events_per_call": round(events_per_call, 1),
+        "memory_mb": round(memory_mb),
+        "versions": versions,
     }
     sys.stdout.buffer.write(orjson.dumps(figures) + b"\n")
     sys.stdout.flush()
-    return 0

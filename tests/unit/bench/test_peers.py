@@ -1,6 +1,8 @@
 from typing import Any
 
-from bench.peers.beside import summary
+from rich.console import Console
+
+from bench.peers.beside import summary, table
 from bench.peers.work import Mark, Pace, steady
 
 
@@ -33,6 +35,20 @@ def test_compares_with_each_peer_and_the_fastest() -> None:
 
 def test_says_nothing_where_no_peer_ran() -> None:
     assert summary({"events_per_second": [1], "cpu_us_per_event": 1.0}, {}) == {}
+
+
+def test_tells_what_a_peer_does_otherwise() -> None:
+    figures = summary(
+        {"events_per_second": [900], "cpu_us_per_event": 50.0},
+        {name: [_run(90.0, 5.0) | {"events_per_call": 1}] for name in ("faust", "kafka_streams")},
+    )
+    console = Console(width=120)
+
+    with console.capture() as capture:
+        console.print(table(figures))
+
+    assert "Kafka Streams, ONNX: reads items once" in capture.get()
+    assert "Faust, take:" not in capture.get()
 
 
 def _run(rate: float, processor: float) -> dict[str, Any]:
