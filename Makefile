@@ -34,7 +34,7 @@ setup: .venv/.installed ## Make .venv with the locked requirements and this proj
 requirements: ## Lock the requirements again, newest versions with hashes (UPGRADE=1), else as few changes as can be
 	$(BIN)/uv $(COMPILE) pyproject.toml $(if $(UPGRADE),--upgrade) --extra demo --extra peers --group dev -o requirements.txt
 	$(BIN)/uv $(COMPILE) pyproject.toml --extra demo --constraints requirements.txt -o deploy/requirements.txt
-	for peer in quix faststream; do \
+	for peer in quix faststream flink; do \
 		$(BIN)/uv $(COMPILE) bench/peers/$$peer.in $(if $(UPGRADE),--upgrade) -o bench/peers/$$peer.txt; done
 
 .PHONY: system
