@@ -1,13 +1,19 @@
 """PyFlink's Table API: a vectorised function between two Kafka tables, exactly-once.
 
-The Python DataStream API has a KafkaSource too, but hands over values without topic, partition and
-offset, which the work needs; the table connector, the same source and sink underneath, gives them
-as metadata columns. A pandas function gets an Arrow batch of rows, and Flink ends each batch before
-a checkpoint's barrier, so offsets, predictions and the transaction agree. A ProcessFunction that
-keeps events in a list would lose them there, and its thread mode has no pandas functions.
+The Python DataStream API has a KafkaSource too, but it hands over values without topic, partition
+and offset, which the work needs; the table connector, the same source and sink underneath, gives
+them as metadata columns. A pandas function gets an Arrow batch of rows, and Flink ends all batches
+before a checkpoint's barrier, so offsets, predictions and their transaction agree. Events that a
+ProcessFunction gathers in a list would be outside the checkpoint.
 
-User states are in Redis. The job runs in Flink's own mini cluster, parallelism 1, its functions in
-a thread of the client's process, as PyFlink does without a cluster. All processes are measured.
+User states are in Redis. The job runs in Flink's own mini cluster with parallelism 1, its function
+in a thread of the client, as PyFlink has it without a cluster; all processes are measured. A
+bundle is one Arrow batch, so that a call begins when all before is with the sink, as `Pace` takes
+it. Larger bundles let the JVM encode ahead while Python works; of four and of ten batches they
+seemed to take less time, but a run then leaves out what the JVM does before and after. Tried too:
+a worker process of its own, which fails (PyFlink puts another `print` in place of Python's there,
+with which numba does not import), and a checkpoint a second (batches of 1,333 to 1,412 events,
+since each ends one early). Thread mode is not tried: Python is called there for each row.
 """
 
 import os
@@ -35,7 +41,7 @@ from bench.peers.work import Arrival, Processes, Settings, Work, read_settings, 
 from streams.memory import settle
 
 CHECKPOINT_MS = 5_000  # a transaction each: predictions can be read no sooner
-GATHER_MS = 5_000  # a checkpoint hands over a batch that is not full, and nothing else does
+GATHER_MS = 5_000  # an event waits no longer than this for a fuller batch
 TRANSACTION_MS = 60_000  # the broker takes no more; Flink would ask for an hour
 ARRIVAL = ("topic", "partition", "offset", "value")
 
