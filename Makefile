@@ -34,7 +34,7 @@ setup: .venv/.installed ## Make .venv with the locked requirements and this proj
 requirements: ## Lock the requirements again, newest versions with hashes (UPGRADE=1), else as few changes as can be
 	$(BIN)/uv $(COMPILE) pyproject.toml $(if $(UPGRADE),--upgrade) --extra demo --extra peers --group dev -o requirements.txt
 	$(BIN)/uv $(COMPILE) pyproject.toml --extra demo --constraints requirements.txt -o deploy/requirements.txt
-	for peer in quix faststream kafka_streams; do \
+	for peer in quix faststream flink kafka_streams; do \
 		$(BIN)/uv $(COMPILE) bench/peers/$$peer.in $(if $(UPGRADE),--upgrade) -o bench/peers/$$peer.txt; done
 
 .PHONY: system
@@ -85,6 +85,10 @@ imports: setup ## Check who imports whom
 test: setup system kafka-jars ## Run all tests, on real servers
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
 		--durations=15 $(ARGS)
+
+.PHONY: peers
+peers: setup system kafka-jars ## Prove that peers of the benchmarks that have code of their own compute what we do
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m peer tests/unit/bench tests/integration $(ARGS)
 
 .PHONY: coverage
 coverage: ## Run all tests, a quarter slower, and print line coverage

@@ -15,13 +15,15 @@ Figures = Mapping[str, Any]  # of one run of a peer
 
 
 def installed(names: Sequence[str], console: Console) -> dict[str, Path]:
-    """The Pythons that run the peers named; says which cannot be installed here."""
+    """The Pythons that run the peers named; says which cannot be installed here, and why."""
     found: dict[str, Path] = {}
     for name in names:
         try:
             found[name] = python(PEERS[name])
         except PeerError as error:
-            console.print(f"{name} is left out: {error}")
+            console.print(f"{name} could not be installed: {error}", markup=False)
+    if missing := [name for name in names if name not in found]:
+        console.print(f"Left out, since they could not be installed here: {', '.join(missing)}")
     return found
 
 

@@ -32,7 +32,7 @@ from pydantic import SecretStr
 
 from bench.peers import export
 from bench.peers.launch import ENVIRONMENTS, INSTALL_SECONDS, LONGEST_TAIL, PEERS, PeerError
-from bench.peers.work import Mark, Settings, tell, told
+from bench.peers.work import Mark, Settings, figures_of, read_settings, show
 from model import bundle, registry
 from model.bundle import Bundle
 from model.state import LAYOUT_HASH
@@ -115,7 +115,7 @@ def fill(folder: Path, given: Settings, loaded: Bundle) -> None:
 
 def main() -> int:
     """Run the program over the events that wait in its topics; its figures as JSON."""
-    given = told("kafka_streams")
+    given = read_settings("kafka_streams")
     stable = registry.read(given.models).stable
     if stable is None:
         raise StarcastError(f"{given.models} has no stable version.")
@@ -128,11 +128,13 @@ def main() -> int:
     if ended.returncode:
         raise PeerError(f"The program ended with {ended.returncode}.")
     figures = orjson.loads(ended.stdout.splitlines()[-1])
-    tell(
-        [Mark(**mark) for mark in figures["marks"]],
-        figures["events"] / figures["calls"],
-        figures["memory_mb"],
-        versions(),
+    show(
+        figures_of(
+            [Mark(**mark) for mark in figures["marks"]],
+            figures["events"] / figures["calls"],
+            figures["memory_mb"],
+            versions(),
+        )
     )
     return 0
 

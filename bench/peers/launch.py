@@ -2,7 +2,8 @@
 
 A peer whose packages would not agree with ours, or that nothing else needs, has them locked in
 `NAME.txt`. They are installed into `.cache/peers/NAME` at first use; a `.pth` file there lets what
-the peer does not bring itself (torch, numba, …) come from the environment that runs us.
+the peer does not bring itself (torch, numba, …) come from the environment that runs us. Jars that a
+peer needs, those of `NAME.pom.xml`, are copied by Maven into its folder `jars`.
 """
 
 import os
@@ -54,6 +55,7 @@ PEERS: Mapping[str, Peer] = {
         Peer("quix", "Quix Streams", batches=False, exactly_once=True, own_environment=True),
         Peer("faust", "Faust, take", batches=True, exactly_once=False),
         Peer("faststream", "FastStream, batches", True, exactly_once=False, own_environment=True),
+        Peer("flink", "PyFlink, pandas", batches=True, exactly_once=True, own_environment=True),
         Peer(
             "kafka_streams",
             "Kafka Streams, ONNX",
@@ -75,8 +77,10 @@ def python(peer: Peer) -> Path:
     if not peer.own_environment:
         return Path(sys.executable)
     folder = ENVIRONMENTS / peer.name
-    lock = Path(__file__).with_name(f"{peer.name}.txt")
-    made_of, digest = folder / "made-of", sha256(lock.read_bytes()).hexdigest()
+    lock, jars = (Path(__file__).with_name(peer.name + end) for end in (".txt", ".pom.xml"))
+    inputs = [lock, jars] if jars.exists() else [lock]
+    made_of = folder / "made-of"
+    digest = sha256(b"".join(each.read_bytes() for each in inputs)).hexdigest()
     executable = (folder / "bin" / "python").absolute()
     if made_of.exists() and made_of.read_text() == digest:
         return executable
@@ -85,6 +89,9 @@ def python(peer: Peer) -> Path:
     _install(
         [uv, "pip", "install", "--quiet", "--python", executable, "--require-hashes", "-r", lock]
     )
+    if jars.exists():
+        copy = ["mvn", "--batch-mode", "--quiet", "-f", jars, "dependency:copy-dependencies"]
+        _install([*copy, f"-DoutputDirectory={folder.absolute() / 'jars'}"])
     [packages] = folder.glob("lib/python*/site-packages")
     # After the peer's own: where both have a package, the peer's version wins.
     (packages / "ours.pth").write_text(get_path("purelib") + "\n")
@@ -169,4 +176,5 @@ def _install(command: list[Any]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PeerError(f"{words[0]} did not run: {error}") from error
     if ended.returncode:
-        raise PeerError(f"{' '.join(words)} failed: {ended.stderr[-LONGEST_TAIL:]}")
+        said = ended.stderr or ended.stdout  # Maven tells its errors on stdout
+        raise PeerError(f"{' '.join(words)} failed: {said[-LONGEST_TAIL:]}")

@@ -99,22 +99,39 @@ class Mark:
 
     events: int
     seconds: float
-    cpu_seconds: float  # of the process, all threads
+    cpu_seconds: float  # of the processes, all threads
+
+
+class Processes:
+    """The processes that a peer works in: one, and those that it had started by now."""
+
+    def __init__(self, root: int | None = None) -> None:
+        first = psutil.Process(root)
+        self._all = [first, *first.children(recursive=True)]
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all threads."""
+        return sum(sum(each.cpu_times()[:2]) for each in self._all)
+
+    def memory_mb(self) -> int:
+        """Resident memory."""
+        return round(sum(each.memory_info().rss for each in self._all) / 2**20)
 
 
 class Pace:
     """Marks, each at the first beginning of a call at least `every` events after the last."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, cpu_seconds: Callable[[], float] = time.process_time) -> None:
         self.events = 0
         self.calls = 0
         self.marks: list[Mark] = []
         self._every = every
+        self._cpu_seconds = cpu_seconds
 
     def begin(self, events: int) -> None:
         """A call with so many events begins."""
         if not self.marks or self.events - self.marks[-1].events >= self._every:
-            self.marks.append(Mark(self.events, time.perf_counter(), time.process_time()))
+            self.marks.append(Mark(self.events, time.perf_counter(), self._cpu_seconds()))
         self.events += events
         self.calls += 1
 
@@ -129,10 +146,26 @@ def steady(marks: Sequence[Mark]) -> Mark:
     )
 
 
+def figures_of(
+    marks: Sequence[Mark], events_per_call: float, memory_mb: float, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a peer tells of itself."""
+    measured = steady(marks)
+    return {
+        "events": measured.events,
+        "events_per_second": round(measured.events / measured.seconds, 1),
+        "cpu_us_per_event": round(measured.cpu_seconds / measured.events * 1e6, 1),
+        "events_per_call": round(events_per_call, 1),
+        "memory_mb": round(memory_mb),
+        "versions": versions,
+    }
+
+
 class Work:
     """The work on events, with the model and the store that it needs."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, processes: Processes | None = None) -> None:
+        self._processes = processes or Processes()
         torch.set_num_threads(1)  # as the scorer has it
         stable = registry.read(settings.models).stable
         loaded = bundle.load(settings.models, stable.version, stable.sha256) if stable else None
@@ -149,12 +182,21 @@ class Work:
             for partition in range(settings.partitions)
         ]
         self._begin_partitions()
-        self.pace = Pace(settings.batch)
+        self.pace = Pace(settings.batch, self._processes.cpu_seconds)
 
     @property
     def done(self) -> bool:
         """Whether all events have come."""
         return self.pace.events >= self._events
+
+    def figures(self, packages: Sequence[str]) -> dict[str, Any]:
+        """What was measured until now, and the versions of the peer's packages."""
+        return figures_of(
+            self.pace.marks,
+            self.pace.events / self.pace.calls,
+            self._processes.memory_mb(),
+            {package: version(package) for package in packages},
+        )
 
     def score(self, arrivals: Sequence[Arrival]) -> list[Prediction]:
         """Predictions for events, in some order that keeps each partition's own."""
@@ -273,21 +315,16 @@ def serve(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Run a peer over the events that wait in its topics; its figures as JSON, last on stdout."""
-    settings = told(name, arguments)
+    settings = read_settings(name, arguments)
     work = Work(settings)
     settle()  # as the scorer does
     run(settings, work)
-    tell(
-        work.pace.marks,
-        work.pace.events / work.pace.calls,
-        psutil.Process().memory_info().rss / 2**20,
-        {package: version(package) for package in packages},
-    )
+    show(work.figures(packages))
     return 0
 
 
-def told(name: str, arguments: Sequence[str] | None = None) -> Settings:
-    """What a peer's command line says."""
+def read_settings(name: str, arguments: Sequence[str] | None = None) -> Settings:
+    """A peer's settings from its command line; its log is set up too."""
     parser = argparse.ArgumentParser(prog=f"bench.peers.{name}")
     parser.add_argument("--bootstrap", required=True, help="host:port of Kafka")
     parser.add_argument("--redis", required=True, help="URL of Redis or Valkey")
@@ -303,18 +340,7 @@ def told(name: str, arguments: Sequence[str] | None = None) -> Settings:
     return settings
 
 
-def tell(
-    marks: Sequence[Mark], events_per_call: float, memory_mb: float, versions: Mapping[str, str]
-) -> None:
-    """Write a peer's figures to stdout."""
-    measured = steady(marks)
-    figures = {
-        "events": measured.events,
-        "events_per_second": round(measured.events / measured.seconds, 1),
-        "cpu_us_per_event": round(measured.cpu_seconds / measured.events * 1e6, 1),
-        "events_per_call": round(events_per_call, 1),
-        "memory_mb": round(memory_mb),
-        "versions": versions,
-    }
+def show(figures: Mapping[str, Any]) -> None:
+    """Print figures where `bench.peers.launch` looks for them."""
     sys.stdout.buffer.write(orjson.dumps(figures) + b"\n")
     sys.stdout.flush()

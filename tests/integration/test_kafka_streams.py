@@ -43,7 +43,7 @@ CALL = 32  # most events in a call of the network
 PARTITIONS = 2
 
 
-@pytest.mark.slow
+@pytest.mark.peer
 @pytest.mark.timeout(900)  # packages and jars come by network at first use
 def test_a_killed_program_goes_on_where_it_was(
     kafka: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ EVENTS = 4_000
 FIRST = 1_000  # events that leave the states which the program begins with
 
 
-@pytest.mark.slow
+@pytest.mark.peer
 @pytest.mark.timeout(900)  # packages and jars come by network at first use
 def test_it_computes_what_we_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = streamed.installed(monkeypatch)

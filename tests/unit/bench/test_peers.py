@@ -1,9 +1,18 @@
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from bench.peers.beside import summary, table
-from bench.peers.work import Mark, Pace, steady
+from bench.peers import beside, launch
+from bench.peers.beside import installed, summary, table
+from bench.peers.launch import Peer, PeerError
+from bench.peers.work import Mark, Pace, Processes, steady
+
+BUSY = "sum(range(20_000_000)); print(flush=True); input()"  # works, says so, waits
 
 
 def test_leaves_out_what_lies_before_the_second_mark_and_after_the_last() -> None:
@@ -20,6 +29,71 @@ def test_marks_the_first_beginning_after_enough_events() -> None:
 
     assert [mark.events for mark in pace.marks] == [0, 6, 10]
     assert (pace.events, pace.calls) == (14, 5)
+
+
+def test_takes_processor_time_from_the_clock_it_is_given() -> None:
+    pace = Pace(every=1, cpu_seconds=iter((1.5, 4.0)).__next__)
+
+    pace.begin(1)
+    pace.begin(1)
+
+    assert [mark.cpu_seconds for mark in pace.marks] == [1.5, 4.0]
+
+
+def test_counts_the_processes_that_a_peer_has_started() -> None:
+    alone = Processes()
+    command = [sys.executable, "-c", BUSY]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with_child, only_child = Processes(), Processes(child.pid)
+        assert only_child.cpu_seconds() > 0
+        assert with_child.cpu_seconds() >= alone.cpu_seconds() + only_child.cpu_seconds() - 0.1
+        assert with_child.memory_mb() > alone.memory_mb()
+        child.communicate(b"\n")
+
+
+def test_says_plainly_which_peers_cannot_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def python(peer: Peer) -> Path:
+        if peer.name in ("quix", "flink"):
+            raise PeerError("no such version of [this]")
+        return Path(peer.name)
+
+    monkeypatch.setattr(beside, "python", python)
+    said = StringIO()
+
+    found = installed(["quix", "faust", "flink"], Console(file=said, width=200))
+
+    assert found == {"faust": Path("faust")}
+    assert said.getvalue().splitlines() == [
+        "quix could not be installed: no such version of [this]",
+        "flink could not be installed: no such version of [this]",
+        "Left out, since they could not be installed here: quix, flink",
+    ]
+
+
+def test_copies_a_peers_jars_and_makes_its_environment_again_when_they_change(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands: list[str] = []
+
+    def install(command: list[Any]) -> None:
+        commands.append(Path(command[0]).name)
+        (tmp_path / "own/peer/lib/python3.11/site-packages").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(launch, "_install", install)
+    monkeypatch.setattr(launch, "ENVIRONMENTS", tmp_path / "own")
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+    (tmp_path / "peer.txt").write_text("a==1")
+    peer = Peer("peer", "A peer", batches=True, exactly_once=True, own_environment=True)
+
+    launch.python(peer)
+    launch.python(peer)
+    (tmp_path / "peer.pom.xml").write_text("<project/>")
+    launch.python(peer)
+    launch.python(peer)
+
+    assert commands == ["uv", "uv", "uv", "uv", "mvn"]
 
 
 def test_compares_with_each_peer_and_the_fastest() -> None:
