@@ -22,7 +22,14 @@ from schemas.codec import format_times
 from schemas.exceptions import StarcastError
 from streams.admin import client_config, topic_name
 from streams.config import KafkaConfig, ScorerConfig
-from streams.loop import FETCH_BYTES, FETCH_KILOBYTES, FETCH_WAIT_SECONDS, IDLE_SECONDS
+from streams.loop import (
+    FETCH_BYTES,
+    FETCH_KILOBYTES,
+    FETCH_WAIT_SECONDS,
+    IDLE_SECONDS,
+    fetching,
+    lingering,
+)
 from streams.memory import settle
 from streams.scorer import Scorer
 from streams.tail import read_topic
@@ -113,7 +120,7 @@ def send(kafka: KafkaConfig, pool: Sequence[Template], plan: Plan, stop: Flag) -
             **{
                 "partitioner": "murmur2_random",
                 "enable.idempotence": True,
-                "linger.ms": 1,
+                "linger.ms": 5,  # its own default
                 "compression.type": "lz4",
             },
         )
@@ -176,7 +183,7 @@ def echo(
                 "isolation.level": "read_committed",
                 "queued.max.messages.kbytes": FETCH_KILOBYTES,
                 "fetch.max.bytes": FETCH_BYTES,
-                "fetch.wait.max.ms": int(FETCH_WAIT_SECONDS * 1_000),
+                **fetching(policy.linger_ms / 1_000),
             },
         )
     )
@@ -207,7 +214,7 @@ def echo(
             if stop.is_set():
                 break
             continue
-        messages += consumer.consume(policy.batch_events - 1, policy.linger_ms / 1_000)
+        messages += consumer.consume(policy.batch_events - 1, lingering(policy.linger_ms / 1_000))
         metadata = consumer.consumer_group_metadata()
         producer.begin_transaction()
         _produce(producer, topic_name(kafka, PREDICTIONS), map(_predicted, messages, tails))

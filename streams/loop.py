@@ -61,8 +61,8 @@ LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
 FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most, and one answer of a broker,
 FETCH_BYTES = 4 * 1024 * 1024  # which behind a backlog would hold a megabyte of each partition
 FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
-PATIENT_SECONDS = 0.2  # who lingers so long, and answers nobody, lets the broker gather as long
-PATIENT_BYTES = 256 * 1024  # again, until there is this much: each fetch costs both sides
+GATHER_SECONDS = 0.01  # who waits no longer for a fuller batch has brokers answer at once; others
+GATHER_BYTES = 256 * 1024  # let them gather up to this much: each fetch costs both sides
 # A thread that ends a transaction has Python back this soon, each time it has waited for Kafka or
 # the store: after Python's own 5 ms a time, the next batch was through before it was.
 SWITCH_SECONDS = 0.0005
@@ -290,7 +290,7 @@ class Loop:
     def _gathering(self) -> float:
         """Longest wait for a fuller batch now that there is a record, seconds."""
         if self._flight is None:
-            return self._processor.linger_seconds
+            return lingering(self._processor.linger_seconds)
         return self._overlap.left(time.monotonic() - self._begun_at)
 
     def _idle(self, batch: list[Message], metadata: Any) -> None:
@@ -805,8 +805,6 @@ class Loop:
         return each.topic.removeprefix(self._config.topic_prefix), each.partition
 
     def _consumer_config(self) -> dict[str, Any]:
-        linger = self._processor.linger_seconds
-        patient = linger >= PATIENT_SECONDS and not self._processor.transactional
         config: dict[str, Any] = {
             "group.id": self._group,
             "enable.auto.commit": False,
@@ -816,8 +814,7 @@ class Loop:
             "on_commit": self._on_commit,
             "queued.max.messages.kbytes": FETCH_KILOBYTES,
             "fetch.max.bytes": FETCH_BYTES,
-            "fetch.wait.max.ms": int((linger if patient else FETCH_WAIT_SECONDS) * 1_000),
-            "fetch.min.bytes": PATIENT_BYTES if patient else 1,
+            **fetching(self._processor.linger_seconds),
         }
         if self._config.group_protocol == "consumer":
             config |= {"group.protocol": "consumer", "group.remote.assignor": "range"}
@@ -845,6 +842,18 @@ class Loop:
                 "transaction.timeout.ms": int(TRANSACTION_SECONDS * 1_000),
             }
         return client_config(self._config, **config)
+
+
+def fetching(linger: float) -> dict[str, int]:
+    """A consumer's options so that brokers gather for the half of `linger` (seconds)."""
+    if linger < GATHER_SECONDS:
+        return {"fetch.wait.max.ms": round(FETCH_WAIT_SECONDS * 1_000), "fetch.min.bytes": 1}
+    return {"fetch.wait.max.ms": round(linger / 2 * 1_000), "fetch.min.bytes": GATHER_BYTES}
+
+
+def lingering(linger: float) -> float:
+    """Seconds that are left of `linger` once there is a record."""
+    return linger if linger < GATHER_SECONDS else linger / 2
 
 
 def _generation(metadata: bytes) -> int:

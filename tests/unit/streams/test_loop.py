@@ -900,15 +900,15 @@ def test_clients_are_set_up_for_exactly_once(world: World) -> None:
     assert producer["enable.idempotence"] is True
 
 
-def test_brokers_gather_only_for_who_answers_nobody(world: World) -> None:
-    def gathered(linger: float, *, transactional: bool) -> tuple[int, int]:
-        world.loop(Counting(linger_seconds=linger, transactional=transactional))
+def test_brokers_gather_for_half_of_the_wait(world: World) -> None:
+    def gathered(linger: float) -> tuple[int, int]:
+        world.loop(Counting(linger_seconds=linger))
         config = world.consumer.config
         return config["fetch.min.bytes"], config["fetch.wait.max.ms"]
 
-    assert gathered(0.5, transactional=False) == (262_144, 500)
-    assert gathered(0.05, transactional=False) == (1, 100)
-    assert gathered(0.5, transactional=True) == (1, 100)
+    assert gathered(0.5) == (262_144, 250)
+    assert gathered(0.02) == (262_144, 10)
+    assert gathered(0.005) == (1, 100)  # a shopper waits
 
 
 # -- any order of events -------------------------------------------------------------------------
@@ -1129,7 +1129,7 @@ def test_who_waits_for_a_commit_anyway_gathers_until_then(world: World) -> None:
     processor, loop = ahead(world)
     processor.linger_seconds = 0.25
     loop._turn()
-    assert world.consumer.waits[-1] == 0.25  # nothing is under way
+    assert world.consumer.waits[-1] == 0.125  # nothing is under way; a broker has waited as long
     loop._overlap.ended(0.25)  # a mean of 0.05
     world.consumer.between += [lambda: None, processor.writing.set]  # once it has been asked
     loop._turn()
