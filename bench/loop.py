@@ -4,7 +4,8 @@ Starts an Apache Kafka and a Valkey of its own and fills them: users, items, vec
 that a first part of the events leaves. Then measures in turn, each time on new events: the scoring
 loop, exactly-once, with the default bundle; the bare loop, which reads the same input and writes
 the records that the scoring loop wrote in the same transactions, and does nothing else; the scoring
-loop with the cold-start ladder; the bare loop. After all these the peers of `bench.peers`, each on
+loop with the cold-start ladder; the bare loop. A first round is not counted: the broker's JVM
+compiles then, on the cores of whoever is first. After all these the peers of `bench.peers`, each on
 new events in topics of its own. Prints tables and writes `results/loop.json`.
 """
 
@@ -108,9 +109,9 @@ class Bench:
         world = make_world(sizes.users, sizes.items)
         self._peers = peers
         self._peer_runs = 0
-        a_round = len(models) * sizes.events + sum(sizes.of_peer(PEERS[name]) for name in peers)
-        recorded = sizes.events  # by a flame graph
-        self._events = make_events(world, sizes.first_events + sizes.rounds * a_round + recorded)
+        of_peers = sum(sizes.of_peer(PEERS[name]) for name in peers)
+        ours = len(models) * sizes.events * (1 + sizes.rounds) + sizes.events  # by a flame graph
+        self._events = make_events(world, sizes.first_events + ours + sizes.rounds * of_peers)
         self._fill(world)
 
     def measure(self, model: str) -> Measured:
@@ -340,12 +341,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             redis = RedisConfig(url=SecretStr(endpoints.redis_url))
             bench = Bench(sizes, kafka, redis, models, peers)
-            for _ in range(sizes.rounds):
+            for number in range(1 + sizes.rounds):
                 for model in MODELS:
                     each = bench.measure(model)
-                    measured[model].append(each)
+                    if number:
+                        measured[model].append(each)
                     console.print(
                         f"{model}: {each.scoring.rate:,.0f} events/s, bare {each.bare.rate:,.0f}"
+                        + ("" if number else " (the broker warms; not counted)")
                     )
             if flame:
                 bench.record(flame)

@@ -77,7 +77,7 @@ def test_rates_rise_until_the_scorer_breaks_and_then_close_in() -> None:
         latencies = np.full(10, 0.03 if loop == "scorer" else 0.01)
         return Measured(latencies, np.zeros(10), rate <= limits[loop], 10, 2, {})
 
-    options = Options((4_000, 8_000, 16_000), 1.0, 0.0, 1, 2, 1, 1, 1)
+    options = Options((4_000, 8_000, 16_000), 1.0, 0.0, 0.0, 1, 2, 1, 1, 1)
     runs = run_rates(options, measure, Console(file=StringIO()))
     assert tried == [
         ("scorer", 4_000),
