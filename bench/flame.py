@@ -11,22 +11,22 @@ from pathlib import Path
 
 from schemas.exceptions import StarcastError
 
-SAMPLES = 200  # a second
+SAMPLES = 100  # a second; each stops the process for a moment
 WAIT_SECONDS = 60.0  # a recorder that does not end would hang the benchmark
 _TITLE = re.compile(r'(<text id="title"[^>]*>)[^<]*(</text>)')  # it names folders of this machine
 
 
 @contextmanager
 def recorded(path: Path | None, title: str) -> Generator[None]:
-    """Record this process, native frames too, while the context is open; without a path do nothing.
+    """Record this process while the context is open; without a path do nothing.
 
-    Only what has the processor is counted. Raises StarcastError when nothing was recorded.
+    Only threads that have the processor are counted. Raises StarcastError when nothing was recorded.
     """
     if path is None:
         yield
         return
     spy = Path(sys.executable).with_name("py-spy")
-    options = ["--native", "--nonblocking", "--rate", str(SAMPLES), "--format", "flamegraph"]
+    options = ["--rate", str(SAMPLES), "--format", "flamegraph"]
     recorder = subprocess.Popen(
         [spy, "record", *options, "--output", path, "--pid", str(os.getpid())],
         stdout=subprocess.DEVNULL,
