@@ -7,6 +7,8 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
+_FREE = {"arcp", "contract", "nsz", "reassoc"}  # what LLVM may do with floats that only sum up
+
 
 def compiled(function: Function) -> Function:
     """The function, compiled for each kind of its arguments at the first call with them.
@@ -14,8 +16,17 @@ def compiled(function: Function) -> Function:
     What was compiled is kept beside the source, or in the user's cache folder, for processes to
     come; where neither can be written to, each process compiles anew. Other threads run meanwhile.
     """
+    return _compiled(function)
+
+
+def summing(function: Function) -> Function:
+    """As `compiled`, and sums of floats are taken in any order, so several numbers at once."""
+    return _compiled(function, fastmath=_FREE)
+
+
+def _compiled(function: Function, **options: object) -> Function:
     try:
-        made = numba.njit(function, cache=True, nogil=True, error_model="numpy")
+        made = numba.njit(function, cache=True, nogil=True, error_model="numpy", **options)
     except RuntimeError:  # nowhere to keep it
-        made = numba.njit(function, nogil=True, error_model="numpy")
+        made = numba.njit(function, nogil=True, error_model="numpy", **options)
     return cast(Function, made)
