@@ -1,13 +1,13 @@
 """Functions as machine code: loops over rows that NumPy has no one call for."""
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-_FREE = {"arcp", "contract", "nsz", "reassoc"}  # what LLVM may do with floats that only sum up
+_ANY_ORDER = {"arcp", "contract", "nsz", "reassoc"}  # infinities and what is no number stay
 
 
 def compiled(function: Function) -> Function:
@@ -21,10 +21,10 @@ def compiled(function: Function) -> Function:
 
 def summing(function: Function) -> Function:
     """As `compiled`, and sums of floats are taken in any order, so several numbers at once."""
-    return _compiled(function, fastmath=_FREE)
+    return _compiled(function, fastmath=_ANY_ORDER)
 
 
-def _compiled(function: Function, **options: object) -> Function:
+def _compiled(function: Function, **options: Any) -> Function:
     try:
         made = numba.njit(function, cache=True, nogil=True, error_model="numpy", **options)
     except RuntimeError:  # nowhere to keep it

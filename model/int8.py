@@ -16,7 +16,7 @@ between two products is one loop over rows, each of which stays in a core's near
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -69,7 +69,8 @@ class Linear(nn.Module):
         if seen is not None:
             least, largest = (np.float32(each) for each in seen)
             self.taken = np.array([least, max((largest - least) / _HIGHEST, _LEAST)], np.float32)
-        bias = torch.zeros_like(scales) if layer.bias is None else layer.bias.detach().float()
+        offset = cast(Tensor | None, layer.bias)
+        bias = torch.zeros_like(scales) if offset is None else offset.detach().float()
         self.added = np.stack([(codes.sum(1) * scales).numpy(), bias.numpy()])
         self._multiply = _product(codes, scales)
 
@@ -166,17 +167,13 @@ def _add_normed_rows(
 
 
 @summing
-def _open(
-    row: Floats, lowest: np.float32, step: np.float32, sums: Floats, bias: Floats
-) -> None:
+def _open(row: Floats, lowest: np.float32, step: np.float32, sums: Floats, bias: Floats) -> None:
     for at in range(len(row)):
         row[at] = step * row[at] + lowest * sums[at] + bias[at]
 
 
 @summing
-def _add_normed(
-    x: Floats, row: Floats, gain: Floats, shift: Floats, epsilon: np.float32
-) -> None:
+def _add_normed(x: Floats, row: Floats, gain: Floats, shift: Floats, epsilon: np.float32) -> None:
     width = np.float32(len(x))
     total = np.float32(0)
     for at in range(len(x)):

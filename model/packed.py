@@ -7,8 +7,8 @@ a layer is that of Devlin et al. 2019 ("BERT", section 3):
     a = norm(x + W_o · attention(W_q x, W_k x, W_v x)),    x' = norm(a + W_2 · gelu(W_1 a))
 
 On a CPU the model's own weights are used as they lie, in float32 or in eight bits (`int8`), and
-what a layer makes goes into memory that is taken once for all layers. On a GPU (`Graphs`) texts of one batch go through kernels that were
-recorded before, one recording for each size of batch.
+what a layer makes goes into memory that is taken once for all layers. On a GPU (`Graphs`) texts of
+one batch go through kernels that were recorded before, one recording for each size of batch.
 """
 
 import importlib

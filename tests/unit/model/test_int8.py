@@ -106,9 +106,7 @@ def test_what_lies_between_products(seed: int, magnitude: float) -> None:
     int8.take(x, first, rows)
     int8.take_gelu(rows, first, second, between)
     curved = nn.functional.gelu(first(x))
-    opened = torch.from_numpy(
-        between.codes * between.steps[:, None] + between.lowest[:, None]
-    )
+    opened = torch.from_numpy(between.codes * between.steps[:, None] + between.lowest[:, None])
     half = torch.from_numpy(between.steps)[:, None] / 2
     assert ((opened - curved).abs() <= 1.01 * half + 1e-6 * (1 + curved.abs())).all()
 
