@@ -100,8 +100,10 @@ def take(x: Tensor, layer: Linear, to: Rows) -> None:
 def take_gelu(rows: Rows, layer: Linear, following: Linear, to: Rows) -> None:
     """GELU of what a layer makes of rows, as the codes that the following layer takes."""
     made = layer.multiplied(rows)
-    _open_rows(made, rows.lowest, rows.steps, layer.added)
-    _gelu_rows(made, following.taken, to.codes, to.lowest, to.steps)
+    _gelu_rows(
+        made, rows.lowest, rows.steps, layer.added,
+        following.taken, to.codes, to.lowest, to.steps,
+    )  # fmt: skip
 
 
 def add_normed(
@@ -144,10 +146,20 @@ def _take_rows(x: Floats, taken: Floats, codes: Codes, lowest: Floats, steps: Fl
 
 
 @compiled
-def _gelu_rows(made: Floats, taken: Floats, codes: Codes, lowest: Floats, steps: Floats) -> None:
+def _gelu_rows(
+    made: Floats,
+    lowest: Floats,
+    steps: Floats,
+    added: Floats,
+    taken: Floats,
+    codes: Codes,
+    new_lowest: Floats,
+    new_steps: Floats,
+) -> None:
     for row in range(len(made)):
+        _open(made[row], lowest[row], steps[row], added[0], added[1])
         _gelu(made[row])
-        lowest[row], steps[row] = _take(made[row], taken, codes[row])
+        new_lowest[row], new_steps[row] = _take(made[row], taken, codes[row])
 
 
 @compiled
