@@ -7,8 +7,8 @@ scale. So
     W x + b ≈ scale · (step · V c + lowest · V 1) + b
 
 where only V c is a product of matrices. Codes of numbers have eight bits and those of weights
-seven: processors without VNNI add pairs of products in sixteen bits, where 2 · 255 · 64 fits, so no
-sum is cut and all machines find the same.
+seven: processors without VNNI add pairs of products in sixteen bits, where 2 · 255 · 64 fits, so
+that no sum is cut.
 
 A row hangs on no other, so a text's vector does not hang on the texts beside it. What is done
 between two products is one loop over rows, each of which stays in a core's nearest cache.
