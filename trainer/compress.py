@@ -4,8 +4,8 @@
   Pre-trained Transformer Models", section 3.1.1: top-layer dropping loses least);
 - heads: of each layer, those of which the star head's loss hangs least are left out (Michel, Levy
   and Neubig 2019, "Are Sixteen Heads Really Better than One?", section 4.1);
-- int8: weights and activations of all linear layers in eight bits, activations scaled as they
-  come (dynamic quantization), or, int8 static, as they came while some texts were read;
+- int8: weights and activations of all linear layers in eight bits (`model.int8`), each token's
+  activations scaled as they come, or, int8 static, as they came while some texts were read;
 - bf16, fp16: weights of half the size;
 - student: the lowest and the highest layer alone, taught to give the parent's vectors (Sanh et al.
   2019, "DistilBERT", section 2, with the cosine loss alone).

@@ -1,11 +1,14 @@
 """Smaller encoders, on one that is tiny."""
 
+import json
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 
 from model import encoder as encoders
+from model.exceptions import EncoderError
 from tests.unit.trainer.test_text import texts
 from trainer.compress import Compressed, choose, compress
 from trainer.config import TrainerConfig
@@ -62,6 +65,24 @@ def test_what_is_compressed_is_not_compressed_again(
     quantized = encoders.load(next(e for e in found if e.name == "int8").folder, "cpu")
     with pytest.raises(TrainerError, match="not plain"):
         compress(texts(), quantized, CONFIG, tmp_path, lambda done, total: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"linear": "int8"}, "earlier version"),
+        ({"ranges": {"encoder.layer.9": [0, 1]}}, "does not fit"),
+        ({"ranges": {"encoder.layer.0.output.dense": [0, 1, 2]}}, "does not fit"),
+    ],
+)
+def test_eight_bits_of_another_kind_are_refused(
+    found: list[Compressed], tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    copytree(next(e for e in found if e.name == "int8").folder, tmp_path / "copy")
+    file = tmp_path / "copy" / encoders.QUANTIZATION
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(EncoderError, match=reason):
+        encoders.load(tmp_path / "copy", "cpu")
 
 
 def test_the_fastest_within_the_bound_is_chosen() -> None:

@@ -1,0 +1,250 @@
+"""Products in eight bits on a CPU: what the linear layers of a quantized encoder become.
+
+A row x of numbers is held as codes c, x ≈ lowest + step · c, with a lowest number and a step of its
+own, or with those of all rows that were seen before. A row of weights is held as codes v and a
+scale. So
+
+    W x + b ≈ scale · (step · V c + lowest · V 1) + b
+
+where only V c is a product of matrices. Codes of numbers have eight bits and those of weights
+seven: processors without VNNI add pairs of products in sixteen bits, where 2 · 255 · 64 fits, so
+that no sum is cut.
+
+A row hangs on no other, so a text's vector does not hang on the texts beside it. What is done
+between two products is one loop over rows, each of which stays in a core's nearest cache.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.compiled import compiled, summing
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+_HIGHEST = np.float32(255)  # code of a number
+_WEIGHT = 64  # code of the largest weight of a row
+_LEAST = np.float32(1e-20)  # step of a row whose numbers are all the same
+_OWN = np.zeros(2, np.float32)  # each row has a lowest number and a step of its own
+_MULTIPLIED = ("AVX2", "AVX512")  # processors for which oneDNN's product is made
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Numbers as codes."""
+
+    codes: Codes  # (rows, width)
+    lowest: Floats  # (rows)
+    steps: Floats  # (rows)
+
+    @classmethod
+    def room(cls, rows: int, width: int) -> "Rows":
+        """Room for so many."""
+        lowest, steps = np.empty((2, rows), np.float32)
+        return cls(np.empty((rows, width), np.uint8), lowest, steps)
+
+
+class Linear(nn.Module):
+    """A linear layer in eight bits, without gradients.
+
+    `seen`: the least and the largest number that went in; without it rows go by their own.
+    """
+
+    weight: Tensor
+
+    def __init__(self, layer: nn.Linear, seen: Sequence[float] | None = None) -> None:
+        """Take over a layer's weights."""
+        super().__init__()
+        weight = layer.weight.detach().float()
+        scales = (weight.abs().amax(1) / _WEIGHT).clamp(min=float(_LEAST))
+        codes = (weight / scales[:, None]).round().to(torch.int8)
+        self.register_buffer("weight", codes)
+        self.taken = _OWN
+        if seen is not None:
+            least, largest = (np.float32(each) for each in seen)
+            self.taken = np.array([least, max((largest - least) / _HIGHEST, _LEAST)], np.float32)
+        offset = cast(Tensor | None, layer.bias)
+        bias = torch.zeros_like(scales) if offset is None else offset.detach().float()
+        self.added = np.stack([(codes.sum(1) * scales).numpy(), bias.numpy()])
+        self._multiply = _product(codes, scales)
+
+    def multiplied(self, rows: Rows) -> Floats:
+        """scale · V c (rows, out), to be opened."""
+        return self._multiply(torch.from_numpy(rows.codes)).numpy()
+
+    def of(self, rows: Rows) -> Tensor:
+        """What the layer makes of rows: (rows, out)."""
+        made = self.multiplied(rows)
+        _open_rows(made, rows.lowest, rows.steps, self.added)
+        return torch.from_numpy(made)
+
+    def forward(self, given: Tensor) -> Tensor:
+        """What the layer makes of numbers (..., in)."""
+        x = given.detach().float().reshape(-1, given.shape[-1]).contiguous()
+        rows = Rows.room(*x.shape)
+        take(x, self, rows)
+        return self.of(rows).view(*given.shape[:-1], len(self.weight))
+
+
+def take(x: Tensor, layer: Linear, to: Rows) -> None:
+    """Numbers (rows, in) as the codes that a layer takes."""
+    _take_rows(x.numpy(), layer.taken, to.codes, to.lowest, to.steps)
+
+
+def take_gelu(rows: Rows, layer: Linear, following: Linear, to: Rows) -> None:
+    """GELU of what a layer makes of rows, as the codes that the following layer takes."""
+    made = layer.multiplied(rows)
+    _gelu_rows(
+        made, rows.lowest, rows.steps, layer.added,
+        following.taken, to.codes, to.lowest, to.steps,
+    )  # fmt: skip
+
+
+def add_normed(
+    x: Tensor, rows: Rows, layer: Linear, gain: Tensor, shift: Tensor, epsilon: float
+) -> None:
+    """Add to x (rows, out) what a layer makes of rows, and normalise."""
+    made = layer.multiplied(rows)
+    _add_normed_rows(
+        made, rows.lowest, rows.steps, layer.added,
+        x.numpy(), gain.numpy(), shift.numpy(), np.float32(epsilon),
+    )  # fmt: skip
+
+
+def _product(weight: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
+    """Codes (rows, in) to their products with weights (out, in), times scales (out)."""
+    if torch.backends.cpu.get_cpu_capability() not in _MULTIPLIED:
+        own = weight * scales[:, None]
+        return lambda codes: nn.functional.linear(codes.float(), own)
+    onednn: Any = torch.ops.onednn
+    packed = onednn.qlinear_prepack(weight, None)
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    # Codes as they are (scale 1, zero at 0), no bias, float32 numbers out, nothing done to them.
+    about = (packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    return lambda codes: onednn.qlinear_pointwise(codes, 1.0, 0, *about)
+
+
+# -- loops over rows -----------------------------------------------------------------------------
+
+
+@compiled
+def _open_rows(made: Floats, lowest: Floats, steps: Floats, added: Floats) -> None:
+    for row in range(len(made)):
+        _open(made[row], lowest[row], steps[row], added[0], added[1])
+
+
+@compiled
+def _take_rows(x: Floats, taken: Floats, codes: Codes, lowest: Floats, steps: Floats) -> None:
+    for row in range(len(x)):
+        lowest[row], steps[row] = _take(x[row], taken, codes[row])
+
+
+@compiled
+def _gelu_rows(
+    made: Floats,
+    lowest: Floats,
+    steps: Floats,
+    added: Floats,
+    taken: Floats,
+    codes: Codes,
+    new_lowest: Floats,
+    new_steps: Floats,
+) -> None:
+    for row in range(len(made)):
+        _open(made[row], lowest[row], steps[row], added[0], added[1])
+        _gelu(made[row])
+        new_lowest[row], new_steps[row] = _take(made[row], taken, codes[row])
+
+
+@compiled
+def _add_normed_rows(
+    made: Floats,
+    lowest: Floats,
+    steps: Floats,
+    added: Floats,
+    x: Floats,
+    gain: Floats,
+    shift: Floats,
+    epsilon: np.float32,
+) -> None:
+    for row in range(len(made)):
+        _open(made[row], lowest[row], steps[row], added[0], added[1])
+        _add_normed(x[row], made[row], gain, shift, epsilon)
+
+
+@summing
+def _open(row: Floats, lowest: np.float32, step: np.float32, sums: Floats, bias: Floats) -> None:
+    for at in range(len(row)):
+        row[at] = step * row[at] + lowest * sums[at] + bias[at]
+
+
+@summing
+def _add_normed(x: Floats, row: Floats, gain: Floats, shift: Floats, epsilon: np.float32) -> None:
+    width = np.float32(len(x))
+    total = np.float32(0)
+    for at in range(len(x)):
+        x[at] += row[at]
+        total += x[at]
+    mean = total / width
+    total = np.float32(0)
+    for at in range(len(x)):
+        apart = x[at] - mean
+        total += apart * apart
+    by = np.float32(1) / np.sqrt(total / width + epsilon)
+    for at in range(len(x)):
+        x[at] = (x[at] - mean) * by * gain[at] + shift[at]
+
+
+@summing
+def _take(row: Floats, taken: Floats, codes: Codes) -> tuple[np.float32, np.float32]:
+    """A row as codes, with its lowest number and step."""
+    lowest, step = taken
+    if step == 0:
+        lowest, highest = _extremes(row.view(np.int32))
+        step = max((highest - lowest) / _HIGHEST, _LEAST)
+    by, half = np.float32(1) / step, np.float32(0.5)
+    for at in range(len(row)):
+        code = (row[at] - lowest) * by + half
+        codes[at] = np.uint8(min(max(code, np.float32(0)), _HIGHEST))
+    return lowest, step
+
+
+@compiled
+def _extremes(bits: NDArray[np.int32]) -> tuple[np.float32, np.float32]:
+    """The least and the largest of floats: whole numbers are compared several at once."""
+    least = largest = _ordered(bits[0])
+    for at in range(len(bits)):
+        number = _ordered(bits[at])
+        least, largest = min(least, number), max(largest, number)
+    least, largest = np.int32(_ordered(least)), np.int32(_ordered(largest))
+    return least.view(np.float32), largest.view(np.float32)
+
+
+@compiled
+def _ordered(bits: np.int32) -> np.int32:
+    """The bits of a float as a whole number of the same order, and back."""
+    sign = np.int32(bits >> np.int32(31))
+    return np.int32(bits ^ np.int32(sign & np.int32(0x7FFFFFFF)))
+
+
+@summing
+def _gelu(row: Floats) -> None:
+    """GELU by an error function that is off by 3e-7 at most (Abramowitz and Stegun, 7.1.28)."""
+    one, half = np.float32(1), np.float32(0.5)
+    for at in range(len(row)):
+        number = row[at]
+        x = abs(number) * np.float32(0.7071067811865476)
+        d = np.float32(0.0002765672) + x * np.float32(0.0000430638)
+        d = np.float32(0.0092705272) + x * (np.float32(0.0001520143) + x * d)
+        d = one + x * (np.float32(0.0705230784) + x * (np.float32(0.0422820123) + x * d))
+        d *= d
+        d *= d
+        d *= d
+        d *= d
+        row[at] = half * (number + abs(number) * (one - one / d))
