@@ -20,7 +20,7 @@ _TITLE = re.compile(r'(<text id="title"[^>]*>)[^<]*(</text>)')  # it names folde
 def recorded(path: Path | None, title: str) -> Generator[None]:
     """Record this process while the context is open; without a path do nothing.
 
-    Only threads that have the processor are counted. Raises StarcastError when nothing was recorded.
+    Only threads that have the processor are counted. Raises StarcastError when it recorded nothing.
     """
     if path is None:
         yield
