@@ -61,7 +61,7 @@ LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
 FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most, and one answer of a broker,
 FETCH_BYTES = 4 * 1024 * 1024  # which behind a backlog would hold a megabyte of each partition
 FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
-GATHER_SECONDS = 0.01  # who waits no longer for a fuller batch has brokers answer at once; others
+PROMPT_SECONDS = 0.01  # who lingers for less has brokers answer at once; others
 GATHER_BYTES = 256 * 1024  # let them gather up to this much: each fetch costs both sides
 # A thread that ends a transaction has Python back this soon, each time it has waited for Kafka or
 # the store: after Python's own 5 ms a time, the next batch was through before it was.
@@ -846,14 +846,14 @@ class Loop:
 
 def fetching(linger: float) -> dict[str, int]:
     """A consumer's options so that brokers gather for the half of `linger` (seconds)."""
-    if linger < GATHER_SECONDS:
+    if linger < PROMPT_SECONDS:
         return {"fetch.wait.max.ms": round(FETCH_WAIT_SECONDS * 1_000), "fetch.min.bytes": 1}
     return {"fetch.wait.max.ms": round(linger / 2 * 1_000), "fetch.min.bytes": GATHER_BYTES}
 
 
 def lingering(linger: float) -> float:
     """Seconds that are left of `linger` once there is a record."""
-    return linger if linger < GATHER_SECONDS else linger / 2
+    return linger if linger < PROMPT_SECONDS else linger / 2
 
 
 def _generation(metadata: bytes) -> int:

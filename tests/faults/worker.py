@@ -43,7 +43,6 @@ POINTS = (
 )
 CHUNK = 20  # keys in a guarded write here, so that a batch has many,
 ROUND_TRIP = 3  # and round trips end in the middle of a partition's
-FAILED = 3  # exit code of a worker that ended by an error of ours, with its reason in the log
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,9 @@ def work(
             run_processors(names, settings, stop)
         except StarcastError as error:
             structlog.get_logger().error("ended", error=type(error).__name__, reason=str(error))
-            os._exit(FAILED)
+            control.send(f"{type(error).__name__}: {error}")  # its log may be on a full disk
+            os._exit(1)
         except BaseException:
-            control.send(traceback.format_exc())  # its log may be on the disk that is full
+            control.send(traceback.format_exc())
             raise
     os._exit(0)

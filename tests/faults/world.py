@@ -29,7 +29,7 @@ from tests.faults.numbered import ITEMS, Numbered, stamp
 from tests.faults.producer import PersistentProducer
 from tests.faults.servers import Servers
 from tests.faults.stores import Stores
-from tests.faults.worker import FAILED, Order, work
+from tests.faults.worker import Order, work
 
 PARTITIONS = 6
 SCORING = ("scorer", "items", "catalog", "answers")
@@ -39,6 +39,7 @@ REACH_SECONDS = 8.0  # a worker without partitions never reaches a point; anothe
 SLOW_SECONDS = 8.0  # a worker that takes so long to end writes to its log where it is
 FEW_A_SECOND = 20.0  # events until all flows: what is sent before a slow start meets no fault
 END_SECONDS = 45.0  # a worker that does not end on SIGTERM is stuck
+TOLD = 2_000  # characters of an error; of a traceback the last
 
 _processes = get_context("forkserver")  # forked from one that has all modules loaded
 
@@ -166,19 +167,16 @@ class Worker:
             raise NotReached(f"{self.name} was gone") from error
 
     def _why(self, code: int | None = None) -> str:
+        """What it said before it ended; nothing but its exit code where a signal ended it."""
         code = self.process.exitcode if code is None and self.process else code
-        lines = self.log.read_text(errors="replace").splitlines()
-        if code != FAILED:  # a bug, which it has told, or a signal
-            return f"exit code {code}{self._told()}"
-        ended = [line for line in lines if " ended " in line or "ended  " in line]
-        return ended[-1].split("ended", 1)[-1].strip()[:300] if ended else "ended"
+        return self._told()[-TOLD:] or f"exit code {code}"
 
     def _told(self) -> str:
-        """The traceback that it sent before it ended."""
+        """The error that it sent, with a traceback where it was none of ours."""
         try:
             while self.control.poll():
                 if isinstance(told := self.control.recv(), str):
-                    return f": {told}"
+                    return told
         except (EOFError, OSError):
             pass
         return ""

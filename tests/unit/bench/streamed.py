@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from bench.peers.launch import PEERS, PeerError, python
+from bench.peers.launch import PEERS, python
 from bench.peers.work import FROM_RECORDS
 from model.bundle import Bundle
 from model.calibration import Calibration
@@ -53,15 +53,12 @@ class Expected:
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> str:
     """The class path of the program; the peer's packages can be imported after it."""
-    try:
-        executable = python(PEERS["kafka_streams"])
-        [packages] = executable.parents[1].glob("lib/python*/site-packages")
-        monkeypatch.setattr(sys, "path", [*sys.path, str(packages)])
-        from bench.peers.kafka_streams import build
+    executable = python(PEERS["kafka_streams"])
+    [packages] = executable.parents[1].glob("lib/python*/site-packages")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(packages)])
+    from bench.peers.kafka_streams import build
 
-        return build()
-    except PeerError as error:
-        pytest.skip(str(error))
+    return build()
 
 
 def bundle() -> Bundle:
