@@ -5,15 +5,16 @@ recent item's token that comes from its hashed id is a table by bucket, a text's
 multiplied when it is first met, trees lose the nodes that ask nothing. What is row by row (taste,
 trees, attention, standardising) is compiled loops; dense layers are matrix products of blocks of
 one size, the last one padded, since products of another size may add in another order, and an
-event must score the same alone and in any batch.
+event must score the same alone and in any batch. Members stand side by side as one network, whose
+layers between them hold zeros: few large products take less time than many small ones.
 
-Cost of a row and a member, with the default sizes: 31,000 products in the dense layers (fewer by
-those of the vector: 61,000 more each time a new one is met), 10,000 in the attention; an average
-path of four questions for each tree.
+Cost of a row of three members, with the default sizes: 140,000 products in the dense layers, half
+of them with those zeros (220,000 more each time a new vector is met), 10,000 in the attention; an
+average path of four questions for each tree.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.compiled import compiled
+from model.compiled import compiled, summing
 from model.ids import low_half
 from model.lookups import Source
-from model.network import FusedNetwork, Inputs, Member, NetworkConfig, bucket, check
+from model.network import FusedNetwork, Inputs, Member, NetworkConfig, blocks, bucket, check
 from model.state import RATING_STEPS
 from model.taste import COLUMNS, RIDGE, Taste
 from model.trees import Trees
@@ -41,6 +42,7 @@ _WIDTH = 8
 _CHUNK = 8 * _BLOCK  # rows at a time, so that a long test fits in memory
 _NOTHING = np.empty((0, 0), np.float32)
 _BITS = 8  # of a recent item's actions
+_TOGETHER = 4  # members side by side: among more, zeros would cost more than calls
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,16 @@ class _Dense:
     bias: Tensor  # (outputs,)
 
     def __call__(self, rows: Tensor, begun: Tensor | None = None) -> Tensor:
-        """Of rows (n, inputs), n a multiple of the block; `begun` (at most n, outputs) is added."""
+        """Of rows (n, inputs), n a multiple of the block; `begun`, of first rows and outputs, is
+        added.
+        """
         weight, bias = self._padded
         made = torch.empty((len(rows), len(bias)))
         for first in range(0, len(rows), _BLOCK):
             block = slice(first, first + _BLOCK)
             torch.addmm(bias, rows[block], weight, out=made[block])
         if begun is not None:
-            made[: len(begun), : len(self.bias)] += begun
+            made[: len(begun), : begun.shape[1]] += begun
         return made[:, : len(self.bias)]
 
     @cached_property
@@ -102,21 +106,24 @@ class _Products:
 
 
 class _Begun(NamedTuple):
-    """A member's products of a batch's vectors."""
+    """Products of a batch's vectors with k members' weights."""
 
-    hidden: Singles  # (m, width)
-    query: Singles  # (m, heads · token); without attention nothing, like `tokens`
-    tokens: Singles  # (m, token)
+    hidden: Singles  # (m, k · width)
+    query: Singles  # (m, k · heads · token); without attention nothing, like `tokens`
+    tokens: Singles  # (m, k · token)
 
 
 @dataclass(frozen=True)
 class _Attention:
+    """Of k members."""
+
     query: _Dense  # scaled; of all but the item's vector
     query_by_vector: _Dense
     by_vector: _Dense  # from a recent item's vector to its share of a token; without a bias
-    by_item: Singles  # (buckets, token): an id's share
-    by_feedback: Singles  # (10, token): rating, whether there is one, action bits 0 to 7
-    by_position: Singles  # (16, token): and what every token has
+    by_item: Singles  # (buckets, k · token): an id's share
+    by_rating: Singles  # (2, k · token): of what the stars are, and that there are any
+    by_actions: Singles  # (256, k · token)
+    by_position: Singles  # (16, k · token): and what every token has
     output: _Dense
 
 
@@ -127,27 +134,28 @@ class _Pruned(NamedTuple):
     A leaf goes left to itself, whatever it asks: so a path needs no look at whether it has ended.
     """
 
-    roots: NDArray[np.int32]  # (T)
-    depths: NDArray[np.int32]  # (T)
-    asked: NDArray[np.int32]  # of each node: the feature,
+    # Numbers that are never negative are told so: an index that may be is looked at twice.
+    roots: NDArray[np.uint32]  # (T)
+    depths: NDArray[np.uint32]  # (T)
+    asked: NDArray[np.uint32]  # of each node: where the feature begins in a block of columns,
     thresholds: Singles
-    left: NDArray[np.int32]  # the left child,
+    left: NDArray[np.uint32]  # the left child,
     values: Singles  # and of a leaf what it says
 
 
 @dataclass(frozen=True)
 class _Served:
-    """One member."""
+    """Members, k of them, as one network; outputs are their sums."""
 
-    users: Singles  # (buckets, identity)
+    users: Singles  # (buckets, k · identity)
     items: Singles
-    categories: Singles  # (name_buckets, identity)
+    categories: Singles  # (name_buckets, k · identity)
     brands: Singles
     attention: _Attention | None
     by_vector: _Dense  # from the item's vector to its share of what the first hidden layer gets
-    hidden: Sequence[_Dense]  # the first of all but the item's vector
+    first: _Dense  # of all but the item's vector to k · width, and the linear path beside them
+    second: _Dense
     last: _Dense
-    linear: _Dense
 
     def by_vectors(self) -> Sequence[_Dense | None]:
         """Layers over vectors, in the order of `_Begun`."""
@@ -161,7 +169,11 @@ class Served:
 
     def __init__(self, network: FusedNetwork) -> None:
         self._config = network.config
-        self._members = [_member(each, network.config) for each in network.networks]
+        members = network.networks
+        self._served = [
+            _together(members[at : at + _TOGETHER], network.config)
+            for at in range(0, len(members), _TOGETHER)
+        ]
         self._scaling = np.stack(
             [
                 _array(network.feature_mean),
@@ -194,12 +206,12 @@ class Served:
 
     def _begun(self, inputs: Inputs) -> list[_Begun]:
         if inputs.source not in self._products:
-            layers = [layer for each in self._members for layer in each.by_vectors() if layer]
+            layers = [layer for each in self._served for layer in each.by_vectors() if layer]
             self._products[inputs.source] = _Products(layers)
         made = iter(self._products[inputs.source].of(inputs))
         return [
             _Begun(*(next(made) if layer else _NOTHING for layer in each.by_vectors()))
-            for each in self._members
+            for each in self._served
         ]
 
     def _chunk(self, inputs: Inputs, begun: Sequence[_Begun]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -207,12 +219,12 @@ class Served:
         ids = _Ids(config, inputs)
         columns = self._columns(inputs, ids)
         rows = -(-count // _BLOCK) * _BLOCK
-        joined = np.zeros((rows, len(self._members[0].hidden[0].weight)), np.float32)
-        _standardise(columns, self._scaling, joined)
+        features = np.zeros((rows, 2 * config.columns), np.float32)
+        _standardise(columns, self._scaling, features)
         output = np.zeros((rows, 6), np.float32)
-        for member, products in zip(self._members, begun, strict=True):
-            output += _head(member, config, joined, inputs, ids, products)
-        output = output[:count] / np.float32(len(self._members))
+        for served, products in zip(self._served, begun, strict=True):
+            output += _head(served, config, features, inputs, ids, products)
+        output = output[:count] / np.float32(config.members)
         correction = output[:, 0].copy()
         if self._trees is not None:
             said = np.zeros(count, np.float32)
@@ -258,47 +270,83 @@ def _dense(layer: Any) -> _Dense:
     return _Dense(weight, none if layer.bias is None else layer.bias.detach().cpu().clone())
 
 
-def _member(member: Member, config: NetworkConfig) -> _Served:
-    by_vector, first = _without(_dense(member.hidden[0]), 2 * config.columns, config.vector)
+def _together(members: Sequence[Member], config: NetworkConfig) -> _Served:
+    """Members side by side: first all features, then what each makes of the items' ids, and so on.
+
+    `joined` is (n, 2 C + k · (item, category, brand, user, recent items)), kind by kind.
+    """
+    sizes = list(blocks(config).values())
+    hidden = [_dense(member.hidden[0]) for member in members]
+    kinds = zip(*(layer.weight.split(sizes) for layer in hidden), strict=True)
+    features, missing, text, *others = kinds
+    first = torch.cat([torch.cat(features, 1), torch.cat(missing, 1), *map(_diagonal, others)])
+    linear = torch.zeros((len(first), 1))
+    linear[: 2 * config.columns] = torch.stack(
+        [_dense(member.linear).weight for member in members]
+    ).sum(0)
+    bias = torch.cat([*(layer.bias for layer in hidden), torch.zeros(1)])
+    last = [_dense(member.last) for member in members]
     return _Served(
-        _array(member.users.table.weight),
-        _array(member.items.table.weight),
-        _array(member.categories.table.weight),
-        _array(member.brands.table.weight),
-        None if member.attention is None else _attention(member, config),
-        by_vector,
-        [first, _dense(member.hidden[3])],
-        _dense(member.last),
-        _dense(member.linear),
+        _side_by_side(member.users.table for member in members),
+        _side_by_side(member.items.table for member in members),
+        _side_by_side(member.categories.table for member in members),
+        _side_by_side(member.brands.table for member in members),
+        _attention(members, config) if config.heads else None,
+        _unbiased(torch.cat(text, 1)),
+        _Dense(torch.cat([first, linear], 1), bias),
+        _apart([_dense(member.hidden[3]) for member in members]),
+        _Dense(
+            torch.cat([layer.weight for layer in last]),
+            torch.stack([layer.bias for layer in last]).sum(0),
+        ),
     )
 
 
-def _attention(member: Member, config: NetworkConfig) -> _Attention:
-    attention = member.attention
-    assert attention is not None
-    query, recent = _dense(attention.query), _dense(attention.recent)
+def _attention(members: Sequence[Member], config: NetworkConfig) -> _Attention:
+    attentions = [member.attention for member in members if member.attention is not None]
     scale = config.token**-0.5
-    sizes = (config.vector, config.identity, 2, _BITS)
-    by_vector, by_identity, by_rating, by_bit = recent.weight.split(sizes)
-    query_by_vector, query = _without(
-        _Dense(query.weight * scale, query.bias * scale), 0, config.vector
+    query = [_dense(each.query) for each in attentions]
+    ids = (config.identity,) * 3
+    text, *others = zip(
+        *((layer.weight * scale).split((config.vector, *ids)) for layer in query), strict=True
     )
+    recent = [_dense(each.recent) for each in attentions]
+    by_vector, by_identity, by_rating, by_bit = zip(
+        *(layer.weight.split((config.vector, config.identity, 2, _BITS)) for layer in recent),
+        strict=True,
+    )
+    tables = [member.items.table.weight.detach().cpu() for member in members]
+    by_item = [table @ weight for table, weight in zip(tables, by_identity, strict=True)]
+    actions = np.unpackbits(np.arange(2**_BITS, dtype=np.uint8)[:, None], axis=1)
+    positions = [each.position.detach().cpu() for each in attentions]
     return _Attention(
-        query,
-        query_by_vector,
-        _Dense(by_vector.contiguous(), torch.zeros(config.token)),
-        _array(member.items.table.weight.detach().cpu() @ by_identity),
-        _array(torch.cat([by_rating, by_bit.flip(0)])),  # training unpacks the highest bit first
-        _array(attention.position.detach().cpu() + recent.bias),
-        _dense(attention.output),
+        _Dense(torch.cat([*map(_diagonal, others)]), torch.cat([q.bias * scale for q in query])),
+        _unbiased(torch.cat(text, 1)),
+        _unbiased(torch.cat(by_vector, 1)),
+        _array(torch.cat(by_item, 1)),
+        _array(torch.cat(by_rating, 1)),
+        _array(torch.from_numpy(actions).float() @ torch.cat(by_bit, 1)),
+        _array(torch.cat(positions, 1) + torch.cat([layer.bias for layer in recent])),
+        _apart([_dense(each.output) for each in attentions]),
     )
 
 
-def _without(layer: _Dense, first: int, count: int) -> tuple[_Dense, _Dense]:
-    """A layer of `count` inputs alone, without a bias, and one of all others."""
-    before, these, after = layer.weight.split((first, count, len(layer.weight) - first - count))
-    alone = _Dense(these.contiguous(), torch.zeros_like(layer.bias))
-    return alone, _Dense(torch.cat([before, after]), layer.bias)
+def _side_by_side(tables: Iterable[Any]) -> Singles:
+    return _array(torch.cat([table.weight for table in tables], 1))
+
+
+def _apart(layers: Sequence[_Dense]) -> _Dense:
+    """Layers, each of inputs of its own that stand side by side."""
+    weights = _diagonal([layer.weight for layer in layers])
+    return _Dense(weights, torch.cat([layer.bias for layer in layers]))
+
+
+def _diagonal(weights: Sequence[Tensor]) -> Tensor:
+    return torch.block_diag(*weights)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _unbiased(weight: Tensor) -> _Dense:
+    return _Dense(weight.contiguous(), torch.zeros(weight.shape[1]))
 
 
 def _taste(taste: Taste) -> tuple[Singles, Singles, float]:
@@ -330,11 +378,11 @@ def _pruned(trees: Trees) -> _Pruned:
         depths.append(place(tree, 0, roots[-1]))
     asked, thresholds, left, values = zip(*nodes, strict=True)
     return _Pruned(
-        np.array(roots, np.int32),
-        np.array(depths, np.int32),
-        np.array(asked, np.int32),
+        np.array(roots, np.uint32),
+        np.array(depths, np.uint32),
+        np.array(asked, np.uint32) * np.uint32(_BLOCK),
         np.array(thresholds, np.float32),
-        np.array(left, np.int32),
+        np.array(left, np.uint32),
         np.array(values, np.float32),
     )
 
@@ -353,39 +401,44 @@ def _of_items(products: Singles, inputs: Inputs) -> Tensor:
 
 
 def _head(
-    member: _Served,
+    served: _Served,
     config: NetworkConfig,
-    joined: Singles,
+    features: Singles,
     inputs: Inputs,
     ids: _Ids,
     begun: _Begun,
 ) -> Singles:
-    """Correction in stars and logits of one member (rows, 6); fills its part of `joined`."""
-    at = wide = 2 * config.columns
-    end = at + 3 * config.identity
-    tables = (member.items, member.categories, member.brands, member.users)
-    _embed(*tables, ids.item, ids.categories, ids.brand, ids.user, joined[:, at:])
+    """Correction in stars and logits (rows, 6), summed over the members."""
+    begin, identity = features.shape[1], served.items.shape[1]
+    joined = np.zeros((len(features), len(served.first.weight)), np.float32)
+    joined[:, :begin] = features
+    tables = (served.items, served.categories, served.brands, served.users)
+    _embed(*tables, ids.item, ids.categories, ids.brand, ids.user, joined[:, begin:])
     rows = torch.from_numpy(joined)
-    if (attention := member.attention) is not None:
-        heard = np.zeros((len(joined), config.heads * config.token), np.float32)
+    if (attention := served.attention) is not None:
+        heard = np.zeros((len(joined), len(attention.output.weight)), np.float32)
+        asking = rows[:, begin : begin + 3 * identity]
         _attend(
-            attention.query(rows[:, wide:end], _of_items(begun.query, inputs)).numpy(),
+            attention.query(asking, _of_items(begun.query, inputs)).numpy(),
+            config.token,
             begun.tokens,
             inputs.recent_vectors,
             attention.by_item,
             ids.recent,
             inputs.recent_ratings,
             inputs.recent_actions,
-            attention.by_feedback,
+            attention.by_rating,
+            attention.by_actions,
             attention.by_position,
             heard,
         )
-        rows[:, end + config.identity :] = attention.output(torch.from_numpy(heard))
-    first, second = member.hidden
-    hidden = torch.nn.functional.silu(first(rows, _of_items(begun.hidden, inputs)), inplace=True)
-    hidden = torch.nn.functional.silu(second(hidden), inplace=True)
-    made = member.last(hidden)
-    made[:, :1] += member.linear(rows[:, :wide])
+        rows[:, begin + 4 * identity :] = attention.output(torch.from_numpy(heard))
+    made = served.first(rows, _of_items(begun.hidden, inputs))
+    hidden, linear = made[:, :-1], made[:, -1:]
+    hidden = torch.nn.functional.silu(hidden, inplace=True)
+    hidden = torch.nn.functional.silu(served.second(hidden), inplace=True)
+    made = served.last(hidden)
+    made[:, :1] += linear
     return made.numpy()
 
 
@@ -517,80 +570,82 @@ def _climb(columns: Any, trees: Any, said: Any) -> None:
     """Add what trees say of each row: a tree at a time for as many rows as a core's cache holds."""
     roots, depths, asked, thresholds, left, values = trees
     count, width = columns.shape
-    nodes = np.empty(_BLOCK, np.int32)
-    asked_of = np.empty((2 * width, _BLOCK), np.float32)  # a missing value goes left, then right
+    nodes = np.empty(_BLOCK, np.uint32)
+    asked_of = np.empty(2 * width * _BLOCK, np.float32)  # a missing value goes left, then right
     for first in range(0, count, _BLOCK):
         rows = min(_BLOCK, count - first)
         for row in range(rows):
             for at in range(width):
                 value = columns[first + row, at]
                 missing = np.isnan(value)
-                asked_of[at, row] = -np.inf if missing else value
-                asked_of[width + at, row] = np.inf if missing else value
+                asked_of[at * _BLOCK + row] = -np.inf if missing else value
+                asked_of[(width + at) * _BLOCK + row] = np.inf if missing else value
         for tree in range(len(roots)):
-            for row in range(rows):
+            for row in range(_BLOCK):
                 nodes[row] = roots[tree]
             for _ in range(depths[tree]):
-                for row in range(rows):
+                for row in range(_BLOCK):
                     node = nodes[row]
-                    nodes[row] = left[node] + (asked_of[asked[node], row] > thresholds[node])
+                    right = asked_of[asked[node] + np.uint32(row)] > thresholds[node]
+                    nodes[row] = left[node] + np.uint32(right)
             for row in range(rows):
                 said[first + row] += values[nodes[row]]
 
 
-@compiled
+@summing
 def _attend(
     query: Any,
+    width: int,
     by_vector: Any,
     vector_rows: Any,
     by_item: Any,
     recent: Any,
     rating: Any,
     actions: Any,
-    by_feedback: Any,
+    by_rating: Any,
+    by_actions: Any,
     by_position: Any,
     heard: Any,
 ) -> None:
-    """What each head hears (n, heads · token) of the recent items; see `network.Attention`."""
-    slots, width = by_position.shape
+    """What each head hears (n, k · heads · token) of the recent items; see `network.Attention`."""
+    slots, wide = by_position.shape  # wide: the tokens of k members
     heads = query.shape[1] // width
-    tokens = np.empty((slots, width), np.float32)
-    scores = np.empty(slots, np.float32)
-    places = np.empty(slots, np.int64)
+    tokens = np.empty((slots, wide), np.float32)
+    weights = np.empty(slots, np.float32)
     for row in range(len(recent)):
         count = 0
         for slot in range(slots):
             if recent[row, slot] == 0:
                 continue
-            token = tokens[count]
+            token, position = tokens[count], by_position[slot]
             vector, item = by_vector[vector_rows[row, slot]], by_item[recent[row, slot]]
-            for at in range(width):
-                token[at] = by_position[slot, at] + vector[at] + item[at]
+            done = by_actions[actions[row, slot]]
+            for at in range(wide):
+                token[at] = position[at] + vector[at] + item[at] + done[at]
             stars = rating[row, slot]
             if not np.isnan(stars):
                 high = (stars - np.float32(3)) / np.float32(2)
-                for at in range(width):
-                    token[at] += high * by_feedback[0, at] + by_feedback[1, at]
-            for bit in range(_BITS):
-                if actions[row, slot] >> bit & 1:
-                    for at in range(width):
-                        token[at] += by_feedback[2 + bit, at]
-            places[count] = slot
+                by_stars, by_any = by_rating
+                for at in range(wide):
+                    token[at] += high * by_stars[at] + by_any[at]
             count += 1
         for head in range(heads):
             begin = head * width
+            first = begin // (query.shape[1] // wide * width) * width  # of its member's token
+            mine = slice(first, first + width)
+            asks, hears = query[row, begin : begin + width], heard[row, begin : begin + width]
             highest = np.float32(0)  # of the score of nothing
             for at in range(count):
-                score = np.float32(0)
+                token, score = tokens[at, mine], np.float32(0)
                 for inner in range(width):
-                    score += query[row, begin + inner] * tokens[at, inner]
-                scores[at] = score
+                    score += asks[inner] * token[inner]
+                weights[at] = score
                 highest = max(highest, score)
             total = np.exp(-highest)
             for at in range(count):
-                scores[at] = np.exp(scores[at] - highest)
-                total += scores[at]
+                weights[at] = np.exp(weights[at] - highest)
+                total += weights[at]
             for at in range(count):
-                weight = scores[at] / total
+                token, weight = tokens[at, mine], weights[at] / total
                 for inner in range(width):
-                    heard[row, begin + inner] += weight * tokens[at, inner]
+                    hears[inner] += weight * token[inner]
