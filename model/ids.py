@@ -8,6 +8,7 @@ number of partitions.
 """
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ _LOW = np.uint64(0x7FFF_FFFF)
 def hash_ids(ids: Sequence[str | None], seed: int = 0) -> Hashes:
     """The hash of each id in UTF-8, shape (n,); `None` and the empty string give `NONE`."""
     keys = [name.encode() if name else b"" for name in ids]
-    high = np.fromiter((xxh3_64_intdigest(key, seed) for key in keys), np.uint64, len(keys))
-    hashes = (high & ~_LOW) | (murmur2(keys).astype(np.uint64) & _LOW)
-    hashes[hashes == NONE] = ~_LOW
-    hashes[[not key for key in keys]] = NONE
+    high = np.fromiter(map(xxh3_64_intdigest, keys, repeat(seed)), np.uint64, len(keys))
+    lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+    hashes = np.empty(len(keys), np.uint64)
+    _hash(np.frombuffer(b"".join(keys), np.uint8), lengths, high, hashes)
     return hashes
 
 
@@ -49,40 +50,42 @@ def low_half(hashes: Hashes) -> NDArray[np.uint32]:
 def hash_names(names: Sequence[str | None]) -> NDArray[np.uint32]:
     """32-bit hashes of names from small vocabularies (brands, categories), shape (n,); 0: none."""
     keys = [name.encode() if name else b"" for name in names]
-    digests = np.fromiter((xxh3_64_intdigest(key) for key in keys), np.uint64, len(keys))
+    digests = np.fromiter(map(xxh3_64_intdigest, keys), np.uint64, len(keys))
     hashes = np.maximum(digests.astype(np.uint32), 1)
     hashes[[not key for key in keys]] = NONE
     return hashes
 
 
-def murmur2(keys: Sequence[bytes]) -> NDArray[np.uint32]:
-    """Kafka's murmur2 of each key, shape (n,).
+@compiled
+def _hash(data: Any, lengths: Any, high: Any, hashes: Any) -> None:
+    """Fill `hashes` (n) from keys one after another and their xxh3_64 `high` (n)."""
+    begin = 0
+    for row in range(len(lengths)):
+        end = begin + lengths[row]
+        hashes[row] = NONE
+        if begin < end:
+            found = (high[row] & ~_LOW) | (np.uint64(_murmur2(data, begin, end)) & _LOW)
+            hashes[row] = found or ~_LOW
+        begin = end
+
+
+@compiled
+def _murmur2(data: Any, begin: int, end: int) -> Any:
+    """Kafka's murmur2 of bytes begin to end.
 
     Source: `org.apache.kafka.common.utils.Utils.murmur2`. The client library that has it takes one
     key a call, keeps only the partition, and would bring a Kafka client into this package.
     """
-    ends = np.cumsum(np.fromiter(map(len, keys), np.int64, len(keys)))
-    hashes = np.empty(len(keys), np.uint32)
-    _murmur2(np.frombuffer(b"".join(keys), np.uint8), ends, hashes)
-    return hashes
-
-
-@compiled
-def _murmur2(data: Any, ends: Any, hashes: Any) -> None:
-    begin = 0
-    for row in range(len(ends)):
-        end = ends[row]
-        found = np.uint32(_SEED ^ (end - begin))
-        while end - begin >= _WORD:
-            word = np.uint32(_little(data, begin, _WORD) * _MULTIPLIER)
-            word = np.uint32(word ^ (word >> np.uint32(24)))
-            found = np.uint32(found * _MULTIPLIER) ^ np.uint32(word * _MULTIPLIER)
-            begin += _WORD
-        if begin < end:
-            found = np.uint32((found ^ _little(data, begin, end - begin)) * _MULTIPLIER)
-        found = np.uint32((found ^ (found >> np.uint32(13))) * _MULTIPLIER)
-        hashes[row] = found ^ (found >> np.uint32(15))
-        begin = end
+    found = np.uint32(_SEED ^ (end - begin))
+    while end - begin >= _WORD:
+        word = np.uint32(_little(data, begin, _WORD) * _MULTIPLIER)
+        word = np.uint32(word ^ (word >> np.uint32(24)))
+        found = np.uint32(found * _MULTIPLIER) ^ np.uint32(word * _MULTIPLIER)
+        begin += _WORD
+    if begin < end:
+        found = np.uint32((found ^ _little(data, begin, end - begin)) * _MULTIPLIER)
+    found = np.uint32((found ^ (found >> np.uint32(13))) * _MULTIPLIER)
+    return found ^ (found >> np.uint32(15))
 
 
 @compiled

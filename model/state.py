@@ -10,6 +10,7 @@ order nor on the machine, and an edited review takes away exactly what it had ad
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -485,23 +486,49 @@ def to_bytes(rows: Rows) -> list[bytes]:
     data = _matrix(rows.tobytes(), rows.dtype.itemsize)
     if rows.dtype != USER:
         return _cut(data)
-    counters = np.ascontiguousarray(data[:, _COUNTERS]).view("<u4")
-    narrowest = np.searchsorted([1 << 8, 1 << 16], counters.max(1), side="right")
-    values = [b""] * len(rows)
-    for number, width in enumerate(_WIDTHS):
-        at = np.flatnonzero(narrowest == number)
-        if not len(at):
-            continue
-        part = [
-            np.full((len(at), 1), width, np.uint8),
-            data[at, : _COUNTERS.start],
-            counters[at].astype(f"<u{width}").view(np.uint8),
-            data[at, _COUNTERS.stop :],
-        ]
-        for row, value in zip(at.tolist(), _cut(np.hstack(part)), strict=True):
-            if len(value) > 1:
-                values[row] = value
-    return values
+    packed = np.empty(data.size + len(data), np.uint8)
+    ends = np.empty(len(data), np.int64)
+    _pack(data, _COUNTERS.start, _COUNTERS.stop, packed, ends)
+    whole, places = packed[: ends[-1] if len(ends) else 0].tobytes(), [0, *ends.tolist()]
+    return [whole[begin:end] for begin, end in pairwise(places)]
+
+
+@compiled
+def _pack(data: Any, begin: int, end: int, packed: Any, ends: Any) -> None:
+    """Write USER rows (n, bytes) one after another; `ends` (n): of each in `packed`."""
+    at = 0
+    for row in range(len(data)):
+        mine, first = data[row], at
+        used = len(mine)
+        while used and mine[used - 1] == 0:
+            used -= 1
+        width = 1
+        for byte in range(begin, end, 4):
+            if mine[byte + 2] or mine[byte + 3]:
+                width = 4
+            elif mine[byte + 1]:
+                width = max(width, 2)
+        packed[at] = width
+        at = _copy(mine, 0, min(used, begin), packed, at + 1)
+        for byte in range(begin, min(used, end), 4):
+            for lower in range(width):
+                packed[at + lower] = mine[byte + lower]
+            at += width
+        at = _copy(mine, end, used, packed, at)
+        while packed[at - 1] == 0:
+            at -= 1
+        if at == first + 1:
+            at = first  # nothing but the width
+        ends[row] = at
+
+
+@compiled
+def _copy(source: Any, begin: int, end: int, target: Any, at: int) -> int:
+    """Copy bytes begin to end, if there are any; gives where they end in the target."""
+    if end <= begin:
+        return at
+    target[at : at + end - begin] = source[begin:end]
+    return at + end - begin
 
 
 def from_bytes(values: Sequence[bytes | None], dtype: np.dtype[Any]) -> Rows:
@@ -513,27 +540,44 @@ def from_bytes(values: Sequence[bytes | None], dtype: np.dtype[Any]) -> Rows:
         missing = blank(dtype, 1).tobytes()
         given = [missing if value is None else value for value in values]
         return _padded(given, dtype.itemsize).view(dtype)[:, 0]
-    widths = np.array([value[0] if value else 0 for value in values], np.uint8)
-    if not np.isin(widths, (0, *_WIDTHS)).all():
-        raise _other_layout(f"begins with {max(widths)}", f"has one of {_WIDTHS}")
-    data = np.zeros((len(values), USER.itemsize), np.uint8)
-    begin, end = _COUNTERS.start, _COUNTERS.stop
-    for width in _WIDTHS:
-        at = np.flatnonzero(widths == width)
-        if not len(at):
-            continue
-        rest = 1 + begin + (end - begin) // 4 * width
-        form = _padded([values[row] or b"" for row in at.tolist()], rest + USER.itemsize - end)
-        data[at, :begin] = form[:, 1 : 1 + begin]
-        counters = np.ascontiguousarray(form[:, 1 + begin : rest]).view(f"<u{width}")
-        data[at, begin:end] = counters.astype("<u4").view(np.uint8)
-        data[at, end:] = form[:, rest:]
+    given = [value or b"" for value in values]
+    ends = np.cumsum(np.fromiter(map(len, given), np.int64, len(given)))
+    data = np.zeros((len(given), USER.itemsize), np.uint8)
+    packed = np.frombuffer(b"".join(given), np.uint8)
+    if (bad := _unpack(packed, ends, _COUNTERS.start, _COUNTERS.stop, data)) >= 0:
+        value = given[bad]
+        raise _other_layout(
+            f"has {len(value)} bytes and begins with {value[0]}",
+            f"begins with 1, 2 or 4 and has at most {USER.itemsize + 1}",
+        )
     return data.view(USER)[:, 0]
+
+
+@compiled
+def _unpack(packed: Any, ends: Any, begin: int, end: int, data: Any) -> int:
+    """What `_pack` wrote to rows of zeros (n, bytes); gives the first bad row, or -1."""
+    at = 0
+    for row in range(len(ends)):
+        last, mine = ends[row], data[row]
+        if at == last:
+            continue
+        width = packed[at]
+        at += 1
+        if width not in (1, 2, 4) or last - at > len(mine) - (end - begin) // 4 * (4 - width):
+            return row
+        byte = _copy(packed, at, min(last, at + begin), mine, 0)
+        at += byte
+        while at < last and byte < end:
+            for lower in range(min(last - at, width)):
+                mine[byte + lower] = packed[at + lower]
+            at, byte = at + width, byte + 4
+        _copy(packed, at, last, mine, byte)
+        at = last
+    return -1
 
 
 _BEGINS = {name: place[1] for name, place in (USER.fields or {}).items()}  # bytes in a row
 _COUNTERS = slice(_BEGINS["session_events"], _BEGINS["recent"])  # of 4 bytes each
-_WIDTHS = (1, 2, 4)  # of a stored counter, bytes
 
 
 def _matrix(data: bytes, size: int) -> NDArray[np.uint8]:

@@ -86,8 +86,8 @@ _ROW_TYPES: dict[str, pa.DataType] = {
 }
 _ROW_ARRAYS = (*_ROW_TYPES, "events", "features")
 _RECENTS = pa.schema([(name, pa.uint64()) for name in ("item", "text", "attributes")])
-# zstd makes a quarter less of it, in twice the time; threads cost more than such buffers gain.
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+# Not compressed here: the Kafka client and the archive do that, in threads of their own.
+_OPTIONS = pa.ipc.IpcWriteOptions(use_threads=False)
 
 
 def encode(journal: Journal) -> list[bytes]:

@@ -196,6 +196,7 @@ class Loop:
         self._exactly_once = config.exactly_once and processor.transactional
         self._group = f"{config.group_id}-{processor.name}"
         self._transactional_id = f"{config.topic_prefix}{self._group}-{gethostname()}-{slot}"
+        self._names = {config.topic_prefix + topic: topic for topic in processor.topics}
         self._owned: set[Position] = set()
         self._live: dict[Position, int] = {}  # the next offset of what is claimed and recovered
         self._retry_at = 0.0
@@ -478,7 +479,8 @@ class Loop:
         batch: list[Message] = []
         back: set[int] = set()
         for message in messages:
-            if not self._good(message):
+            if (error := message.error()) is not None:
+                self._tell(message, error)
                 continue
             place, offset = self._place(message), message.offset() or 0
             # A rebalance inside the poll leaves messages of partitions that are not live now;
@@ -496,11 +498,8 @@ class Loop:
             batch = [message for message in batch if self._place(message) in self._live]
         return batch
 
-    def _good(self, message: Message) -> bool:
-        """Whether this is a record; what it is otherwise is logged or raised."""
-        error = message.error()
-        if error is None:
-            return True
+    def _tell(self, message: Message, error: KafkaError) -> None:
+        """Log or raise what came in place of a record."""
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             if self._place(message) in self._owned:  # librdkafka seeks there no more
                 raise BrokerError(
@@ -516,11 +515,9 @@ class Loop:
             raise BrokerError(f"Kafka ended this consumer: {error.str()}. Start the worker again.")
         elif error.code() != KafkaError._PARTITION_EOF:
             self._log.warning("poll", reason=error.str())
-        return False
 
     def _place(self, message: Message) -> Position:
-        topic = str(message.topic()).removeprefix(self._config.topic_prefix)
-        return topic, message.partition() or 0
+        return self._names[str(message.topic())], message.partition() or 0
 
     # -- output ------------------------------------------------------------------------------
 

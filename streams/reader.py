@@ -1,7 +1,7 @@
 """What a batch reads from the store beside its users' states, with short-lived copies at hand."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,33 +58,34 @@ class Fetched:
 class Copy:
     """Rows read from the store, kept for `seconds`; where none was found, for `missing_seconds`."""
 
-    def __init__(
-        self,
-        dtype: np.dtype[Any],
-        fetch: Callable[[Hashes], Fetched],
-        seconds: float,
-        missing_seconds: float,
-    ) -> None:
+    def __init__(self, dtype: np.dtype[Any], seconds: float, missing_seconds: float) -> None:
         self._dtype = np.dtype([("until", "<f8"), ("found", "?"), ("row", dtype)])
-        self._fetch = fetch
         self._seconds = seconds
         self._missing = missing_seconds
         self._rows = Rowstore(self._dtype)
 
-    def take(self, hashes: Hashes) -> Rows:
-        """For distinct hashes (n), their `row` and whether it was `found`."""
-        now = time.monotonic()
+    def stale(self, hashes: Hashes) -> Hashes:
+        """Those of distinct hashes that are to be read, and `put`, before they are taken."""
         if len(self._rows.rows) > MOST_ROWS:
             self._rows = Rowstore(self._dtype)
         places = self._rows.place(hashes)
+        return hashes[self._rows.rows["until"][places] < time.monotonic()]
+
+    def put(self, hashes: Hashes, read: Fetched) -> None:
+        """Keep what was read of distinct hashes (n)."""
+        if not len(hashes):
+            return
+        places = self._rows.place(hashes)
         rows = self._rows.rows
-        stale = rows["until"][places] < now
-        if stale.any():
-            read = self._fetch(hashes[stale])
-            rows["row"][places[stale]] = read.rows
-            rows["found"][places[stale]] = read.found
-            rows["until"][places[stale]] = now + np.where(read.found, self._seconds, self._missing)
-        return rows.take(places)
+        rows["row"][places] = read.rows
+        rows["found"][places] = read.found
+        kept = np.where(read.found, self._seconds, self._missing)
+        rows["until"][places] = time.monotonic() + kept
+
+    def take(self, hashes: Hashes) -> Rows:
+        """For distinct hashes (n), their `row` and whether it was `found`."""
+        places = self._rows.place(hashes)
+        return self._rows.rows.take(places)
 
 
 class VectorCopy:
@@ -99,6 +100,8 @@ class VectorCopy:
         """Those of distinct texts, in order, that have one."""
         if len(self._rows.rows) > MOST_ROWS:
             self._begin()
+        if len(new := self._places.stale(texts)):
+            self._places.put(new, self._keep(new))
         read = self._places.take(texts)
         places = np.append(read["row"][read["found"]], 0)
         return Vectors(Table(texts[read["found"]], places), self._rows.rows["vector"], self._source)
@@ -108,7 +111,7 @@ class VectorCopy:
         self._rows = Rowstore(np.dtype([("vector", np.float32, (self._width,))]))
         none = self._rows.place(np.array([NONE], np.uint64))  # row 0: no vector
         self._rows.rows["vector"][none] = 0
-        self._places = Copy(np.dtype(np.intp), self._keep, FOUND_VECTOR_SECONDS, MISSING_SECONDS)
+        self._places = Copy(np.dtype(np.intp), FOUND_VECTOR_SECONDS, MISSING_SECONDS)
 
     def _keep(self, texts: Hashes) -> Fetched:
         read = self._fetch(texts)
@@ -125,12 +128,8 @@ class Reader:
         self._store = store
         self._encoder = ""
         self._vectors: VectorCopy | None = None
-        self._item_attributes = Copy(
-            ITEM_ATTRIBUTES, self._fetcher(ITEM_KIND, ITEM_ATTRIBUTES), seconds, MISSING_SECONDS
-        )
-        self._user_attributes = Copy(
-            USER_ATTRIBUTES, self._fetcher(USER_KIND, USER_ATTRIBUTES), seconds, seconds
-        )
+        self._item_attributes = Copy(ITEM_ATTRIBUTES, seconds, MISSING_SECONDS)
+        self._user_attributes = Copy(USER_ATTRIBUTES, seconds, seconds)
 
     def use_encoder(self, encoder: str) -> None:
         """Read vectors of this encoder; "" for none."""
@@ -146,10 +145,17 @@ class Reader:
         items = np.unique(events["item"])
         known = np.unique(np.concatenate([items, states["recent"]["item"].ravel()]))
         known = known[known != NONE]
-        attributes = self._item_attributes.take(known)["row"]
         users = np.unique(events["user"])
+        old, old_users = self._item_attributes.stale(known), self._user_attributes.stale(users)
+        wanted = ((ITEM_STATE, items), (ITEM_KIND, old), (USER_KIND, old_users))
+        states_, of_items, of_users = self._store.read_each(  # all in one round trip
+            [store_keys(self._store, kind, hashes) for kind, hashes in wanted]
+        )
+        self._item_attributes.put(old, _fetched(of_items, ITEM_ATTRIBUTES))
+        self._user_attributes.put(old_users, _fetched(of_users, USER_ATTRIBUTES))
+        attributes = self._item_attributes.take(known)["row"]
         return Lookups(
-            items=table(items, self.states(ITEM_STATE, items, ITEM)),
+            items=table(items, from_bytes(states_, ITEM)),
             item_attributes=table(known, attributes),
             user_attributes=table(users, self._user_attributes.take(users)["row"]),
             vectors=self._vector_table(attributes["text"]),
@@ -169,16 +175,6 @@ class Reader:
         lengths = (len(value) for value in values if value is not None)
         return next(lengths, 0) // np.dtype(VECTOR_DTYPE).itemsize
 
-    def _fetcher(self, kind: bytes, dtype: np.dtype[Any]) -> Callable[[Hashes], Fetched]:
-        size = dtype.itemsize
-
-        def fetch(hashes: Hashes) -> Fetched:
-            values = self._store.read(store_keys(self._store, kind, hashes))
-            rows = from_bytes([None if each is None else each[:size] for each in values], dtype)
-            return Fetched(rows, np.array([each is not None for each in values], bool))
-
-        return fetch
-
     def _fetch_vectors(self, texts: Hashes, width: int) -> Fetched:
         values = self._store.read(vector_keys(self._store, self._encoder, texts))
         missing = bytes(np.dtype(VECTOR_DTYPE).itemsize * width)
@@ -187,3 +183,10 @@ class Reader:
             np.frombuffer(data, VECTOR_DTYPE).reshape(len(values), width).astype(np.float32),
             np.array([each is not None for each in values], bool),
         )
+
+
+def _fetched(values: Sequence[bytes | None], dtype: np.dtype[Any]) -> Fetched:
+    """Attribute rows; the name that stands behind some is cut off."""
+    size = dtype.itemsize
+    rows = from_bytes([None if each is None else each[:size] for each in values], dtype)
+    return Fetched(rows, np.array([each is not None for each in values], bool))
