@@ -10,6 +10,7 @@ bytes and numbers, since `schemas` knows no model.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
@@ -92,30 +93,37 @@ _OPTIONS = pa.ipc.IpcWriteOptions(use_threads=False)
 
 def encode(journal: Journal) -> list[bytes]:
     """Kafka values of a transaction's rows, in order; one at least."""
-    row_bytes = sum(_row_bytes(getattr(journal, name)) for name in _ROW_ARRAYS)
-    whole = len(journal) * row_bytes + journal.recents.nbytes
-    count = max(1, ceil(whole / LARGEST_PIECE))
-    if count == 1:
-        return [_encode_piece(Piece(0, 1, journal))]
-    row_cuts = np.linspace(0, len(journal), count + 1).astype(int).tolist()
-    recent_cuts = np.linspace(0, len(journal.recents), count + 1).astype(int).tolist()
-    return [
-        _encode_piece(
-            Piece(
-                index,
-                count,
-                replace(
-                    journal,
-                    **{
-                        name: getattr(journal, name)[row_cuts[index] : row_cuts[index + 1]]
-                        for name in _ROW_ARRAYS
-                    },
-                    recents=journal.recents[recent_cuts[index] : recent_cuts[index + 1]],
-                ),
-            )
+    return encode_all([journal])[0]
+
+
+def encode_all(journals: Sequence[Journal]) -> list[list[bytes]]:
+    """The same for several partitions whose features are of one width.
+
+    Arrow takes as long to make a small array as a large one: so they are made once, and cut.
+    """
+    rows, recents = _rows_of(journals), _recents_of(journals)
+    row_bytes = rows.nbytes / max(len(rows), 1)
+    values: list[list[bytes]] = []
+    begin = begun = 0
+    for journal in journals:
+        end, ended = begin + len(journal), begun + len(journal.recents)
+        whole = len(journal) * row_bytes + journal.recents.nbytes
+        count = max(1, ceil(whole / LARGEST_PIECE))
+        row_cuts = np.linspace(begin, end, count + 1).astype(int).tolist()
+        recent_cuts = np.linspace(begun, ended, count + 1).astype(int).tolist()
+        heads = (_metadata(journal, index, count) for index in range(count))
+        pieces = zip(heads, pairwise(row_cuts), pairwise(recent_cuts), strict=True)
+        values.append(
+            [
+                _stream(
+                    rows.slice(first, last - first).replace_schema_metadata(head),
+                    recents.slice(low, high - low),
+                )
+                for head, (first, last), (low, high) in pieces
+            ]
         )
-        for index in range(count)
-    ]
+        begin, begun = end, ended
+    return values
 
 
 def decode(value: bytes) -> Piece:
@@ -190,48 +198,47 @@ def decode_all(values: Iterable[tuple[int, bytes]]) -> Iterator[Transaction]:
         )
 
 
-def _encode_piece(piece: Piece) -> bytes:
-    journal = piece.journal
-    n = len(journal)
-    columns = [pa.array(getattr(journal, name), kind) for name, kind in _ROW_TYPES.items()]
-    event_type = pa.binary(journal.events.dtype.itemsize)
-    events = pa.py_buffer(np.ascontiguousarray(journal.events))
-    columns.append(pa.FixedSizeBinaryArray.from_buffers(event_type, n, [None, events]))
-    width = journal.features.shape[1]
-    features = pa.array(np.ascontiguousarray(journal.features, np.float32).reshape(-1))
-    columns.append(pa.FixedSizeListArray.from_arrays(features, width))
-    rows = pa.record_batch(
-        columns,
-        schema=pa.schema(
-            [
-                *_ROW_TYPES.items(),
-                ("events", event_type),
-                ("features", pa.list_(pa.float32(), width)),
-            ],
-            metadata={
-                "format": FORMAT,
-                "piece": str(piece.index),
-                "pieces": str(piece.count),
-                "feature_hash": journal.feature_hash,
-                "layout_hash": journal.layout_hash,
-                "encoder": journal.encoder,
-                "partition_state": journal.partition_state.hex(),
-                "ends": " ".join(map(str, journal.ends)),
-            },
-        ),
+def _rows_of(journals: Sequence[Journal]) -> pa.RecordBatch:
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(journal, name) for journal in journals])
+
+    columns = {name: pa.array(joined(name), kind) for name, kind in _ROW_TYPES.items()}
+    events, features = joined("events"), joined("features").astype(np.float32, copy=False)
+    kind = pa.binary(events.dtype.itemsize)
+    columns["events"] = pa.FixedSizeBinaryArray.from_buffers(
+        kind, len(events), [None, pa.py_buffer(events)]
     )
-    recents = pa.record_batch(
-        [pa.array(np.ascontiguousarray(column)) for column in journal.recents.T], schema=_RECENTS
+    columns["features"] = pa.FixedSizeListArray.from_arrays(
+        pa.array(features.reshape(-1)), features.shape[1]
     )
+    return pa.record_batch(columns)
+
+
+def _recents_of(journals: Sequence[Journal]) -> pa.RecordBatch:
+    recents = np.concatenate([journal.recents for journal in journals])
+    columns = [pa.array(np.ascontiguousarray(column)) for column in recents.T]
+    return pa.record_batch(columns, schema=_RECENTS)
+
+
+def _metadata(journal: Journal, index: int, count: int) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "piece": str(index),
+        "pieces": str(count),
+        "feature_hash": journal.feature_hash,
+        "layout_hash": journal.layout_hash,
+        "encoder": journal.encoder,
+        "partition_state": journal.partition_state.hex(),
+        "ends": " ".join(map(str, journal.ends)),
+    }
+
+
+def _stream(*batches: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
-    for batch in (rows, recents):
+    for batch in batches:
         with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as stream:
             stream.write_batch(batch)
     return sink.getvalue().to_pybytes()
-
-
-def _row_bytes(array: NDArray[Any]) -> int:
-    return array.itemsize * (array.shape[1] if array.ndim == 2 else 1)
 
 
 def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:

@@ -168,12 +168,12 @@ class Scorer:
             arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
-        parts, observation, lookups = self._run(messages, arrivals)
+        parts, observed, lookups = self._run(messages, arrivals)
         with self._phase("predict"):
             scored = np.flatnonzero(arrivals.events["action"] != TEXT)
-            events = arrivals.events
+            events, observation = arrivals.events, observed
             if len(scored) < len(events):
-                events, observation = events.take(scored), observation.take(scored)
+                events, observation = events.take(scored), observed.take(scored)
             predictions = serving.predictor.predict(events, observation, lookups)
         with self._phase("encode"):
             predicted_at = int(time.time() * 1_000)
@@ -186,7 +186,8 @@ class Scorer:
 
         def journals() -> list[Output]:
             with self._phase("encode"):
-                return _journal_records(arrivals, parts, before, lookups, serving.encoder_hash)
+                encoder = serving.encoder_hash
+                return _journal_records(arrivals, parts, before, observed, lookups, encoder)
 
         def write(delivered: dict[Position, int]) -> None:
             nonlocal took
@@ -417,46 +418,52 @@ def _journal_records(
     arrivals: _Arrivals,
     parts: list[_Part],
     before: Mapping[int, Rows],
+    observation: Observation,
     lookups: Lookups,
     encoder: str,
 ) -> list[Output]:
     """Each partition's journal; `before`: headers as the batch before has left them, by then."""
-    outputs: list[Output] = []
+    events = arrivals.events
     items, attributes = lookups.items, lookups.item_attributes
     users = lookups.user_attributes
     texts = _texts_read(lookups, attributes.rows["text"][:-1])
     reads = np.stack([attributes.hashes, texts, attributes.rows["version"][:-1]], axis=1)
+    read_by = attributes.find(np.column_stack([observation.recents, events["item"]]))
+    raw = events.view(f"V{EVENT.itemsize}")
+    item_versions = items.rows["offset"][items.find(events["item"])]
+    user_versions = users.rows["version"][users.find(events["user"])]
+    vectors = _texts_read(lookups, observation.item_attributes["text"])
+    entries: list[Journal] = []
     for part in parts:
-        rows, result = part.rows, part.result
-        events, observation = arrivals.events[rows], result.observation
+        rows, result, header = part.rows, part.result, before[part.partition]
         mine = np.zeros(len(reads) + 1, np.bool_)
-        mine[attributes.find(observation.recents)] = True
-        mine[attributes.find(events["item"])] = True
-        header = before[part.partition]
-        entry = Journal(
-            topics=arrivals.topics[rows],
-            offsets=arrivals.offsets[rows],
-            steps=result.step,
-            seqs=result.seq,
-            events=events.view(f"V{EVENT.itemsize}"),
-            duplicates=result.duplicate,
-            features=observation.features,
-            item_versions=items.rows["offset"][items.find(events["item"])],
-            item_attributes_versions=observation.item_attributes["version"],
-            user_attributes_versions=users.rows["version"][users.find(events["user"])],
-            item_vectors=_texts_read(lookups, observation.item_attributes["text"]),
-            recents=reads[mine[:-1]],
-            feature_hash=FEATURE_HASH,
-            layout_hash=LAYOUT_HASH,
-            encoder=encoder,
-            partition_state=header.tobytes(),
-            ends=tuple(_read_ends(header, part.header)),
+        mine[read_by[rows]] = True
+        entries.append(
+            Journal(
+                topics=arrivals.topics[rows],
+                offsets=arrivals.offsets[rows],
+                steps=result.step,
+                seqs=result.seq,
+                events=raw[rows],
+                duplicates=result.duplicate,
+                features=observation.features[rows],
+                item_versions=item_versions[rows],
+                item_attributes_versions=observation.item_attributes["version"][rows],
+                user_attributes_versions=user_versions[rows],
+                item_vectors=vectors[rows],
+                recents=reads[mine[:-1]],
+                feature_hash=FEATURE_HASH,
+                layout_hash=LAYOUT_HASH,
+                encoder=encoder,
+                partition_state=header.tobytes(),
+                ends=tuple(_read_ends(header, part.header)),
+            )
         )
-        key = str(part.partition).encode()
-        outputs += [
-            Output("journal", key, value, part.partition) for value in journal.encode(entry)
-        ]
-    return outputs
+    return [
+        Output("journal", str(part.partition).encode(), value, part.partition)
+        for part, values in zip(parts, journal.encode_all(entries), strict=True)
+        for value in values
+    ]
 
 
 def _prediction_records(
