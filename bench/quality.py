@@ -29,7 +29,6 @@ from model.ids import hash_ids
 from model.replay import History
 from starcast import importers
 from starcast.log import LogConfig, configure
-from trainer import ablations
 from trainer import evaluate as evaluation
 from trainer import text as texts
 from trainer.config import Method, TextConfig, TrainerConfig
@@ -198,18 +197,16 @@ def fitted_by(place: Place, name: Method) -> dict[str, Any]:
 def ablated(place: Place, name: str) -> dict[str, Any]:
     """The rating network without each part in turn."""
     config = TrainerConfig()
-    log = from_file(place.events(name))
+    events = place.events(name)
+    folder = evaluation.folder_of(events, config, "auto", "instant", place.folder / "ablated")
+    log = from_file(events)
     base = base_encoder("auto", None, config)
     vectors = item_vectors(log, base, lambda done, total: None)
     known = base.hash if base else ""
     data = prepared(
         log, cleaned(log, config).reviews, vectors, known, config, lambda done, total: None
     )
-    whole = ablations.ablate(data, config, None)
-    without = {part: ablations.ablate(data, config, part) for part in ablations.PARTS}
-    rating = data.examples.rating[data.split.test]
-    found = ablations.compare(rating, whole, without, config)
-    return {part: asdict(each) for part, each in found.items()}
+    return evaluation.ablated(data, config, evaluation.Kept(folder))
 
 
 def worded(place: Place, name: str) -> dict[str, Any]:

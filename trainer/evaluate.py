@@ -177,7 +177,8 @@ def evaluate(
         "settings": config.model_dump(mode="json"),
     }
     if ablate:
-        document["ablations"] = _ablations(examples, split, config, kept, progress)
+        data = sampled(Prepared(examples, split), config)
+        document["ablations"] = ablated(data, config, kept, progress)
     return Evaluated(document, steps)
 
 
@@ -248,15 +249,13 @@ def _ours(
     return {way: Predicted(*(made[f"{way} {name}"] for name in names)) for way in asked}
 
 
-def _ablations(
-    examples: Examples,
-    split: Split,
-    config: TrainerConfig,
-    kept: Kept,
-    progress: Progress | None,
+def ablated(
+    data: Prepared, config: TrainerConfig, kept: Kept, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """The rating network without each part in turn."""
-    data = sampled(Prepared(examples, split), config)
+    """The rating network without each part in turn: by part, an `ablations.Ablated` as a mapping.
+
+    Each is kept, for a run that is cut short.
+    """
 
     def predicted(part: str | None) -> Floats:
         name = f"without {part or 'nothing'}"
@@ -266,7 +265,8 @@ def _ablations(
 
     whole = predicted(None)
     without = {part: predicted(part) for part in ablations.PARTS}
-    found = ablations.compare(examples.rating[split.test], whole, without, config)
+    rating = data.examples.rating[data.split.test]
+    found = ablations.compare(rating, whole, without, config)
     return {part: asdict(each) for part, each in found.items()}
 
 
