@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from model.events import ACTIONS, COUNTED, Rows, milliseconds
 from model.ids import hash_ids
 from model.state import ITEM_DELTA
-from schemas.codec import encode_columns, format_times
+from schemas.codec import encode_columns
 from schemas.records import ItemUpdate
 
 
@@ -30,20 +30,23 @@ def encode_updates(items: Sequence[str], deltas: Rows, sources: Sequence[bytes])
             "price_count": deltas["price_count"],
             "price_log_sum": deltas["price_log_sum"],
             "sessions": deltas["sessions"],
-            "first_event_time": format_times(deltas["first_time"]),
-            "last_event_time": format_times(deltas["last_time"]),
+            "first_event_time": deltas["first_time"].astype("M8[ms]"),
+            "last_event_time": deltas["last_time"].astype("M8[ms]"),
         }
     )
 
 
 def _counts(actions: NDArray[np.int32]) -> list[bytes]:
     """JSON of the counts by name; most rows are one of a few."""
-    made: dict[bytes, bytes] = {}
-    for row in actions:
-        if (key := row.tobytes()) not in made:
-            found = {ACTIONS[code]: count for code, count in enumerate(row.tolist()) if count}
-            made[key] = orjson.dumps(found)
-    return [made[row.tobytes()] for row in actions]
+    rows, size = np.ascontiguousarray(actions).tobytes(), actions.shape[1] * actions.itemsize
+    keys = [rows[at : at + size] for at in range(0, len(rows), size)]
+    first = dict(zip(keys, range(len(keys)), strict=True))
+    made = {key: orjson.dumps(_named(actions[row].tolist())) for key, row in first.items()}
+    return [made[key] for key in keys]
+
+
+def _named(counts: Sequence[int]) -> dict[str, int]:
+    return {ACTIONS[code]: count for code, count in enumerate(counts) if count}
 
 
 def from_updates(updates: Sequence[ItemUpdate]) -> Rows:

@@ -122,8 +122,9 @@ Column: TypeAlias = "str | Sequence[Any] | NDArray[Any] | Mapping[str, Column]"
 def encode_columns(columns: Mapping[str, Column]) -> list[bytes]:
     """JSON objects from columns, one value a row, without validation.
 
-    A column is a sequence of plain values (bytes are JSON already), an array of numbers, or, for
-    objects inside the rows, columns again; one string is the same in all rows. For hot paths:
+    A column is a sequence of plain values (bytes are JSON already), an array of numbers or of times
+    (`M8[ms]`, UTC), or, for objects inside the rows, columns again; one string is the same in all
+    rows. For hot paths:
     each column is written as one JSON array and cut, and no row is ever a map.
     Raises ValueError when columns differ in length.
     """
@@ -159,8 +160,10 @@ def _cells(column: Sequence[Any] | NDArray[Any]) -> tuple[bytes, list[bytes]]:
         return b"%b", list(column)
     if isinstance(column, np.ndarray):
         column = np.ascontiguousarray(column)
-    whole = orjson.dumps(column, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-    if isinstance(column[0], str):
+    whole = orjson.dumps(column, option=_ARRAYS)[1:-1]
+    if isinstance(column[0], np.datetime64):
+        whole = whole.replace(b'000Z"', b'Z"')  # microseconds that there are not
+    if isinstance(column[0], str | np.datetime64):
         around, pieces = b'"%b"', whole[1:-1].split(b'","')
     elif isinstance(column, np.ndarray) and column.ndim > 1:
         around, pieces = b"[%b]", whole[1:-1].split(b"],[")
@@ -169,6 +172,9 @@ def _cells(column: Sequence[Any] | NDArray[Any]) -> tuple[bytes, list[bytes]]:
     if len(pieces) != count:
         return b"%b", [orjson.dumps(cell) for cell in column]
     return around, pieces
+
+
+_ARRAYS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NAIVE_UTC | orjson.OPT_UTC_Z
 
 
 def format_times(times: NDArray[np.int64]) -> list[str]:

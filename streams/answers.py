@@ -142,9 +142,9 @@ class Answers:
             "request_id": [requests[at].request_id for at in request],
             "user_id": users,
             "item_id": items,
-            "event_time": format_times(
-                np.array([time_ms(each.event_time) for each in requests])[request]
-            ),
+            "event_time": np.array([time_ms(each.event_time) for each in requests], "M8[ms]")[
+                request
+            ],
             "kind": "request",
             "source": [sources[at] for at in request],
             "of": [len(requests[at].item_ids) for at in request],

@@ -481,7 +481,7 @@ def _prediction_records(
             "event_id": [record.event_id for record in records],
             "user_id": users,
             "item_id": [record.item_id for record in records],
-            "event_time": format_times(arrivals.events["time"][scored]),
+            "event_time": arrivals.events["time"][scored].astype("M8[ms]"),
             "predicted_at": format_times(np.array([predicted_at]))[0],
             "kind": "interaction",
             **prediction_columns(predictions),

@@ -251,9 +251,7 @@ class Texts:
             "event_id": [each.event_id for each in reviews],
             "user_id": users,
             "item_id": items,
-            "event_time": format_times(
-                np.array([time_ms(each.event_time) for each in reviews], np.int64)
-            ),
+            "event_time": np.array([time_ms(each.event_time) for each in reviews], "M8[ms]"),
             "distribution": rounded(stars.astype(np.float32)),
         }
         low = np.clip(mean - NORMAL_80 * deviation, 1, 5).astype(np.float32)

@@ -169,6 +169,9 @@ def test_every_record_survives_encoding(topic: Any) -> None:
 def test_columns_are_encoded_as_rows() -> None:
     times = format_times(np.array([1795515300123, 1795515300000]))
     assert times == ["2026-11-24T10:15:00.123Z", "2026-11-24T10:15:00.000Z"]
+    array = np.array([1795515300123, 1795515300000], "M8[ms]")
+    written = [b'{"at":"2026-11-24T10:15:00.123Z"}', b'{"at":"2026-11-24T10:15:00Z"}']
+    assert encode_columns({"at": array}) == written
     columns = {
         **{name: EVENT[name] for name in ("event_id", "user_id", "item_id")},
         "action": ["view", "view"],
