@@ -1,10 +1,11 @@
 """The one Kafka loop that every processor shares.
 
 A turn of the loop: poll a batch, let the processor turn it into records and state writes, send the
-records and the input offsets in one transaction, and only then write the states. While the commit
-and the writes of one batch are under way in a thread of their own, the next is polled and
-processed, where the processor allows it (`Outcome.write`); its transaction begins when they are
-done. Whatever changes what is owned, claimed or held waits for them first. A partition is
+input offsets and the records in one transaction, and only then write the states. A thread of its
+own begins the transaction, with the offsets, while the batch is processed, and ends it. While the
+commit and the writes of one batch are under way there, the next is polled and processed, where the
+processor allows it (`Outcome.write`); its transaction begins when they are done. Whatever changes
+what is owned, claimed or held waits for them first. A partition is
 worked on when all topics of the processor own it and the processor has claimed and recovered it
 ("live"). Whatever goes wrong in between (a lost partition, an aborted transaction, a store that
 does not answer) has one answer: drop what is in memory, claim again, recover, and go on from the
@@ -17,7 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from socket import gethostname
@@ -114,6 +115,15 @@ class _Flight:
     delivered: dict[Position, int]  # complete once `end` has come back
 
 
+@dataclass(frozen=True)
+class _Polled:
+    """A batch, and its transaction."""
+
+    messages: list[Message]
+    offsets: list[TopicPartition]  # the next of each input
+    opened: Future[None] | None  # done when the transaction has begun and has the offsets
+
+
 class Processor(Protocol):
     """What the loop asks of a processor. All calls come from the loop's own thread.
 
@@ -202,6 +212,7 @@ class Loop:
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
         self._fenced_at = -TWICE_SECONDS
+        self._opened_at = 0.0
         self._begun_at = 0.0
         self._lag_at = 0.0
         self._idle_at = 0.0
@@ -275,18 +286,25 @@ class Loop:
             messages += self._consumer.consume(self._processor.batch_size - 1, self._gathering())
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = self._consumer.consumer_group_metadata()
-        batch = self._usable(messages)
+        batch = self._opened(self._usable(messages), metadata)
         try:
-            if batch:
-                began = time.monotonic()
-                with self._phase("process"):
-                    outcome = self._processor.process(batch)
-                self._overlap.processed(time.monotonic() - began)
-                self._finish(outcome, batch, metadata)
-            self._idle(batch, metadata)
+            if batch is not None:
+                self._finish(self._processed(batch), batch)
+            self._idle(batch is not None)
         except StoreError as error:
             self._refused(error)
         self._measure_lag()
+
+    def _processed(self, batch: _Polled) -> Outcome:
+        began = time.monotonic()
+        try:
+            with self._phase("process"):
+                outcome = self._processor.process(batch.messages)
+        except StoreError:
+            self._void(batch)
+            raise
+        self._overlap.processed(time.monotonic() - began)
+        return outcome
 
     def _gathering(self) -> float:
         """Longest wait for a fuller batch now that there is a record, seconds."""
@@ -294,14 +312,14 @@ class Loop:
             return lingering(self._processor.linger_seconds)
         return self._overlap.left(time.monotonic() - self._begun_at)
 
-    def _idle(self, batch: list[Message], metadata: Any) -> None:
+    def _idle(self, busy: bool) -> None:
         """Timed work, and what it sends; a transaction under way is waited for only when due."""
-        if batch and self._flight is not None and time.monotonic() < self._idle_at:
+        if busy and self._flight is not None and time.monotonic() < self._idle_at:
             return
         self._settle()
         self._idle_at = time.monotonic() + TIMED_SECONDS
         if (extra := self._processor.idle()) is not None:
-            self._finish(extra, [], metadata)
+            self._finish(extra, None)
             self._settle()
 
     # -- ownership ---------------------------------------------------------------------------
@@ -521,45 +539,89 @@ class Loop:
 
     # -- output ------------------------------------------------------------------------------
 
-    def _finish(self, outcome: Outcome, batch: list[Message], metadata: Any) -> None:
+    def _opened(self, messages: list[Message], metadata: Any) -> _Polled | None:
+        """Have a batch's transaction begun, with its offsets, once the one before has ended.
+
+        The group's coordinator takes as long to note offsets as to end a transaction, and they are
+        known before the outputs are. `_transact` and `_void` wait for it.
+        """
+        if not messages:
+            return None
+        ends = {(each.topic(), each.partition()): (each.offset() or 0) + 1 for each in messages}
+        offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
+        if not self._exactly_once:
+            return _Polled(messages, offsets, None)
+        if _generation(metadata) < 1:
+            self._restart(BrokerError("The batch was polled outside a group generation."))
+            return None
+        before = self._flight
+        self._opened_at = time.monotonic()
+
+        def begin() -> None:
+            if before is not None:
+                before.end()  # it has ended; where it came to nothing, so does this one
+            began = time.monotonic()
+            self._producer.begin_transaction()
+            self._send_offsets(offsets, metadata)
+            self._overlap.opened(time.monotonic() - began)
+
+        return _Polled(messages, offsets, self._commits.submit(begin))
+
+    def _void(self, batch: _Polled) -> None:
+        """Abort the transaction of a batch of which nothing came."""
+        if self._settle() and batch.opened is not None and self._begun(batch.opened):
+            self._abort()
+
+    def _begun(self, opened: Future[None]) -> bool:
+        """Wait until a transaction has begun; whether it has. If not, all is claimed again."""
+        try:
+            with self._phase("commit"):
+                opened.result()
+            return True
+        except KafkaException as error:
+            self._undo(error)
+        except TimeoutError as error:
+            self._renew_producer()
+            self._restart(error)
+        return False
+
+    def _finish(self, outcome: Outcome, batch: _Polled | None) -> None:
         """Outputs and offsets in one transaction, then the states."""
         if not self._settle():
             return  # what was processed stood on a transaction that came to nothing
         if outcome.late is not None:
             outcome = replace(outcome, outputs=[*outcome.outputs, *outcome.late()], late=None)
-        ends = {
-            (message.topic(), message.partition()): (message.offset() or 0) + 1 for message in batch
-        }
-        offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
         if self._exactly_once:
-            self._transact(outcome, offsets, metadata)
+            self._transact(outcome, None if batch is None else batch.opened)
             return
         with self._phase("commit"):
-            delivered = self._deliver(outcome, offsets)
+            delivered = self._deliver(outcome)
         if delivered is None:
             return
         self._write(outcome, delivered)
         self._finished(outcome, delivered)
-        if offsets:
-            self._commit_plain(offsets)
+        if batch is not None:
+            self._commit_plain(batch.offsets)
 
-    def _transact(self, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> None:
-        """Begin a transaction and have it ended: at once, or by `_settle` after the next batch."""
-        if offsets and _generation(metadata) < 1:
-            self._restart(BrokerError("The batch was polled outside a group generation."))
+    def _transact(self, outcome: Outcome, opened: Future[None] | None) -> None:
+        """Send outputs and have the transaction ended: at once, or by `_settle` after another turn.
+
+        It was opened for the batch; where there is none, it begins here.
+        """
+        if opened is not None and not self._begun(opened):
             return
         self._begun_at = time.monotonic()
         try:
             with self._phase("produce"):
-                self._producer.begin_transaction()
+                if opened is None:
+                    self._opened_at = self._begun_at
+                    self._producer.begin_transaction()
                 delivered = self._send(outcome)
         except KafkaException as error:
             self._undo(error)
             return
 
         def end() -> None:
-            if offsets:
-                self._send_offsets(offsets, metadata)
             self._insist(self._producer.commit_transaction)
             self._write(outcome, delivered)
             self._overlap.ended(time.monotonic() - self._begun_at)
@@ -653,7 +715,7 @@ class Loop:
         That happens to a worker that slept past the timeout of its transaction, and to one whose
         transactional id another worker has as well.
         """
-        own = time.monotonic() - self._begun_at > TRANSACTION_SECONDS  # Kafka ended it: too slow
+        own = time.monotonic() - self._opened_at > TRANSACTION_SECONDS  # Kafka ended it: too slow
         if not own and time.monotonic() < self._fenced_at + TWICE_SECONDS:
             raise BrokerError(
                 f"Kafka fenced this worker again: {reason}. Another worker uses the transactional "
@@ -668,9 +730,7 @@ class Loop:
         self._producer = Producer(self._producer_config())
         self._init_transactions()
 
-    def _deliver(
-        self, outcome: Outcome, offsets: list[TopicPartition]
-    ) -> dict[Position, int] | None:
+    def _deliver(self, outcome: Outcome) -> dict[Position, int] | None:
         """Outputs without a transaction; what was not delivered is worked on again."""
         failed: list[KafkaError] = []
         try:

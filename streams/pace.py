@@ -40,22 +40,28 @@ class Pace:
 class Overlap:
     """How long a batch is gathered while the transaction before it is under way.
 
-    Its own transaction can begin no sooner than that one ends. So it is taken as late as lets it be
-    processed by then: what comes until then need not wait for the next.
+    Its own transaction can be opened no sooner than that one ends. So it is taken as late as lets
+    it be processed by then: what comes until then need not wait for the next.
     """
 
     def __init__(self) -> None:
         self._processing = 0.0
+        self._opening = 0.0
         self._ending = 0.0
 
     def processed(self, seconds: float) -> None:
         """A batch was processed."""
         self._processing += NEWEST * (seconds - self._processing)
 
+    def opened(self, seconds: float) -> None:
+        """A transaction took so long to begin and to note its offsets."""
+        self._opening += NEWEST * (seconds - self._opening)
+
     def ended(self, seconds: float) -> None:
-        """A transaction took so long to end, from its begin to the write after its commit."""
+        """A transaction took so long to end, from its outputs to the write after its commit."""
         self._ending += NEWEST * (seconds - self._ending)
 
     def left(self, elapsed: float) -> float:
-        """Seconds to gather for, so long after the begin of the one under way."""
-        return min(max(self._ending - self._processing - elapsed, 0.0), GATHER_SECONDS)
+        """Seconds to gather for, so long after the outputs of the one under way."""
+        ready = self._ending + self._opening
+        return min(max(ready - self._processing - elapsed, 0.0), GATHER_SECONDS)

@@ -13,7 +13,7 @@ In the model, and in the code:
 - `recover`: `UserStates._recover` and `_compare`: the journal from the header to its stable end.
 - `write`: `Store.write` (`starcast_write`): a chunk of keys, and the header with the last one.
 - `check`: `UserStates.check`: a claim that no longer holds is noticed without events.
-- `send`, `offsets`, `commit`: `_transact`: outputs, `send_offsets_to_transaction`,
+- `offsets`, `send`, `commit`: `_opened` and `_transact`: `send_offsets_to_transaction`, outputs,
   `commit_transaction`.
 - `start`, `reopen`: `_init_transactions` of a new worker, and of one that was fenced.
 - `Entry`, `World.journal`: a transaction's records in the partition of the journal.
@@ -25,11 +25,12 @@ In the model, and in the code:
 A worker that sleeps is one that no step is given to: it may wake at any time, so every worker is a
 zombie somewhere in the search. A crash may come after any step, and so may any other fault.
 
-Facts of Kafka. An offset commit is checked against the generation that it carries when it is sent,
-not when its transaction is committed; generation -1 with no member is not checked. A commit is
-decided first and seen later, in the journal and in the offsets, in either order; until then the
-last stable offset stays below it. `init_transactions` aborts the open transaction of its id, and
-waits for a decided one. A consumer that was thrown out may still hand out what it had fetched.
+Facts of Kafka. A transaction is open from its first offsets or outputs on. An offset commit is
+checked against the generation that it carries when it is sent, not when its transaction is
+committed; generation -1 with no member is not checked. A commit is decided first and seen later, in
+the journal and in the offsets, in either order; until then the last stable offset stays below it.
+`init_transactions` aborts the open transaction of its id, and waits for a decided one. A consumer
+that was thrown out may still hand out what it had fetched.
 
 Left out: more than one partition and input topic (one transaction commits all of them together),
 at-least-once mode, a store that answers late or not at all (a crash there is worse), retention and
@@ -106,7 +107,7 @@ class Transaction(NamedTuple):
 class Worker(NamedTuple):
     """One worker's memory.
 
-    Phases: down, out, asked, claimed, live, polled, sent, bound, written; fenced by Kafka.
+    Phases: down, out, asked, claimed, live, polled, bound, sent, written; fenced by Kafka.
     """
 
     phase: str = "down"
@@ -225,13 +226,13 @@ class Model:
                 yield from self._recover(world, at, worker)
             case "live":
                 yield from self._poll(world, at, worker)
-            case "polled" if fenced or transaction.entry is None:
+            case "polled" if fenced or not _stage(world, transaction):
+                yield from self._offsets(world, at, worker, fenced)
+            case "bound":
                 yield from self._send(world, at, worker, fenced)
             case "sent" if worker.left and not self.on.order:
                 yield from self._write(world, at, worker, "sent")
             case "sent":
-                yield from self._offsets(world, at, worker, fenced)
-            case "bound":
                 yield "commit", self._commit(world, at, worker, fenced)
             case "written":
                 yield from self._write(world, at, worker, "live")
@@ -451,7 +452,10 @@ def _dropped(worker: Worker) -> Worker:
 
 
 def _stage(world: World, transaction: Transaction) -> str:
-    return "" if transaction.entry is None else world.journal[transaction.entry].stage
+    """Empty: there is none."""
+    if transaction.entry is None:
+        return "" if transaction.offset is None else "open"
+    return world.journal[transaction.entry].stage
 
 
 def _set_stage(world: World, entry: int, stage: str) -> World:

@@ -328,15 +328,16 @@ def test_a_batch_of_an_older_generation_is_dropped(world: World, rejoined: bool)
     loop = world.loop(processor)
     fill(world, 3, 0)
     world.consumer.rebalance(new=places(0))
-    process = processor.process
+    ask = world.consumer.consumer_group_metadata
 
-    def sleep(messages: list[Message]) -> Outcome:
+    def sleep() -> bytes:
+        found = ask()
         world.broker.generation += 1
         if rejoined:
             world.consumer.generation = world.broker.generation
-        return process(messages)
+        return found
 
-    with patch.object(processor, "process", sleep):
+    with patch.object(world.consumer, "consumer_group_metadata", sleep):
         world.turn(loop)
     assert processor.batches
     assert (answered(world), processor.finished) == ([], [])
@@ -355,7 +356,7 @@ def test_outside_a_generation_nothing_is_committed(world: World, generation: int
     world.consumer.rebalance(new=places(0))
     world.consumer.generation = world.broker.generation = generation
     world.turn(loop)
-    assert processor.batches
+    assert not processor.batches
     assert not world.broker.outputs
     assert not world.broker.committed
     assert not world.broker.producers[0].begun
@@ -706,9 +707,22 @@ def test_a_store_that_fails_drops_nothing(world: World, method: str, error: Exce
     world.turn(loop)
     assert loop.live == frozenset()
     assert processor.drops[-1] == {0, 1}
+    assert not world.broker.producers[0].begun
     fill(world, 1, 0)
     world.turn(loop)
     assert len(answered(world)) == len(set(answered(world))) == 14
+
+
+@pytest.mark.parametrize("step", ["begin_transaction", "send_offsets_to_transaction"])
+def test_a_store_and_a_transaction_that_fail_together_drop_nothing(world: World, step: str) -> None:
+    loop = world.loop(Counting(errors={"process": [StoreError("gone")]}))
+    fill(world, 3, 0)
+    world.consumer.rebalance(new=places(0))
+    world.broker.fail(step, *ABORTS[step])
+    world.turn(loop)
+    assert not world.broker.producers[0].begun
+    world.turn(loop)
+    assert len(answered(world)) == len(set(answered(world))) == 6
 
 
 def test_any_other_error_of_a_processor_ends_the_worker(world: World) -> None:
@@ -1123,6 +1137,32 @@ def test_the_next_batch_is_processed_while_one_is_written(world: World) -> None:
     assert all(name.startswith("counting" + loops.COMMITS) for name in processor.written)
     assert len(answered(world)) == 6
     assert world.broker.committed["eu.reviews", 0] == 6
+
+
+def test_offsets_are_noted_while_a_batch_is_processed(world: World) -> None:
+    processor, loop = ahead(world)
+    processor.writing.set()
+    producer, noted = world.broker.producers[0], threading.Event()
+    note = producer.send_offsets_to_transaction
+
+    def send(*arguments: Any) -> None:
+        note(*arguments)
+        noted.set()
+
+    def process(messages: list[Message]) -> Outcome:
+        assert noted.wait(10)
+        assert producer.begun
+        noted.clear()
+        return Ahead.process(processor, messages)
+
+    with (
+        patch.object(producer, "send_offsets_to_transaction", send),
+        patch.object(processor, "process", process),
+    ):
+        loop._turn()
+        loop._turn()
+    loop._settle()
+    assert len(answered(world)) == 6
 
 
 def test_who_waits_for_a_commit_anyway_gathers_until_then(world: World) -> None:

@@ -64,15 +64,20 @@ def test_a_batch_is_gathered_until_it_is_processed_just_in_time() -> None:
     assert overlap.left(0) == pytest.approx(0.04)
     assert overlap.left(0.03) == pytest.approx(0.01)
     assert overlap.left(0.05) == 0
+    overlap.opened(0.1)  # a mean of 0.02, in which it has no outputs yet
+    assert overlap.left(0.05) == pytest.approx(0.01)
 
 
 seconds = st.floats(0, 100)
 
 
-@given(st.lists(st.tuples(seconds, seconds)), seconds)
-def test_no_batch_is_gathered_for_long(turns: list[tuple[float, float]], elapsed: float) -> None:
+@given(st.lists(st.tuples(seconds, seconds, seconds)), seconds)
+def test_no_batch_is_gathered_for_long(
+    turns: list[tuple[float, float, float]], elapsed: float
+) -> None:
     overlap = Overlap()
-    for ending, processing in turns:
+    for opening, ending, processing in turns:
+        overlap.opened(opening)
         overlap.ended(ending)
         overlap.processed(processing)
         assert 0 <= overlap.left(elapsed) <= GATHER_SECONDS
