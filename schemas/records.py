@@ -71,7 +71,7 @@ class _Rfc3339:
 
 
 def format_time(time: datetime) -> str:
-    """RFC 3339 in UTC with milliseconds, as all our records carry it."""
+    """RFC 3339 in UTC with milliseconds. Columns of times leave a fraction of zero out."""
     return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
