@@ -122,6 +122,7 @@ class _Polled:
     messages: list[Message]
     offsets: list[TopicPartition]  # the next of each input
     opened: Future[None] | None  # done when the transaction has begun and has the offsets
+    processed: threading.Event
 
 
 class Processor(Protocol):
@@ -303,6 +304,7 @@ class Loop:
         except StoreError:
             self._void(batch)
             raise
+        batch.processed.set()
         self._overlap.processed(time.monotonic() - began)
         return outcome
 
@@ -543,32 +545,37 @@ class Loop:
         """Have a batch's transaction begun, with its offsets, once the one before has ended.
 
         The group's coordinator takes as long to note offsets as to end a transaction, and they are
-        known before the outputs are. `_transact` and `_void` wait for it.
+        known before the outputs are. It is asked so that it has done when the batch is processed,
+        no sooner: a worker that dies with an open transaction keeps a new owner waiting.
         """
         if not messages:
             return None
         ends = {(each.topic(), each.partition()): (each.offset() or 0) + 1 for each in messages}
         offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
+        processed = threading.Event()
         if not self._exactly_once:
-            return _Polled(messages, offsets, None)
+            return _Polled(messages, offsets, None, processed)
         if _generation(metadata) < 1:
             self._restart(BrokerError("The batch was polled outside a group generation."))
             return None
-        before = self._flight
-        self._opened_at = time.monotonic()
+        before, polled = self._flight, time.monotonic()
 
         def begin() -> None:
             if before is not None:
                 before.end()  # it has ended; where it came to nothing, so does this one
-            began = time.monotonic()
+            processed.wait(self._overlap.spare(time.monotonic() - polled))
+            if self._ended:
+                return  # by an error; nothing comes of the batch
+            self._opened_at = began = time.monotonic()
             self._producer.begin_transaction()
             self._send_offsets(offsets, metadata)
             self._overlap.opened(time.monotonic() - began)
 
-        return _Polled(messages, offsets, self._commits.submit(begin))
+        return _Polled(messages, offsets, self._commits.submit(begin), processed)
 
     def _void(self, batch: _Polled) -> None:
         """Abort the transaction of a batch of which nothing came."""
+        batch.processed.set()
         if self._settle() and batch.opened is not None and self._begun(batch.opened):
             self._abort()
 

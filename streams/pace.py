@@ -61,6 +61,13 @@ class Overlap:
         """A transaction took so long to end, from its outputs to the write after its commit."""
         self._ending += NEWEST * (seconds - self._ending)
 
+    def spare(self, elapsed: float) -> float:
+        """Seconds until a batch's transaction is to be opened, so long after it was polled.
+
+        So that it is open when the batch is processed.
+        """
+        return max(self._processing - self._opening - elapsed, 0.0)
+
     def left(self, elapsed: float) -> float:
         """Seconds to gather for, so long after the outputs of the one under way."""
         ready = self._ending + self._opening

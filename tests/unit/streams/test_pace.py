@@ -68,6 +68,15 @@ def test_a_batch_is_gathered_until_it_is_processed_just_in_time() -> None:
     assert overlap.left(0.05) == pytest.approx(0.01)
 
 
+def test_a_transaction_is_opened_just_in_time() -> None:
+    overlap = Overlap()
+    assert overlap.spare(0) == 0
+    overlap.processed(0.25)  # a mean of 0.05
+    overlap.opened(0.1)  # and of 0.02
+    assert overlap.spare(0) == pytest.approx(0.03)
+    assert overlap.spare(0.04) == 0
+
+
 seconds = st.floats(0, 100)
 
 
