@@ -18,7 +18,7 @@ from model.lookups import Lookups, table, vectors_of
 from model.network import FusedNetwork, Inputs, gather, tensors
 from model.replay import History, Observation, recover
 from model.serving import Served
-from model.state import ITEM_ATTRIBUTES, PARTITION, USER
+from model.state import ITEM_ATTRIBUTES, PARTITION, USER, from_bytes, to_bytes
 
 # Rows pass the network on a device in blocks of one size, the last one padded: see `serving`.
 _BLOCK = 2048
@@ -92,7 +92,7 @@ def warm(predictor: Predictor) -> None:
     (batch,) = history.run(events)
     predictor.predict(events, batch.result.observation, batch.lookups)
     recover(
-        blank(USER, 1),
+        from_bytes(to_bytes(blank(USER, 1)), USER),
         np.zeros(len(events), np.intp),
         blank(PARTITION, ()),
         events,

@@ -15,7 +15,7 @@ from trainer.train import fit_network
 CONFIG = TrainerConfig(
     threads=1,
     fit=FitConfig(
-        epochs=6, batch_rows=128, learning_rate=3e-3, sizes=SizesConfig(members=1, width=16)
+        epochs=6, batch_rows=128, learning_rate=3e-3, sizes=SizesConfig(members=2, width=16)
     ),
 )
 
@@ -62,6 +62,7 @@ def test_a_part_of_the_model_can_be_left_out(part: str, data: Prepared) -> None:
         "hashed ids": member.items.table.weight.numel() > 0,
         "taste of recent ratings": network.taste is not None,
         "boosted trees": network.trees is not None,
+        "all networks but one": len(network.networks) > 1,
     }
     assert not there[part]
     assert [*there] == [*SETTINGS]
