@@ -116,7 +116,7 @@ class _Flight:
 
 
 @dataclass(frozen=True)
-class _Polled:
+class Polled:
     """A batch, and its transaction."""
 
     messages: list[Message]
@@ -296,7 +296,7 @@ class Loop:
             self._refused(error)
         self._measure_lag()
 
-    def _processed(self, batch: _Polled) -> Outcome:
+    def _processed(self, batch: Polled) -> Outcome:
         began = time.monotonic()
         try:
             with self._phase("process"):
@@ -541,7 +541,7 @@ class Loop:
 
     # -- output ------------------------------------------------------------------------------
 
-    def _opened(self, messages: list[Message], metadata: Any) -> _Polled | None:
+    def _opened(self, messages: list[Message], metadata: Any) -> Polled | None:
         """Have a batch's transaction begun, with its offsets, once the one before has ended.
 
         The group's coordinator takes as long to note offsets as to end a transaction, and they are
@@ -554,7 +554,7 @@ class Loop:
         offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
         processed = threading.Event()
         if not self._exactly_once:
-            return _Polled(messages, offsets, None, processed)
+            return Polled(messages, offsets, None, processed)
         if _generation(metadata) < 1:
             self._restart(BrokerError("The batch was polled outside a group generation."))
             return None
@@ -571,9 +571,9 @@ class Loop:
             self._send_offsets(offsets, metadata)
             self._overlap.opened(time.monotonic() - began)
 
-        return _Polled(messages, offsets, self._commits.submit(begin), processed)
+        return Polled(messages, offsets, self._commits.submit(begin), processed)
 
-    def _void(self, batch: _Polled) -> None:
+    def _void(self, batch: Polled) -> None:
         """Abort the transaction of a batch of which nothing came."""
         batch.processed.set()
         if self._settle() and batch.opened is not None and self._begun(batch.opened):
@@ -592,7 +592,7 @@ class Loop:
             self._restart(error)
         return False
 
-    def _finish(self, outcome: Outcome, batch: _Polled | None) -> None:
+    def _finish(self, outcome: Outcome, batch: Polled | None) -> None:
         """Outputs and offsets in one transaction, then the states."""
         if not self._settle():
             return  # what was processed stood on a transaction that came to nothing

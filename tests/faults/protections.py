@@ -6,13 +6,14 @@ switch.
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from confluent_kafka import TopicPartition
+from confluent_kafka import Message
 
 from streams import store as stores
-from streams.loop import Loop, Outcome
+from streams.loop import Loop, Outcome, Polled
 from streams.store import Call, Claim, Store
 from streams.user_states import UserStates
 
@@ -22,19 +23,34 @@ REJOIN_SECONDS = 30.0  # a worker that was thrown out is back with its partition
 
 def without_guard() -> None:
     """A batch that was refused is committed with the generation that the worker joins next."""
-    transact = Loop._transact
+    transact, open_ = Loop._transact, Loop._opened
+    batches: dict[Loop, Polled] = {}
 
-    def again(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> None:
-        transact(self, outcome, offsets, metadata)
-        wanted = {self._position(each) for each in offsets}
+    def remembered(self: Loop, messages: list[Message], metadata: Any) -> Polled | None:
+        batch = open_(self, messages, metadata)
+        if batch is not None:
+            batches[self] = batch
+        return batch
+
+    def again(self: Loop, outcome: Outcome, opened: Future[None] | None) -> None:
+        transact(self, outcome, opened)
+        if opened is None:
+            return
+        batch = batches[self]
+        wanted = {self._position(each) for each in batch.offsets}
         until = time.monotonic() + REJOIN_SECONDS
-        while wanted and not _settled(self) and time.monotonic() < until:
+        while not _settled(self) and time.monotonic() < until:
             self._consumer.consume(1, 0.2)  # paused: only callbacks come
-            if wanted <= self._owned:
-                transact(self, outcome, offsets, self._consumer.consumer_group_metadata())
+            if not wanted <= self._owned:
+                continue
+            newer = open_(self, batch.messages, self._consumer.consumer_group_metadata())
+            if newer is not None:
+                newer.processed.set()
+                transact(self, outcome, newer.opened)
                 if self._settle():
                     return
 
+    Loop._opened = remembered
     Loop._transact = again
 
 
@@ -92,10 +108,10 @@ def without_order() -> None:
     transact = Loop._transact
     committed = 0
 
-    def early(self: Loop, outcome: Outcome, offsets: list[TopicPartition], metadata: Any) -> None:
+    def early(self: Loop, outcome: Outcome, opened: Future[None] | None) -> None:
         nonlocal committed
         if committed < SETTLED_COMMITS:
-            transact(self, outcome, offsets, metadata)
+            transact(self, outcome, opened)
             committed += _settled(self)
             return
         write, outcome.write = outcome.write, None
@@ -110,7 +126,7 @@ def without_order() -> None:
 
         self._send = send_and_write
         try:
-            transact(self, outcome, offsets, metadata)
+            transact(self, outcome, opened)
         finally:
             self._send = send
 
