@@ -654,9 +654,6 @@ class Loop:
             return True
         except KafkaException as error:
             self._undo(error)
-        except TimeoutError as error:
-            self._renew_producer()
-            self._restart(error)
         except StoreError as error:
             self._refused(error)
         return False

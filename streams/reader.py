@@ -73,8 +73,6 @@ class Copy:
 
     def put(self, hashes: Hashes, read: Fetched) -> None:
         """Keep what was read of distinct hashes (n)."""
-        if not len(hashes):
-            return
         places = self._rows.place(hashes)
         rows = self._rows.rows
         rows["row"][places] = read.rows
@@ -100,7 +98,8 @@ class VectorCopy:
         """Those of distinct texts, in order, that have one."""
         if len(self._rows.rows) > MOST_ROWS:
             self._begin()
-        if len(new := self._places.stale(texts)):
+        new = self._places.stale(texts)
+        if len(new):
             self._places.put(new, self._keep(new))
         read = self._places.take(texts)
         places = np.append(read["row"][read["found"]], 0)
@@ -148,14 +147,14 @@ class Reader:
         users = np.unique(events["user"])
         old, old_users = self._item_attributes.stale(known), self._user_attributes.stale(users)
         wanted = ((ITEM_STATE, items), (ITEM_KIND, old), (USER_KIND, old_users))
-        states_, of_items, of_users = self._store.read_each(  # all in one round trip
+        item_states, of_items, of_users = self._store.read_each(  # all in one round trip
             [store_keys(self._store, kind, hashes) for kind, hashes in wanted]
         )
         self._item_attributes.put(old, _fetched(of_items, ITEM_ATTRIBUTES))
         self._user_attributes.put(old_users, _fetched(of_users, USER_ATTRIBUTES))
         attributes = self._item_attributes.take(known)["row"]
         return Lookups(
-            items=table(items, from_bytes(states_, ITEM)),
+            items=table(items, from_bytes(item_states, ITEM)),
             item_attributes=table(known, attributes),
             user_attributes=table(users, self._user_attributes.take(users)["row"]),
             vectors=self._vector_table(attributes["text"]),

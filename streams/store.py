@@ -222,19 +222,20 @@ class Store:
         """The same for each of several sequences of keys, in as few round trips."""
         keys = [key for group in groups for key in group]
         parts = [keys[start : start + READ_KEYS] for start in range(0, len(keys), READ_KEYS)]
-        values: list[bytes | None] = []
         with _answering():
-            if self._cluster:
-                for part in parts:
-                    values += self.client.mget_nonatomic(part)
-            for start in range(0, 0 if self._cluster else len(parts), CALLS_AT_ONCE):
-                with self.client.pipeline(transaction=False) as pipeline:
-                    for part in parts[start : start + CALLS_AT_ONCE]:
-                        pipeline.mget(part)
-                    for found in pipeline.execute():
-                        values += found
+            values = [value for found in self._found(parts) for value in found]
         ends = accumulate(map(len, groups), initial=0)
         return [values[begin:end] for begin, end in pairwise(ends)]
+
+    def _found(self, parts: Sequence[Sequence[bytes]]) -> Iterator[list[bytes | None]]:
+        if self._cluster:
+            yield from map(self.client.mget_nonatomic, parts)
+            return
+        for start in range(0, len(parts), CALLS_AT_ONCE):
+            with self.client.pipeline(transaction=False) as pipeline:
+                for part in parts[start : start + CALLS_AT_ONCE]:
+                    pipeline.mget(part)
+                yield from pipeline.execute()
 
     def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Write values that never change under their key, and so need no claim."""
