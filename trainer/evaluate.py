@@ -531,6 +531,7 @@ def _text_peers(
             [[worded.part(part)[row] for row in test] for part in PARTS],
             config.text.longest_tokens,
             config.seed,
+            kept.folder / "plain",
         )
         answers: Arrays = {}
         for part, (expected, stars) in zip(PARTS, told, strict=True):

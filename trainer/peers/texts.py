@@ -6,7 +6,6 @@ Every peer is fitted on whole reviews, title and text joined, as ours is.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -23,11 +22,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.metrics import Floats, scores
 from trainer.peers.tuning import Settings, Suggest, tune
 
 _MOST_STEPS = 300  # of a logistic regression's solver
+_CHECKPOINT_STEPS = 50  # of a fine-tune: minutes on a core
 
 Vectors = NDArray[np.float32]
 Told = tuple[Floats, NDArray[np.int64]]
@@ -150,6 +151,7 @@ def finetune_plain(
     asked: Sequence[Sequence[str]],
     longest_tokens: int,
     seed: int,
+    scratch: Path,
 ) -> list[Told]:
     """A full fine-tune as transformers' own documentation has it: two epochs, defaults else.
 
@@ -160,6 +162,7 @@ def finetune_plain(
         asked: several lists of texts to read.
         longest_tokens: a text is cut there.
         seed: of the head and the order.
+        scratch: a folder for checkpoints, from which a fit that was cut short goes on.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     set_seed(seed)
@@ -174,24 +177,24 @@ def finetune_plain(
             row["labels"] = int(star) - 1
         return found
 
-    with TemporaryDirectory(prefix="starcast-plain-") as scratch:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                scratch,
-                num_train_epochs=2,
-                seed=seed,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=cast(Any, rows(texts, np.clip(np.rint(rating), 1, 5).astype(np.int64))),
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
-        trainer.train()
-        told: list[Told] = []
-        for words in asked:
-            logits = np.asarray(trainer.predict(cast(Any, rows(words))).predictions, np.float64)
-            shares = np.exp(logits - logits.max(1, keepdims=True))
-            told.append(_expected(shares / shares.sum(1, keepdims=True), np.arange(1, 6)))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(scratch),
+            num_train_epochs=2,
+            seed=seed,
+            save_steps=_CHECKPOINT_STEPS,
+            save_total_limit=1,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=cast(Any, rows(texts, np.clip(np.rint(rating), 1, 5).astype(np.int64))),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)))
+    told: list[Told] = []
+    for words in asked:
+        logits = np.asarray(trainer.predict(cast(Any, rows(words))).predictions, np.float64)
+        shares = np.exp(logits - logits.max(1, keepdims=True))
+        told.append(_expected(shares / shares.sum(1, keepdims=True), np.arange(1, 6)))
     return told

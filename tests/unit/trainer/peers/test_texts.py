@@ -1,9 +1,11 @@
 """Every text peer reads stars off words."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import Trainer
 
 from tests.unit.trainer.shop import WORDS
 from trainer.metrics import class_scores
@@ -31,12 +33,41 @@ def test_a_peer_reads_the_word_that_says_the_stars(
     assert found.accuracy > 0.9
 
 
-def test_a_plain_fine_tune_reads_lists_of_texts(encoder_folder: Path) -> None:
+def test_a_plain_fine_tune_reads_lists_of_texts(encoder_folder: Path, tmp_path: Path) -> None:
     known = worded(64, 1)
-    told = finetune_plain(
-        encoder_folder, known.texts, known.rating, [known.texts[:5], [""]], 16, seed=1
-    )
+    asked = [known.texts[:5], [""]]
+    told = finetune_plain(encoder_folder, known.texts, known.rating, asked, 16, 1, tmp_path)
     (expected, stars), (nothing, _) = told
     assert expected.shape == stars.shape == (5,)
     assert ((expected >= 1) & (expected <= 5)).all()
     assert nothing.shape == (1,)
+
+
+def test_a_plain_fine_tune_that_was_cut_short_comes_to_the_same(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = worded(64, 1)
+
+    def fitted(folder: str) -> np.ndarray:
+        told = finetune_plain(
+            encoder_folder, known.texts, known.rating, [known.texts], 16, 1, tmp_path / folder
+        )
+        return told[0][0]
+
+    whole = fitted("whole")
+    monkeypatch.setattr("trainer.peers.texts._CHECKPOINT_STEPS", 6)  # of 16
+    steps = 0
+    step = Trainer.training_step
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 9:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        fitted("cut")
+    assert np.array_equal(fitted("cut"), whole)
+    assert steps == 9 + 10  # from the sixth on
