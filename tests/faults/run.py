@@ -22,6 +22,7 @@ from tests.faults.check import (
     SETTLED_SECONDS,
     Verdict,
     check_all,
+    check_predictions,
     unarchived,
     unscored,
     wait_settled,
@@ -113,8 +114,11 @@ def run(
         _play(world, schedule, load.rate, result, say)
         _settle(world, result, say, settled_seconds)
         for shop in world.shops:
-            if result.verdicts[shop.name].clean:
-                check_all(shop, result.verdicts[shop.name], say)
+            verdict = result.verdicts[shop.name]
+            if verdict.clean:
+                check_all(shop, verdict, say)
+            else:  # what was published may tell why: a journal that was doubled ends the workers
+                check_predictions(shop, verdict)
         result.events = sum(
             shop.played["reviews"] + shop.played["behavior"] for shop in world.shops
         )
