@@ -35,7 +35,8 @@ from tests.faults.protections import SWITCHES
 POINTS = (
     "polled",  # messages are here, the group's generation is not read yet
     "scoring",  # states are read, nothing is predicted
-    "sent",  # outputs are sent, offsets and commit are not
+    "noted",  # offsets are in an open transaction, the batch is being worked on
+    "sent",  # outputs are sent, the commit is not
     "committing",  # the commit is about to be asked for
     "committed",  # it was answered; states are not written
     "writing",  # some chunks of a batch's states are written, the header is not
@@ -43,6 +44,7 @@ POINTS = (
 )
 CHUNK = 20  # keys in a guarded write here, so that a batch has many,
 ROUND_TRIP = 3  # and round trips end in the middle of a partition's
+SENT_SECONDS = 5.0  # for outputs that a worker has queued to be with the brokers
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,15 @@ class Points:
             else:
                 self._orders.clear()
 
+    def awaits(self, point: str) -> bool:
+        """Whether this thread is to do anything at a point."""
+        return bool(self._orders) and (_processor(), point) in self._orders
+
     def reach(self, point: str) -> None:
         """What a processor's thread, or that of its commits, does at a point: mostly nothing."""
         if not self._orders:
             return
-        processor, _, _ = threading.current_thread().name.partition(loops.COMMITS)
-        order = self._orders.pop((processor, point), None)
+        order = self._orders.pop((_processor(), point), None)
         if order is None:
             return
         self._control.send(order)
@@ -96,6 +101,10 @@ class Points:
             time.sleep(order.seconds)
 
 
+def _processor() -> str:
+    return threading.current_thread().name.partition(loops.COMMITS)[0]
+
+
 def install(points: Points) -> None:
     """Put the points in place."""
 
@@ -106,10 +115,14 @@ def install(points: Points) -> None:
 
     class PointedProducer(confluent_kafka.Producer):
         def send_offsets_to_transaction(self, *arguments: Any, **named: Any) -> Any:
-            points.reach("sent")
-            return super().send_offsets_to_transaction(*arguments, **named)
+            done = super().send_offsets_to_transaction(*arguments, **named)
+            points.reach("noted")
+            return done
 
         def commit_transaction(self, *arguments: Any, **named: Any) -> Any:
+            if points.awaits("sent"):
+                self.flush(SENT_SECONDS)
+            points.reach("sent")
             points.reach("committing")
             done = super().commit_transaction(*arguments, **named)
             points.reach("committed")

@@ -146,6 +146,7 @@ def _signal(worker: Worker, number: int) -> None:
 KINDS: tuple[Kind, ...] = (
     Kind("killed after poll", "workers", _kill_at("polled"), "kill -9 between poll and scoring"),
     Kind("killed while scoring", "workers", _kill_at("scoring"), "kill -9 with states read"),
+    Kind("killed with offsets noted", "workers", _kill_at("noted"), "kill -9 in a transaction"),
     Kind("killed before commit", "workers", _kill_at("sent"), "kill -9 with outputs sent"),
     Kind(
         "killed inside commit",
