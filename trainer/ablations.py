@@ -63,7 +63,6 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "hashed ids": {"sizes": {"identity": 0}},
     "taste of recent ratings": {"sizes": {"factors": 0}},
     "boosted trees": {"trees": False},
-    "all networks but one": {"sizes": {"members": 1}},
 }
 """Changes of `fit`."""
 

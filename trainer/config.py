@@ -196,7 +196,7 @@ class TextConfig(BaseModel):
 class SizesConfig(BaseModel):
     """Sizes of the fused network, and what it forgets in training."""
 
-    members: int = Field(default=3, ge=1, le=32, description="networks that are averaged")
+    members: int = Field(default=1, ge=1, le=32, description="networks that are averaged")
     width: int = Field(default=64, ge=1, le=4_096, description="of the two hidden layers")
     token: int = Field(default=32, ge=1, le=1_024, description="width of a recent item")
     heads: int = Field(

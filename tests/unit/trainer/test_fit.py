@@ -14,7 +14,7 @@ from model.network import FusedNetwork, default_config
 from trainer.calibrate import COVERAGE, fit_calibration
 from trainer.config import FitConfig
 from trainer.data import Examples, from_file, replay
-from trainer.fit import Fitted, Start, _shared, carry, fit, mean, refit
+from trainer.fit import Fitted, Start, _believe, _shared, carry, fit, mean, refit
 
 CPU = torch.device("cpu")
 CONFIG = FitConfig.model_validate(
@@ -174,3 +174,11 @@ def test_the_temperature_undoes_logits_that_are_too_sure() -> None:
     middle = np.full(3_000, float(truth @ np.arange(1, 6)))
     found = fit_calibration(middle, logits, rating)
     assert found.temperature == pytest.approx(2.0, rel=0.25)
+
+
+def test_belief_starts_at_three_quarters_and_follows_what_is_left() -> None:
+    said = np.array([1.0, -1.0, 1.0, -1.0])  # power 4; doubt is 1 over 1/16
+    assert _believe(said, said) == pytest.approx(0.75 + 0.25 * 4 / 20)
+    assert _believe(said, -said) == pytest.approx(0.75 - 1.75 * 4 / 20)
+    assert _believe(np.tile(said, 100), np.tile(-said, 100)) == 0  # 0.75 - 1.75 * 400 / 416
+    assert _believe(np.zeros(4), said) == 0
