@@ -11,6 +11,7 @@ Question (b), stars read off a review's text, has the same split and is never mi
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -522,6 +523,8 @@ def _text_peers(
         for name, peer in texts.TEXT_PEERS.items()
     }
 
+    checkpoints = kept.folder / "plain"
+
     def plain() -> Arrays:
         known = np.flatnonzero(spans != TEST)
         told = texts.finetune_plain(
@@ -531,14 +534,16 @@ def _text_peers(
             [[worded.part(part)[row] for row in test] for part in PARTS],
             config.text.longest_tokens,
             config.seed,
-            kept.folder / "plain",
+            checkpoints,
         )
         answers: Arrays = {}
         for part, (expected, stars) in zip(PARTS, told, strict=True):
             answers[part], answers[f"{part} stars"] = expected, stars
         return answers
 
-    return {**found, "finetune_plain": kept.get("text peer finetune_plain", plain)}
+    found["finetune_plain"] = kept.get("text peer finetune_plain", plain)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # hundreds of megabytes, of no more use
+    return found
 
 
 def _text_blocks(worded: _Worded | None, texts: Mapping[str, Arrays]) -> dict[str, dict[str, Any]]:

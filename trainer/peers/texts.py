@@ -22,7 +22,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.metrics import Floats, scores
 from trainer.peers.tuning import Settings, Suggest, tune
@@ -191,7 +190,10 @@ def finetune_plain(
         train_dataset=cast(Any, rows(texts, np.clip(np.rint(rating), 1, 5).astype(np.int64))),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)))
+    # A checkpoint's state is written last: a kill before that leaves one that is not whole.
+    whole = [each.parent for each in scratch.glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     told: list[Told] = []
     for words in asked:
         logits = np.asarray(trainer.predict(cast(Any, rows(words))).predictions, np.float64)
