@@ -40,7 +40,13 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["starcast"]
 CMD ["--help"]
 
+# Triton builds a part of itself with a compiler when a worker first makes vectors.
 FROM runtime AS cuda
+USER root
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER starcast
 COPY --from=build-cuda /opt/starcast /opt/starcast
 
 FROM runtime AS cpu

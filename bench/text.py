@@ -62,7 +62,7 @@ from bench.ways import (
     shape,
 )
 from model import encoder as encoders
-from model import packed
+from model import packed, recorded
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
 from schemas.exceptions import StarcastError
@@ -290,20 +290,23 @@ def summary(
     return figures
 
 
-def saturated(encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> dict[str, Any]:
+def saturated(
+    encoder: TextEncoder, texts: Sequence[str], rounds: int, device: torch.device
+) -> dict[str, Any]:
     """How fast a GPU encodes once tokens are cut, and batches that lie there already.
 
-    Those by their size, and as part of the rate of matrix products of as many rows in bfloat16.
+    Those by their size, and as part of the rate of matrix products of as many rows in bfloat16,
+    measured after each: medians of so many rounds, and the lowest and highest share.
     """
     graphs = encoder.graphs
     assert graphs is not None  # of an encoder in bf16
     tokens = encoder.cut(texts)
     lengths = np.array([len(each) for each in tokens])
-    graphs.warm(packed.SIZES[-1])
+    graphs.warm(recorded.SIZES[-1])
     sizes = shape(encoder)
-    found: dict[str, Any] = {"resident": {}}
-    for size in packed.SIZES:
-        rows = next(packed.batches(np.maximum(lengths, packed.LEAST_TOKENS), size))
+    found: dict[str, Any] = {"fused": graphs.fused, "resident": {}}
+    for size in recorded.SIZES:
+        rows = next(packed.batches(np.maximum(lengths, recorded.LEAST_TOKENS), size))
         replay = graphs.filled(tokens[rows])
 
         def replays(replay: Callable[[], Any] = replay) -> None:
@@ -311,18 +314,26 @@ def saturated(encoder: TextEncoder, texts: Sequence[str], device: torch.device) 
                 replay()
 
         replays()
-        spent = seconds(replays, device) / REPLAYS
-        rate = matrix_rate(sizes, size, device, torch.bfloat16, MATRIX_SECONDS)
-        share = sizes.operations(lengths[rows].tolist()) / spent / rate
+        spent: list[float] = []
+        rates: list[float] = []
+        for _ in range(rounds):
+            spent.append(seconds(replays, device) / REPLAYS)
+            rates.append(matrix_rate(sizes, size, device, torch.bfloat16, MATRIX_SECONDS))
+        operations = sizes.operations(lengths[rows].tolist())
+        shares = [operations / one / rate for one, rate in zip(spent, rates, strict=True)]
         found["resident"][str(size)] = {
-            "tokens_per_second": round(lengths[rows].sum() / spent),
-            "share_of_matrix_rate": round(share, 3),
-            "matrix_gigaflops": round(rate / 1e9),
+            "tokens_per_second": round(lengths[rows].sum() / median(spent)),
+            "share_of_matrix_rate": round(median(shares), 3),
+            "lowest": round(min(shares), 3),
+            "highest": round(max(shares), 3),
+            "matrix_gigaflops": round(median(rates) / 1e9),
         }
-        if size == SATURATING_TOKENS:
-            found["share_of_matrix_rate_saturated"] = round(share, 3)
-    spent = seconds(lambda: graphs.encode(tokens, packed.SIZES[-1]), device)
-    return found | {"cut_tokens_per_second": round(sum(map(len, tokens)) / spent)}
+    largest = found["resident"][str(recorded.SIZES[-1])]
+    whole = seconds(lambda: graphs.encode(tokens, recorded.SIZES[-1]), device)
+    return found | {
+        "share_of_matrix_rate_saturated": largest["share_of_matrix_rate"],
+        "cut_tokens_per_second": round(sum(map(len, tokens)) / whole),
+    }
 
 
 def by_length(
@@ -424,7 +435,7 @@ def measure(settings: Settings, console: Console) -> dict[str, Any]:
             for count in settings.callers
         }
         if best.graphs is not None:
-            figures |= saturated(best, texts, parent.device)
+            figures |= saturated(best, texts, settings.rounds, parent.device)
         figures["star_rmse"] = star_errors(found, reviews)
     if settings.pairs:
         rates = pair_rates(settings.pairs, settings.device, console)

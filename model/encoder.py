@@ -27,7 +27,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
-from model import adapters, heads, int8, packed
+from model import adapters, heads, int8, packed, recorded
 from model import device as devices
 from model.exceptions import EncoderError
 from model.texts import plain
@@ -87,7 +87,7 @@ class TextEncoder:
     hidden: int
     projection: Projection
     star_head: StarHead | None
-    graphs: packed.Graphs | None = None  # on a GPU in bf16: what it was recorded as
+    graphs: recorded.Graphs | None = None  # on a GPU in bf16: what it was recorded as
 
     @property
     def width(self) -> int:
@@ -292,7 +292,7 @@ def load(
         hidden=hidden,
         projection=_projection(folder, hidden),
         star_head=None if star_head is None else read_star_head(star_head, hidden),
-        graphs=packed.Graphs(model, pooling, longest) if low and packed.fits(model) else None,
+        graphs=recorded.Graphs(model, pooling, longest) if low and packed.fits(model) else None,
     )
 
 

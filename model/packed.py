@@ -7,11 +7,10 @@ a layer is that of Devlin et al. 2019 ("BERT", section 3):
     a = norm(x + W_o · attention(W_q x, W_k x, W_v x)),    x' = norm(a + W_2 · gelu(W_1 a))
 
 On a CPU the model's own weights are used as they lie, in float32 or in eight bits (`int8`), and
-what a layer makes goes into memory that is taken once for all layers. On a GPU (`Graphs`) texts of
-one batch go through kernels that were recorded before, one recording for each size of batch.
+what a layer makes goes into memory that is taken once for all layers. `recorded` is the same on a
+GPU.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,10 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import int8
-
-SIZES = (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
-"""Tokens of the batches that are recorded for a GPU."""
-LEAST_TOKENS = 16  # a text in a recorded batch is taken for at least as long, so texts are bounded
 
 _PLAIN = {nn.Embedding, nn.LayerNorm}  # all that holds weights in a plain BERT but for products
 
@@ -150,8 +145,52 @@ def read(model: nn.Module, joined: bool = False) -> Bert:
     )
 
 
+def times(given: Tensor, weight: Weight, to: Tensor | None = None) -> Tensor:
+    """A product and its offset, into memory that is there already if any is given."""
+    if to is None:
+        return nn.functional.linear(given, *weight)
+    return torch.addmm(weight[1], given, weight[0].t(), out=to)
+
+
+def _embed(bert: Bert, ids: Tensor, positions: Tensor) -> Tensor:
+    x = bert.words[ids] + bert.positions[positions]
+    return nn.functional.layer_norm(x, (bert.hidden,), *bert.norm, bert.epsilon)
+
+
+def _add_normed(made: Tensor, x: Tensor, norm: Weight, epsilon: float) -> Tensor:
+    return nn.functional.layer_norm(made.add_(x), x.shape[1:], *norm, epsilon)
+
+
+def _times_gelu(x: Tensor, weight: Weight, to: Tensor | None) -> Tensor:
+    return torch.ops.aten.gelu_(times(x, weight, to))
+
+
+def pooled(x: Tensor, bounds: Tensor, pooling: str) -> Tensor:
+    """Unit vectors (texts, hidden) of states (tokens, hidden) by `bounds` (texts + 1).
+
+    `pooling` is that of an encoder: mean, cls or last.
+    """
+    x = x.float()
+    if pooling == "mean":
+        means: Any = torch.segment_reduce(x, "mean", offsets=bounds, axis=0, unsafe=True)
+        return nn.functional.normalize(means, dim=1)
+    at = bounds[:-1] if pooling == "cls" else (bounds[1:] - 1).clamp(min=0)
+    return nn.functional.normalize(x[at], dim=1)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is done between products; PyTorch's own kernels but where others are given."""
+
+    attend: Attend  # knows where texts end
+    embed: Callable[[Bert, Tensor, Tensor], Tensor] = _embed
+    add_normed: Callable[[Tensor, Tensor, Weight, float], Tensor] = _add_normed
+    times_gelu: Callable[[Tensor, Weight, Tensor | None], Tensor] = _times_gelu
+    pooled: Callable[[Tensor, Tensor, str], Tensor] = pooled
+
+
 def states(
-    bert: Bert, ids: Tensor, positions: Tensor, attend: Attend, room: Room | None = None
+    bert: Bert, ids: Tensor, positions: Tensor, steps: Steps, room: Room | None = None
 ) -> Tensor:
     """The last layer's states (tokens, hidden).
 
@@ -159,35 +198,25 @@ def states(
         bert: the weights.
         ids: (tokens) of all texts, end to end.
         positions: (tokens) of each in its text.
-        attend: knows where texts end.
+        steps: what is done between products.
         room: of as many tokens; none: each product takes its own.
     """
-
-    def norm(given: Tensor, weight: Weight) -> Tensor:
-        return nn.functional.layer_norm(given, (bert.hidden,), *weight, bert.epsilon)
-
     tokens = len(ids)
-    x = norm(bert.words[ids] + bert.positions[positions], bert.norm)
+    x = steps.embed(bert, ids, positions)
     if bert.quantized:
-        return _through_int8(bert, x, attend)
+        return _through_int8(bert, x, steps.attend)
     parts, mixed, inner = (
         (room.parts, room.mixed, room.inner) if room else ((None,) * 3, None, None)
     )
     for layer in bert.layers:
-        made = [_times(x, each, to) for each, to in zip(layer.attention, parts, strict=False)]
+        made = [times(x, each, to) for each, to in zip(layer.attention, parts, strict=False)]
         split = [each for one in made for each in one.split(bert.hidden, 1)]
         queries, keys, values = (each.view(tokens, bert.heads, -1) for each in split)
-        attended = attend(queries, keys, values).reshape(tokens, bert.hidden)
-        x = norm(_times(attended, layer.mixed, mixed).add_(x), layer.mixed_norm)
-        hidden = torch.ops.aten.gelu_(_times(x, layer.inner, inner))
-        x = norm(_times(hidden, layer.outer, mixed).add_(x), layer.outer_norm)
+        attended = steps.attend(queries, keys, values).reshape(tokens, bert.hidden)
+        x = steps.add_normed(times(attended, layer.mixed, mixed), x, layer.mixed_norm, bert.epsilon)
+        hidden = steps.times_gelu(x, layer.inner, inner)
+        x = steps.add_normed(times(hidden, layer.outer, mixed), x, layer.outer_norm, bert.epsilon)
     return x
-
-
-def _times(given: Tensor, weight: Weight, to: Tensor | None) -> Tensor:
-    if to is None:
-        return nn.functional.linear(given, *weight)
-    return torch.addmm(weight[1], given, weight[0].t(), out=to)
 
 
 def _through_int8(bert: Bert, x: Tensor, attend: Attend) -> Tensor:
@@ -209,22 +238,6 @@ def _through_int8(bert: Bert, x: Tensor, attend: Attend) -> Tensor:
     return x
 
 
-def pooled(x: Tensor, bounds: Tensor, pooling: str) -> Tensor:
-    """Unit vectors (texts, hidden) of states (tokens, hidden) by `bounds` (texts + 1).
-
-    `pooling` is that of an encoder: mean, cls or last.
-    """
-    x = x.float()
-    if pooling == "mean":
-        means: Any = torch.segment_reduce(x, "mean", offsets=bounds, axis=0, unsafe=True)
-        return nn.functional.normalize(means, dim=1)
-    at = bounds[:-1] if pooling == "cls" else (bounds[1:] - 1).clamp(min=0)
-    return nn.functional.normalize(x[at], dim=1)
-
-
-# -- on a CPU ------------------------------------------------------------------------------------
-
-
 def encode(
     model: nn.Module, tokens: Sequence[Sequence[int]], pooling: str, budget: int
 ) -> Iterator[tuple[slice, Vectors]]:
@@ -240,12 +253,12 @@ def encode(
         bounds = np.concatenate([[0], some.cumsum()])
         if not bert.quantized and (room is None or len(room.mixed) < bounds[-1]):
             room = Room.of(bert, int(bounds[-1]))
-        ids = _end_to_end(tokens[rows], int(bounds[-1]))
+        ids = end_to_end(tokens[rows], int(bounds[-1]))
         x = states(
             bert,
             torch.from_numpy(ids),
-            torch.from_numpy(_positions(bounds)),
-            _grouped(some),
+            torch.from_numpy(positions_of(bounds)),
+            Steps(grouped(some)),
             room and room.first(int(bounds[-1])),
         )
         yield rows, pooled(x, torch.from_numpy(bounds), pooling).numpy()
@@ -262,16 +275,17 @@ def batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
         first = last
 
 
-def _end_to_end(tokens: Sequence[Sequence[int]], count: int) -> NDArray[np.int64]:
+def end_to_end(tokens: Sequence[Sequence[int]], count: int) -> NDArray[np.int64]:
+    """Token ids (count) of all texts."""
     return np.fromiter(chain.from_iterable(tokens), np.int64, count)
 
 
-def _positions(bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+def positions_of(bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each token is in its text."""
     return np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
 
 
-def _grouped(lengths: NDArray[np.int64]) -> Attend:
+def grouped(lengths: NDArray[np.int64]) -> Attend:
     """Attention of neighbours of one length at once."""
     changes = np.flatnonzero(np.diff(lengths)) + 1
     firsts = np.concatenate([[0], changes])
@@ -289,151 +303,5 @@ def _grouped(lengths: NDArray[np.int64]) -> Attend:
             one = nn.functional.scaled_dot_product_attention(q, k, v)
             to.view(count, length, *heads).copy_(one.transpose(1, 2))
         return found
-
-    return attend
-
-
-# -- on a GPU ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """Kernels of one size of batch, with the memory that they read and write."""
-
-    ids: Tensor  # (tokens)
-    positions: Tensor  # (tokens)
-    bounds: Tensor  # (texts + 1); from the last text on all the same
-    vectors: Tensor  # (texts, hidden)
-    replay: Callable[[], None]
-
-
-class Graphs:
-    """A BERT encoder on a GPU in bfloat16, its kernels recorded for each of `SIZES`.
-
-    Batches of any kind fit: one has at most its size in tokens and a quarter of it in texts, and
-    what is left over belongs to no text. Copies to and from the GPU overlap its work. Elsewhere
-    than on a GPU nothing is recorded, and what is computed is the same.
-    """
-
-    def __init__(self, model: nn.Module, pooling: str, longest: int) -> None:
-        """Take over a model that `fits`, whose texts have at most `longest` tokens."""
-        self._bert = read(model, joined=True)
-        self._pooling = pooling
-        self._longest = longest
-        self._device = self._bert.words.device
-        self._recorded: dict[int, _Recorded] = {}
-
-    def encode(self, tokens: Sequence[Sequence[int]], budget: int) -> Vectors:
-        """Unit vectors (n, hidden) of n texts of at least one token, in any order.
-
-        At most `budget` tokens are in a batch; one that is no size of a batch is taken as the
-        next smaller that is.
-        """
-        lengths = np.array([len(each) for each in tokens], np.int64)
-        several = batches(np.maximum(lengths, LEAST_TOKENS), _sizes(budget)[-1])
-        with torch.inference_mode():
-            parts = [self._batch(tokens[rows]) for rows in several]
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
-        none = np.empty((0, self._bert.hidden), np.float32)
-        return np.concatenate([none, *(each.numpy() for each in parts)])
-
-    def warm(self, budget: int) -> None:
-        """Record all sizes up to a budget, so that no text waits for it."""
-        with torch.inference_mode():
-            for size in _sizes(budget):
-                self._of(size)
-
-    @torch.inference_mode()
-    def filled(self, tokens: Sequence[Sequence[int]]) -> Callable[[], Tensor]:
-        """Bring texts that fit one batch to the GPU.
-
-        What is returned makes their vectors (n, hidden), which lie there until it makes others.
-        """
-        lengths = np.array([len(each) for each in tokens], np.int64)
-        bounds = np.concatenate([[0], lengths.cumsum()])
-        count, texts = int(bounds[-1]), len(lengths)
-        least = max(count, texts * LEAST_TOKENS)
-        recorded = self._of(next(each for each in SIZES if least <= each))
-        self._put(_end_to_end(tokens, count), recorded.ids)
-        self._put(_positions(bounds), recorded.positions)
-        ends = np.full(len(recorded.bounds), count, np.int32)
-        ends[: texts + 1] = bounds
-        self._put(ends, recorded.bounds)
-
-        def make() -> Tensor:
-            recorded.replay()
-            return recorded.vectors[:texts]
-
-        return make
-
-    def _batch(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        made = self.filled(tokens)()
-        if self._device.type != "cuda":
-            return made.clone()
-        kept = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
-        return kept.copy_(made, non_blocking=True)
-
-    def _put(self, values: NDArray[Any], to: Tensor) -> None:
-        given = torch.from_numpy(values)
-        if self._device.type == "cuda":
-            given = given.pin_memory()
-        to[: len(values)].copy_(given, non_blocking=True)
-
-    def _of(self, size: int) -> _Recorded:
-        if size not in self._recorded:
-            self._recorded[size] = self._record(size)
-        return self._recorded[size]
-
-    def _record(self, size: int) -> _Recorded:
-        texts = size // LEAST_TOKENS
-        ids = torch.zeros(size, dtype=torch.int64, device=self._device)
-        positions = torch.zeros_like(ids)
-        bounds = torch.zeros(texts + 1, dtype=torch.int32, device=self._device)
-        vectors = torch.zeros(texts, self._bert.hidden, device=self._device)
-        on_gpu = self._device.type == "cuda"
-        attend = _varlen(bounds, self._longest) if on_gpu else _looked_up(bounds)
-
-        def work() -> None:
-            x = states(self._bert, ids, positions, attend)
-            vectors.copy_(pooled(x, bounds, self._pooling))
-
-        if not on_gpu:
-            return _Recorded(ids, positions, bounds, vectors, work)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            work()  # what is set up at first is not recorded
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return _Recorded(ids, positions, bounds, vectors, graph.replay)
-
-
-def _sizes(budget: int) -> tuple[int, ...]:
-    """Those of `SIZES` that a budget allows, at least the first."""
-    return tuple(each for each in SIZES if each <= max(budget, SIZES[0]))
-
-
-def _varlen(bounds: Tensor, longest: int) -> Attend:
-    """Attention within bounds (texts + 1) on a GPU, of texts of at most `longest` tokens."""
-    varlen: Any = importlib.import_module("torch.nn.attention.varlen")
-
-    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return varlen.varlen_attn(queries, keys, values, bounds, bounds, longest, longest)
-
-    return attend
-
-
-def _looked_up(bounds: Tensor) -> Attend:
-    """Attention within bounds as they are when it is called."""
-
-    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        lengths = np.diff(bounds.numpy()).astype(np.int64)
-        rest = np.array([len(queries) - lengths.sum()])  # of no text
-        return _grouped(np.concatenate([lengths[lengths > 0], rest[rest > 0]]))(
-            queries, keys, values
-        )
 
     return attend

@@ -9,32 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from model import int8, packed
-
-HIDDEN, WORDS, LONGEST = 24, 50, 40
-Tokens = list[list[int]]
-
-token_lists = st.lists(
-    st.lists(st.integers(1, WORDS - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=12
+from tests.unit.model.berts import (
+    HIDDEN,
+    LONGEST,
+    WORDS,
+    Tokens,
+    one_by_one,
+    poolings,
+    small,
+    token_lists,
 )
-poolings = st.sampled_from(["mean", "cls", "last"])
-
-
-def small(**changes: Any) -> BertModel:
-    """A BERT of two layers with random weights."""
-    torch.manual_seed(3)
-    settings: dict[str, Any] = {
-        "vocab_size": WORDS,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 32,
-        "max_position_embeddings": LONGEST,
-        "initializer_range": 0.5,
-    }
-    return BertModel(BertConfig(**settings | changes)).eval()
 
 
 def in_int8(model: BertModel) -> BertModel:
@@ -47,17 +34,6 @@ def in_int8(model: BertModel) -> BertModel:
 MODEL = small()
 INT8 = in_int8(small())
 FLIPPED = 0.02  # where rounding elsewhere makes a number another code, and that moves others
-
-
-def one_by_one(model: BertModel, tokens: Tokens, pooling: str) -> np.ndarray[Any, Any]:
-    """What transformers makes of each text alone, where nothing is padded."""
-    found: list[torch.Tensor] = []
-    with torch.no_grad():
-        for each in tokens:
-            states = cast(Any, model)(input_ids=torch.tensor([each])).last_hidden_state[0]
-            taken = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling]
-            found.append(nn.functional.normalize(taken, dim=0))
-    return torch.stack(found).numpy()
 
 
 @given(token_lists, poolings, st.integers(1, 200))
@@ -98,28 +74,7 @@ def test_int8_is_near_what_it_was() -> None:
     assert ((found * one_by_one(MODEL, tokens, "mean")).sum(1) > 0.99).all()
 
 
-@given(token_lists, poolings, st.sampled_from([1, 256, 512]))
-def test_recorded_batches_are_as_alone(tokens: Tokens, pooling: str, budget: int) -> None:
-    graphs = packed.Graphs(MODEL, pooling, LONGEST)
-    found = graphs.encode(tokens, budget)
-    np.testing.assert_allclose(found, one_by_one(MODEL, tokens, pooling), atol=2e-5)
-    again = graphs.encode(tokens[::-1], budget)  # what a batch leaves behind is not seen
-    np.testing.assert_array_equal(again[::-1].shape, found.shape)
-    np.testing.assert_allclose(again[::-1], found, atol=2e-5)
-
-
-def test_many_short_texts_fill_batches_by_their_number() -> None:
-    graphs = packed.Graphs(MODEL, "mean", LONGEST)
-    tokens = [[1 + number % 7] for number in range(100)]  # 100 tokens, more than 16 texts
-    found = graphs.encode(tokens, 256)
-    np.testing.assert_allclose(found, one_by_one(MODEL, tokens, "mean"), atol=2e-5)
-    few = graphs.encode(tokens[:17], 512)  # 17 tokens of more texts than the least batch holds
-    np.testing.assert_allclose(few, found[:17], atol=2e-5)
-
-
 def test_no_texts_are_no_vectors() -> None:
-    graphs = packed.Graphs(MODEL, "mean", LONGEST)
-    assert graphs.encode([], 256).shape == (0, HIDDEN)
     assert list(packed.encode(MODEL, [], "mean", 256)) == []
 
 
@@ -150,7 +105,7 @@ def adapted(model: BertModel) -> None:
     class Adapted(nn.Linear):
         """A layer that does more than multiply."""
 
-    cast(Any, model).encoder.layer[1].output.dense = Adapted(32, HIDDEN)
+    cast(Any, model).encoder.layer[1].output.dense = Adapted(40, HIDDEN)
 
 
 def wrapped(model: BertModel) -> None:
