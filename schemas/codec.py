@@ -152,8 +152,8 @@ def _template(columns: Mapping[str, Column]) -> tuple[bytes, list[list[bytes]]]:
 def _cells(column: Sequence[Any] | NDArray[Any]) -> tuple[bytes, list[bytes]]:
     """Each cell's JSON, and what stands around it.
 
-    Where a cut is not one between two cells, the number of pieces tells: within a string no quote
-    stands without a backslash before it, and a comma within a cell is one piece too many.
+    Where a cut is not one between two cells, the number of pieces tells: a comma within a cell is
+    one piece too many. With a quote within a string it need not, so such cells are written alone.
     """
     count = len(column)
     if not count or isinstance(column[0], bytes):
@@ -169,7 +169,7 @@ def _cells(column: Sequence[Any] | NDArray[Any]) -> tuple[bytes, list[bytes]]:
         around, pieces = b"[%b]", whole[1:-1].split(b"],[")
     else:
         around, pieces = b"%b", whole.split(b",")
-    if len(pieces) != count:
+    if len(pieces) != count or b'\\"' in whole:
         return b"%b", [orjson.dumps(cell) for cell in column]
     return around, pieces
 

@@ -186,6 +186,14 @@ def test_columns_are_encoded_as_rows() -> None:
         encode_columns({"event_id": ["a", "b"], "user_id": ["u"]})
 
 
+def test_a_quote_and_a_comma_at_the_end_of_an_id() -> None:
+    columns = {"user_id": ['a",', "b"], "item_id": ["c\\\\", 'd"']}
+    assert [orjson.loads(row) for row in encode_columns(columns)] == [
+        {"user_id": 'a",', "item_id": "c\\\\"},
+        {"user_id": "b", "item_id": 'd"'},
+    ]
+
+
 awkward = st.text(st.sampled_from('",{}[]%:\\aé1'), max_size=9) | st.just('"},{"id":"')
 cells = st.one_of(
     awkward,
