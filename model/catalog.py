@@ -6,10 +6,11 @@ from math import erf, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from model.events import Rows, blank, milliseconds
+from model.events import Rows, blank
 from model.ids import hash_ids, hash_names
 from model.lookups import Table, table
 from model.state import CATEGORY, ITEM_ATTRIBUTES, LEVELS, LOG_STEPS, USER_ATTRIBUTES
+from schemas.columns import milliseconds
 from schemas.records import Item, User
 
 EVERYTHING = 1  # the category that holds all items

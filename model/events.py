@@ -1,13 +1,13 @@
 """Events as rows of an array: the one form in which reviews, behaviour and texts meet a state."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.ids import Hashes, hash_ids
+from schemas.columns import Columns, columns_of
 from schemas.records import Behavior, Review, TextFeatures
 
 Rows = NDArray[np.void]  # an array of one of the structured dtypes of this package
@@ -46,8 +46,6 @@ EVENT = np.dtype(
 # the one is never taken for a repetition of the other.
 TEXT_SEED = 1
 
-_START = datetime(1970, 1, 1, tzinfo=UTC)
-
 
 def blank(dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> Rows:
     """Rows in which nothing is known: zeros, and nan in every `f4` field.
@@ -82,39 +80,43 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return np.concatenate([opaque(part) for part in parts]).view(parts[0].dtype)
 
 
-def milliseconds(times: Sequence[datetime]) -> NDArray[np.int64]:
-    """Aware times as milliseconds since 1970, UTC, rounded down; shape (n,)."""
-    # Decoded times share one time zone of fixed offset, and so are subtracted without asking it.
-    zone = times[0].tzinfo if times else None
-    fixed = zone is not None and zone.utcoffset(None) is not None
-    start = _START.astimezone(zone) if fixed else _START
-    seconds = np.array([(time - start).total_seconds() for time in times], np.float64)
-    return np.rint(seconds * 1e6).astype(np.int64) // 1000
-
-
 def from_reviews(reviews: Sequence[Review]) -> Rows:
     """EVENT rows of reviews, shape (n,)."""
-    rows = _identified(reviews)
-    rows["rating"] = [review.rating for review in reviews]
-    return rows
+    return review_rows(columns_of(Review, reviews))
 
 
 def from_behavior(behavior: Sequence[Behavior]) -> Rows:
     """EVENT rows of shoppers' actions, shape (n,)."""
-    rows = _identified(behavior)
-    rows["action"] = [CODES[event.action] for event in behavior]
-    rows["price"] = [event.price for event in behavior]
-    rows["quantity"] = [event.quantity for event in behavior]
-    rows["session"] = hash_ids([event.session_id for event in behavior])
-    return rows
+    return behavior_rows(columns_of(Behavior, behavior))
 
 
 def from_text_features(features: Sequence[TextFeatures]) -> Rows:
     """EVENT rows of what texts say of their stars, shape (n,)."""
-    rows = _identified(features, TEXT_SEED)
+    return text_rows(columns_of(TextFeatures, features))
+
+
+def review_rows(columns: Columns) -> Rows:
+    """EVENT rows, shape (n,), of the columns of n reviews."""
+    rows = _identified(columns)
+    rows["rating"] = columns["rating"]
+    return rows
+
+
+def behavior_rows(columns: Columns) -> Rows:
+    """EVENT rows, shape (n,), of the columns of n actions."""
+    rows = _identified(columns)
+    rows["action"] = list(map(CODES.__getitem__, columns["action"]))
+    rows["price"] = columns["price"]
+    rows["quantity"] = columns["quantity"]
+    rows["session"] = hash_ids(columns["session_id"])
+    return rows
+
+
+def text_rows(columns: Columns) -> Rows:
+    """EVENT rows, shape (n,), of the columns of n texts' features."""
+    rows = _identified(columns, TEXT_SEED)
     rows["action"] = TEXT
-    distribution = np.array([text.distribution for text in features], np.float64).reshape(-1, 5)
-    rows["text_stars"] = distribution @ np.arange(1.0, 6.0)
+    rows["text_stars"] = columns["distribution"] @ np.arange(1.0, 6.0)
     return rows
 
 
@@ -125,12 +127,10 @@ def from_request(user: int, items: Hashes, time: int) -> Rows:
     return rows
 
 
-def _identified(
-    records: Sequence[Review] | Sequence[Behavior] | Sequence[TextFeatures], seed: int = 0
-) -> Rows:
-    rows = blank(EVENT, len(records))
-    rows["user"] = hash_ids([record.user_id for record in records])
-    rows["item"] = hash_ids([record.item_id for record in records])
-    rows["event_id"] = hash_ids([record.event_id for record in records], seed)
-    rows["time"] = milliseconds([record.event_time for record in records])
+def _identified(columns: Columns, seed: int = 0) -> Rows:
+    rows = blank(EVENT, len(columns["event_time"]))
+    rows["user"] = hash_ids(columns["user_id"])
+    rows["item"] = hash_ids(columns["item_id"])
+    rows["event_id"] = hash_ids(columns["event_id"], seed)
+    rows["time"] = columns["event_time"]
     return rows

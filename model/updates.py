@@ -6,10 +6,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.events import ACTIONS, COUNTED, Rows, milliseconds
+from model.events import ACTIONS, COUNTED, Rows
 from model.ids import hash_ids
 from model.state import ITEM_DELTA
 from schemas.codec import encode_columns
+from schemas.columns import milliseconds
 from schemas.records import ItemUpdate
 
 

@@ -27,7 +27,8 @@ MOST_ITEMS = 1_000  # items in one score request
 _TIME_EXPECTED = (
     "Input should be an RFC 3339 time with an offset, from 1990 to 2100, as 2026-11-24T10:15:00Z"
 )
-_RFC3339 = r"^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)$"
+RFC3339 = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)"
+NO_NUL = r"^[^\x00]*$"  # legal JSON, but ends a string for C libraries, terminals and columns
 
 
 class _Rfc3339:
@@ -41,7 +42,7 @@ class _Rfc3339:
     def __get_pydantic_core_schema__(
         cls, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        text = core_schema.str_schema(strict=True, pattern=_RFC3339)
+        text = core_schema.str_schema(strict=True, pattern=f"^{RFC3339}$")
         time = core_schema.datetime_schema(
             tz_constraint="aware",
             ge=EARLIEST_TIME,
@@ -76,10 +77,7 @@ def format_time(time: datetime) -> str:
 
 
 Time = Annotated[datetime, _Rfc3339]
-# NUL is legal JSON, but ends a string for C libraries, terminals and columns downstream.
-Identifier = Annotated[
-    str, Field(strict=True, min_length=1, max_length=LONGEST_ID, pattern=r"^[^\x00]*$")
-]
+Identifier = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_ID, pattern=NO_NUL)]
 Text = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT)]
 Stars = Annotated[float, Field(strict=True, ge=1, le=5, allow_inf_nan=False)]
 Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]

@@ -85,7 +85,7 @@ class Catalog:
         return Outcome(outputs=letters, finish=finish)
 
     def _describe(
-        self, inputs: Inputs, kind: bytes, partition: int
+        self, inputs: Inputs[list[Any]], kind: bytes, partition: int
     ) -> tuple[list[bytes], list[bytes]]:
         """Keys and values to write for one partition; an empty value deletes."""
         entries = entries_of(inputs, partition)
@@ -146,7 +146,7 @@ def _runs(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         yield run
 
 
-def entries_of(inputs: Inputs, partition: int) -> list[Entry]:
+def entries_of(inputs: Inputs[list[Any]], partition: int) -> list[Entry]:
     """The good records of one partition in a batch, in order."""
     return [
         (id_of(message.key(), record), record, (message.offset() or 0) + 1)

@@ -1,22 +1,25 @@
 """From polled messages to decoded records, with dead letters for the rest."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
-from schemas.codec import decode
+from schemas.codec import Decoded, decode
+from schemas.columns import Columns, columns_of, decode_columns
 from schemas.topics import BY_NAME
 from streams.dead_letters import dead_letter
 from streams.loop import Output
 
+Held = TypeVar("Held", list[Any], Columns)
+
 
 @dataclass
-class Inputs:
+class Inputs(Generic[Held]):
     """The good records of one topic in a batch, in the order of the poll; n of them.
 
     Tombstones (null values of compacted topics) have None as record and stay in `messages`.
@@ -24,7 +27,7 @@ class Inputs:
 
     topic: str
     messages: list[Message]
-    records: list[Any]
+    records: Held
 
     def partitions(self) -> NDArray[np.int64]:
         """Each record's partition, (n)."""
@@ -38,36 +41,65 @@ class Inputs:
         """Each record's Kafka timestamp, ms, (n)."""
         return np.array([message.timestamp()[1] for message in self.messages], np.int64)
 
-    def drop(self, rows: Iterable[int]) -> None:
-        """Leave these rows out."""
-        gone = set(rows)
-        kept = [at for at in range(len(self.messages)) if at not in gone]
-        self.messages = [self.messages[at] for at in kept]
-        self.records = [self.records[at] for at in kept]
-
 
 def split(
     messages: Sequence[Message], prefix: str, processor: str
-) -> tuple[dict[str, Inputs], list[Output]]:
+) -> tuple[dict[str, Inputs[list[Any]]], list[Output]]:
     """Records by topic, and the dead letters of what breaks the contract."""
+    good: dict[str, Inputs[list[Any]]] = {}
+    letters: list[Output] = []
+    for name, mine in _by_topic(messages).items():
+        topic = name.removeprefix(prefix)
+        values = [message.value() for message in mine]
+        good[topic], bad = _by_pydantic(topic, name, mine, values, processor)
+        letters += bad
+    return good, letters
+
+
+def split_columns(
+    messages: Sequence[Message], prefix: str, processor: str
+) -> tuple[dict[str, Inputs[Columns]], list[Output]]:
+    """Columns by topic, none of which is compacted, and dead letters, as `split`."""
+    good: dict[str, Inputs[Columns]] = {}
+    letters: list[Output] = []
+    for name, mine in _by_topic(messages).items():
+        topic = name.removeprefix(prefix)
+        record = BY_NAME[topic].record
+        assert record is not None  # of a topic whose values are JSON
+        values = [message.value() for message in mine]
+        columns = decode_columns(record, values)
+        if columns is None:
+            inputs, bad = _by_pydantic(topic, name, mine, values, processor)
+            mine, columns = inputs.messages, columns_of(record, inputs.records)
+            letters += bad
+        good[topic] = Inputs(topic, mine, columns)
+    return good, letters
+
+
+def _by_topic(messages: Sequence[Message]) -> dict[str, list[Message]]:
     by_topic = defaultdict[str, list[Message]](list)
     for message in messages:
         by_topic[message.topic() or ""].append(message)
-    good: dict[str, Inputs] = {}
-    letters: list[Output] = []
-    for name, mine in by_topic.items():
-        topic = name.removeprefix(prefix)
-        decoded = decode(
-            BY_NAME[topic],
-            [message.value() for message in mine],
-            [(message.partition() or 0, message.offset() or 0) for message in mine],
-            name,
-        )
-        good[topic] = Inputs(topic, mine, decoded.records)
-        letters += [
-            dead_letter(mine[bad.index], topic, processor, bad.reason, bad.field)
-            for bad in decoded.rejections
-        ]
-        if decoded.rejections:
-            good[topic].drop([bad.index for bad in decoded.rejections])
-    return good, letters
+    return by_topic
+
+
+def _by_pydantic(
+    topic: str,
+    name: str,
+    messages: list[Message],
+    values: Sequence[bytes | None],
+    processor: str,
+) -> tuple[Inputs[list[Any]], list[Output]]:
+    positions = [(message.partition() or 0, message.offset() or 0) for message in messages]
+    decoded: Decoded = decode(BY_NAME[topic], values, positions, name)
+    letters = [
+        dead_letter(messages[bad.index], topic, processor, bad.reason, bad.field)
+        for bad in decoded.rejections
+    ]
+    records = decoded.records
+    if decoded.rejections:
+        gone = {bad.index for bad in decoded.rejections}
+        kept = [at for at in range(len(messages)) if at not in gone]
+        messages = [messages[at] for at in kept]
+        records = [records[at] for at in kept]
+    return Inputs(topic, messages, records), letters

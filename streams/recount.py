@@ -250,7 +250,7 @@ def _log(shop: Shop, topic: str, partition: int, end: int) -> Iterator[list[Mess
             return
 
 
-def _good(shop: Shop, topic: str, messages: list[Message]) -> Inputs:
+def _good(shop: Shop, topic: str, messages: list[Message]) -> Inputs[list[Any]]:
     """The good records of a batch; the others became dead letters when they came."""
     return split(messages, shop.kafka.topic_prefix, "check")[0][topic]
 

@@ -26,11 +26,11 @@ from model.events import (
     EVENT,
     TEXT,
     Rows,
+    behavior_rows,
     blank,
-    from_behavior,
-    from_reviews,
-    from_text_features,
     joined,
+    review_rows,
+    text_rows,
 )
 from model.features import FEATURE_HASH
 from model.ids import NONE, Hashes
@@ -42,12 +42,13 @@ from model.state import LAYOUT_HASH, SOURCES
 from model.updates import encode_updates
 from schemas import journal
 from schemas.codec import encode, encode_columns, format_times, time_ms
+from schemas.columns import Columns
 from schemas.journal import Journal
 from schemas.records import LATEST_TIME, UpdateSource
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
 from streams.digests import Digests, Scored
-from streams.inputs import Inputs, split
+from streams.inputs import Inputs, split_columns
 from streams.loop import Outcome, Output, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
@@ -60,11 +61,12 @@ LATEST_MS = time_ms(LATEST_TIME) + 1  # above all event times
 LATE_MS = 86_400_000  # an event that Kafka took so long after it happened counts as late
 SWEEP_SECONDS = 600.0  # expired states are looked for this often: it walks the whole store
 
-_FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
-    "reviews": from_reviews,
-    "behavior": from_behavior,
-    "text-features": from_text_features,
+_ROWS: dict[str, Callable[[Columns], Rows]] = {
+    "reviews": review_rows,
+    "behavior": behavior_rows,
+    "text-features": text_rows,
 }
+_IDS = ("event_id", "user_id", "item_id")
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,20 @@ class _Arrivals:
     partitions: NDArray[np.int64]
     offsets: NDArray[np.int64]
     timestamps: NDArray[np.int64]  # ms
-    records: list[Any]
+    ids: Mapping[str, list[str]]  # by field
     messages: list[Message]
 
     def take(self, rows: NDArray[np.intp]) -> "_Arrivals":
         """These rows, in this order."""
+        order = rows.tolist()
         return _Arrivals(
             self.events.take(rows),
             self.topics[rows],
             self.partitions[rows],
             self.offsets[rows],
             self.timestamps[rows],
-            [self.records[at] for at in rows.tolist()],
-            [self.messages[at] for at in rows.tolist()],
+            {name: [ids[at] for at in order] for name, ids in self.ids.items()},
+            [self.messages[at] for at in order],
         )
 
 
@@ -164,7 +167,7 @@ class Scorer:
             return Outcome()
         began = time.monotonic()
         with self._phase("decode"):
-            inputs, letters = split(messages, self._prefix, self.name)
+            inputs, letters = split_columns(messages, self._prefix, self.name)
             arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
@@ -322,7 +325,7 @@ class Scorer:
                 ratings=predictions.rating,
                 truths=events["rating"],
                 tiers=predictions.tier,
-                items=[arrivals.records[at].item_id for at in scored.tolist()],
+                items=[arrivals.ids["item_id"][at] for at in scored.tolist()],
                 actions=actions,
                 latencies_ms=(predicted_at - arrivals.timestamps[scored]).astype(np.float32),
             )
@@ -332,22 +335,22 @@ class Scorer:
         return self._metrics.batch_seconds.labels(self.name, phase).time()
 
 
-def _arrange(inputs: dict[str, Inputs]) -> _Arrivals:
+def _arrange(inputs: Mapping[str, Inputs[Columns]]) -> _Arrivals:
     """All good events of a batch by partition, topics merged by the time of their append."""
     used = [inputs[topic] for topic in journal.TOPICS if topic in inputs]
     none = np.zeros(0, np.int64)
     arrivals = _Arrivals(
         events=np.concatenate(
-            [blank(EVENT, 0), *(_FROM_RECORDS[each.topic](each.records) for each in used)]
+            [blank(EVENT, 0), *(_ROWS[each.topic](each.records) for each in used)]
         ),
         topics=np.repeat(
             np.array([journal.TOPICS.index(each.topic) for each in used], np.uint8),
-            [len(each.records) for each in used],
+            [len(each.messages) for each in used],
         ),
         partitions=np.concatenate([none, *(each.partitions() for each in used)]),
         offsets=np.concatenate([none, *(each.offsets() for each in used)]),
         timestamps=np.concatenate([none, *(each.timestamps() for each in used)]),
-        records=[record for each in used for record in each.records],
+        ids={name: [one for each in used for one in each.records[name]] for name in _IDS},
         messages=[message for each in used for message in each.messages],
     )
     return arrivals.take(_order(arrivals))
@@ -473,14 +476,13 @@ def _prediction_records(
     predictions: Predictions,
     predicted_at: int,
 ) -> OutputBatch:
-    records = [arrivals.records[at] for at in scored.tolist()]
-    users = [record.user_id for record in records]
+    order = scored.tolist()
+    ids = {name: [ids[at] for at in order] for name, ids in arrivals.ids.items()}
+    users = ids["user_id"]
     partitions = arrivals.partitions[scored].tolist()
     values = encode_columns(
         {
-            "event_id": [record.event_id for record in records],
-            "user_id": users,
-            "item_id": [record.item_id for record in records],
+            **ids,
             "event_time": arrivals.events["time"][scored].astype("M8[ms]"),
             "predicted_at": format_times(np.array([predicted_at]))[0],
             "kind": "interaction",
@@ -505,13 +507,7 @@ def _prediction_records(
 
 def _item_updates(arrivals: _Arrivals, parts: list[_Part]) -> OutputBatch:
     """What the batch did to each item, a record for each source topic and partition."""
-    names = dict(
-        zip(
-            arrivals.events["item"].tolist(),
-            (record.item_id for record in arrivals.records),
-            strict=True,
-        )
-    )
+    names = dict(zip(arrivals.events["item"].tolist(), arrivals.ids["item_id"], strict=True))
     spans: list[bytes] = []
     for part in parts:
         sources: dict[int, bytes] = {}

@@ -202,7 +202,7 @@ class Texts:
         return np.stack([future.result() for future in futures])
 
     def _encode_items(
-        self, text_encoder: TextEncoder, inputs: Inputs | None, counts: Counter[str]
+        self, text_encoder: TextEncoder, inputs: Inputs[list[Any]] | None, counts: Counter[str]
     ) -> tuple[list[bytes], list[bytes]]:
         """Keys and values of the vectors that the store does not have yet."""
         texts = sorted({item_text(each) for each in inputs.records if each} if inputs else set())
@@ -221,7 +221,7 @@ class Texts:
         self,
         serving: Serving,
         text_encoder: TextEncoder,
-        inputs: Inputs | None,
+        inputs: Inputs[list[Any]] | None,
         counts: Counter[str],
     ) -> tuple[list[OutputBatch], Scored | None]:
         if inputs is None:

@@ -1,11 +1,9 @@
 """Records become rows; times and absent values are kept."""
 
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
 
 from model.events import (
     CART,
@@ -18,7 +16,6 @@ from model.events import (
     from_request,
     from_reviews,
     from_text_features,
-    milliseconds,
     opaque,
 )
 from model.ids import hash_ids
@@ -75,13 +72,6 @@ def test_a_request_asks_for_each_item() -> None:
     assert rows["item"].tolist() == [1, 2]
     assert rows["time"].tolist() == [99, 99]
     assert np.isnan(rows["rating"]).all()
-
-
-@given(st.integers(631_152_000_000, 4_102_444_800_000), st.integers(0, 999), st.integers(-720, 720))
-def test_times_are_exact_to_the_millisecond(time: int, micro: int, offset: int) -> None:
-    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time, microseconds=micro)
-    elsewhere = moment.astimezone(timezone(timedelta(minutes=offset)))
-    assert milliseconds([elsewhere]).tolist() == [time]
 
 
 def test_blank_rows_know_nothing() -> None:

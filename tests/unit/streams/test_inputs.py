@@ -1,7 +1,7 @@
 from datetime import UTC, datetime
 
 from schemas.records import DeadLetter, Item, Review
-from streams.inputs import Inputs, split
+from streams.inputs import split, split_columns
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 TIME = datetime(2026, 11, 1, tzinfo=UTC)
@@ -57,9 +57,16 @@ def test_a_tombstone_stays_with_its_message() -> None:
     assert inputs["items"].messages[0].key() == b"cup"
 
 
-def test_rows_are_dropped_from_all_columns() -> None:
-    polled = [message("reviews", review(at), 0, at) for at in range(4)]
-    inputs = Inputs("reviews", polled, [review(at) for at in range(4)])
-    inputs.drop([0, 2])
-    assert inputs.records == [review(1), review(3)]
-    assert inputs.offsets().tolist() == [1, 3]
+def test_columns_hold_what_records_do() -> None:
+    bad = review(1).model_dump_json().replace("4.0", "7").encode()
+    polled = [message("reviews", review(0), 0, 1), message("reviews", review(2), 1, 4)]
+    for batch in (polled, [polled[0], message("reviews", bad, 0, 2), polled[1]]):
+        columns, letters = split_columns(batch, PREFIX, "scorer")
+        inputs, wanted = split(batch, PREFIX, "scorer")
+        assert [each.value for each in letters] == [each.value for each in wanted]
+        assert len(letters) == len(batch) - 2
+        found = columns["reviews"]
+        assert found.messages == inputs["reviews"].messages == polled
+        assert found.records["event_id"] == ["r0", "r2"]
+        assert found.records["rating"].tolist() == [4, 4]
+        assert found.partitions().tolist() == [0, 1]

@@ -37,7 +37,7 @@ from streams.config import (
     ScorerConfig,
     StatesConfig,
 )
-from streams.inputs import split
+from streams.inputs import split_columns
 from streams.loop import Outcome, Output
 from streams.metrics import make_metrics
 from streams.models import Models
@@ -170,7 +170,7 @@ def test_a_partitions_own_order_is_kept(
         polled.append(left[chosen].pop(0))
         if not left[chosen]:
             del left[chosen]
-    inputs, _ = split(polled, PREFIX, "scorer")
+    inputs, _ = split_columns(polled, PREFIX, "scorer")
     arrived = _arrange(inputs)
     rows = list(
         zip(
@@ -186,7 +186,8 @@ def test_a_partitions_own_order_is_kept(
         assert [row[2] for row in rows if row[:2] == (partition, topic)] == list(range(len(clocks)))
     assert len(rows) == len(polled)
     for at, (partition, topic, offset) in enumerate(rows):
-        assert arrived.records[at] == record(KINDS[topic], offset)
+        wanted = record(KINDS[topic], offset).model_dump(include={*arrived.ids})
+        assert {name: ids[at] for name, ids in arrived.ids.items()} == wanted
         assert (arrived.messages[at].partition(), arrived.messages[at].offset()) == (
             partition,
             offset,
@@ -200,11 +201,9 @@ def test_topics_are_merged_by_the_time_of_their_append() -> None:
         for kind, times in clocks.items()
         for at, clock in enumerate(times)
     ]
-    arrived = _arrange(split(polled, PREFIX, "scorer")[0])
+    arrived = _arrange(split_columns(polled, PREFIX, "scorer")[0])
     assert (arrived.timestamps - NOW_MS).tolist() == [5, 10, 20, 40, 50]
-    np.testing.assert_array_equal(
-        arrived.events["event_id"], hash_ids([each.event_id for each in arrived.records])
-    )
+    np.testing.assert_array_equal(arrived.events["event_id"], hash_ids(arrived.ids["event_id"]))
 
 
 def test_nothing_arrives() -> None:
