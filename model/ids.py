@@ -29,7 +29,10 @@ _LOW = np.uint64(0x7FFF_FFFF)
 
 def hash_ids(ids: Sequence[str | None], seed: int = 0) -> Hashes:
     """The hash of each id in UTF-8, shape (n,); `None` and the empty string give `NONE`."""
-    keys = [name.encode() if name else b"" for name in ids]
+    try:
+        keys = list(map(str.encode, ids))  # type: ignore[arg-type]
+    except TypeError:  # None is there
+        keys = [name.encode() if name else b"" for name in ids]
     high = np.fromiter(map(xxh3_64_intdigest, keys, repeat(seed)), np.uint64, len(keys))
     lengths = np.fromiter(map(len, keys), np.int64, len(keys))
     hashes = np.empty(len(keys), np.uint64)

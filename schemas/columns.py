@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from msgspec import Meta
+from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from schemas.records import EARLIEST_TIME, LATEST_TIME, NO_NUL, RFC3339, Real, Record, Time
@@ -32,6 +33,7 @@ _EARLIEST, _LATEST = (
     (each - _START).total_seconds() * 1e6 for each in (EARLIEST_TIME, LATEST_TIME)
 )
 _LONGEST_TIME = len("2026-11-24T10:15:00.123456789+01:00")
+_UTC_TIMES = re.compile(r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z\n)*+", re.ASCII)
 _TIMES = re.compile(rf"(?:{RFC3339}\n)*+", re.ASCII)
 
 
@@ -47,12 +49,14 @@ class _Field:
 def decode_columns(record: type[Record], values: Sequence[bytes | None]) -> Columns | None:
     """The columns of a batch's values; None where pydantic has to look at any of them."""
     try:
-        made = list(map(_decoder(record), values))
+        rows = list(map(astuple, map(_decoder(record), values)))
     except (msgspec.DecodeError, UnicodeDecodeError, TypeError):  # the last of a null value
         return None
+    fields = _fields(record)
+    given = map(list, zip(*rows, strict=True)) if rows else ([] for _ in fields)
     columns: dict[str, Any] = {}
-    for name, field in _fields(record).items():
-        columns[name] = field.read(list(map(attrgetter(name), made)))
+    for (name, field), each in zip(fields.items(), given, strict=True):
+        columns[name] = field.read(each)
         if columns[name] is None:
             return None
     return columns
@@ -136,10 +140,14 @@ def _table(values: list[list[float]], length: int) -> NDArray[np.float64]:
 
 def _times(values: list[str]) -> NDArray[np.int64] | None:
     # None is as long as two, so what is a line is one value.
-    if not _TIMES.fullmatch("".join([f"{each}\n" for each in values])):
-        return None
+    lines = "\n".join([*values, ""])
     try:
-        times = _microseconds(list(map(datetime.fromisoformat, values)))
-    except ValueError:
+        if _UTC_TIMES.fullmatch(lines):
+            times = np.array(lines.replace("Z", "").split(), "M8[us]").astype(np.int64)
+        elif _TIMES.fullmatch(lines):
+            times = _microseconds(list(map(datetime.fromisoformat, values)))
+        else:
+            return None
+    except ValueError:  # no such day
         return None
     return times // 1000 if ((times >= _EARLIEST) & (times <= _LATEST)).all() else None

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -16,6 +17,8 @@ from streams.dead_letters import dead_letter
 from streams.loop import Output
 
 Held = TypeVar("Held", list[Any], Columns)
+Ends = dict[int, int]
+"""By partition, the next offset after a batch's messages, whether good or not."""
 
 
 @dataclass
@@ -31,11 +34,11 @@ class Inputs(Generic[Held]):
 
     def partitions(self) -> NDArray[np.int64]:
         """Each record's partition, (n)."""
-        return np.array([message.partition() for message in self.messages], np.int64)
+        return np.array(list(map(Message.partition, self.messages)), np.int64)
 
     def offsets(self) -> NDArray[np.int64]:
         """Each record's offset, (n)."""
-        return np.array([message.offset() for message in self.messages], np.int64)
+        return np.array(list(map(Message.offset, self.messages)), np.int64)
 
     def timestamps(self) -> NDArray[np.int64]:
         """Each record's Kafka timestamp, ms, (n)."""
@@ -58,28 +61,32 @@ def split(
 
 def split_columns(
     messages: Sequence[Message], prefix: str, processor: str
-) -> tuple[dict[str, Inputs[Columns]], list[Output]]:
-    """Columns by topic, none of which is compacted, and dead letters, as `split`."""
+) -> tuple[dict[str, Inputs[Columns]], list[Output], dict[str, Ends]]:
+    """Columns by topic, none of which is compacted, dead letters, and ends by topic."""
     good: dict[str, Inputs[Columns]] = {}
     letters: list[Output] = []
+    ends: dict[str, Ends] = {}
     for name, mine in _by_topic(messages).items():
         topic = name.removeprefix(prefix)
         record = BY_NAME[topic].record
         assert record is not None  # of a topic whose values are JSON
-        values = [message.value() for message in mine]
+        # A partition's messages come in the order of their offsets: the last one stays.
+        last = dict(zip(map(Message.partition, mine), map(Message.offset, mine), strict=True))
+        ends[topic] = {partition or 0: (offset or 0) + 1 for partition, offset in last.items()}
+        values = list(map(Message.value, mine))
         columns = decode_columns(record, values)
         if columns is None:
             inputs, bad = _by_pydantic(topic, name, mine, values, processor)
             mine, columns = inputs.messages, columns_of(record, inputs.records)
             letters += bad
         good[topic] = Inputs(topic, mine, columns)
-    return good, letters
+    return good, letters, ends
 
 
 def _by_topic(messages: Sequence[Message]) -> dict[str, list[Message]]:
     by_topic = defaultdict[str, list[Message]](list)
-    for message in messages:
-        by_topic[message.topic() or ""].append(message)
+    for topic, run in groupby(messages, Message.topic):
+        by_topic[topic or ""].extend(run)
     return by_topic
 
 

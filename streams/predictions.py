@@ -7,6 +7,8 @@ from model.ladder import TIERS
 from model.predict import Predictions
 from schemas.codec import Column
 
+_TIERS = [f'"{tier}"'.encode() for tier in TIERS]  # as JSON
+
 
 def prediction_columns(predictions: Predictions) -> dict[str, Column]:
     """What a prediction record says of the prediction, n of each, for `encode_columns`."""
@@ -14,7 +16,7 @@ def prediction_columns(predictions: Predictions) -> dict[str, Column]:
         "rating": rounded(predictions.rating),
         "distribution": rounded(predictions.distribution),
         "interval": rounded(np.stack([predictions.low, predictions.high], axis=1)),
-        "tier": [TIERS[tier] for tier in predictions.tier.tolist()],
+        "tier": list(map(_TIERS.__getitem__, predictions.tier.tolist())),
         "model_version": predictions.version,
     }
 

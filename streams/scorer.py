@@ -48,7 +48,7 @@ from schemas.records import LATEST_TIME, UpdateSource
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
 from streams.digests import Digests, Scored
-from streams.inputs import Inputs, split_columns
+from streams.inputs import Ends, Inputs, split_columns
 from streams.loop import Outcome, Output, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
@@ -66,6 +66,7 @@ _ROWS: dict[str, Callable[[Columns], Rows]] = {
     "behavior": behavior_rows,
     "text-features": text_rows,
 }
+_TOPICS = [f'"{topic}"'.encode() for topic in journal.TOPICS]  # as JSON
 _IDS = ("event_id", "user_id", "item_id")
 
 
@@ -90,8 +91,8 @@ class _Arrivals:
             self.partitions[rows],
             self.offsets[rows],
             self.timestamps[rows],
-            {name: [ids[at] for at in order] for name, ids in self.ids.items()},
-            [self.messages[at] for at in order],
+            _taken(self.ids, order),
+            list(map(self.messages.__getitem__, order)),
         )
 
 
@@ -167,11 +168,11 @@ class Scorer:
             return Outcome()
         began = time.monotonic()
         with self._phase("decode"):
-            inputs, letters = split_columns(messages, self._prefix, self.name)
+            inputs, letters, ends = split_columns(messages, self._prefix, self.name)
             arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
-        parts, observed, lookups = self._run(messages, arrivals)
+        parts, observed, lookups = self._run(_by_partition(ends), arrivals)
         with self._phase("predict"):
             scored = np.flatnonzero(arrivals.events["action"] != TEXT)
             events, observation = arrivals.events, observed
@@ -244,10 +245,9 @@ class Scorer:
         return arrivals.take(np.flatnonzero(~ahead)), letters
 
     def _run(
-        self, messages: list[Message], arrivals: _Arrivals
+        self, ends: Mapping[int, Sequence[int]], arrivals: _Arrivals
     ) -> tuple[list[_Part], Observation, Lookups]:
         """Read what the batch needs, then observe and apply it."""
-        ends = _ends(messages, self._prefix)
         spans: list[tuple[int, slice]] = []
         users: dict[int, Hashes] = {}
         index: list[NDArray[np.intp]] = []
@@ -325,7 +325,7 @@ class Scorer:
                 ratings=predictions.rating,
                 truths=events["rating"],
                 tiers=predictions.tier,
-                items=[arrivals.ids["item_id"][at] for at in scored.tolist()],
+                items=list(map(arrivals.ids["item_id"].__getitem__, scored.tolist())),
                 actions=actions,
                 latencies_ms=(predicted_at - arrivals.timestamps[scored]).astype(np.float32),
             )
@@ -333,6 +333,10 @@ class Scorer:
 
     def _phase(self, phase: str) -> Any:
         return self._metrics.batch_seconds.labels(self.name, phase).time()
+
+
+def _taken(ids: Mapping[str, list[str]], order: list[int]) -> dict[str, list[str]]:
+    return {name: list(map(each.__getitem__, order)) for name, each in ids.items()}
 
 
 def _arrange(inputs: Mapping[str, Inputs[Columns]]) -> _Arrivals:
@@ -394,15 +398,14 @@ def _disorder(
     )
 
 
-def _ends(messages: Sequence[Message], prefix: str) -> dict[int, list[int]]:
-    """By partition, the next offset of each input topic after these messages; -1: none of it."""
-    # A partition's messages come in the order of their offsets: the last one stays.
-    last = {(each.partition(), each.topic()): each.offset() for each in messages}
-    ends: dict[int, list[int]] = {}
-    for (partition, topic), offset in last.items():
-        mine = ends.setdefault(partition or 0, [-1] * len(journal.TOPICS))
-        mine[journal.TOPICS.index(str(topic).removeprefix(prefix))] = (offset or 0) + 1
-    return ends
+def _by_partition(ends: Mapping[str, Ends]) -> dict[int, list[int]]:
+    """By partition, the next offset of each input topic; -1: none of it was read."""
+    found: dict[int, list[int]] = {}
+    for topic, mine in ends.items():
+        for partition, end in mine.items():
+            reached = found.setdefault(partition, [-1] * len(journal.TOPICS))
+            reached[journal.TOPICS.index(topic)] = end
+    return found
 
 
 def _texts_read(lookups: Lookups, texts: Hashes) -> Hashes:
@@ -476,9 +479,8 @@ def _prediction_records(
     predictions: Predictions,
     predicted_at: int,
 ) -> OutputBatch:
-    order = scored.tolist()
-    ids = {name: [ids[at] for at in order] for name, ids in arrivals.ids.items()}
-    users = ids["user_id"]
+    ids = _taken(arrivals.ids, scored.tolist())
+    keys = map(str.encode, ids["user_id"])
     partitions = arrivals.partitions[scored].tolist()
     values = encode_columns(
         {
@@ -488,7 +490,7 @@ def _prediction_records(
             "kind": "interaction",
             **prediction_columns(predictions),
             "source": {
-                "topic": [journal.TOPICS[topic] for topic in arrivals.topics[scored].tolist()],
+                "topic": list(map(_TOPICS.__getitem__, arrivals.topics[scored].tolist())),
                 "partition": partitions,
                 "offset": arrivals.offsets[scored],
             },
@@ -499,8 +501,8 @@ def _prediction_records(
     return OutputBatch(
         "predicted-ratings",
         [
-            {"key": user.encode(), "value": value, "partition": partition}
-            for user, value, partition in zip(users, values, partitions, strict=True)
+            {"key": key, "value": value, "partition": partition}
+            for key, value, partition in zip(keys, values, partitions, strict=True)
         ],
     )
 
