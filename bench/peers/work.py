@@ -25,13 +25,14 @@ import torch
 from pydantic import SecretStr
 
 from model import bundle, registry
-from model.events import EVENT, Rows, blank, from_behavior, from_reviews, joined, opaque
+from model.events import EVENT, Rows, behavior_rows, blank, joined, opaque, review_rows
 from model.lookups import Lookups
 from model.predict import Predictor, predictor
 from model.replay import BatchResult, Observation, Share, run_batch
 from model.state import LAYOUT_HASH, PARTITION, USER, from_bytes, to_bytes
-from schemas.codec import decode, encode_columns, format_times
-from schemas.topics import BY_NAME
+from schemas.codec import encode_columns, format_times
+from schemas.columns import Columns, decode_columns
+from schemas.records import Behavior, Record, Review
 from starcast.log import LogConfig, configure
 from streams.config import RedisConfig
 from streams.memory import settle
@@ -40,15 +41,16 @@ from streams.reader import USER_STATE, Reader, partition_keys
 from streams.store import Store
 from streams.user_states import decode_header
 
-INPUTS = ("reviews", "behavior")
+INPUTS: dict[str, tuple[type[Record], Callable[[Columns], Rows]]] = {
+    "reviews": (Review, review_rows),
+    "behavior": (Behavior, behavior_rows),
+}
 OUTPUT = "predicted-ratings"
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the run
 FETCH_KILOBYTES = 8_192  # prefetched input: a peer that starts must not be measured while it fills
 
-FROM_RECORDS: dict[str, Callable[[list[Any]], Rows]] = {
-    "reviews": from_reviews,
-    "behavior": from_behavior,
-}
+Ids = dict[str, list[str]]
+"""By field, of each event."""
 
 
 @dataclass(frozen=True)
@@ -202,12 +204,12 @@ class Work:
         """Predictions for events, in some order that keeps each partition's own."""
         self.pace.begin(len(arrivals))
         arrivals = sorted(arrivals, key=lambda arrival: arrival.partition)
-        records, events = self._decode(arrivals)
+        ids, events = self._decode(arrivals)
         shares, partitions, users = self._read(arrivals, events)
         lookups = self._reader.lookups(events, joined([share.states for share in shares]))
         results, observation = run_batch(shares, lookups)
         self._write(partitions, users, results)
-        return self._encode(arrivals, records, events, observation, lookups, results)
+        return self._encode(arrivals, ids, events, observation, lookups, results)
 
     def _begin_partitions(self) -> None:
         """Go on where the scorer stopped: the running means and counters of its partitions."""
@@ -217,24 +219,19 @@ class Work:
         ]
         self._store.put(self._partition_keys, [each["partition"].tobytes() for each in headers])
 
-    def _decode(self, arrivals: Sequence[Arrival]) -> tuple[list[Any], Rows]:
-        records: list[Any] = [None] * len(arrivals)
+    def _decode(self, arrivals: Sequence[Arrival]) -> tuple[Ids, Rows]:
+        ids: Ids = {name: [""] * len(arrivals) for name in ("event_id", "user_id", "item_id")}
         events = blank(EVENT, len(arrivals))
-        for topic in INPUTS:
+        for topic, (record, rows_of) in INPUTS.items():
             name = self._prefix + topic
             rows = [at for at, arrival in enumerate(arrivals) if arrival.topic == name]
-            if not rows:
-                continue
-            mine = [arrivals[at] for at in rows]
-            decoded = decode(
-                BY_NAME[topic],
-                [arrival.value for arrival in mine],
-                [(arrival.partition, arrival.offset) for arrival in mine],
-            ).records
-            opaque(events)[rows] = opaque(FROM_RECORDS[topic](decoded))
-            for at, record in zip(rows, decoded, strict=True):
-                records[at] = record
-        return records, events
+            columns = decode_columns(record, [arrivals[at].value for at in rows])
+            assert columns is not None  # of events that the benchmark made
+            opaque(events)[rows] = opaque(rows_of(columns))
+            for field, found in ids.items():
+                for at, one in zip(rows, columns[field], strict=True):
+                    found[at] = one
+        return ids, events
 
     def _read(
         self, arrivals: Sequence[Arrival], events: Rows
@@ -277,7 +274,7 @@ class Work:
     def _encode(
         self,
         arrivals: Sequence[Arrival],
-        records: Sequence[Any],
+        ids: Ids,
         events: Rows,
         observation: Observation,
         lookups: Lookups,
@@ -287,9 +284,7 @@ class Work:
         now = np.array([int(time.time() * 1_000)])
         values = encode_columns(
             {
-                "event_id": [record.event_id for record in records],
-                "user_id": [record.user_id for record in records],
-                "item_id": [record.item_id for record in records],
+                **ids,
                 "event_time": format_times(events["time"]),
                 "predicted_at": format_times(now)[0],
                 "kind": "interaction",
@@ -303,8 +298,8 @@ class Work:
             }
         )
         return [
-            Prediction(record.user_id.encode(), value, arrival.partition)
-            for record, value, arrival in zip(records, values, arrivals, strict=True)
+            Prediction(user.encode(), value, arrival.partition)
+            for user, value, arrival in zip(ids["user_id"], values, arrivals, strict=True)
         ]
 
 

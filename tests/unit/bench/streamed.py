@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.peers.launch import PEERS, python
-from bench.peers.work import FROM_RECORDS
+from bench.peers.work import INPUTS
 from model.bundle import Bundle
 from model.calibration import Calibration
 from model.events import ACTIONS, Rows, blank, joined
@@ -23,8 +23,7 @@ from model.network import gather, tensors
 from model.predict import Predictions, predictor
 from model.replay import History, Share, run_batch
 from model.state import ITEM_ATTRIBUTES, LEVELS, USER_ATTRIBUTES
-from schemas.codec import decode
-from schemas.topics import BY_NAME
+from schemas.columns import decode_columns
 from streams.reader import VECTOR_DTYPE
 from tests.unit.model.test_serving import trained
 
@@ -181,8 +180,10 @@ def events_of(records: Sequence[Sent]) -> Rows:
     """EVENT rows (n)."""
     parts: list[Rows] = []
     for topic, record in records:
-        decoded = decode(BY_NAME[topic], [orjson.dumps(record)], [(0, 0)]).records
-        parts.append(FROM_RECORDS[topic](decoded))
+        kind, rows_of = INPUTS[topic]
+        columns = decode_columns(kind, [orjson.dumps(record)])
+        assert columns is not None
+        parts.append(rows_of(columns))
     return joined(parts)
 
 
