@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
-from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from msgspec import Meta
 from msgspec.structs import astuple
 from numpy.typing import NDArray
@@ -35,6 +34,9 @@ _EARLIEST, _LATEST = (
 _LONGEST_TIME = len("2026-11-24T10:15:00.123456789+01:00")
 _UTC_TIMES = re.compile(r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z\n)*+", re.ASCII)
 _TIMES = re.compile(rf"(?:{RFC3339}\n)*+", re.ASCII)
+
+_CHECKED = ("ge", "gt", "le", "lt", "min_length", "max_length")  # limits that msgspec has too
+_KEPT = ("strict", "allow_inf_nan", "pattern")  # it is strict, JSON has no nan; patterns by `_bare`
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,11 @@ def _field(hint: Any) -> _Field:
         return _Field(hint, list, list)
     kind, *about = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     limits: list[Any] = [limit for one in about for limit in one.metadata]
-    checked: dict[str, Any] = {}
-    for limit in limits:
-        for name in ("ge", "gt", "le", "min_length", "max_length"):
-            if isinstance(limit, Ge | Gt | Le | MinLen | MaxLen) and hasattr(limit, name):
-                checked[name] = getattr(limit, name)
+    if not all(any(hasattr(limit, name) for name in (*_CHECKED, *_KEPT)) for limit in limits):
+        raise TypeError(f"no column is made of {hint}: nobody would check all of its limits")
+    checked = {
+        name: getattr(limit, name) for limit in limits for name in _CHECKED if hasattr(limit, name)
+    }
     patterns = {limit.pattern for limit in limits if hasattr(limit, "pattern")}
     if kind is str and patterns <= {NO_NUL}:
         return _Field(Annotated[str, Meta(**checked)], _bare if patterns else list, list)

@@ -66,8 +66,7 @@ def header_data(offset: int) -> bytes:
 
 def ends(messages: Iterable[Message], topic: str) -> dict[int, int]:
     """By partition, the next offset after a batch's messages of a topic."""
-    return {
-        message.partition() or 0: (message.offset() or 0) + 1
-        for message in messages
-        if message.topic() == topic
-    }
+    mine = [message for message in messages if message.topic() == topic]
+    # A partition's messages come in the order of their offsets: the last one stays.
+    last = dict(zip(map(Message.partition, mine), map(Message.offset, mine), strict=True))
+    return {partition or 0: (offset or 0) + 1 for partition, offset in last.items()}

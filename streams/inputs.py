@@ -10,15 +10,13 @@ import numpy as np
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
-from schemas.codec import Decoded, decode
+from schemas.codec import decode
 from schemas.columns import Columns, columns_of, decode_columns
 from schemas.topics import BY_NAME
 from streams.dead_letters import dead_letter
 from streams.loop import Output
 
 Held = TypeVar("Held", list[Any], Columns)
-Ends = dict[int, int]
-"""By partition, the next offset after a batch's messages, whether good or not."""
 
 
 @dataclass
@@ -61,18 +59,14 @@ def split(
 
 def split_columns(
     messages: Sequence[Message], prefix: str, processor: str
-) -> tuple[dict[str, Inputs[Columns]], list[Output], dict[str, Ends]]:
-    """Columns by topic, none of which is compacted, dead letters, and ends by topic."""
+) -> tuple[dict[str, Inputs[Columns]], list[Output]]:
+    """Columns by topic, none of which is compacted, and dead letters, as `split`."""
     good: dict[str, Inputs[Columns]] = {}
     letters: list[Output] = []
-    ends: dict[str, Ends] = {}
     for name, mine in _by_topic(messages).items():
         topic = name.removeprefix(prefix)
         record = BY_NAME[topic].record
         assert record is not None  # of a topic whose values are JSON
-        # A partition's messages come in the order of their offsets: the last one stays.
-        last = dict(zip(map(Message.partition, mine), map(Message.offset, mine), strict=True))
-        ends[topic] = {partition or 0: (offset or 0) + 1 for partition, offset in last.items()}
         values = list(map(Message.value, mine))
         columns = decode_columns(record, values)
         if columns is None:
@@ -80,7 +74,7 @@ def split_columns(
             mine, columns = inputs.messages, columns_of(record, inputs.records)
             letters += bad
         good[topic] = Inputs(topic, mine, columns)
-    return good, letters, ends
+    return good, letters
 
 
 def _by_topic(messages: Sequence[Message]) -> dict[str, list[Message]]:
@@ -98,7 +92,7 @@ def _by_pydantic(
     processor: str,
 ) -> tuple[Inputs[list[Any]], list[Output]]:
     positions = [(message.partition() or 0, message.offset() or 0) for message in messages]
-    decoded: Decoded = decode(BY_NAME[topic], values, positions, name)
+    decoded = decode(BY_NAME[topic], values, positions, name)
     letters = [
         dead_letter(messages[bad.index], topic, processor, bad.reason, bad.field)
         for bad in decoded.rejections

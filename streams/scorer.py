@@ -45,10 +45,11 @@ from schemas.codec import encode, encode_columns, format_times, time_ms
 from schemas.columns import Columns
 from schemas.journal import Journal
 from schemas.records import LATEST_TIME, UpdateSource
+from streams.claims import ends
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
 from streams.digests import Digests, Scored
-from streams.inputs import Ends, Inputs, split_columns
+from streams.inputs import Inputs, split_columns
 from streams.loop import Outcome, Output, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
@@ -168,11 +169,11 @@ class Scorer:
             return Outcome()
         began = time.monotonic()
         with self._phase("decode"):
-            inputs, letters, ends = split_columns(messages, self._prefix, self.name)
+            inputs, letters = split_columns(messages, self._prefix, self.name)
             arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
-        parts, observed, lookups = self._run(_by_partition(ends), arrivals)
+        parts, observed, lookups = self._run(messages, arrivals)
         with self._phase("predict"):
             scored = np.flatnonzero(arrivals.events["action"] != TEXT)
             events, observation = arrivals.events, observed
@@ -245,14 +246,15 @@ class Scorer:
         return arrivals.take(np.flatnonzero(~ahead)), letters
 
     def _run(
-        self, ends: Mapping[int, Sequence[int]], arrivals: _Arrivals
+        self, messages: list[Message], arrivals: _Arrivals
     ) -> tuple[list[_Part], Observation, Lookups]:
         """Read what the batch needs, then observe and apply it."""
+        reached = _ends(messages, self._prefix)
         spans: list[tuple[int, slice]] = []
         users: dict[int, Hashes] = {}
         index: list[NDArray[np.intp]] = []
         with self._phase("read"):
-            for partition in sorted(ends):
+            for partition in sorted(reached):
                 low, high = np.searchsorted(arrivals.partitions, [partition, partition + 1])
                 rows = slice(int(low), int(high))
                 spans.append((partition, rows))
@@ -273,7 +275,7 @@ class Scorer:
                 spans, shares, headers, results, strict=True
             ):
                 header["partition"] = result.partition
-                read = np.array(ends[partition])
+                read = np.array(reached[partition])
                 header["ends"] = np.where(read >= 0, read, header["ends"])
                 last_times = share.states["last_time"]
                 disorder = _disorder(arrivals, rows, share.user_index, last_times, result)
@@ -398,13 +400,12 @@ def _disorder(
     )
 
 
-def _by_partition(ends: Mapping[str, Ends]) -> dict[int, list[int]]:
-    """By partition, the next offset of each input topic; -1: none of it was read."""
+def _ends(messages: Sequence[Message], prefix: str) -> dict[int, list[int]]:
+    """By partition, the next offset of each input topic after these messages; -1: none of it."""
     found: dict[int, list[int]] = {}
-    for topic, mine in ends.items():
-        for partition, end in mine.items():
-            reached = found.setdefault(partition, [-1] * len(journal.TOPICS))
-            reached[journal.TOPICS.index(topic)] = end
+    for at, topic in enumerate(journal.TOPICS):
+        for partition, end in ends(messages, prefix + topic).items():
+            found.setdefault(partition, [-1] * len(journal.TOPICS))[at] = end
     return found
 
 

@@ -1,14 +1,14 @@
 """Columns hold what the contract takes, and nothing else."""
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from schemas.codec import decode
 from schemas.columns import Columns, columns_of, decode_columns, milliseconds
@@ -74,7 +74,12 @@ def test_columns_by_hand() -> None:
 
 
 names = st.text(min_size=1, max_size=20)
-maybe: Callable[[Any], Any] = lambda strategy: st.none() | strategy  # noqa: E731
+
+
+def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
 times = st.datetimes(
     datetime(1989, 12, 30), datetime(2100, 1, 2), timezones=st.just(UTC)
 ) | st.datetimes(
@@ -203,6 +208,15 @@ def test_pydantic_has_the_rare_ones(odd: bytes | None) -> None:
 def test_a_field_of_another_kind_is_no_column() -> None:
     with pytest.raises(TypeError, match="no column"):
         columns_of(PredictedRating, [])
+
+
+def test_a_limit_that_nobody_would_check_is_no_column() -> None:
+    class Even(Record):
+        name: str
+        number: Annotated[float, Field(multiple_of=2)]
+
+    with pytest.raises(TypeError, match="limits"):
+        columns_of(Even, [])
 
 
 def test_times_of_several_zones() -> None:

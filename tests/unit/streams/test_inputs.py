@@ -61,7 +61,7 @@ def test_columns_hold_what_records_do() -> None:
     bad = review(1).model_dump_json().replace("4.0", "7").encode()
     polled = [message("reviews", review(0), 0, 1), message("reviews", review(2), 1, 4)]
     for batch in (polled, [polled[0], message("reviews", bad, 0, 2), polled[1]]):
-        columns, letters, ends = split_columns(batch, PREFIX, "scorer")
+        columns, letters = split_columns(batch, PREFIX, "scorer")
         inputs, wanted = split(batch, PREFIX, "scorer")
         assert [each.key for each in letters] == [each.key for each in wanted]
         assert len(letters) == len(batch) - 2
@@ -70,4 +70,3 @@ def test_columns_hold_what_records_do() -> None:
         assert found.records["event_id"] == ["r0", "r2"]
         assert found.records["rating"].tolist() == [4, 4]
         assert found.partitions().tolist() == [0, 1]
-        assert ends == {"reviews": {0: 2 if batch == polled else 3, 1: 5}}

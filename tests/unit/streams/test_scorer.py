@@ -42,7 +42,7 @@ from streams.loop import Outcome, Output
 from streams.metrics import make_metrics
 from streams.models import Models
 from streams.reader import USER_STATE, Reader, partition_keys
-from streams.scorer import Scorer, _arrange, _by_partition
+from streams.scorer import Scorer, _arrange, _ends
 from streams.store import Store
 from streams.user_states import Held, UserStates, decode_header
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
@@ -170,7 +170,7 @@ def test_a_partitions_own_order_is_kept(
         polled.append(left[chosen].pop(0))
         if not left[chosen]:
             del left[chosen]
-    inputs, _, _ = split_columns(polled, PREFIX, "scorer")
+    inputs, _ = split_columns(polled, PREFIX, "scorer")
     arrived = _arrange(inputs)
     rows = list(
         zip(
@@ -217,8 +217,7 @@ def test_ends_stand_after_the_last_message_of_each_topic() -> None:
         *log("behavior", 2, [record("behavior", 0), b"spoilt"], 3),
         *log("text-features", 0, [record("text-features", 0)]),
     ]
-    _, _, ends = split_columns(polled, PREFIX, "scorer")
-    assert _by_partition(ends) == {0: [8, -1, 1], 2: [-1, 5, -1]}
+    assert _ends(polled, PREFIX) == {0: [8, -1, 1], 2: [-1, 5, -1]}
 
 
 def test_an_event_is_predicted_before_it_is_applied(make: Make) -> None:
