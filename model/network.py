@@ -25,7 +25,7 @@ from model.ids import low_half
 from model.lookups import Lookups, Source
 from model.replay import Observation
 from model.state import RATING_STEPS
-from model.taste import COLUMNS, Taste
+from model.taste import COLUMNS, RUNNING, Taste
 from model.trees import Trees
 
 _RECENTS = 16  # recent items of a user that the item attends to
@@ -39,7 +39,9 @@ class NetworkConfig(BaseModel):
 
     features: int = Field(ge=1, description="columns of the feature table")
     bias_column: int = Field(ge=0, description="the column that holds the running bias")
-    user_bias_column: int = Field(default=0, ge=0, description="the column of the user's bias")
+    running_columns: tuple[int, int, int] = Field(
+        default=(0, 0, 0), description="the columns of the features that the taste reads"
+    )
     factors: int = Field(default=0, ge=0, le=64, description="of the user's taste; 0: none")
     vector: int = Field(
         default=64, ge=0, le=4096, description="width of projected vectors; 0: no texts"
@@ -79,7 +81,7 @@ def default_config(**changes: Any) -> NetworkConfig:
     return NetworkConfig(
         features=len(FEATURES),
         bias_column=INDEX["bias"],
-        user_bias_column=INDEX["user_bias"],
+        running_columns=tuple(INDEX[name] for name in RUNNING),
         **changes,
     )
 
@@ -100,7 +102,7 @@ class Inputs:
     recents: NDArray[np.uint64]  # (n, 16) hashes of the user's last items, newest first; 0: none
     recent_ratings: NDArray[np.float32]  # (n, 16) stars; nan: none
     recent_actions: NDArray[np.uint8]  # (n, 16) bit k: action k was done with the item
-    older: NDArray[np.uint32]  # (n, 64) low halves of hashes of items rated before; 0: none
+    older: NDArray[np.uint32]  # (n, 64) low halves, items rated before, newest first; 0: none
     older_ratings: NDArray[np.uint8]  # (n, 64) in 1/32 star
     item_vectors: NDArray[np.intp]  # (n,) rows of `vectors`
     recent_vectors: NDArray[np.intp]  # (n, 16)
@@ -197,7 +199,7 @@ class Tensors(NamedTuple):
         recents = torch.cat([self.recents, self.older], 1)
         stars = torch.cat([2 * self.feedback[..., 0] + 3, self.older_stars], 1)
         rated = torch.cat([self.feedback[..., 1], (self.older > 0).to(stars.dtype)], 1)
-        return self.item, recents, stars, rated, self.features[:, config.user_bias_column]
+        return self.item, recents, stars, rated, self.features[:, config.running_columns]
 
 
 class Output(NamedTuple):

@@ -17,6 +17,7 @@ from model.lookups import Lookups, Store, Table, Vectors, empty, table
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
+    OLDER,
     PARTITION,
     RATING_STEPS,
     USER,
@@ -37,7 +38,8 @@ class Observation:
     recents: Hashes  # (n, 16): the user's recent distinct items, newest first; 0: none
     recent_ratings: NDArray[np.float32]  # (n, 16): stars given to them; nan: none
     recent_actions: NDArray[np.uint8]  # (n, 16): bit k: ACTIONS[k] was done with the item
-    older: NDArray[np.uint32]  # (n, 64): low halves of hashes of items rated before those; 0: none
+    # (n, 64): low halves of hashes of items rated before those, newest first; 0: none
+    older: NDArray[np.uint32]
     older_ratings: NDArray[np.uint8]  # (n, 64): in 1/32 star
     item_attributes: Rows  # ITEM_ATTRIBUTES (n)
     item_vectors: NDArray[np.intp]  # (n): rows of lookups.vectors.rows; 0: none
@@ -112,12 +114,28 @@ def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Obs
         recents,
         np.where(ratings > 0, ratings / np.float32(RATING_STEPS), np.float32(np.nan)),
         users["recent"]["actions"].copy(),
-        users["older"]["item"].copy(),
-        users["older"]["rating"].copy(),
+        *_newest_first(users),
         attributes,
         item_vectors,
         recent_vectors,
     )
+
+
+def _newest_first(users: Rows) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """Items and ratings (n, 64) that have left the recent ones, the last to leave first."""
+    items = np.zeros(users["older"].shape, np.uint32)
+    ratings = np.zeros(items.shape, np.uint8)
+    _unroll(users["older"], users["left"], items, ratings)
+    return items, ratings
+
+
+@compiled
+def _unroll(older: Any, left: Any, items: Any, ratings: Any) -> None:
+    for row in range(len(older)):
+        end = np.int64(left[row])
+        for slot in range(min(end, OLDER)):
+            place = older[row, (end - 1 - slot) % OLDER]
+            items[row, slot], ratings[row, slot] = place.item, place.rating
 
 
 def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResult], Observation]:

@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.compiled import compiled, summing
+from model.features import ITEM_DAMPING
 from model.ids import low_half
 from model.lookups import Source
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, blocks, bucket, check
 from model.state import RATING_STEPS
-from model.taste import COLUMNS, RIDGE, Taste
+from model.taste import COLUMNS, FADE, Taste
 from model.trees import Trees
 
 Singles = NDArray[np.float32]
@@ -240,9 +241,9 @@ class Served:
         columns = np.empty((len(inputs), self._config.columns), np.float32)
         told = np.empty((len(inputs), len(COLUMNS)), np.float32)
         columns[:, : self._config.features] = inputs.features
-        user_bias = inputs.features[:, self._config.user_bias_column].copy()
+        running = np.nan_to_num(inputs.features[:, self._config.running_columns])
         rated = (ids.recent, inputs.recent_ratings, ids.older, inputs.older_ratings)
-        _fold_in(*self._taste, ids.item, *rated, user_bias, told)
+        _fold_in(*self._taste, ids.item, *rated, running, told)
         columns[:, self._config.features :] = told
         return columns
 
@@ -349,8 +350,9 @@ def _unbiased(weight: Tensor) -> _Dense:
     return _Dense(weight.contiguous(), torch.zeros(weight.shape[1]))
 
 
-def _taste(taste: Taste) -> tuple[Singles, Singles, float]:
-    return _array(taste.factors), _array(taste.offsets), float(taste.level)
+def _taste(taste: Taste) -> tuple[Singles, Singles, float, Singles, float]:
+    tables = _array(taste.factors), _array(taste.offsets)
+    return *tables, float(taste.level), _array(taste.ridge), float(taste.damping)
 
 
 def _pruned(trees: Trees) -> _Pruned:
@@ -487,64 +489,76 @@ def _fold_in(
     factors: Any,
     offsets: Any,
     level: float,
+    ridge: Any,
+    damping: float,
     item: Any,
     recent: Any,
     recent_rating: Any,
     older: Any,
     older_rating: Any,
-    user_bias: Any,
+    running: Any,
     said: Any,
 ) -> None:
-    """The columns of `model.taste` (n, 4)."""
-    count = factors.shape[1]
+    """The columns of `model.taste` (n, 6)."""
+    count = len(ridge)
     gram, person = np.empty((count, count)), np.empty(count)
     for row in range(len(item)):
         gram[:], person[:] = 0.0, 0.0
-        bias = 0.0 if np.isnan(user_bias[row]) else user_bias[row]
-        known = 0
+        age = known = 0
         for slot in range(recent.shape[1]):
             stars = recent_rating[row, slot]
             if not np.isnan(stars):
                 bucket = recent[row, slot]
-                left = stars - (level + offsets[bucket] + bias)
-                known += _rate(factors[bucket], left, gram, person)
+                left = stars - (level + offsets[bucket])
+                known += _rate(factors[bucket], left, age, gram, person)
+                age += 1
         for slot in range(older.shape[1]):
             bucket = older[row, slot]
             if bucket:
                 stars = older_rating[row, slot] / np.float32(RATING_STEPS)
-                left = stars - (level + offsets[bucket] + bias)
-                known += _rate(factors[bucket], left, gram, person)
-        if known:
-            _solve(gram, person)
+                left = stars - (level + offsets[bucket])
+                known += _rate(factors[bucket], left, age, gram, person)
+                age += 1
+        if age:
+            _solve(gram, ridge, person)
         wanted = factors[item[row]]
         taste = strength = wanted_strength = 0.0
-        for at in range(count):
-            taste += person[at] * wanted[at]
+        for at in range(1, count):
+            factor = np.float64(wanted[at - 1])
+            taste += person[at] * factor
             strength += person[at] * person[at]
-            wanted_strength += np.float64(wanted[at]) * wanted[at]
-        said[row, 0], said[row, 1] = taste, known
-        said[row, 2], said[row, 3] = strength, wanted_strength
+            wanted_strength += factor * factor
+        user_bias, item_bias, ratings = running[row]
+        said[row, 0] = person[0] - user_bias
+        said[row, 1] = item_bias * (ITEM_DAMPING - damping) / (np.expm1(ratings) + damping)
+        said[row, 2], said[row, 3] = taste, known
+        said[row, 4], said[row, 5] = strength, wanted_strength
 
 
 @compiled
-def _rate(known: Any, left: float, gram: Any, person: Any) -> int:
+def _rate(known: Any, left: float, age: int, gram: Any, person: Any) -> int:
     """Add one rated item to the normal equations; 0 where its factors are not known."""
+    weight = FADE / (FADE + age)
+    person[0] += weight * left
+    gram[0, 0] += weight
     some = 0
     for at in range(len(known)):
-        if known[at] != 0:
+        factor = weight * known[at]
+        if factor != 0:
             some = 1
-        person[at] += known[at] * left
+        person[at + 1] += factor * left
+        gram[at + 1, 0] += factor
         for other in range(at + 1):
-            gram[at, other] += np.float64(known[at]) * known[other]
+            gram[at + 1, other + 1] += factor * known[other]
     return some
 
 
 @compiled
-def _solve(gram: Any, right: Any) -> None:
-    """(gram + RIDGE I)^-1 right, in place, by Cholesky; of gram the lower half is read."""
+def _solve(gram: Any, ridge: Any, right: Any) -> None:
+    """(gram + diag(ridge))^-1 right, in place, by Cholesky; of gram the lower half is read."""
     count = len(right)
     for at in range(count):
-        gram[at, at] += RIDGE
+        gram[at, at] += ridge[at]
         for other in range(at):
             total = gram[at, other]
             for inner in range(other):

@@ -1,33 +1,37 @@
-"""Item factors for `model.taste`, by alternating least squares.
+"""Item factors for `model.taste`, by variational Bayes.
 
-Of ratings r of users u and items i, with the residual e = r - level - b_i - b_u,
+Of ratings r of users u and items i, with e = r - level,
 
-    min  sum (e - p_u · q_i)² + penalty (sum |p_u|² + sum |q_i|²),
+    e = d_u + b_i + p_u · q_i + noise,    (d_u, p_u) ~ N(0, spread),    (b_i, q_i) ~ N(0, drawn).
 
-where for fixed item factors each user's are a ridge regression's, and the other way round (Zhou et
-al. 2008, "Large-Scale Parallel Collaborative Filtering for the Netflix Prize", section 3; without
-their weights by count).
+Given means and covariances of one side, those of the other are a ridge regression's on expected
+products (Lim and Teh 2007, "Variational Bayesian approach to movie rating prediction", section 3):
+items that are seldom rated stay uncertain, and uncertain users teach items less. The variances are
+fitted too, so a factor that the ratings do not prove goes to zero by itself. Factors of users are
+held at a variance of one.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.features import ITEM_DAMPING, USER_DAMPING
 from model.ids import low_half
 from model.network import Inputs, NetworkConfig, bucket, tensors
 from model.taste import COLUMNS, Taste
-from trainer.baselines import fit_damped_bias, predict_damped_bias
 from trainer.metrics import Floats
 
 Rows = NDArray[np.int64]  # row numbers
 
-PENALTY = 12.0  # ratings' worth of no factors at all
-_SWEEPS = 8  # users, then items
+_SWEEPS = 20  # users, then items
+_OFFSETS, _FACTORS = 0.2, 0.03  # of the variance of e, to begin with
 _MOST = 2_000_000  # newest ratings that factors are fitted to
 _AT_ONCE = 200_000  # ratings whose products are held at one time
+_LEAST = 1e-6  # of a variance: where all ratings are told, or none can be
+_UNTOLD = 0.5  # at least, of the variance: few ratings seem to be told better than they are
 _CHAIN = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of rows at which factors are fitted
 _TOLD = 8_192  # rows at a time
 
@@ -40,24 +44,59 @@ def fit_taste(
     taste = Taste(config.buckets, config.factors)
     if not len(rows):
         return taste
-    users, buckets = inputs.users[rows], bucket(low_half(inputs.items[rows]), config.buckets)
-    bias = fit_damped_bias(users, buckets, rating[rows], USER_DAMPING, ITEM_DAMPING)
-    residual = rating[rows] - predict_damped_bias(bias, users, buckets)
-    user, item = np.searchsorted(bias.users, users), np.searchsorted(bias.items, buckets)
-    by_user, by_item = _Side.of(user, item), _Side.of(item, user)
-    factors = np.random.default_rng(seed).normal(0, 0.1, (len(bias.items), config.factors))
-    for _ in range(_SWEEPS):
-        people = by_user.solve(factors, residual)
-        factors = by_item.solve(people, residual)
-    where = torch.from_numpy(bias.items.astype(np.int64))
-    taste.factors[where] = torch.from_numpy(factors.astype(np.float32))
-    taste.offsets[where] = torch.from_numpy(bias.item_bias.astype(np.float32))
-    taste.level.fill_(bias.mean)
+    items, item = np.unique(
+        bucket(low_half(inputs.items[rows]), config.buckets), return_inverse=True
+    )
+    _, user = np.unique(inputs.users[rows], return_inverse=True)
+    level = float(rating[rows].mean())
+    learnt = _factors(user, item, rating[rows] - level, config.factors, seed)
+    where = torch.from_numpy(items.astype(np.int64))
+    taste.factors[where] = torch.from_numpy(learnt.items[:, 1:].astype(np.float32))
+    taste.offsets[where] = torch.from_numpy(learnt.items[:, 0].astype(np.float32))
+    taste.level.fill_(level)
+    taste.ridge.copy_(torch.from_numpy((learnt.noise / learnt.spread).astype(np.float32)))
+    taste.damping.fill_(learnt.noise / learnt.drawn[0])
     return taste
 
 
+@dataclass(frozen=True)
+class _Learnt:
+    """Offsets and factors of items, and variances."""
+
+    items: Floats  # (m, 1 + k): the offset first
+    noise: float
+    spread: Floats  # (1 + k) of users
+    drawn: Floats  # (1 + k) of items
+
+
+def _factors(
+    user: NDArray[np.intp], item: NDArray[np.intp], left: Floats, count: int, seed: int
+) -> _Learnt:
+    """Fit k factors to what is `left` (n); `user`, `item` (n): numbers without a gap."""
+    by_user, by_item = _Side(user, item), _Side(item, user)
+    noise = variance = max(float(left.var()), _LEAST)
+    spread = np.r_[_OFFSETS * variance, np.ones(count)]
+    drawn = np.r_[_OFFSETS * variance, np.full(count, _FACTORS * variance)]
+    random = np.random.default_rng(seed).normal(0, 0.1, (by_item.size, count))
+    means = np.concatenate([np.zeros((by_item.size, 1)), random], 1)
+    items = _Normal(means, np.zeros((*means.shape, 1 + count)))
+    for _ in range(_SWEEPS):
+        people = _posterior(*by_user.sums(items, left), noise, spread)
+        spread = people.variance
+        gram, right = by_item.sums(people, left)
+        items = _posterior(gram, right, noise, drawn)
+        # What remains of e - d, whose square is expected to be this; b + p · q explains the rest.
+        whole = left**2 - 2 * left * people.mean[user, 0] + people.second[user, 0, 0]
+        explained = 2 * (right * items.mean).sum() - (gram * items.second).sum()
+        noise = max((whole.sum() - explained) / len(left), _UNTOLD * variance)
+        scale = np.r_[1.0, np.sqrt(spread[1:])]
+        items, spread = items.scaled(scale), np.r_[spread[0], np.ones(count)]
+        drawn = items.variance
+    return _Learnt(items.mean, noise, spread, drawn)
+
+
 def told(taste: Taste, config: NetworkConfig, inputs: Inputs, rows: Rows) -> NDArray[np.float32]:
-    """What a taste says of rows (n): the columns (n, 4) of `model.taste`."""
+    """What a taste says of rows (n): the columns (n, 5) of `model.taste`."""
     parts = [np.empty((0, len(COLUMNS)), np.float32)]
     for begin in range(0, len(rows), _TOLD):
         with torch.no_grad():
@@ -69,7 +108,7 @@ def told(taste: Taste, config: NetworkConfig, inputs: Inputs, rows: Rows) -> NDA
 def told_ahead(
     config: NetworkConfig, inputs: Inputs, rating: Floats, rows: Rows, seed: int
 ) -> NDArray[np.float32]:
-    """What tastes of older ratings said of rows (n), oldest first: columns (n, 4).
+    """What tastes of older ratings said of rows (n), oldest first: columns (n, 5).
 
     Each span of rows is told by factors of the rows before it, so that no row's own rating is in
     what is said of it; nan for the first span, before which there is nothing.
@@ -83,35 +122,69 @@ def told_ahead(
     return said
 
 
+@dataclass(frozen=True)
+class _Normal:
+    """What is believed of the m rows of a side: of each the offset, then k factors."""
+
+    mean: Floats  # (m, 1 + k)
+    covariance: Floats  # (m, 1 + k, 1 + k)
+
+    @cached_property
+    def second(self) -> Floats:
+        """Expected products (m, 1 + k, 1 + k)."""
+        return self.mean[:, :, None] * self.mean[:, None, :] + self.covariance
+
+    @property
+    def variance(self) -> Floats:
+        """About zero, over the rows (1 + k)."""
+        return np.maximum(np.diagonal(self.second, axis1=1, axis2=2).mean(0), _LEAST)
+
+    def scaled(self, scale: Floats) -> "_Normal":
+        """The same with each number times its scale (1 + k)."""
+        return _Normal(self.mean * scale, self.covariance * scale[:, None] * scale)
+
+
+def _posterior(gram: Floats, right: Floats, noise: float, prior: Floats) -> _Normal:
+    """Of sums as `_Side.sums` gives them, about zero with variances `prior` (1 + k)."""
+    covariance = np.linalg.inv(gram / noise + np.diag(1 / prior))
+    return _Normal((covariance @ right[..., None])[..., 0] / noise, covariance)
+
+
 class _Side:
-    """The rows of each user, or of each item, side by side."""
+    """The ratings (n) of each user, or of each item, side by side."""
 
-    def __init__(self, order: NDArray[np.intp], begins: NDArray[np.intp], other: Rows) -> None:
-        self._order, self._begins, self._other = order, begins, other
+    def __init__(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> None:
+        self._order = np.argsort(one, kind="stable")
+        self._other = other[self._order]
+        self._begins = np.flatnonzero(np.r_[True, np.diff(one[self._order]) != 0])
+        self.size = len(self._begins)
 
-    @classmethod
-    def of(cls, one: NDArray[np.intp], other: NDArray[np.intp]) -> "_Side":
-        """Of rows (n) that belong to `one` (numbers without a gap) and name an `other`."""
-        order = np.argsort(one, kind="stable")
-        begins = np.flatnonzero(np.r_[True, np.diff(one[order]) != 0])
-        return cls(order, begins, other[order])
+    def sums(self, others: _Normal, left: Floats) -> tuple[Floats, Floats]:
+        """Over each row's ratings, expected products of x (m, 1 + k, 1 + k), and of x and e - o.
 
-    def solve(self, factors: Floats, residual: Floats) -> Floats:
-        """The factors of this side that leave the least, given the other side's."""
-        count = factors.shape[1]
-        found = np.empty((len(self._begins), count))
+        x = (1, factors) and o, the offset, are the other side's; e is what is `left` (n).
+        """
+        products, known, offset = (
+            others.second.copy(),
+            others.mean.copy(),
+            others.second[:, 0].copy(),
+        )
+        offset[:, 0] = known[:, 0]
+        known[:, 0] = 1.0
+        products[:, 0], products[:, :, 0] = known, known
+        gram, right = (
+            np.empty((self.size, *products.shape[1:])),
+            np.empty((self.size, known.shape[1])),
+        )
         ends = np.append(self._begins[1:], len(self._order))
         first = 0
-        while first < len(found):
+        while first < self.size:
             begin = self._begins[first]
             last = max(int(np.searchsorted(ends, begin + _AT_ONCE, "right")), first + 1)
             rows = slice(begin, ends[last - 1])
-            begins = self._begins[first:last] - begin
-            known = factors[self._other[rows]]  # (n, k)
-            products = (known[:, :, None] * known[:, None, :]).reshape(len(known), -1)
-            gram = np.add.reduceat(products, begins).reshape(-1, count, count)
-            right = np.add.reduceat(known * residual[self._order[rows], None], begins)
-            ridge = gram + PENALTY * np.eye(count)
-            found[first:last] = np.linalg.solve(ridge, right[..., None])[..., 0]
+            begins, other = self._begins[first:last] - begin, self._other[rows]
+            told = known[other] * left[self._order[rows], None] - offset[other]
+            gram[first:last] = np.add.reduceat(products[other], begins)
+            right[first:last] = np.add.reduceat(told, begins)
             first = last
-        return found
+        return gram, right

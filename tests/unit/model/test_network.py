@@ -19,6 +19,7 @@ from model.network import (
     gather,
     tensors,
 )
+from model.taste import COLUMNS
 from tests.unit.model.shop import WIDTH, Observed
 
 
@@ -172,13 +173,19 @@ def test_the_taste_reads_older_ratings(inputs: Inputs) -> None:
     some.older[::2, :3], some.older_ratings[::2, :3] = 7, 160
     with torch.no_grad():
         before, after = (
-            model.columns(tensors(model.config, each))[:, -4:].numpy() for each in (none, some)
+            dict(
+                zip(
+                    COLUMNS,
+                    model.columns(tensors(model.config, each))[:, -len(COLUMNS) :].numpy().T,
+                    strict=True,
+                )
+            )
+            for each in (none, some)
         )
-    np.testing.assert_array_equal(
-        after[:, 1] - before[:, 1], np.tile([3, 0], len(inputs))[: len(inputs)]
-    )
-    assert (after[::2, 0] > before[::2, 0]).all()
-    np.testing.assert_allclose(after[1::2], before[1::2], atol=1e-6)
+    more = after["taste_known"] - before["taste_known"]
+    np.testing.assert_array_equal(more, np.tile([3, 0], len(inputs))[: len(inputs)])
+    assert (after["taste"][::2] > before["taste"][::2]).all()
+    np.testing.assert_allclose(after["taste"][1::2], before["taste"][1::2], atol=1e-6)
 
 
 def test_without_texts(observed: Observed) -> None:

@@ -15,6 +15,7 @@ from model.replay import BatchResult, History, Observation, Share, observe, reco
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
+    OLDER,
     PARTITION,
     RECENT,
     USER,
@@ -135,6 +136,20 @@ def test_shares_of_a_batch_give_what_each_alone_gives(events: Rows) -> None:
         for name in ("duplicate", "step", "seq", "states", "partition", "deltas"):
             assert getattr(one, name).tobytes() == getattr(other, name).tobytes()
     assert_same_observations(joined([one.observation for one in results]), observation)
+
+
+@pytest.mark.parametrize("left", [0, 3, OLDER, OLDER + 5])
+def test_older_ratings_are_read_newest_first(left: int) -> None:
+    states = blank(USER, 1)
+    states["left"] = left
+    for number in range(left):
+        states["older"][0, number % OLDER] = number + 1, 32 * (1 + number % 5)
+    events = blank(EVENT, 1)
+    found = observe(states, blank(PARTITION, ()), events, surroundings())
+    newest = list(range(left, max(left - OLDER, 0), -1))
+    assert found.older[0].tolist() == newest + [0] * (OLDER - len(newest))
+    stars = [32 * (1 + (number - 1) % 5) for number in newest]
+    assert found.older_ratings[0].tolist() == stars + [0] * (OLDER - len(newest))
 
 
 @settings(max_examples=60)

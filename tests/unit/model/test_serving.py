@@ -41,6 +41,8 @@ def trained(trees: int = 0, **sizes: Any) -> FusedNetwork:
         nn.init.normal_(network.taste.factors)
         nn.init.normal_(network.taste.offsets, std=0.3)
         network.taste.level.fill_(3.5)
+        nn.init.uniform_(network.taste.ridge, 0.5, 5)
+        network.taste.damping.fill_(4)
     if trees:
         network.plant(grown(trees, network.config.columns))
     return network

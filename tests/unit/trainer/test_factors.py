@@ -38,15 +38,28 @@ def test_factors_tell_what_biases_cannot(examples: Examples) -> None:
     mine = examples.inputs.users.astype(np.int64)[:, None] % 2
     known = ~np.isnan(examples.inputs.recent_ratings)
     stars = np.where(known, np.where(parity == mine, 5, 1), np.nan).astype(np.float32)
-    features = examples.inputs.features.copy()
-    features[:, CONFIG.user_bias_column] = 0
-    inputs = replace(examples.inputs, recent_ratings=stars, features=features)
+    inputs = replace(examples.inputs, recent_ratings=stars)
     rows = np.arange(len(examples))
     taste = fit_taste(CONFIG, inputs, rating, rows[:500], 3)
-    said = told(taste, CONFIG, inputs, rows[500:])[:, 0]
+    said = told(taste, CONFIG, inputs, rows[500:])[:, COLUMNS.index("taste")]
     sure = np.abs(said) > 0.3
     assert sure.sum() > 30
     assert (np.sign(said[sure]) == np.sign(rating[500:][sure] - 3)).mean() > 0.9
+
+
+def test_factors_that_ratings_do_not_prove_are_none(examples: Examples) -> None:
+    """Stars at random, though some users are stricter than others."""
+    random = np.random.default_rng(4)
+    users = random.integers(0, 60, 3_000).astype(np.uint64) + 1
+    items = random.integers(0, 40, 3_000).astype(np.uint64) + 1
+    strict = random.normal(0, 0.5, 61)
+    rating = 3 + strict[users.astype(int)] + random.normal(0, 1, 3_000)
+    several = np.zeros(3_000, np.int64)
+    inputs = replace(examples.inputs.take(several), users=users, items=items)
+    taste = fit_taste(CONFIG, inputs, rating, np.arange(3_000), 3)
+    assert taste.factors.square().sum(1).max() < 0.01
+    assert taste.ridge[0].item() == pytest.approx(1 / strict[1:].var(), rel=0.2)
+    assert taste.damping.item() > 100  # no item is better than another
 
 
 def test_no_row_is_told_by_its_own_rating_or_a_later_one(examples: Examples) -> None:
