@@ -55,6 +55,13 @@ def table(hashes: Hashes, rows: NDArray[Any]) -> Table:
     return Table(hashes[order], joined([rows.take(order, axis=0), default]))
 
 
+def distinct(hashes: Hashes) -> tuple[Hashes, NDArray[np.intp]]:
+    """Distinct hashes (m), in the order of their first, and which of them each one is (n)."""
+    known, index = np.empty(len(hashes), np.uint64), np.empty(len(hashes), np.intp)
+    count = _place(_slots(len(hashes)), known, 0, hashes, index)
+    return known[:count], index
+
+
 def empty(dtype: np.dtype[Any]) -> Table:
     """A table without rows of this dtype."""
     return Table(np.empty(0, np.uint64), blank(dtype, 1))
@@ -103,8 +110,13 @@ class Store:
             more = np.zeros(max(size, 2 * len(self._hashes)) - len(self._hashes), np.uint64)
             self._hashes = np.concatenate([self._hashes, more])
         if 2 * size > len(self._slots):
-            self._slots = np.full(1 << (4 * size - 1).bit_length(), -1, np.int64)
+            self._slots = _slots(2 * size)
             _place(self._slots, self._hashes, 0, self.hashes, np.empty(self._count, np.intp))
+
+
+def _slots(size: int) -> NDArray[np.int64]:
+    """Free slots for `_place`, twice as many as `size` at least."""
+    return np.full(1 << max(2 * size - 1, 1).bit_length(), -1, np.int64)
 
 
 @compiled

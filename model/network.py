@@ -39,8 +39,11 @@ class NetworkConfig(BaseModel):
 
     features: int = Field(ge=1, description="columns of the feature table")
     bias_column: int = Field(ge=0, description="the column that holds the running bias")
-    running_columns: tuple[int, int, int] = Field(
-        default=(0, 0, 0), description="the columns of the features that the taste reads"
+    running_columns: tuple[int, ...] = Field(
+        default=(0, 0, 0),
+        min_length=3,
+        max_length=3,
+        description="the columns of the features that the taste reads",
     )
     factors: int = Field(default=0, ge=0, le=64, description="of the user's taste; 0: none")
     vector: int = Field(

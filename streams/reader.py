@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model.events import Rows
 from model.ids import NONE, Hashes, partitions_of
-from model.lookups import Lookups, Source, Table, Vectors, table
+from model.lookups import Lookups, Source, Table, Vectors, distinct, table
 from model.lookups import Store as Rowstore
 from model.state import ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES, from_bytes
 from streams.store import Store
@@ -63,6 +63,7 @@ class Copy:
         self._seconds = seconds
         self._missing = missing_seconds
         self._rows = Rowstore(self._dtype)
+        self.due = np.empty(0, np.uint64)  # of those taken last: past half of their time
 
     def stale(self, hashes: Hashes) -> Hashes:
         """Those of distinct hashes that are to be read, and `put`, before they are taken."""
@@ -82,8 +83,10 @@ class Copy:
 
     def take(self, hashes: Hashes) -> Rows:
         """For distinct hashes (n), their `row` and whether it was `found`."""
-        places = self._rows.place(hashes)
-        return self._rows.rows.take(places)
+        rows = self._rows.rows.take(self._rows.place(hashes))
+        half = np.where(rows["found"], self._seconds, self._missing) / 2
+        self.due = hashes[rows["until"] - half < time.monotonic()]
+        return rows
 
 
 class VectorCopy:
@@ -120,6 +123,17 @@ class VectorCopy:
         return Fetched(places, read.found)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a batch is to read before more is known of it."""
+
+    items: Hashes  # distinct
+    users: Hashes
+    attributes: Hashes  # items whose attributes are read
+    user_attributes: Hashes
+    keys: list[list[bytes]]  # of item states, of both attributes
+
+
 class Reader:
     """Reads lookups for batches. `encoder`: hash of the encoder whose vectors are wanted."""
 
@@ -141,27 +155,45 @@ class Reader:
 
     def lookups(self, events: Rows, states: Rows) -> Lookups:
         """What EVENT rows (n) of users with USER rows (u) are predicted from."""
-        items = np.unique(events["item"])
-        known = np.unique(np.concatenate([items, states["recent"]["item"].ravel()]))
-        known = known[known != NONE]
-        users = np.unique(events["user"])
-        old, old_users = self._item_attributes.stale(known), self._user_attributes.stale(users)
-        wanted = ((ITEM_STATE, items), (ITEM_KIND, old), (USER_KIND, old_users))
-        item_states, of_items, of_users = self._store.read_each(  # all in one round trip
-            [store_keys(self._store, kind, hashes) for kind, hashes in wanted]
+        asked = self.ask(events)
+        return self.answer(asked, self._store.read_each(asked.keys), states)
+
+    def ask(self, events: Rows) -> "Asked":
+        """What is to be read for EVENT rows (n), whatever the states of their users tell."""
+        items, _ = distinct(events["item"])
+        users, _ = distinct(events["user"])
+        # What is in steady use is renewed here, so that `answer` need not wait for it.
+        old, _ = distinct(
+            np.concatenate([self._item_attributes.stale(items), self._item_attributes.due])
         )
-        self._item_attributes.put(old, _fetched(of_items, ITEM_ATTRIBUTES))
-        self._user_attributes.put(old_users, _fetched(of_users, USER_ATTRIBUTES))
+        old_users = self._user_attributes.stale(users)
+        wanted = ((ITEM_STATE, items), (ITEM_KIND, old), (USER_KIND, old_users))
+        keys = [store_keys(self._store, kind, hashes) for kind, hashes in wanted]
+        return Asked(items, users, old, old_users, keys)
+
+    def answer(
+        self, asked: "Asked", values: Sequence[Sequence[bytes | None]], states: Rows
+    ) -> Lookups:
+        """The lookups of what was asked for, once the values of its keys and USER rows are read."""
+        item_states, of_items, of_users = values
+        self._item_attributes.put(asked.attributes, _fetched(of_items, ITEM_ATTRIBUTES))
+        self._user_attributes.put(asked.user_attributes, _fetched(of_users, USER_ATTRIBUTES))
+        known, _ = distinct(np.concatenate([asked.items, states["recent"]["item"].ravel()]))
+        known = known[known != NONE]
+        old = self._item_attributes.stale(known)
+        if len(old):
+            read = self._store.read(store_keys(self._store, ITEM_KIND, old))
+            self._item_attributes.put(old, _fetched(read, ITEM_ATTRIBUTES))
         attributes = self._item_attributes.take(known)["row"]
         return Lookups(
-            items=table(items, from_bytes(item_states, ITEM)),
+            items=table(asked.items, from_bytes(item_states, ITEM)),
             item_attributes=table(known, attributes),
-            user_attributes=table(users, self._user_attributes.take(users)["row"]),
+            user_attributes=table(asked.users, self._user_attributes.take(asked.users)["row"]),
             vectors=self._vector_table(attributes["text"]),
         )
 
     def _vector_table(self, texts: Hashes) -> Vectors | None:
-        wanted = np.unique(texts[texts != NONE])
+        wanted = np.unique(texts[texts != NONE])  # in order: a table's
         if not self._encoder or not len(wanted):
             return None
         if self._vectors is None and (width := self._width(wanted)):

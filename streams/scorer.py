@@ -35,7 +35,7 @@ from model.events import (
 from model.features import FEATURE_HASH
 from model.ids import NONE, Hashes
 from model.ladder import TIERS
-from model.lookups import Lookups
+from model.lookups import Lookups, distinct
 from model.predict import Predictions
 from model.replay import BatchResult, Observation, Share, run_batch
 from model.state import LAYOUT_HASH, SOURCES
@@ -258,16 +258,16 @@ class Scorer:
                 low, high = np.searchsorted(arrivals.partitions, [partition, partition + 1])
                 rows = slice(int(low), int(high))
                 spans.append((partition, rows))
-                mine = np.unique(arrivals.events["user"][rows], return_inverse=True)
-                users[partition] = mine[0]
-                index.append(mine[1])
-            states = self._states.read(users)
+                users[partition], mine = distinct(arrivals.events["user"][rows])
+                index.append(mine)
+            asked = self._reader.ask(arrivals.events)
+            states, values = self._states.read(users, asked.keys)
             headers = [self._states[partition].header.copy() for partition, _ in spans]
             shares = [
                 Share(rows_, at, header["partition"].copy(), arrivals.events[rows])
                 for rows_, at, header, (_, rows) in zip(states, index, headers, spans, strict=True)
             ]
-            lookups = self._reader.lookups(arrivals.events, joined(states))
+            lookups = self._reader.answer(asked, values, joined(states))
         parts: list[_Part] = []
         with self._phase("features"):
             results, observation = run_batch(shares, lookups)

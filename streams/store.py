@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,9 +29,10 @@ from streams.partitions import hash_tags
 
 WRITE_KEYS = 500  # keys in one guarded write: 2,000 block the server for 8 ms
 READ_KEYS = 2_000  # keys in one MGET
-CALLS_AT_ONCE = 32  # guarded reads or writes in one round trip: few megabytes wait in memory
+CALLS_AT_ONCE = 32  # reads or writes in one round trip: few megabytes wait in memory
 ANSWER_SECONDS = 5.0  # a store that hangs must not hold a worker past its session
 CONNECT_SECONDS = 3.0  # a host that drops packets is told from one that is slow
+Keys = Sequence[Sequence[bytes]]  # in groups or parts
 SENTINEL = "redis+sentinel"  # a URL's scheme: sentinels are asked which server is the primary
 SENTINEL_PORT = 26379
 
@@ -145,7 +146,7 @@ class Store:
         """Take a partition over from whoever had it, and read the header that they left."""
         claim = Claim(kind, partition, 0, None)
         call = Call(claim, "starcast_claim", [self.header_key(kind, partition)], [])
-        ((_, (token, data, writes)),) = self._answered([call])
+        ((token, data, writes),), _ = self._answered([call])
         return Claim(kind, partition, int(token), data, int(writes))
 
     def header(self, kind: bytes, partition: int) -> bytes | None:
@@ -179,7 +180,7 @@ class Store:
                 arguments = [each.claim.token, each.claim.writes + number, data, *values]
                 calls.append(Call(each.claim, "starcast_write", [header, *keys], arguments))
         refused: Claim | None = None
-        for call, done in self._answered(calls):
+        for call, done in zip(calls, self._answered(calls)[0], strict=True):
             if done:
                 call.claim.writes += 1
             else:
@@ -199,43 +200,38 @@ class Store:
         self, wanted: Sequence[tuple[Claim, Sequence[bytes]]]
     ) -> list[list[bytes | None]]:
         """The same for distinct partitions, several in one round trip."""
-        calls: list[Call] = []
-        for claim, keys in wanted:
-            header = self.header_key(claim.kind, claim.partition)
-            for start in range(0, max(len(keys), 1), READ_KEYS):
-                part = [header, *keys[start : start + READ_KEYS]]
-                calls.append(Call(claim, "starcast_read", part, [claim.token, claim.writes]))
-        values: dict[tuple[bytes, int], list[bytes | None]] = {
-            (claim.kind, claim.partition): [] for claim, _ in wanted
-        }
-        for call, found in self._answered(calls):
-            if found is None:
-                raise _refused(call.claim)
-            values[call.claim.kind, call.claim.partition] += found
-        return list(values.values())
+        return self.read_beside(wanted, [])[0]
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of keys, None where there is none."""
         return self.read_each([keys])[0]
 
-    def read_each(self, groups: Sequence[Sequence[bytes]]) -> list[list[bytes | None]]:
+    def read_each(self, groups: Keys) -> list[list[bytes | None]]:
         """The same for each of several sequences of keys, in as few round trips."""
-        keys = [key for group in groups for key in group]
-        parts = [keys[start : start + READ_KEYS] for start in range(0, len(keys), READ_KEYS)]
-        with _answering():
-            values = [value for found in self._found(parts) for value in found]
-        ends = accumulate(map(len, groups), initial=0)
-        return [values[begin:end] for begin, end in pairwise(ends)]
+        return self.read_beside([], groups)[1]
 
-    def _found(self, parts: Sequence[Sequence[bytes]]) -> Iterator[list[bytes | None]]:
-        if self._cluster:
-            yield from map(self.client.mget_nonatomic, parts)
-            return
-        for start in range(0, len(parts), CALLS_AT_ONCE):
-            with self.client.pipeline(transaction=False) as pipeline:
-                for part in parts[start : start + CALLS_AT_ONCE]:
-                    pipeline.mget(part)
-                yield from pipeline.execute()
+    def read_beside(
+        self, wanted: Sequence[tuple[Claim, Sequence[bytes]]], groups: Keys
+    ) -> tuple[list[list[bytes | None]], list[list[bytes | None]]]:
+        """What `read_all_owned` and `read_each` give, in as few round trips as one of them."""
+        calls = [
+            Call(claim, "starcast_read", [header, *part], [claim.token, claim.writes])
+            for claim, keys in wanted
+            for header in [self.header_key(claim.kind, claim.partition)]
+            for part in _parts(keys) or [()]
+        ]
+        keys = [key for group in groups for key in group]
+        answers, found = self._answered(calls, _parts(keys))
+        owned: dict[tuple[bytes, int], list[bytes | None]] = {
+            (claim.kind, claim.partition): [] for claim, _ in wanted
+        }
+        for call, values in zip(calls, answers, strict=True):
+            if values is None:
+                raise _refused(call.claim)
+            owned[call.claim.kind, call.claim.partition] += values
+        ends = accumulate(map(len, groups), initial=0)
+        values = list(chain.from_iterable(found))
+        return list(owned.values()), [values[begin:end] for begin, end in pairwise(ends)]
 
     def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Write values that never change under their key, and so need no claim."""
@@ -258,34 +254,50 @@ class Store:
         """Give the connections back."""
         self.client.close()
 
-    def _answered(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Any]]:
-        """Each call and its answer."""
+    def _answered(
+        self, calls: Sequence[Call], parts: Keys = ()
+    ) -> tuple[list[Any], list[list[bytes | None]]]:
+        """The answer to each call, and the values of each part of keys."""
+        if self._cluster and parts:  # whose keys lie in many places
+            with _answering():
+                found = list(map(self.client.mget_nonatomic, parts))
+            return self._answered(calls)[0], found
+        answers: list[Any] = []
+        asked = len(calls) + len(parts)
         with _answering():
-            for start in range(0, len(calls), CALLS_AT_ONCE):
-                several = calls[start : start + CALLS_AT_ONCE]
-                yield from zip(several, self._round_trip(several), strict=True)
+            for start in range(0, asked, CALLS_AT_ONCE):
+                end = start + CALLS_AT_ONCE
+                rest = slice(max(start - len(calls), 0), max(end - len(calls), 0))
+                answers += self._round_trip(calls[start:end], parts[rest])
+        return answers[: len(calls)], answers[len(calls) :]
 
-    def _round_trip(self, calls: Sequence[Call]) -> list[Any]:
-        """Call store functions; load the library where it is not there yet.
+    def _round_trip(self, calls: Sequence[Call], parts: Keys = ()) -> list[Any]:
+        """Call store functions and get values; load the library where it is not there yet.
 
         A write that had been done before that is refused when it is sent again: its owner then
         claims anew.
         """
         try:
-            return self._send(calls)
+            return self._send(calls, parts)
         except redis.ResponseError as error:
             if "unction not found" not in str(error):
                 raise
         self.client.function_load(_library()[1], replace=True)
-        return self._send(calls)
+        return self._send(calls, parts)
 
-    def _send(self, calls: Sequence[Call]) -> list[Any]:
+    def _send(self, calls: Sequence[Call], parts: Keys) -> list[Any]:
         version, _ = _library()
         with self.client.pipeline(transaction=False) as pipeline:
             for call in calls:
                 name = f"{call.function}_{version}"
                 pipeline.fcall(name, len(call.keys), *call.keys, *call.arguments)
+            for part in parts:
+                pipeline.mget(part)
             return pipeline.execute()
+
+
+def _parts(keys: Sequence[bytes]) -> list[Sequence[bytes]]:
+    return [keys[start : start + READ_KEYS] for start in range(0, len(keys), READ_KEYS)]
 
 
 @cache

@@ -121,8 +121,13 @@ class UserStates:
         for partition in partitions:
             self._held.pop(partition, None)
 
-    def read(self, wanted: Mapping[int, Hashes]) -> list[Rows]:
-        """By partition, USER rows (n) of distinct users, as they are now."""
+    def read(
+        self, wanted: Mapping[int, Hashes], beside: Sequence[Sequence[bytes]] = ()
+    ) -> tuple[list[Rows], list[list[bytes | None]]]:
+        """By partition, USER rows (n) of distinct users, as they are now.
+
+        Comes with the values of groups of keys of the store, read in the same round trip.
+        """
         places: list[NDArray[np.intp]] = []
         missing: list[tuple[Held, Hashes, NDArray[np.intp]]] = []
         for partition, users in wanted.items():
@@ -138,22 +143,28 @@ class UserStates:
             new = found >= known
             if new.any():
                 missing.append((held, users[new], found[new]))
-        self._fill(missing)
-        return [
+        values = self._fill(missing, beside)
+        states = [
             self._held[partition].users.rows.take(found)
             for partition, found in zip(wanted, places, strict=True)
         ]
+        return states, values
 
-    def _fill(self, missing: Sequence[tuple[Held, Hashes, NDArray[np.intp]]]) -> None:
+    def _fill(
+        self,
+        missing: Sequence[tuple[Held, Hashes, NDArray[np.intp]]],
+        beside: Sequence[Sequence[bytes]],
+    ) -> list[list[bytes | None]]:
         """Read users that have a place in the cache and nothing there yet."""
         keys = [
             partition_keys(self._store, USER_STATE, held.claim.partition, users)
             for held, users, _ in missing
         ]
         claims = [held.claim for held, _, _ in missing]
-        found = self._store.read_all_owned(list(zip(claims, keys, strict=True)))
+        found, others = self._store.read_beside(list(zip(claims, keys, strict=True)), beside)
         for (held, _, places), values in zip(missing, found, strict=True):
             opaque(held.users.rows)[places] = opaque(from_bytes(values, USER))
+        return others
 
     def take(self, taken: Taken) -> None:
         """Hold states, and the header, as a batch left them."""
@@ -220,7 +231,7 @@ class UserStates:
         events = _joined([journal.events for journal in journals]).view(EVENT)
         users, user_index = np.unique(events["user"], return_inverse=True)
         states, header["partition"] = recover(
-            self.read({partition: users})[0],
+            self.read({partition: users})[0][0],
             user_index,
             header["partition"].copy(),
             events,

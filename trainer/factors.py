@@ -146,7 +146,7 @@ class _Normal:
 
 def _posterior(gram: Floats, right: Floats, noise: float, prior: Floats) -> _Normal:
     """Of sums as `_Side.sums` gives them, about zero with variances `prior` (1 + k)."""
-    covariance = np.linalg.inv(gram / noise + np.diag(1 / prior))
+    covariance = np.asarray(np.linalg.inv(gram / noise + np.diag(1 / prior)), np.float64)
     return _Normal((covariance @ right[..., None])[..., 0] / noise, covariance)
 
 

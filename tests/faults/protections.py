@@ -63,8 +63,9 @@ def without_fence() -> None:
     """Whoever writes to the store does, whichever claim came last."""
     round_trip = Store._round_trip
 
-    def unfenced(self: Store, calls: Sequence[Call]) -> list[Any]:
-        return [_forced(self, call, round_trip) for call in calls]
+    def unfenced(self: Store, calls: Sequence[Call], parts: stores.Keys = ()) -> list[Any]:
+        forced = [_forced(self, call, round_trip) for call in calls]
+        return forced + (round_trip(self, (), parts) if parts else [])
 
     stores.Store._round_trip = unfenced
 
@@ -87,8 +88,9 @@ def without_count() -> None:
     """An owner writes on though the store has lost some of what it wrote."""
     round_trip = Store._round_trip
 
-    def uncounted(self: Store, calls: Sequence[Call]) -> list[Any]:
-        return [round_trip(self, [_recounted(self, call)])[0] for call in calls]
+    def uncounted(self: Store, calls: Sequence[Call], parts: stores.Keys = ()) -> list[Any]:
+        done = [round_trip(self, [_recounted(self, call)])[0] for call in calls]
+        return done + (round_trip(self, (), parts) if parts else [])
 
     stores.Store._round_trip = uncounted
 

@@ -130,11 +130,12 @@ def install(points: Points) -> None:
 
     round_trip = stores.Store._round_trip
 
-    def pointed_trip(self: Any, calls: Sequence[stores.Call]) -> list[Any]:
-        done = round_trip(self, calls)
-        if calls[-1].function == "starcast_write" and calls[-1].arguments[2] == b"":
+    def pointed_trip(self: Any, calls: Sequence[stores.Call], parts: stores.Keys = ()) -> list[Any]:
+        done = round_trip(self, calls, parts)
+        last = calls[-1] if calls else None
+        if last and last.function == "starcast_write" and last.arguments[2] == b"":
             points.reach("writing")
-        elif calls[-1].function == "starcast_claim":
+        elif last and last.function == "starcast_claim":
             points.reach("claimed")
         return done
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.lookups import Store, empty, table
+from model.lookups import Store, distinct, empty, table
 from model.state import ITEM_ATTRIBUTES, USER
 
 HASHES = st.integers(1, 2**64 - 1) | st.integers(1, 40) | st.integers(2**64 - 40, 2**64 - 1)
@@ -45,3 +45,10 @@ def test_store_keeps_rows_as_it_grows(batches: list[list[int]]) -> None:
         dict(zip(store.hashes.tolist(), store.rows["sessions"].tolist(), strict=True)) == expected
     )
     assert list(expected) == store.hashes.tolist()
+
+
+@given(st.lists(HASHES | st.just(0)))
+def test_distinct_hashes_stand_in_the_order_of_their_first(hashes: list[int]) -> None:
+    known, index = distinct(np.array(hashes, np.uint64))
+    assert known.tolist() == list(dict.fromkeys(hashes))
+    assert known[index].tolist() == hashes

@@ -78,7 +78,7 @@ def test_what_is_not_known_says_nothing() -> None:
     assert told(made, 1, {1: None}) == nothing  # met, but not rated
     assert told(made, 1, {2: 5.0}) == nothing | {"taste_level": 0.5}  # an item without factors
     assert told(made, 2, {1: 5.0})["taste"] == 0
-    assert told(made, 1, {}, (float("nan"),) * 3) == nothing
+    assert told(made, 1, {}, (np.nan, np.nan, np.nan)) == nothing
 
 
 def test_an_items_running_bias_is_damped_as_the_shop_is() -> None:

@@ -21,7 +21,7 @@ from streams.config import RedisConfig
 from streams.exceptions import FencedError
 from streams.metrics import make_metrics
 from streams.reader import ITEM_KIND, USER_KIND, partition_keys
-from streams.store import WRITE_KEYS, Call, Store
+from streams.store import WRITE_KEYS, Call, Keys, Store
 from tests.unit.streams.messages import PREFIX, message
 
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -136,9 +136,9 @@ def test_a_batch_is_one_write(store: str, monkeypatch: pytest.MonkeyPatch) -> No
     calls: list[int] = []
     round_trip = catalog._store._round_trip
 
-    def counted(several: Sequence[Call]) -> list[Any]:
+    def counted(several: Sequence[Call], parts: Keys) -> list[Any]:
         calls.extend(len(call.keys) for call in several)
-        return round_trip(several)
+        return round_trip(several, parts)
 
     monkeypatch.setattr(catalog._store, "_round_trip", counted)
     work(catalog, items_log([item(f"item {number}") for number in range(catalog.batch_size)]))
@@ -247,7 +247,7 @@ def _keep_in(catalog: Catalog, held: dict[bytes, bytes]) -> None:
                 held.pop(key, None)
         return 1
 
-    store._round_trip = lambda calls: [answer(call) for call in calls]
+    store._round_trip = lambda calls, parts=(): [answer(call) for call in calls]
     store.read = lambda keys: [held.get(key) for key in keys]
 
 

@@ -20,7 +20,7 @@ from streams.config import RedisConfig
 from streams.embedded import HOST, Child, free_port, start_child, start_store
 from streams.exceptions import FencedError, StoreError
 from streams.partitions import SLOTS, hash_tags
-from streams.store import Call, Claim, Store, Writing
+from streams.store import Call, Claim, Keys, Store, Writing
 
 KIND = b"u"
 
@@ -39,9 +39,10 @@ def intercept(store: Store, monkeypatch: pytest.MonkeyPatch, before: Callable[[i
     monkeypatch.setattr(stores, "CALLS_AT_ONCE", 1)
     send, numbers = store._round_trip, iter(range(1_000))
 
-    def counted(calls: Sequence[Call]) -> list[Any]:
-        before(next(numbers))
-        return send(calls)
+    def counted(calls: Sequence[Call], parts: Keys) -> list[Any]:
+        if calls:
+            before(next(numbers))
+        return send(calls, parts)
 
     monkeypatch.setattr(store, "_round_trip", counted)
 
@@ -119,6 +120,29 @@ def test_partitions_are_read_and_written_together(
         mine.read_all_owned([(claims[at], []) for at in claims])
     assert mine.read_all_owned([]) == []
     mine.write_all([])
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_what_is_owned_and_what_is_not_are_read_together(
+    store: str, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(stores, "CALLS_AT_ONCE", at_once)
+    monkeypatch.setattr(stores, "READ_KEYS", 2)
+    mine = make(store)
+    claims = [mine.claim(KIND, partition) for partition in (3, 4)]
+    keys = [keys_of(mine, 3, claim.partition) for claim in claims]
+    for claim, names in zip(claims, keys, strict=True):
+        mine.write(claim, names[:2], [b"%d" % claim.partition, b"b"], b"header")
+    other = keys_of(mine, 3, kind=b"i")
+    mine.put(other[1:], [b"y", b"z"])
+    groups = [other, [], other[2:]]
+    owned = [[b"3", b"b", None], [b"4", b"b", None]]
+    free = [[None, b"y", b"z"], [], [b"z"]]
+    assert mine.read_beside(list(zip(claims, keys, strict=True)), groups) == (owned, free)
+    assert mine.read_beside([], groups) == ([], free)
+    mine.claim(KIND, 4)
+    with pytest.raises(FencedError, match="u partition 4"):
+        mine.read_beside(list(zip(claims, keys, strict=True)), groups)
 
 
 def test_a_write_under_way_does_not_keep_its_owner_from_reading(store: str) -> None:

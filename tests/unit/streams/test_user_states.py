@@ -50,7 +50,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Partition], None]:
 
 
 def read(states: UserStates, users: Hashes) -> Rows:
-    (rows,) = states.read({PARTITION: users})
+    (rows,), _ = states.read({PARTITION: users})
     return rows
 
 
