@@ -45,7 +45,7 @@ from streams.metrics import Metrics
 from streams.pace import Overlap
 
 IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
-TIMED_SECONDS = 1.0  # timed work waits no longer, though it costs a wait for what is under way
+TIMED_SECONDS = 5.0  # timed work waits no longer, though it costs a wait for what is under way
 TRANSACTION_SECONDS = 10.0  # a dead worker's open transaction blocks readers no longer than this
 COMMIT_SECONDS = 8.0  # a broker that fails over answers late: asked again, unless to stop
 CONTROL_SECONDS = 10.0  # a coordinator that moves is found again within this
@@ -498,18 +498,19 @@ class Loop:
         """Of polled messages, those that may be worked on; errors are logged or raised."""
         batch: list[Message] = []
         back: set[int] = set()
-        for message in messages:
-            if (error := message.error()) is not None:
+        read = zip(messages, map(Message.error, messages), _records(messages), strict=True)
+        for message, error, (topic, partition, offset) in read:
+            if error is not None:
                 self._tell(message, error)
                 continue
-            place, offset = self._place(message), message.offset() or 0
+            position = self._names[topic], partition
             # A rebalance inside the poll leaves messages of partitions that are not live now;
             # they are read again after the claim.
-            if place not in self._live:
+            if position not in self._live:
                 continue
-            if offset < self._live[place]:
-                back.add(place[1])
-            self._live[place] = offset + 1
+            if offset < self._live[position]:
+                back.add(partition)
+            self._live[position] = offset + 1
             batch.append(message)
         if back:
             # librdkafka 2.16 answers an assignment's placeholder even after a seek, and goes there.
@@ -550,8 +551,8 @@ class Loop:
         """
         if not messages:
             return None
-        ends = {(each.topic(), each.partition()): (each.offset() or 0) + 1 for each in messages}
-        offsets = [TopicPartition(str(topic), int(p), end) for (topic, p), end in ends.items()]  # pyright: ignore[reportArgumentType]
+        ends = {(topic, partition): offset + 1 for topic, partition, offset in _records(messages)}
+        offsets = [TopicPartition(*place, end) for place, end in ends.items()]
         processed = threading.Event()
         if not self._exactly_once:
             return Polled(messages, offsets, None, processed)
@@ -903,6 +904,13 @@ class Loop:
                 "transaction.timeout.ms": int(TRANSACTION_SECONDS * 1_000),
             }
         return client_config(self._config, **config)
+
+
+def _records(messages: Sequence[Message]) -> list[tuple[str, int, int]]:
+    """Topic, partition and offset of each; what is no error has all three."""
+    fields = (map(get, messages) for get in (Message.topic, Message.partition, Message.offset))
+    found: Any = zip(*fields, strict=True)
+    return list(found)
 
 
 def fetching(linger: float) -> dict[str, int]:

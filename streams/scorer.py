@@ -206,7 +206,7 @@ class Scorer:
 
         return Outcome(
             batches=[ratings, updates],
-            outputs=letters + ahead,
+            outputs=letters + ahead + self._digests.due(self.lag),
             late=journals,
             tracked=frozenset({"journal"}),
             write=write,
