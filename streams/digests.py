@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,7 @@ class Digests:
         tiers = np.concatenate([empty.astype(np.uint8), *(part.tiers for part in parts)])
         latencies = np.concatenate([empty, *(part.latencies_ms for part in parts)])[:LATENCIES]
         stars = np.bincount(np.clip(np.rint(ratings), 1, 5).astype(int), minlength=6)[1:]
-        items = sum((Counter(part.items) for part in parts), Counter[str]())
+        items = Counter(chain.from_iterable(part.items for part in parts))
         actions = sum((part.actions for part in parts), Counter[str]())
         categories = sum((part.categories for part in parts), Counter[str]())
         present = np.unique(tiers[tiers != NO_TIER])
