@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from model import registry
+from model.bundle import FORMAT
 from model.features import FEATURE_HASH
 from schemas.files import write_records
 from starcast.shop import shop
@@ -20,7 +21,8 @@ def default_models(console: Console) -> str:
     from trainer.config import TextConfig, TrainerConfig
 
     settings = TrainerConfig(text=TextConfig(method="frozen"))  # fine-tuning changes no speed
-    digest = sha256(f"{FEATURE_HASH} {settings.model_dump_json()}".encode()).hexdigest()
+    made_by = f"{FORMAT} {FEATURE_HASH} {settings.model_dump_json()}"
+    digest = sha256(made_by.encode()).hexdigest()
     url = str(CACHE / f"models-{digest[:8]}")
     if registry.read(url).stable is None:
         from trainer.data import from_file

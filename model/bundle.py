@@ -41,7 +41,7 @@ from model.exceptions import BundleError
 from model.features import FEATURE_HASH, FEATURES
 from model.network import FusedNetwork, NetworkConfig
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.bundle import Bundle
-from model.features import FEATURE_HASH
+from model.features import FEATURE_HASH, ITEM_DAMPING
 from model.ids import NONE, Hashes
 from model.lookups import Table, empty, table
 from model.network import FusedNetwork, Member, NetworkConfig
@@ -25,6 +25,7 @@ from model.state import (
     USER_ATTRIBUTES,
     from_bytes,
 )
+from model.taste import FADE
 from model.trees import Trees
 from schemas.exceptions import StarcastError
 from streams.reader import (
@@ -104,11 +105,18 @@ def write(folder: Path, bundle: Bundle, rows: Rows) -> dict[str, Any]:
     taste = [network.taste.offsets, network.taste.factors]
     (folder / "taste").write_bytes(b"".join(each.numpy().tobytes() for each in taste))
     _write_network(folder / "network.onnx", network, torch.from_numpy(rows.vectors.rows))
-    sizes = ("features", "buckets", "name_buckets", "vector", "factors")
+    sizes = ("features", "buckets", "name_buckets", "vector")
     return {
         "version": bundle.version,
         **{size: getattr(config, size) for size in sizes},
-        "level": float(network.taste.level),
+        "taste": {
+            "level": float(network.taste.level),
+            "ridge": network.taste.ridge.tolist(),
+            "damping": float(network.taste.damping),
+            "item_damping": ITEM_DAMPING,
+            "fade": FADE,
+            "running": config.running_columns,
+        },
         **bundle.calibration.model_dump(),
     }
 

@@ -23,7 +23,7 @@ from model.network import gather, tensors
 from model.predict import Predictions, predictor
 from model.replay import History, Share, run_batch
 from model.state import ITEM_ATTRIBUTES, LEVELS, USER_ATTRIBUTES
-from schemas.columns import decode_columns
+from schemas.columns import columns_of
 from streams.reader import VECTOR_DTYPE
 from tests.unit.model.test_serving import trained
 
@@ -181,9 +181,7 @@ def events_of(records: Sequence[Sent]) -> Rows:
     parts: list[Rows] = []
     for topic, record in records:
         kind, rows_of = INPUTS[topic]
-        columns = decode_columns(kind, [orjson.dumps(record)])
-        assert columns is not None
-        parts.append(rows_of(columns))
+        parts.append(rows_of(columns_of(kind, [kind.model_validate_json(orjson.dumps(record))])))
     return joined(parts)
 
 

@@ -39,9 +39,7 @@ final class Features {
     private float[] columns;
     private int at;
 
-    // Of the event computed last.
-    double usual; // global mean + item bias: what states keep residuals from
-    float userBias;
+    double usual; // of the event computed last: global mean + item bias, what states keep residuals from
 
     Features(Lookups lookups) {
         this.lookups = lookups;
@@ -72,7 +70,6 @@ final class Features {
         usual = mean + itemBias;
         long ratings = user.u4(User.RATING_COUNT);
         double bias = user.f8(User.RESIDUAL_SUM) / (ratings + USER_DAMPING);
-        userBias = (float) bias;
         double own = mean + bias;
 
         put(Math.min(Math.max(mean + itemBias + bias, 1), STARS));

@@ -30,7 +30,7 @@ final class Model implements AutoCloseable {
             throw new IOException(settings.features() + " features are wanted, " + Features.COUNT + " computed");
         }
         lookups = new Lookups(folder, settings.vector());
-        taste = new Taste(folder.resolve("taste"), settings.buckets(), settings.factors(), settings.level());
+        taste = new Taste(folder.resolve("taste"), settings.buckets(), settings.taste());
         try (OrtSession.SessionOptions options = new OrtSession.SessionOptions()) {
             options.setIntraOpNumThreads(1);
             options.setInterOpNumThreads(1);
@@ -91,7 +91,7 @@ final class Model implements AutoCloseable {
             Row attributes = lookups.itemAttributes.row(attributesRow);
             int buckets = settings.buckets();
             int item = bucket(event.item & 0xFFFF_FFFFL, buckets);
-            taste.fold(user, buckets, item, features.userBias, columns, begin() + settings.features());
+            taste.fold(user, buckets, item, columns, begin(), settings.features());
             int at = count * IDS;
             ids.put(at++, event.user == 0 ? 0 : Long.remainderUnsigned(event.user, buckets - 1) + 1);
             ids.put(at++, item);

@@ -24,13 +24,21 @@ record Settings(
         int buckets,
         int nameBuckets,
         int vector,
-        int factors,
-        double level,
+        Taste taste,
         double intercept,
         double slope,
         double temperature,
         double interval,
         Map<String, Object> streams) { // configuration of Kafka Streams
+
+    /** The numbers of model/taste.py that are not by item. */
+    record Taste(
+            double level,
+            double[] ridge,
+            double damping,
+            double itemDamping, // of the features
+            double fade,
+            int[] running) {} // columns of features
 
     static Settings read(Path folder) throws IOException {
         return new ObjectMapper()
