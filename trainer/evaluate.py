@@ -27,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from model import encoder as encoders
+from model.bundle import FORMAT
 from model.encoder import TextEncoder, review_text
 from model.features import FEATURE_HASH
 from model.state import LAYOUT_HASH
@@ -193,9 +194,9 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
 
 
 def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
-    """Where the parts of an evaluation are kept: one for each file, settings and features' code."""
+    """Where the parts of an evaluation are kept: one for each file, settings and model's code."""
     digest = hashlib.sha256(path.read_bytes())
-    code = [FEATURE_HASH, LAYOUT_HASH]
+    code = [FEATURE_HASH, LAYOUT_HASH, FORMAT]
     digest.update(orjson.dumps([config.model_dump(mode="json"), encoder, ties, *code]))
     return root / digest.hexdigest()[:16]
 
