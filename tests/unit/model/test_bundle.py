@@ -194,8 +194,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "files: Field required",
     ),
     "a later format": (
-        lambda f: damage_nothing_but(f, lambda m: m.update(format=2)),
-        "format 2, and this code reads 1",
+        lambda f: damage_nothing_but(f, lambda m: m.update(format=3)),
+        "format 3, and this code reads 1",
     ),
     "a flipped bit": (
         lambda f: flip(f / "network.safetensors"),
