@@ -195,7 +195,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a later format": (
         lambda f: damage_nothing_but(f, lambda m: m.update(format=3)),
-        "format 3, and this code reads 1",
+        "format 3, and this code reads 2",
     ),
     "a flipped bit": (
         lambda f: flip(f / "network.safetensors"),
