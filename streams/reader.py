@@ -63,14 +63,20 @@ class Copy:
         self._seconds = seconds
         self._missing = missing_seconds
         self._rows = Rowstore(self._dtype)
-        self.due = np.empty(0, np.uint64)  # of those taken last: past half of their time
 
-    def stale(self, hashes: Hashes) -> Hashes:
-        """Those of distinct hashes that are to be read, and `put`, before they are taken."""
+    def stale(self, hashes: Hashes, early: bool = False) -> Hashes:
+        """Those of distinct hashes that are to be read, and `put`, before they are taken.
+
+        With `early` from half of their time on.
+        """
         if len(self._rows.rows) > MOST_ROWS:
             self._rows = Rowstore(self._dtype)
         places = self._rows.place(hashes)
-        return hashes[self._rows.rows["until"][places] < time.monotonic()]
+        until = self._rows.rows["until"][places]
+        if early:
+            found = self._rows.rows["found"][places]
+            until -= np.where(found, self._seconds, self._missing) / 2
+        return hashes[until < time.monotonic()]
 
     def put(self, hashes: Hashes, read: Fetched) -> None:
         """Keep what was read of distinct hashes (n)."""
@@ -83,10 +89,8 @@ class Copy:
 
     def take(self, hashes: Hashes) -> Rows:
         """For distinct hashes (n), their `row` and whether it was `found`."""
-        rows = self._rows.rows.take(self._rows.place(hashes))
-        half = np.where(rows["found"], self._seconds, self._missing) / 2
-        self.due = hashes[rows["until"] - half < time.monotonic()]
-        return rows
+        places = self._rows.place(hashes)
+        return self._rows.rows.take(places)
 
 
 class VectorCopy:
@@ -143,6 +147,7 @@ class Reader:
         self._vectors: VectorCopy | None = None
         self._item_attributes = Copy(ITEM_ATTRIBUTES, seconds, MISSING_SECONDS)
         self._user_attributes = Copy(USER_ATTRIBUTES, seconds, seconds)
+        self._in_use = np.empty(0, np.uint64)  # items whose attributes the last batch took
 
     def use_encoder(self, encoder: str) -> None:
         """Read vectors of this encoder; "" for none."""
@@ -158,21 +163,20 @@ class Reader:
         asked = self.ask(events)
         return self.answer(asked, self._store.read_each(asked.keys), states)
 
-    def ask(self, events: Rows) -> "Asked":
+    def ask(self, events: Rows) -> Asked:
         """What is to be read for EVENT rows (n), whatever the states of their users tell."""
         items, _ = distinct(events["item"])
         users, _ = distinct(events["user"])
         # What is in steady use is renewed here, so that `answer` need not wait for it.
-        old, _ = distinct(
-            np.concatenate([self._item_attributes.stale(items), self._item_attributes.due])
-        )
+        aging = self._item_attributes.stale(self._in_use, early=True)
+        old, _ = distinct(np.concatenate([self._item_attributes.stale(items), aging]))
         old_users = self._user_attributes.stale(users)
         wanted = ((ITEM_STATE, items), (ITEM_KIND, old), (USER_KIND, old_users))
         keys = [store_keys(self._store, kind, hashes) for kind, hashes in wanted]
         return Asked(items, users, old, old_users, keys)
 
     def answer(
-        self, asked: "Asked", values: Sequence[Sequence[bytes | None]], states: Rows
+        self, asked: Asked, values: Sequence[Sequence[bytes | None]], states: Rows
     ) -> Lookups:
         """The lookups of what was asked for, once the values of its keys and USER rows are read."""
         item_states, of_items, of_users = values
@@ -184,6 +188,7 @@ class Reader:
         if len(old):
             read = self._store.read(store_keys(self._store, ITEM_KIND, old))
             self._item_attributes.put(old, _fetched(read, ITEM_ATTRIBUTES))
+        self._in_use = known
         attributes = self._item_attributes.take(known)["row"]
         return Lookups(
             items=table(asked.items, from_bytes(item_states, ITEM)),

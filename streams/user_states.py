@@ -29,7 +29,7 @@ from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.journal import read_journal
 from streams.reader import USER_STATE, partition_keys
-from streams.store import Claim, Store, Writing
+from streams.store import Claim, Keys, Store, Writing
 
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
 MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
@@ -122,7 +122,7 @@ class UserStates:
             self._held.pop(partition, None)
 
     def read(
-        self, wanted: Mapping[int, Hashes], beside: Sequence[Sequence[bytes]] = ()
+        self, wanted: Mapping[int, Hashes], beside: Keys = ()
     ) -> tuple[list[Rows], list[list[bytes | None]]]:
         """By partition, USER rows (n) of distinct users, as they are now.
 
@@ -153,7 +153,7 @@ class UserStates:
     def _fill(
         self,
         missing: Sequence[tuple[Held, Hashes, NDArray[np.intp]]],
-        beside: Sequence[Sequence[bytes]],
+        beside: Keys,
     ) -> list[list[bytes | None]]:
         """Read users that have a place in the cache and nothing there yet."""
         keys = [

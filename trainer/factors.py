@@ -49,30 +49,23 @@ def fit_taste(
     )
     _, user = np.unique(inputs.users[rows], return_inverse=True)
     level = float(rating[rows].mean())
-    learnt = _factors(user, item, rating[rows] - level, config.factors, seed)
+    learnt, ridge, damping = _factors(user, item, rating[rows] - level, config.factors, seed)
     where = torch.from_numpy(items.astype(np.int64))
-    taste.factors[where] = torch.from_numpy(learnt.items[:, 1:].astype(np.float32))
-    taste.offsets[where] = torch.from_numpy(learnt.items[:, 0].astype(np.float32))
+    taste.factors[where] = torch.from_numpy(learnt[:, 1:].astype(np.float32))
+    taste.offsets[where] = torch.from_numpy(learnt[:, 0].astype(np.float32))
     taste.level.fill_(level)
-    taste.ridge.copy_(torch.from_numpy((learnt.noise / learnt.spread).astype(np.float32)))
-    taste.damping.fill_(learnt.noise / learnt.drawn[0])
+    taste.ridge.copy_(torch.from_numpy(ridge.astype(np.float32)))
+    taste.damping.fill_(damping)
     return taste
-
-
-@dataclass(frozen=True)
-class _Learnt:
-    """Offsets and factors of items, and variances."""
-
-    items: Floats  # (m, 1 + k): the offset first
-    noise: float
-    spread: Floats  # (1 + k) of users
-    drawn: Floats  # (1 + k) of items
 
 
 def _factors(
     user: NDArray[np.intp], item: NDArray[np.intp], left: Floats, count: int, seed: int
-) -> _Learnt:
-    """Fit k factors to what is `left` (n); `user`, `item` (n): numbers without a gap."""
+) -> tuple[Floats, Floats, float]:
+    """Offsets and then factors of items (m, 1 + k), users' ridge (1 + k), the offsets' damping.
+
+    Fitted to what is `left` (n); `user`, `item` (n): numbers without a gap.
+    """
     by_user, by_item = _Side(user, item), _Side(item, user)
     noise = variance = max(float(left.var()), _LEAST)
     spread = np.r_[_OFFSETS * variance, np.ones(count)]
@@ -92,11 +85,11 @@ def _factors(
         scale = np.r_[1.0, np.sqrt(spread[1:])]
         items, spread = items.scaled(scale), np.r_[spread[0], np.ones(count)]
         drawn = items.variance
-    return _Learnt(items.mean, noise, spread, drawn)
+    return items.mean, noise / spread, noise / float(drawn[0])
 
 
 def told(taste: Taste, config: NetworkConfig, inputs: Inputs, rows: Rows) -> NDArray[np.float32]:
-    """What a taste says of rows (n): the columns (n, 5) of `model.taste`."""
+    """What a taste says of rows (n): the columns (n, 6) of `model.taste`."""
     parts = [np.empty((0, len(COLUMNS)), np.float32)]
     for begin in range(0, len(rows), _TOLD):
         with torch.no_grad():
@@ -108,7 +101,7 @@ def told(taste: Taste, config: NetworkConfig, inputs: Inputs, rows: Rows) -> NDA
 def told_ahead(
     config: NetworkConfig, inputs: Inputs, rating: Floats, rows: Rows, seed: int
 ) -> NDArray[np.float32]:
-    """What tastes of older ratings said of rows (n), oldest first: columns (n, 5).
+    """What tastes of older ratings said of rows (n), oldest first: columns (n, 6).
 
     Each span of rows is told by factors of the rows before it, so that no row's own rating is in
     what is said of it; nan for the first span, before which there is nothing.
@@ -164,18 +157,13 @@ class _Side:
 
         x = (1, factors) and o, the offset, are the other side's; e is what is `left` (n).
         """
-        products, known, offset = (
-            others.second.copy(),
-            others.mean.copy(),
-            others.second[:, 0].copy(),
-        )
+        products, known = others.second.copy(), others.mean.copy()
+        offset = others.second[:, 0].copy()
         offset[:, 0] = known[:, 0]
         known[:, 0] = 1.0
         products[:, 0], products[:, :, 0] = known, known
-        gram, right = (
-            np.empty((self.size, *products.shape[1:])),
-            np.empty((self.size, known.shape[1])),
-        )
+        gram = np.empty((self.size, *products.shape[1:]))
+        right = np.empty((self.size, known.shape[1]))
         ends = np.append(self._begins[1:], len(self._order))
         first = 0
         while first < self.size:

@@ -584,7 +584,6 @@ def test_digests_that_are_due_go_with_a_batch(make: Make) -> None:
     """Under load nothing is ever idle."""
     scorer = make()
     finish(scorer, scorer.process(log("reviews", 0, [record("reviews", 0, rating=2)])))
-    time.sleep(0.001)
     outcome = scorer.process(log("reviews", 0, [record("reviews", 1, rating=2)], 1))
     (digest,) = [each for each in outcome.outputs if each.topic == "score-digests"]
     assert b'"kinds":{"interaction":1}' in (digest.value or b"")
