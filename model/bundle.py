@@ -41,7 +41,7 @@ from model.exceptions import BundleError
 from model.features import FEATURE_HASH, FEATURES
 from model.network import FusedNetwork, NetworkConfig
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
 

@@ -1,12 +1,12 @@
 """The fused network: what is known of a user and an item, to a distribution over stars.
 
-Its mean is the running bias (a feature) plus a correction. An untrained network corrects nothing:
+Its mean is a bias plus a correction: the running bias (a feature), or with a taste (`model.taste`)
+what that makes of it. An untrained network corrects nothing:
 the last layers start at zero, as does every id's embedding, so that an id that training never met
 is the same as an unknown one. The item attends to the user's recent items (Vaswani et al. 2017);
 one query needs no keys and values of its own, so both projections are folded into the query's and
 the output's, and sixteen recent items cost little more than one. Boosted trees of the features
-(`model.trees`) may add to the correction. What the user's taste says (`model.taste`) is read with
-the features.
+(`model.trees`) may add to the correction. What the user's taste says is read with the features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +38,11 @@ class NetworkConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     features: int = Field(ge=1, description="columns of the feature table")
-    bias_column: int = Field(ge=0, description="the column that holds the running bias")
+    bias_column: int = Field(ge=0, description="the column that is corrected")
     running_columns: tuple[int, ...] = Field(
-        default=(0, 0, 0),
-        min_length=3,
-        max_length=3,
+        default=(0,) * len(RUNNING),
+        min_length=len(RUNNING),
+        max_length=len(RUNNING),
         description="the columns of the features that the taste reads",
     )
     factors: int = Field(default=0, ge=0, le=64, description="of the user's taste; 0: none")
@@ -81,9 +81,10 @@ class NetworkConfig(BaseModel):
 
 def default_config(**changes: Any) -> NetworkConfig:
     """The configuration of a network over the feature table."""
+    folded = changes.get("factors", 0) > 0
     return NetworkConfig(
         features=len(FEATURES),
-        bias_column=INDEX["bias"],
+        bias_column=len(FEATURES) + COLUMNS.index("taste_bias") if folded else INDEX["bias"],
         running_columns=tuple(INDEX[name] for name in RUNNING),
         **changes,
     )
@@ -365,8 +366,8 @@ class FusedNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        if config.bias_column >= config.features:
-            raise ValueError(f"bias column {config.bias_column} of {config.features} features")
+        if config.bias_column >= config.columns:
+            raise ValueError(f"bias column {config.bias_column} of {config.columns} columns")
         self.config = config
         self.members = nn.ModuleList(Member(config) for _ in range(config.members))
         for name, value in (
@@ -408,7 +409,7 @@ class FusedNetwork(nn.Module):
         chosen = self.networks if member is None else [self.networks[member]]
         heads = [network.head(network.join(features, tensors)) for network in chosen]
         output = torch.stack(heads).mean(0)
-        bias = tensors.features[:, self.config.bias_column]
+        bias = columns[:, self.config.bias_column]
         correction = output[:, 0]
         if self.trees is not None:
             correction = correction + self.trees(columns)

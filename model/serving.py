@@ -31,7 +31,7 @@ from model.ids import low_half
 from model.lookups import Source
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, blocks, bucket, check
 from model.state import RATING_STEPS
-from model.taste import COLUMNS, FADE, Taste
+from model.taste import COLUMNS, FADE, MOOD, Taste
 from model.trees import Trees
 
 Singles = NDArray[np.float32]
@@ -231,7 +231,7 @@ class Served:
             said = np.zeros(count, np.float32)
             _climb(columns, self._trees, said)
             correction += said
-        bias = inputs.features[:, config.bias_column]
+        bias = columns[:, config.bias_column]
         return bias + self._shrink * correction, self._prior + output[:, 1:]
 
     def _columns(self, inputs: Inputs, ids: "_Ids") -> Singles:
@@ -350,9 +350,9 @@ def _unbiased(weight: Tensor) -> _Dense:
     return _Dense(weight.contiguous(), torch.zeros(weight.shape[1]))
 
 
-def _taste(taste: Taste) -> tuple[Singles, Singles, float, Singles, float]:
-    tables = _array(taste.factors), _array(taste.offsets)
-    return *tables, float(taste.level), _array(taste.ridge), float(taste.damping)
+def _taste(taste: Taste) -> tuple[Singles, Singles, float, Singles, float, Singles]:
+    tables, ridge = (_array(taste.factors), _array(taste.offsets)), _array(taste.ridge)
+    return *tables, float(taste.level), ridge, float(taste.damping), _array(taste.trust)
 
 
 def _pruned(trees: Trees) -> _Pruned:
@@ -491,6 +491,7 @@ def _fold_in(
     level: float,
     ridge: Any,
     damping: float,
+    trust: Any,
     item: Any,
     recent: Any,
     recent_rating: Any,
@@ -499,7 +500,7 @@ def _fold_in(
     running: Any,
     said: Any,
 ) -> None:
-    """The columns of `model.taste` (n, 6)."""
+    """The columns of `model.taste` (n, 8)."""
     count = len(ridge)
     gram, person = np.empty((count, count)), np.empty(count)
     for row in range(len(item)):
@@ -523,33 +524,41 @@ def _fold_in(
             _solve(gram, ridge, person)
         wanted = factors[item[row]]
         taste = strength = wanted_strength = 0.0
-        for at in range(1, count):
-            factor = np.float64(wanted[at - 1])
+        for at in range(2, count):
+            factor = np.float64(wanted[at - 2])
             taste += person[at] * factor
             strength += person[at] * person[at]
             wanted_strength += factor * factor
-        user_bias, item_bias, ratings = running[row]
-        said[row, 0] = person[0] - user_bias
-        said[row, 1] = item_bias * (ITEM_DAMPING - damping) / (np.expm1(ratings) + damping)
-        said[row, 2], said[row, 3] = taste, known
-        said[row, 4], said[row, 5] = strength, wanted_strength
+        bias, user_bias, item_bias, ratings = running[row]
+        user_level = person[0] + person[1] - user_bias
+        item_level = item_bias * (ITEM_DAMPING - damping) / (np.expm1(ratings) + damping)
+        added = trust[0] * user_level + trust[1] * item_level + trust[2] * taste
+        said[row, 0] = max(min(bias + added, 5.0), 1.0)
+        said[row, 1], said[row, 2], said[row, 3] = user_level, person[1], item_level
+        said[row, 4], said[row, 5] = taste, known
+        said[row, 6], said[row, 7] = strength, wanted_strength
 
 
 @compiled
 def _rate(known: Any, left: float, age: int, gram: Any, person: Any) -> int:
     """Add one rated item to the normal equations; 0 where its factors are not known."""
     weight = FADE / (FADE + age)
+    lately = np.exp(-(1 + age) / MOOD)
     person[0] += weight * left
+    person[1] += weight * lately * left
     gram[0, 0] += weight
+    gram[1, 0] += weight * lately
+    gram[1, 1] += weight * lately * lately
     some = 0
     for at in range(len(known)):
         factor = weight * known[at]
         if factor != 0:
             some = 1
-        person[at + 1] += factor * left
-        gram[at + 1, 0] += factor
+        person[at + 2] += factor * left
+        gram[at + 2, 0] += factor
+        gram[at + 2, 1] += factor * lately
         for other in range(at + 1):
-            gram[at + 1, other + 1] += factor * known[other]
+            gram[at + 2, other + 2] += factor * known[other]
     return some
 
 

@@ -8,7 +8,7 @@ Given means and covariances of one side, those of the other are a ridge regressi
 products (Lim and Teh 2007, "Variational Bayesian approach to movie rating prediction", section 3):
 items that are seldom rated stay uncertain, and uncertain users teach items less. The variances are
 fitted too, so a factor that the ratings do not prove goes to zero by itself. Factors of users are
-held at a variance of one.
+held at a variance of one. Moods are not fitted: to all of a user's ratings they are noise.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ _OFFSETS, _FACTORS = 0.2, 0.03  # of the variance of e, to begin with
 _MOST = 2_000_000  # newest ratings that factors are fitted to
 _AT_ONCE = 200_000  # ratings whose products are held at one time
 _LEAST = 1e-6  # of a variance: where all ratings are told, or none can be
+_MOODY = 0.5  # variance of moods, of that of levels
 _UNTOLD = 0.5  # at least, of the variance: few ratings seem to be told better than they are
 _CHAIN = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of rows at which factors are fitted
 _TOLD = 8_192  # rows at a time
@@ -54,6 +55,7 @@ def fit_taste(
     taste.factors[where] = torch.from_numpy(learnt[:, 1:].astype(np.float32))
     taste.offsets[where] = torch.from_numpy(learnt[:, 0].astype(np.float32))
     taste.level.fill_(level)
+    ridge = np.insert(ridge, 1, ridge[0] / _MOODY)
     taste.ridge.copy_(torch.from_numpy(ridge.astype(np.float32)))
     taste.damping.fill_(damping)
     return taste
@@ -89,7 +91,7 @@ def _factors(
 
 
 def told(taste: Taste, config: NetworkConfig, inputs: Inputs, rows: Rows) -> NDArray[np.float32]:
-    """What a taste says of rows (n): the columns (n, 6) of `model.taste`."""
+    """What a taste says of rows (n): the columns (n, 8) of `model.taste`."""
     parts = [np.empty((0, len(COLUMNS)), np.float32)]
     for begin in range(0, len(rows), _TOLD):
         with torch.no_grad():
@@ -101,7 +103,7 @@ def told(taste: Taste, config: NetworkConfig, inputs: Inputs, rows: Rows) -> NDA
 def told_ahead(
     config: NetworkConfig, inputs: Inputs, rating: Floats, rows: Rows, seed: int
 ) -> NDArray[np.float32]:
-    """What tastes of older ratings said of rows (n), oldest first: columns (n, 6).
+    """What tastes of older ratings said of rows (n), oldest first: columns (n, 8).
 
     Each span of rows is told by factors of the rows before it, so that no row's own rating is in
     what is said of it; nan for the first span, before which there is nothing.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from model.distribution import tilt
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, Tensors, tensors
-from model.taste import COLUMNS, Taste
+from model.taste import ADDED, COLUMNS, RUNNING, Taste, believed
 from model.trees import Trees
 from trainer import boost, factors
 from trainer.boost import Grown
@@ -195,10 +195,24 @@ def _tasted(
         return None, config, inputs
     taste = factors.fit_taste(config, inputs, rating, rows, seed)
     said = np.full((len(inputs), len(COLUMNS)), np.nan, np.float32)
-    said[rows] = factors.told_ahead(config, inputs, rating, rows, seed)
-    said[later] = factors.told(taste, config, inputs, later)
+    ahead = factors.told_ahead(config, inputs, rating, rows, seed)
+    bias = inputs.features[rows, config.running_columns[RUNNING.index("bias")]]
+    taste.trust.copy_(_trusted(ahead, bias, rating[rows]))
+    known = torch.from_numpy(np.nan_to_num(ahead))
+    ahead[:, 0] = believed(torch.from_numpy(bias), known, taste.trust).numpy()
+    said[rows], said[later] = ahead, factors.told(taste, config, inputs, later)
     plain = config.model_copy(update={"features": config.columns, "factors": 0})
     return taste, plain, replace(inputs, features=np.concatenate([inputs.features, said], 1))
+
+
+def _trusted(ahead: NDArray[np.float32], bias: NDArray[np.float32], rating: Floats) -> Tensor:
+    """How much to believe of what tastes said of rows (n) that they had not met, (n, 8)."""
+    told = ~np.isnan(ahead[:, 0])
+    if not told.any():
+        return torch.zeros(len(ADDED))
+    said = ahead[told][:, ADDED].T.astype(np.float64)
+    trust = np.maximum(_about((1.0,) * len(ADDED), said, (rating - bias)[told]), 0)
+    return torch.from_numpy(trust.astype(np.float32))
 
 
 def _fold(network: FusedNetwork, taste: Taste | None) -> None:

@@ -25,7 +25,7 @@ from model.state import (
     USER_ATTRIBUTES,
     from_bytes,
 )
-from model.taste import FADE
+from model.taste import FADE, MOOD
 from model.trees import Trees
 from schemas.exceptions import StarcastError
 from streams.reader import (
@@ -115,6 +115,8 @@ def write(folder: Path, bundle: Bundle, rows: Rows) -> dict[str, Any]:
             "damping": float(network.taste.damping),
             "item_damping": ITEM_DAMPING,
             "fade": FADE,
+            "mood": MOOD,
+            "trust": network.taste.trust.tolist(),
             "running": config.running_columns,
         },
         **bundle.calibration.model_dump(),

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from model import bundle as bundles
-from model.bundle import Written
+from model.bundle import FORMAT, Written
 from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead, folder_hash, read_star_head
@@ -194,8 +194,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "files: Field required",
     ),
     "a later format": (
-        lambda f: damage_nothing_but(f, lambda m: m.update(format=3)),
-        "format 3, and this code reads 2",
+        lambda f: damage_nothing_but(f, lambda m: m.update(format=FORMAT + 1)),
+        f"format {FORMAT + 1}, and this code reads {FORMAT}",
     ),
     "a flipped bit": (
         lambda f: flip(f / "network.safetensors"),

@@ -45,6 +45,23 @@ def test_a_linear_network_is_explained_exactly(observed: Observed) -> None:
             np.testing.assert_allclose(found.get(name, 0), stars, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_believed_of_a_taste_is_explained(observed: Observed) -> None:
+    model = FusedNetwork(default_config(vector=WIDTH, factors=2)).eval()
+    assert model.taste is not None
+    nn.init.normal_(model.taste.factors)
+    model.taste.trust.copy_(torch.tensor([3.0, 2.0, 5.0]))
+    inputs = gather(observed.events, observed.observation, observed.lookups, WIDTH)
+    with torch.no_grad():
+        moved = model(tensors(model.config, inputs)).mean - torch.tensor(
+            inputs.features[:, INDEX["bias"]]
+        )
+    assert moved.abs().max() > 0.5
+    for row, expected in zip(explain(model, inputs, top=3), moved.tolist(), strict=True):
+        named = {part.name for part in row if part.stars}
+        assert named <= {"taste_level", "item_level", "taste"}
+        np.testing.assert_allclose(sum(part.stars for part in row), expected, atol=1e-5)
+
+
 def test_what_trees_add_is_explained_by_their_features(observed: Observed) -> None:
     model = FusedNetwork(default_config(vector=WIDTH)).eval()
     trees = Trees(1, 1)

@@ -201,7 +201,7 @@ def test_foreign_inputs_are_refused(inputs: Inputs) -> None:
     with pytest.raises(ValueError, match="vectors of"):
         tensors(default_config(vector=WIDTH + 1), inputs)
     with pytest.raises(ValueError, match="bias column"):
-        FusedNetwork(config.model_copy(update={"bias_column": config.features}))
+        FusedNetwork(config.model_copy(update={"bias_column": config.columns}))
 
 
 def test_parts_put_together_are_the_whole(inputs: Inputs) -> None:

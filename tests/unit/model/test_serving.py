@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from model.features import INDEX
 from model.lookups import Source
 from model.network import FusedNetwork, Inputs, default_config, gather, tensors
 from model.serving import Served
@@ -43,6 +44,7 @@ def trained(trees: int = 0, **sizes: Any) -> FusedNetwork:
         network.taste.level.fill_(3.5)
         nn.init.uniform_(network.taste.ridge, 0.5, 5)
         network.taste.damping.fill_(4)
+        nn.init.uniform_(network.taste.trust)
     if trees:
         network.plant(grown(trees, network.config.columns))
     return network
@@ -79,7 +81,7 @@ def test_what_serves_says_what_the_network_says(network: FusedNetwork) -> None:
     mean, logits = Served(network).outputs(rows)
     np.testing.assert_allclose(mean, expected.mean.numpy(), atol=2e-5)
     np.testing.assert_allclose(logits, expected.logits.numpy(), atol=2e-5)
-    assert np.std(mean - rows.features[:, network.config.bias_column]) > 0.01
+    assert np.std(mean - rows.features[:, INDEX["bias"]]) > 0.01
 
 
 def test_a_table_of_vectors_may_grow() -> None:

@@ -10,11 +10,24 @@ from torch import nn
 
 from model.calibration import calibrate
 from model.features import INDEX
-from model.network import FusedNetwork, default_config
+from model.network import FusedNetwork, default_config, tensors
+from model.taste import ADDED, COLUMNS
 from trainer.calibrate import COVERAGE, fit_calibration
 from trainer.config import FitConfig
 from trainer.data import Examples, from_file, replay
-from trainer.fit import Fitted, Start, _believe, _shared, carry, fit, mean, refit
+from trainer.fit import (
+    Fitted,
+    Start,
+    _believe,
+    _fold,
+    _shared,
+    _tasted,
+    _trusted,
+    carry,
+    fit,
+    mean,
+    refit,
+)
 
 CPU = torch.device("cpu")
 CONFIG = FitConfig.model_validate(
@@ -140,6 +153,37 @@ def test_shares_by_hand_and_near_a_half_where_rows_say_little() -> None:
     assert _shared(np.stack([left, -left])[:, :4], left[:4]) == pytest.approx((0.5, 0.5), abs=0.5)
     assert _shared(np.stack([wrong, -left]), left)[1] == 0
     assert _shared(np.zeros((2, 4)), left[:4]) == (0.5, 0.5)
+
+
+def test_a_taste_is_trusted_as_far_as_it_held_good() -> None:
+    random = np.random.default_rng(6)
+    ahead = random.normal(0, 0.5, (3_000, len(COLUMNS))).astype(np.float32)
+    ahead[:100] = np.nan  # before the first taste
+    bias = np.full(3_000, 3.5, np.float32)
+    rating = 3.5 + np.nan_to_num(ahead[:, ADDED]) @ [0.5, 1.0, -1.0] + random.normal(0, 0.1, 3_000)
+    np.testing.assert_allclose(_trusted(ahead, bias, rating), [0.5, 1.0, 0.0], atol=0.1)
+    none = np.full_like(ahead, np.nan)
+    np.testing.assert_array_equal(_trusted(none, bias, rating), [0, 0, 0])
+
+
+def test_training_starts_its_corrections_where_serving_does(examples: Examples) -> None:
+    config = default_config(vector=0, factors=2, buckets=256)
+    rows = np.arange(len(examples))
+    train, later = rows[:500], rows[500:]
+    taste, plain, given = _tasted(config, examples.inputs, examples.rating, train, later, seed=1)
+    assert taste is not None and taste.trust.any()
+    network = FusedNetwork(plain).eval()
+    _fold(network, taste)
+    read = tensors(network.config, examples.inputs.take(later))
+    with torch.no_grad():
+        columns, start = network.columns(read), network(read).mean
+    np.testing.assert_array_equal(columns, given.features[later])
+    np.testing.assert_array_equal(start, given.features[later, plain.bias_column])
+    bias = examples.inputs.features[:, INDEX["bias"]]
+    began = given.features[train, plain.bias_column]
+    np.testing.assert_array_equal(began[:75], bias[:75])  # before the first taste
+    assert (began[75:] != bias[75:500]).any()
+    assert ((began >= 1) & (began <= 5)).all()
 
 
 def test_features_that_say_nothing_in_training_say_nothing_later(examples: Examples) -> None:

@@ -38,6 +38,8 @@ record Settings(
             double damping,
             double itemDamping, // of the features
             double fade,
+            double mood,
+            double[] trust,
             int[] running) {} // columns of features
 
     static Settings read(Path folder) throws IOException {

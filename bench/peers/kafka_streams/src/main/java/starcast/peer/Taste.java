@@ -10,9 +10,11 @@ import java.util.Arrays;
 
 /** What a user's ratings say of an item through factors: the columns of model/taste.py. */
 final class Taste {
-    static final int COLUMNS = 6;
+    static final int COLUMNS = 8;
 
-    private final int count; // of what is unknown of a user: the level, then factors
+    private static final int LATELY = 2; // of what is unknown of a user: the level and the mood
+
+    private final int count; // of what is unknown of a user: level and mood, then factors
     private final Settings.Taste given;
     private final float[] factors; // of buckets
     private final float[] offsets;
@@ -26,7 +28,7 @@ final class Taste {
         this.given = given;
         count = given.ridge().length;
         offsets = new float[buckets];
-        factors = new float[buckets * (count - 1)];
+        factors = new float[buckets * (count - LATELY)];
         numbers.get(offsets).get(factors);
         gram = new double[count][count];
         person = new double[count];
@@ -75,21 +77,26 @@ final class Taste {
         double taste = 0;
         double strength = 0;
         double wanted = 0;
-        for (int at = 1; at < count; at++) {
-            double factor = factors[item * (count - 1) + at - 1];
+        for (int at = LATELY; at < count; at++) {
+            double factor = known(item, at, 0);
             taste += person[at] * factor;
             strength += person[at] * person[at];
             wanted += factor * factor;
         }
         double more = given.itemDamping() - given.damping();
-        double ratings = Math.expm1(running(2, into, begin));
+        double level = person[0] + person[1] - running(1, into, begin);
+        double itemLevel = running(2, into, begin) * more / (Math.expm1(running(3, into, begin)) + given.damping());
+        double[] trust = given.trust();
+        double bias = running(0, into, begin) + trust[0] * level + trust[1] * itemLevel + trust[2] * taste;
         int to = begin + features;
-        into[to] = (float) (person[0] - running(0, into, begin));
-        into[to + 1] = (float) (running(1, into, begin) * more / (ratings + given.damping()));
-        into[to + 2] = (float) taste;
-        into[to + 3] = known;
-        into[to + 4] = (float) strength;
-        into[to + 5] = (float) wanted;
+        into[to] = (float) Math.max(Math.min(bias, 5), 1);
+        into[to + 1] = (float) level;
+        into[to + 2] = (float) person[1];
+        into[to + 3] = (float) itemLevel;
+        into[to + 4] = (float) taste;
+        into[to + 5] = known;
+        into[to + 6] = (float) strength;
+        into[to + 7] = (float) wanted;
     }
 
     /** One of the running features; 0 where it is not known. */
@@ -102,20 +109,24 @@ final class Taste {
     private int rate(int bucket, int rating, int age) {
         double left = rating / (double) User.RATING_STEPS - (given.level() + offsets[bucket]);
         double weight = given.fade() / (given.fade() + age);
+        double mood = Math.exp(-(1 + age) / given.mood());
         int some = 0;
         for (int at = 0; at < count; at++) {
-            double factor = weight * known(bucket, at);
-            some = at > 0 && factor != 0 ? 1 : some;
+            double factor = weight * known(bucket, at, mood);
+            some = at >= LATELY && factor != 0 ? 1 : some;
             person[at] += factor * left;
             for (int other = 0; other <= at; other++) {
-                gram[at][other] += factor * known(bucket, other);
+                gram[at][other] += factor * known(bucket, other, mood);
             }
         }
         return some;
     }
 
-    private double known(int bucket, int at) {
-        return at == 0 ? 1 : factors[bucket * (count - 1) + at - 1];
+    private double known(int bucket, int at, double mood) {
+        if (at < LATELY) {
+            return at == 0 ? 1 : mood;
+        }
+        return factors[bucket * (count - LATELY) + at - LATELY];
     }
 
     /** (gram + diag(ridge))^-1 person, in place, by Cholesky. */
