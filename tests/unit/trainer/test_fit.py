@@ -171,7 +171,8 @@ def test_training_starts_its_corrections_where_serving_does(examples: Examples) 
     rows = np.arange(len(examples))
     train, later = rows[:500], rows[500:]
     taste, plain, given = _tasted(config, examples.inputs, examples.rating, train, later, seed=1)
-    assert taste is not None and taste.trust.any()
+    assert taste is not None
+    assert taste.trust.any()
     network = FusedNetwork(plain).eval()
     _fold(network, taste)
     read = tensors(network.config, examples.inputs.take(later))
