@@ -112,49 +112,33 @@ class _Skips:
 
 
 def import_amazon(files: Sequence[Path], out: Path) -> ImportReport:
-    """Amazon product data (McAuley): reviews of 2014 (CSV or JSON lines) or 2018 (JSON lines).
+    """Amazon product data (McAuley): of 2014, 2018 or 2023, as CSV or JSON lines.
 
     Metadata files of the same set give the items. Raises ContractError for a file that is
     neither, and when there is no review.
     """
     skips = _Skips()
-    reviews: list[tuple[_Part, bool]] = []
-    metadata: list[_Part] = []
+    kinds: dict[str, list[tuple[_Part, _Table]]] = {"reviews": [], "items": []}
     for part in _parts(files):
-        first = part.first_line()
-        if first.startswith("{"):
-            keys = set(_json_object(first) or ())
-            if {"reviewerID", "asin"} <= keys:
-                reviews.append((part, False))
-                continue
-            if "asin" in keys:
-                metadata.append(part)
-                continue
-        elif {"reviewerID", "asin", "overall", "unixReviewTime"} <= set(_cells(first)):
-            reviews.append((part, True))
-            continue
-        raise _unknown(
-            part,
-            "a CSV with the columns reviewerID, asin, overall and unixReviewTime, or JSON lines of "
-            "reviews (reviewerID, asin, …) or of items (asin, title, …)",
-        )
+        kind, table = _amazon_kind(part)
+        kinds[kind].append((part, table))
+    reviews, metadata = kinds["reviews"], kinds["items"]
     if not reviews:
         raise ContractError("no file holds reviews; give a review file beside the metadata")
 
     first_use: dict[str, str] = {}
 
     def entries() -> Iterator[_Entry]:
-        for part, is_csv in reviews:
-            rows = _csv_rows(part) if is_csv else _json_rows(part, skips)
-            for entry in _amazon_reviews(part, rows, skips):
+        for part, table in reviews:
+            for entry in _amazon_reviews(part, table(part, skips), skips):
                 item, when = entry.value["item_id"], entry.order[0]
                 if when < first_use.setdefault(item, when):
                     first_use[item] = when
                 yield entry
         start = min(first_use.values(), default="")
         seen: set[str] = set()
-        for part in metadata:
-            for line, row in _json_rows(part, skips):
+        for part, table in metadata:
+            for line, row in table(part, skips):
                 item = str(row.get("asin", ""))
                 if item in seen:
                     skips.add("item described twice", f"{part.name} line {line}")
@@ -181,7 +165,7 @@ def import_rees46(files: Sequence[Path], out: Path) -> ImportReport:
 
     def entries() -> Iterator[_Entry]:
         for part in parts:
-            for line, row in _csv_rows(part):
+            for line, row in _csv_rows(part, skips):
                 when = row["event_time"].removesuffix(" UTC").replace(" ", "T") + "Z"
                 value = _present(
                     event_id=_event_id(row, line),
@@ -269,6 +253,52 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
 
 
 # Amazon ------------------------------------------------------------------------------------------
+
+_Table = Callable[[_Part, _Skips], Iterator[tuple[int, Mapping[str, Any]]]]
+
+# The set of 2023 by the names of that of 2018. A review's own asin is of a variant; the item is its
+# parent. An item's average_rating is not read: ratings yet to come are in it.
+_REVIEW_OF_2023 = {
+    "user_id": "reviewerID",
+    "asin": "variant",
+    "parent_asin": "asin",
+    "rating": "overall",
+    "title": "summary",
+    "text": "reviewText",
+}
+_ITEM_OF_2023 = {"parent_asin": "asin", "store": "brand", "categories": "category"}
+
+
+def _amazon_kind(part: _Part) -> tuple[str, _Table]:
+    """Whether a file holds reviews or items, and how it is read."""
+    first = part.first_line()
+    lines = first.startswith("{")
+    rows: _Table = _json_rows if lines else _csv_rows
+    names = set((_json_object(first) or ()) if lines else _cells(first))
+    if {"user_id", "parent_asin", "rating", "timestamp"} <= names:
+        return "reviews", _of_2023(rows, _REVIEW_OF_2023)
+    if {"reviewerID", "asin", *(() if lines else ("overall", "unixReviewTime"))} <= names:
+        return "reviews", rows
+    if lines and "parent_asin" in names:
+        return "items", _of_2023(rows, _ITEM_OF_2023)
+    if lines and "asin" in names:
+        return "items", rows
+    raise _unknown(
+        part,
+        "a CSV with the columns reviewerID, asin, overall and unixReviewTime (of 2023: user_id, "
+        "parent_asin, rating and timestamp), or JSON lines of reviews (reviewerID, asin, …; of "
+        "2023: user_id, parent_asin, …) or of items (asin or parent_asin, title, …)",
+    )
+
+
+def _of_2023(rows: _Table, names: Mapping[str, str]) -> _Table:
+    def renamed(part: _Part, skips: _Skips) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for line, row in rows(part, skips):
+            found = {names.get(name, name): value for name, value in row.items()}
+            milliseconds = _number(row.get("timestamp"))
+            yield line, found | {"unixReviewTime": milliseconds and milliseconds / 1_000}
+
+    return renamed
 
 
 def _amazon_reviews(
@@ -385,9 +415,9 @@ def _separated(
     return rows
 
 
-def _movielens_csv(part: _Part, _: _Skips) -> _Rows:
+def _movielens_csv(part: _Part, skips: _Skips) -> _Rows:
     names = {"userId": "user_id", "movieId": "item_id"}
-    for line, row in _csv_rows(part):
+    for line, row in _csv_rows(part, skips):
         yield line, {names.get(name, name): cell for name, cell in row.items()}
 
 
@@ -479,7 +509,7 @@ def _cells(line: str) -> list[str]:
     return next(csv.reader([line]), list[str]())
 
 
-def _csv_rows(part: _Part) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(part: _Part, _: _Skips) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows by column name, each with the number of its first line; a missing cell is empty."""
     reader = csv.reader(part.lines())
     header = next(reader)

@@ -35,7 +35,7 @@ import_app = typer.Typer(help="Turn public data sets into record files.")
 
 @import_app.command()
 def amazon(files: Files, out: Out) -> None:
-    """Amazon reviews: 2014 CSV (zipped or not), 2018 JSON lines (gzipped or not), with metadata."""
+    """Amazon reviews of 2014, 2018 or 2023: CSV or JSON lines, packed or not, with metadata."""
     _import(importers.import_amazon, files, out)
 
 

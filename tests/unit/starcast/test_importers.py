@@ -38,6 +38,20 @@ AMAZON_ITEMS = [
     {"asin": "A1", "title": "Again"},
     {"asin": "A9", "title": "Never reviewed", "price": "$5.00 - $15.00"},
 ]  # fmt: skip
+AMAZON_2023 = [
+    {"rating": 5.0, "title": "Five Stars", "text": "Plays <br> well", "images": [], "asin": "V7",
+     "parent_asin": "A1", "user_id": "U1", "timestamp": 1588687728923, "helpful_vote": 0,
+     "verified_purchase": True},
+    {"rating": 2.0, "title": "", "text": "", "images": [], "asin": "A2", "parent_asin": "A2",
+     "user_id": "U2", "timestamp": 1588687700000, "helpful_vote": 0, "verified_purchase": True},
+]  # fmt: skip
+AMAZON_ITEMS_2023 = [
+    {"main_category": "Home", "title": "Salt", "average_rating": 4.4, "rating_number": 9,
+     "features": ["White"], "description": ["Fine."], "price": 19.99, "images": [], "store": "Ox",
+     "categories": ["Home", "Kitchen"], "details": {"Brand": "Ox"}, "parent_asin": "A1"},
+    {"main_category": "Home", "title": "Pepper", "price": "None", "store": None,
+     "categories": [], "description": [], "parent_asin": "A2"},
+]  # fmt: skip
 REES46_HEADER = (
     "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session"
 )
@@ -76,6 +90,42 @@ def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def values(records: list[tuple[str, dict[str, Any]]], topic: str) -> list[dict[str, Any]]:
     return [value for name, value in records if name == topic]
+
+
+def test_amazon_2023_with_items(tmp_path: Path) -> None:
+    """A review names a variant; the item, which metadata describe, is its parent."""
+    out = tmp_path / "out.jsonl"
+    files = [
+        packed(tmp_path / "Home.jsonl.gz", json_lines(AMAZON_2023)),
+        packed(tmp_path / "meta_Home.jsonl.gz", json_lines(AMAZON_ITEMS_2023)),
+    ]
+    report = import_amazon(files, out)
+    assert (report.counts, report.skipped) == ({"items": 2, "reviews": 2}, {})
+    records = read(out)
+    low, high = values(records, "reviews")
+    assert (low["user_id"], low["item_id"], low["rating"]) == ("U2", "A2", 2.0)
+    assert high["event_time"] == "2020-05-05T14:08:48.000Z"
+    assert (high["item_id"], high["title"], high["text"]) == ("A1", "Five Stars", "Plays <br> well")
+    bare, full = values(records, "items")
+    assert bare.keys() == {"item_id", "event_time", "title"}
+    assert full == {
+        "item_id": "A1",
+        "event_time": "2020-05-05T14:08:48.000Z",
+        "title": "Salt",
+        "brand": "Ox",
+        "category": ["Home", "Kitchen"],
+        "price": 19.99,
+        "description": "Fine.",
+    }
+
+
+def test_amazon_2023_by_ratings_alone(tmp_path: Path) -> None:
+    table = "user_id,parent_asin,rating,timestamp\nU1,A1,4.0,1588687728923\nU2,A1,1.0,soon\n"
+    report = import_amazon([packed(tmp_path / "Home.csv.gz", table)], tmp_path / "out.jsonl")
+    assert report.counts == {"reviews": 1}
+    assert [count for count, _ in report.skipped.values()] == [1]
+    (found,) = values(read(tmp_path / "out.jsonl"), "reviews")
+    assert (found["item_id"], found["rating"]) == ("A1", 4.0)
 
 
 @pytest.mark.parametrize("name", ["reviews.csv", "reviews.csv.gz", "reviews.csv.zip"])
