@@ -75,6 +75,15 @@ def test_a_user_repeating_a_review_counts_once_but_another_item_counts() -> None
     assert sum(dropped.values()) == 1
 
 
+def test_a_rating_without_words_that_is_given_again_later_is_kept() -> None:
+    """To drop it for its stars would leave the test rows those that have changed."""
+    same = {"user_id": "u", "text": None}
+    later = {**same, "time": NOW - timedelta(hours=1)}
+    kept, dropped = run([same, same, later, {**later, "rating": 2.0}, {**later, "title": "Great"}])
+    assert kept == ["e0", "e2", "e3", "e4"]
+    assert sum(dropped.values()) == 1
+
+
 def test_a_long_text_of_many_users_is_copied_and_a_short_one_is_not() -> None:
     kept, dropped = run([{"text": LONG}] * 5 + [{"text": "Works great"}] * 5)
     assert kept == ["e0", "e5", "e6", "e7", "e8", "e9"]
