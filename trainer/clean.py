@@ -79,14 +79,8 @@ def clean(reviews: pl.DataFrame, config: CleanConfig, now: datetime | None = Non
     )
     # Without words the time tells a rating given anew from a row that came twice.
     wordless = pl.col("title").is_null() & pl.col("text").is_null()
-    told = pl.struct(
-        "user_id",
-        "item_id",
-        "rating",
-        "title",
-        "text",
-        pl.when(wordless).then("time").alias("time"),
-    )
+    when = pl.when(wordless).then("time").alias("when")
+    told = pl.struct("user_id", "item_id", "rating", "title", "text", when)
     long = pl.col("text").str.len_chars() >= config.repeated_text_characters
     near = "a long text that nearly repeats an earlier one of its item"
     rules: tuple[tuple[str, pl.Expr], ...] = (
