@@ -17,11 +17,10 @@ damped in this shop (Efron and Morris 1973, "Stein's estimation rule and its com
 empirical Bayes approach"). What all this adds to the running bias is believed as far as it held
 good on newer ratings in training; there the network's correction starts.
 
-It is biased matrix factorisation
-(Koren, Bell and Volinsky 2009, "Matrix Factorization Techniques for Recommender Systems") with
-users folded in when they are asked for, so that a user whom training never met is served as any
-other, and with older ratings counting less. An item that training never met has factors of zero: of
-such a rating only level and mood are learnt.
+It is biased matrix factorisation (Koren, Bell and Volinsky 2009, "Matrix Factorization Techniques
+for Recommender Systems") with users folded in when they are asked for, so that a user whom training
+never met is served as any other, and with older ratings counting less. An item that training never
+met has factors of zero: of such a rating only level and mood are learnt.
 
 Cost of n rows, r remembered ratings and k factors: r·k² + k³ products each.
 """

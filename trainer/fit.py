@@ -54,6 +54,7 @@ _EVALUATED = 4_096  # rows at a time
 _BELIEF = 0.75  # of the second stage's correction
 _SHARES = (0.5, 0.5)  # of network and trees
 _SHARE_DEVIATION = 0.25  # how far from these they may be expected to lie
+_LEAST_VARIANCE = 1e-9  # of what is left: in a shop of one rating nothing may be
 
 
 @dataclass(frozen=True)
@@ -451,7 +452,7 @@ def _about(prior: Sequence[float], said: Floats, left: Floats) -> Floats:
     min Σ (left − shares · said)² + doubt · |shares − prior|², where doubt is the variance of what
     is left over that of the shares: few rows, or small corrections, leave the prior as it is.
     """
-    doubt = float(left.var()) / _SHARE_DEVIATION**2
+    doubt = max(float(left.var()), _LEAST_VARIANCE) / _SHARE_DEVIATION**2
     at = np.array(prior)
     more = np.linalg.solve(said @ said.T + doubt * np.eye(len(said)), said @ (left - at @ said))
     return np.asarray(at + more, np.float64)

@@ -153,6 +153,7 @@ def test_shares_by_hand_and_near_a_half_where_rows_say_little() -> None:
     assert _shared(np.stack([left, -left])[:, :4], left[:4]) == pytest.approx((0.5, 0.5), abs=0.5)
     assert _shared(np.stack([wrong, -left]), left)[1] == 0
     assert _shared(np.zeros((2, 4)), left[:4]) == (0.5, 0.5)
+    assert _shared(np.zeros((2, 4)), np.full(4, 0.25)) == (0.5, 0.5)
 
 
 def test_a_taste_is_trusted_as_far_as_it_held_good() -> None:
