@@ -47,7 +47,7 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
     if network.taste is not None:
         said = columns[:, network.config.features :]
         bias = rows.features[:, INDEX["bias"]]
-        total[:, network.config.features :][:, ADDED] += _believed(network.taste, said, bias)
+        total[:, network.config.features :][:, ADDED] += _moved(network.taste, said, bias)
     if network.trees is not None:
         with torch.no_grad():
             grown = network.trees.attributions(columns) * network.shrink
@@ -60,7 +60,7 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
     ]
 
 
-def _believed(taste: Taste, said: Tensor, bias: Tensor) -> NDArray[np.float32]:
+def _moved(taste: Taste, said: Tensor, bias: Tensor) -> NDArray[np.float32]:
     """What each of `taste.ADDED` moves running biases (n) by, (n, 3); less where 1 or 5 is met."""
     added = said[:, ADDED] * taste.trust
     whole, moved = added.sum(1), said[:, 0] - bias

@@ -111,6 +111,11 @@ class _Skips:
         self.reasons[reason] = (count + 1, first)
 
 
+_Rows = Iterator[tuple[int, dict[str, Any]]]
+_Reader = Callable[[_Part, _Skips], _Rows]
+"""The rows of a file by column name, each with the number of its line."""
+
+
 def import_amazon(files: Sequence[Path], out: Path) -> ImportReport:
     """Amazon product data (McAuley): of 2014, 2018 or 2023, as CSV or JSON lines.
 
@@ -118,7 +123,7 @@ def import_amazon(files: Sequence[Path], out: Path) -> ImportReport:
     neither, and when there is no review.
     """
     skips = _Skips()
-    kinds: dict[str, list[tuple[_Part, _Table]]] = {"reviews": [], "items": []}
+    kinds: dict[str, list[tuple[_Part, _Reader]]] = {"reviews": [], "items": []}
     for part in _parts(files):
         kind, table = _amazon_kind(part)
         kinds[kind].append((part, table))
@@ -254,8 +259,6 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
 
 # Amazon ------------------------------------------------------------------------------------------
 
-_Table = Callable[[_Part, _Skips], Iterator[tuple[int, Mapping[str, Any]]]]
-
 # The set of 2023 by the names of that of 2018. A review's own asin is of a variant; the item is its
 # parent. An item's average_rating is not read: ratings yet to come are in it.
 _REVIEW_OF_2023 = {
@@ -269,18 +272,18 @@ _REVIEW_OF_2023 = {
 _ITEM_OF_2023 = {"parent_asin": "asin", "store": "brand", "categories": "category"}
 
 
-def _amazon_kind(part: _Part) -> tuple[str, _Table]:
+def _amazon_kind(part: _Part) -> tuple[str, _Reader]:
     """Whether a file holds reviews or items, and how it is read."""
     first = part.first_line()
     lines = first.startswith("{")
-    rows: _Table = _json_rows if lines else _csv_rows
+    rows: _Reader = _json_rows if lines else _csv_rows
     names = set((_json_object(first) or ()) if lines else _cells(first))
     if {"user_id", "parent_asin", "rating", "timestamp"} <= names:
-        return "reviews", _of_2023(rows, _REVIEW_OF_2023)
+        return "reviews", _renamed(rows, _REVIEW_OF_2023)
     if {"reviewerID", "asin", *(() if lines else ("overall", "unixReviewTime"))} <= names:
         return "reviews", rows
     if lines and "parent_asin" in names:
-        return "items", _of_2023(rows, _ITEM_OF_2023)
+        return "items", _renamed(rows, _ITEM_OF_2023)
     if lines and "asin" in names:
         return "items", rows
     raise _unknown(
@@ -291,24 +294,15 @@ def _amazon_kind(part: _Part) -> tuple[str, _Table]:
     )
 
 
-def _of_2023(rows: _Table, names: Mapping[str, str]) -> _Table:
-    def renamed(part: _Part, skips: _Skips) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        for line, row in rows(part, skips):
-            found = {names.get(name, name): value for name, value in row.items()}
-            milliseconds = _number(row.get("timestamp"))
-            yield line, found | {"unixReviewTime": milliseconds and milliseconds / 1_000}
-
-    return renamed
-
-
 def _amazon_reviews(
     part: _Part, rows: Iterable[tuple[int, Mapping[str, Any]]], skips: _Skips
 ) -> Iterator[_Entry]:
     for line, row in rows:
         place = f"{part.name} line {line}"
-        when = _unix_time(row.get("unixReviewTime"))
+        name, per_second = ("timestamp", 1_000) if "timestamp" in row else ("unixReviewTime", 1)
+        when = _unix_time(row.get(name), per_second)
         if when is None:
-            skips.add("no time (unixReviewTime)", place)
+            skips.add(f"no time ({name})", place)
             continue
         value = _present(
             event_id=_event_id(row, line),
@@ -356,8 +350,7 @@ def _dollars(price: Any) -> float | None:
 
 # MovieLens ---------------------------------------------------------------------------------------
 
-_Rows = Iterator[tuple[int, dict[str, str]]]
-_Reader = Callable[[_Part, _Skips], _Rows]
+_MOVIELENS_CSV = {"userId": "user_id", "movieId": "item_id"}
 
 
 def _movielens_kind(part: _Part) -> tuple[str, _Reader] | None:
@@ -386,9 +379,9 @@ def _movielens_kind(part: _Part) -> tuple[str, _Reader] | None:
     elif base == "movies.dat":
         return "items", _separated("::", ["item_id", "title", "genres"], encoding="latin-1")
     elif {"userId", "movieId", "rating", "timestamp"} <= set(_cells(first)):
-        return "ratings", _movielens_csv
+        return "ratings", _renamed(_csv_rows, _MOVIELENS_CSV)
     elif {"movieId", "title", "genres"} <= set(_cells(first)):
-        return "items", _movielens_csv
+        return "items", _renamed(_csv_rows, _MOVIELENS_CSV)
     elif ".zip/" in part.name:
         return None  # READMEs, splits and the like that lie in the published archives
     raise _unknown(
@@ -413,12 +406,6 @@ def _separated(
                 skips.add(reason, f"{part.name} line {line}")
 
     return rows
-
-
-def _movielens_csv(part: _Part, skips: _Skips) -> _Rows:
-    names = {"userId": "user_id", "movieId": "item_id"}
-    for line, row in _csv_rows(part, skips):
-        yield line, {names.get(name, name): cell for name, cell in row.items()}
 
 
 def _movielens_item(row: Mapping[str, str]) -> dict[str, Any]:
@@ -509,7 +496,17 @@ def _cells(line: str) -> list[str]:
     return next(csv.reader([line]), list[str]())
 
 
-def _csv_rows(part: _Part, _: _Skips) -> Iterator[tuple[int, dict[str, str]]]:
+def _renamed(rows: _Reader, names: Mapping[str, str]) -> _Reader:
+    """The same rows, columns by other names."""
+
+    def renamed(part: _Part, skips: _Skips) -> _Rows:
+        for line, row in rows(part, skips):
+            yield line, {names.get(name, name): cell for name, cell in row.items()}
+
+    return renamed
+
+
+def _csv_rows(part: _Part, _: _Skips) -> _Rows:
     """Rows by column name, each with the number of its first line; a missing cell is empty."""
     reader = csv.reader(part.lines())
     header = next(reader)
@@ -526,7 +523,7 @@ def _csv_rows(part: _Part, _: _Skips) -> Iterator[tuple[int, dict[str, str]]]:
         ) from error
 
 
-def _json_rows(part: _Part, skips: _Skips) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(part: _Part, skips: _Skips) -> _Rows:
     for line, text in enumerate(part.lines(), 1):
         row = _json_object(text)
         if row is not None:
@@ -550,11 +547,11 @@ def _event_id(row: Mapping[str, Any], line: int) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps([list(row.values()), line]))
 
 
-def _unix_time(value: Any) -> str | None:
-    """RFC 3339 of seconds since 1970; none for what is no time."""
-    seconds = _number(value)
+def _unix_time(value: Any, per_second: int = 1) -> str | None:
+    """RFC 3339 of seconds since 1970, or of parts of them; none for what is no time."""
+    found = _number(value)
     try:
-        time = datetime.fromtimestamp(int(seconds), UTC) if seconds is not None else None
+        time = datetime.fromtimestamp(found // per_second, UTC) if found is not None else None
     except (OverflowError, ValueError, OSError):
         return None
     return None if time is None else time.strftime("%Y-%m-%dT%H:%M:%SZ")
