@@ -202,22 +202,28 @@ def _rows_of(journals: Sequence[Journal]) -> pa.RecordBatch:
     def joined(name: str) -> NDArray[Any]:
         return np.concatenate([getattr(journal, name) for journal in journals])
 
-    columns = {name: pa.array(joined(name), kind) for name, kind in _ROW_TYPES.items()}
-    events, features = joined("events"), joined("features").astype(np.float32, copy=False)
-    kind = pa.binary(events.dtype.itemsize)
+    columns = {name: _column(joined(name), kind) for name, kind in _ROW_TYPES.items()}
+    events, features = joined("events"), joined("features")
     columns["events"] = pa.FixedSizeBinaryArray.from_buffers(
-        kind, len(events), [None, pa.py_buffer(events)]
+        pa.binary(events.dtype.itemsize), len(events), [None, pa.py_buffer(events)]
     )
     columns["features"] = pa.FixedSizeListArray.from_arrays(
-        pa.array(features.reshape(-1)), features.shape[1]
+        _column(features.reshape(-1), pa.float32()), features.shape[1]
     )
     return pa.record_batch(columns)
 
 
 def _recents_of(journals: Sequence[Journal]) -> pa.RecordBatch:
     recents = np.concatenate([journal.recents for journal in journals])
-    columns = [pa.array(np.ascontiguousarray(column)) for column in recents.T]
+    columns = [_column(column, pa.uint64()) for column in recents.T]
     return pa.record_batch(columns, schema=_RECENTS)
+
+
+def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """A column over the array's own memory; `pa.array` would load pandas to look at it."""
+    held = np.ascontiguousarray(values, kind.to_pandas_dtype())
+    bits = np.packbits(held, bitorder="little") if pa.types.is_boolean(kind) else held
+    return pa.Array.from_buffers(kind, len(held), [None, pa.py_buffer(bits)])
 
 
 def _metadata(journal: Journal, index: int, count: int) -> dict[str, str]:

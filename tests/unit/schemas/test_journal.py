@@ -1,5 +1,8 @@
 import dataclasses
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +67,18 @@ def test_what_is_encoded_is_decoded(rows: int, width: int, recents: int, seed: i
     piece = decode(value)
     assert (piece.index, piece.count, len(piece.journal)) == (0, 1, rows)
     assert_same(piece.journal, journal)
+
+
+def test_a_workers_first_journal_does_not_load_pandas() -> None:
+    code = (
+        "import sys\n"
+        "from schemas.journal import encode\n"
+        "from tests.unit.schemas.test_journal import make\n"
+        "encode(make(3))\n"
+        "sys.exit('pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+    assert done.returncode == 0
 
 
 def test_events_are_viewed_as_what_they_were() -> None:
