@@ -9,7 +9,7 @@ import weakref
 import psutil
 import pytest
 
-from streams.memory import BETWEEN_COLLECTIONS, give_back, settle
+from streams.memory import AT_ONCE, BETWEEN_COLLECTIONS, give_back, settle
 
 SMALL = 64 * 1024  # bytes, which the C library keeps when they are freed
 MANY = 3_000
@@ -36,7 +36,7 @@ def test_what_was_freed_is_given_back() -> None:
 
 MAPPED = """
 import ctypes
-from streams.memory import settle
+from streams.memory import AT_ONCE, settle
 
 class Usage(ctypes.Structure):  # as glibc's mallinfo2 gives it; the fifth: bytes mapped
     _fields_ = [(f"field_{k}", ctypes.c_size_t) for k in range(10)]
@@ -44,11 +44,27 @@ class Usage(ctypes.Structure):  # as glibc's mallinfo2 gives it; the fifth: byte
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = Usage
 settle()
-larger = bytearray(8 * 2**20)
+larger = bytearray(3 * AT_ONCE)
 del larger  # from then on the C library would keep what is smaller in its heap
 before = library.mallinfo2().field_4
-arrays = [bytearray(2**20) for _ in range(50)]
+arrays = [bytearray(AT_ONCE) for _ in range(5)]
 print(library.mallinfo2().field_4 - before)
+"""
+
+FAULTS = """
+import resource
+from streams.memory import AT_ONCE, settle
+
+def batch():
+    for size in (AT_ONCE // 8, AT_ONCE // 4, AT_ONCE // 2):
+        bytearray(b"x") * size
+
+settle()
+batch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    batch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -60,7 +76,16 @@ def test_a_large_array_goes_back_as_it_is_freed() -> None:
     done = subprocess.run(
         [sys.executable, "-c", MAPPED], capture_output=True, text=True, check=True, timeout=60
     )
-    assert int(done.stdout) > 40 * 2**20
+    assert int(done.stdout) > 4 * AT_ONCE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told what to keep")
+def test_the_next_batch_gets_the_pages_of_the_one_before() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=60
+    )
+    pages = 50 * AT_ONCE // 4_096
+    assert int(done.stdout) < 0.05 * pages
 
 
 def test_what_only_a_cycle_holds_is_given_back_too() -> None:
