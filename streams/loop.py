@@ -17,10 +17,11 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from socket import gethostname
 from typing import Any, Protocol
 
@@ -287,7 +288,7 @@ class Loop:
             messages += self._consumer.consume(self._processor.batch_size - 1, self._gathering())
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = self._consumer.consumer_group_metadata()
-        batch = self._opened(self._usable(messages), metadata)
+        batch = self._opened(*self._usable(messages), metadata)
         try:
             if batch is not None:
                 self._finish(self._processed(batch), batch)
@@ -494,30 +495,52 @@ class Loop:
             self._log.warning("paused", reason=str(reason), seconds=self._back_off)
             self._back_off = min(self._back_off * 2, LAST_BACK_OFF_SECONDS)
 
-    def _usable(self, messages: Sequence[Message]) -> list[Message]:
-        """Of polled messages, those that may be worked on; errors are logged or raised."""
-        batch: list[Message] = []
-        back: set[int] = set()
-        read = zip(messages, map(Message.error, messages), _records(messages), strict=True)
-        for message, error, (topic, partition, offset) in read:
-            if error is not None:
+    def _usable(self, messages: Sequence[Message]) -> tuple[list[Message], list[TopicPartition]]:
+        """Of polled messages, those that may be worked on, and the next offset of each input.
+
+        Errors are logged or raised.
+        """
+        read = zip(messages, map(Message.error, messages), strict=True)
+        if failed := [(message, error) for message, error in read if error is not None]:
+            for message, error in failed:
                 self._tell(message, error)
-                continue
-            position = self._names[topic], partition
+            messages = [message for message in messages if message.error() is None]
+        batch: list[Message] = []
+        reached: set[Position] = set()
+        back: set[int] = set()
+        for position, run in self._runs(messages):
             # A rebalance inside the poll leaves messages of partitions that are not live now;
             # they are read again after the claim.
             if position not in self._live:
                 continue
-            if offset < self._live[position]:
-                back.add(partition)
-            self._live[position] = offset + 1
-            batch.append(message)
+            offsets: list[Any] = list(map(Message.offset, run))
+            if offsets[0] < self._live[position] or offsets != sorted(offsets):
+                back.add(position[1])
+            self._live[position] = offsets[-1] + 1
+            reached.add(position)
+            batch += run
         if back:
             # librdkafka 2.16 answers an assignment's placeholder even after a seek, and goes there.
             self._log.warning("went back", partitions=sorted(back))
             self._forget(back)
             batch = [message for message in batch if self._place(message) in self._live]
-        return batch
+            reached &= self._live.keys()
+        return batch, self._next(reached)
+
+    def _runs(self, messages: Sequence[Message]) -> Iterator[tuple[Position, list[Message]]]:
+        """Messages of one topic and partition as long as they follow each other."""
+        where = map(Message.topic, messages), map(Message.partition, messages)
+        places: Any = zip(*where, strict=True)
+        begin = 0
+        for (topic, partition), run in groupby(places):
+            end = begin + sum(1 for _ in run)
+            yield (self._names[topic], partition), list(messages[begin:end])
+            begin = end
+
+    def _next(self, positions: Iterable[Position]) -> list[TopicPartition]:
+        """The next offset to read of live inputs."""
+        prefix, live = self._config.topic_prefix, self._live
+        return [TopicPartition(prefix + at[0], at[1], live[at]) for at in sorted(positions)]
 
     def _tell(self, message: Message, error: KafkaError) -> None:
         """Log or raise what came in place of a record."""
@@ -542,7 +565,9 @@ class Loop:
 
     # -- output ------------------------------------------------------------------------------
 
-    def _opened(self, messages: list[Message], metadata: Any) -> Polled | None:
+    def _opened(
+        self, messages: list[Message], offsets: list[TopicPartition], metadata: Any
+    ) -> Polled | None:
         """Have a batch's transaction begun, with its offsets, once the one before has ended.
 
         The group's coordinator takes as long to note offsets as to end a transaction, and they are
@@ -551,8 +576,6 @@ class Loop:
         """
         if not messages:
             return None
-        ends = {(topic, partition): offset + 1 for topic, partition, offset in _records(messages)}
-        offsets = [TopicPartition(*place, end) for place, end in ends.items()]
         processed = threading.Event()
         if not self._exactly_once:
             return Polled(messages, offsets, None, processed)
@@ -904,13 +927,6 @@ class Loop:
                 "transaction.timeout.ms": int(TRANSACTION_SECONDS * 1_000),
             }
         return client_config(self._config, **config)
-
-
-def _records(messages: Sequence[Message]) -> list[tuple[str, int, int]]:
-    """Topic, partition and offset of each; what is no error has all three."""
-    fields = (map(get, messages) for get in (Message.topic, Message.partition, Message.offset))
-    found: Any = zip(*fields, strict=True)
-    return list(found)
 
 
 def fetching(linger: float) -> dict[str, int]:

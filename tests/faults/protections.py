@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from confluent_kafka import Message
+from confluent_kafka import Message, TopicPartition
 
 from streams import store as stores
 from streams.loop import Loop, Outcome, Polled
@@ -26,8 +26,10 @@ def without_guard() -> None:
     transact, open_ = Loop._transact, Loop._opened
     batches: dict[Loop, Polled] = {}
 
-    def remembered(self: Loop, messages: list[Message], metadata: Any) -> Polled | None:
-        batch = open_(self, messages, metadata)
+    def remembered(
+        self: Loop, messages: list[Message], offsets: list[TopicPartition], metadata: Any
+    ) -> Polled | None:
+        batch = open_(self, messages, offsets, metadata)
         if batch is not None:
             batches[self] = batch
         return batch
@@ -43,7 +45,8 @@ def without_guard() -> None:
             self._consumer.consume(1, 0.2)  # paused: only callbacks come
             if not wanted <= self._owned:
                 continue
-            newer = open_(self, batch.messages, self._consumer.consumer_group_metadata())
+            metadata = self._consumer.consumer_group_metadata()
+            newer = open_(self, batch.messages, batch.offsets, metadata)
             if newer is not None:
                 newer.processed.set()
                 transact(self, outcome, newer.opened)
