@@ -412,8 +412,9 @@ def _counts(side: str, actions: NDArray[Any]) -> Columns:
         "carts": (CART,),
         "purchases": (PURCHASE,),
     }
+    by_action = np.ascontiguousarray(actions.T)  # sums of whole rows are ten times as fast
     return {
-        f"{side}_{name}": np.log1p(actions[:, list(codes)].sum(1)) for name, codes in groups.items()
+        f"{side}_{name}": np.log1p(by_action[list(codes)].sum(0)) for name, codes in groups.items()
     }
 
 

@@ -337,7 +337,7 @@ class Scorer:
         return self._metrics.batch_seconds.labels(self.name, phase).time()
 
 
-def _taken(ids: Mapping[str, list[str]], order: list[int]) -> dict[str, list[str]]:
+def _taken(ids: Mapping[str, list[str]], order: list[int]) -> Mapping[str, list[str]]:
     return {name: list(map(each.__getitem__, order)) for name, each in ids.items()}
 
 
@@ -480,7 +480,8 @@ def _prediction_records(
     predictions: Predictions,
     predicted_at: int,
 ) -> OutputBatch:
-    ids = _taken(arrivals.ids, scored.tolist())
+    every = len(scored) == len(arrivals.events)
+    ids = arrivals.ids if every else _taken(arrivals.ids, scored.tolist())
     keys = map(str.encode, ids["user_id"])
     partitions = arrivals.partitions[scored].tolist()
     values = encode_columns(
