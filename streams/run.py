@@ -37,7 +37,7 @@ from streams.health import serve_health
 from streams.insights import run_insights
 from streams.items import Items
 from streams.loop import Loop, Processor
-from streams.memory import GIVE_BACK_SECONDS, give_back, settle
+from streams.memory import GIVE_BACK_SECONDS, KEPT, give_back, settle
 from streams.metrics import Metrics, make_metrics
 from streams.models import Models
 from streams.reader import Reader
@@ -149,7 +149,7 @@ def _run_threads(
     for thread in threads:
         thread.start()
     while not stop.wait(GIVE_BACK_SECONDS):
-        give_back()
+        give_back(keep=KEPT)
     until = time.monotonic() + STOP_SECONDS
     for thread in threads:
         thread.join(max(until - time.monotonic(), 0))

@@ -9,7 +9,7 @@ import weakref
 import psutil
 import pytest
 
-from streams.memory import AT_ONCE, BETWEEN_COLLECTIONS, give_back, settle
+from streams.memory import AT_ONCE, BETWEEN_COLLECTIONS, KEPT, give_back, settle
 
 SMALL = 64 * 1024  # bytes, which the C library keeps when they are freed
 MANY = 3_000
@@ -36,19 +36,16 @@ def test_what_was_freed_is_given_back() -> None:
 
 MAPPED = """
 import ctypes
-from streams.memory import AT_ONCE, settle
-
-class Usage(ctypes.Structure):  # as glibc's mallinfo2 gives it; the fifth: bytes mapped
-    _fields_ = [(f"field_{k}", ctypes.c_size_t) for k in range(10)]
+from streams.memory import AT_ONCE, HeapUse, settle
 
 library = ctypes.CDLL(None)
-library.mallinfo2.restype = Usage
+library.mallinfo2.restype = HeapUse
 settle()
 larger = bytearray(3 * AT_ONCE)
 del larger  # from then on the C library would keep what is smaller in its heap
-before = library.mallinfo2().field_4
+before = library.mallinfo2().hblkhd
 arrays = [bytearray(AT_ONCE) for _ in range(5)]
-print(library.mallinfo2().field_4 - before)
+print(library.mallinfo2().hblkhd - before)
 """
 
 FAULTS = """
@@ -86,6 +83,37 @@ def test_the_next_batch_gets_the_pages_of_the_one_before() -> None:
     )
     pages = 50 * AT_ONCE // 4_096
     assert int(done.stdout) < 0.05 * pages
+
+
+KEEPING = """
+import psutil
+from streams.memory import KEPT, give_back, settle
+
+SMALL = 64 * 1024
+settle()
+
+def grown_by(size):
+    before = psutil.Process().memory_info().rss
+    held = [bytearray(b"x" * SMALL) for _ in range(size // SMALL)]
+    kept = held[::50]  # so that the heap does not shrink by itself
+    del held
+    give_back(keep=KEPT)
+    return psutil.Process().memory_info().rss - before
+
+print(grown_by(KEPT // 2), grown_by(KEPT * 2))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells, from 2.33 on"
+)
+def test_what_batches_need_again_is_kept_and_more_goes_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True, timeout=60
+    )
+    batches, backlog = map(int, done.stdout.split())
+    assert batches > 0.4 * KEPT
+    assert backlog < 0
 
 
 def test_what_only_a_cycle_holds_is_given_back_too() -> None:
