@@ -7,6 +7,7 @@ flush or a backlog frees more than that, and it goes back.
 
 import ctypes
 import gc
+import sys
 from functools import cache
 from typing import Any
 
@@ -64,9 +65,9 @@ def give_back(keep: int = 0) -> None:
 
 
 def _free(library: Any) -> int:
-    """Free bytes in the heaps, as far as the library tells: glibc does from 2.33 on."""
+    """Free bytes in the heaps; no end of them where the library (glibc before 2.33) is silent."""
     if not hasattr(library, "mallinfo2"):
-        return KEPT + 1
+        return sys.maxsize
     library.mallinfo2.restype = HeapUse
     return library.mallinfo2().fordblks
 

@@ -14,6 +14,10 @@ from streams.memory import AT_ONCE, BETWEEN_COLLECTIONS, KEPT, give_back, settle
 SMALL = 64 * 1024  # bytes, which the C library keeps when they are freed
 MANY = 3_000
 
+told = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells of heaps, from 2.33 on"
+)
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc has malloc_trim")
 def test_what_was_freed_is_given_back() -> None:
@@ -65,9 +69,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells, from 2.33 on"
-)
+@told
 def test_a_large_array_goes_back_as_it_is_freed() -> None:
     """In a process of its own, whose heap has no room from before."""
     done = subprocess.run(
@@ -76,7 +78,7 @@ def test_a_large_array_goes_back_as_it_is_freed() -> None:
     assert int(done.stdout) > 4 * AT_ONCE
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told what to keep")
+@told
 def test_the_next_batch_gets_the_pages_of_the_one_before() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=60
@@ -104,9 +106,7 @@ print(grown_by(KEPT // 2), grown_by(KEPT * 2))
 """
 
 
-@pytest.mark.skipif(
-    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells, from 2.33 on"
-)
+@told
 def test_what_batches_need_again_is_kept_and_more_goes_back() -> None:
     done = subprocess.run(
         [sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True, timeout=60
