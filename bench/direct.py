@@ -32,10 +32,10 @@ from streams.config import (
     ScorerConfig,
     StatesConfig,
 )
-from streams.loop import Position
 from streams.memory import settle
 from streams.metrics import make_metrics
 from streams.models import Models
+from streams.processor import Position
 from streams.producer import Outgoing
 from streams.reader import Reader
 from streams.scorer import Scorer

@@ -9,8 +9,8 @@ from typing import Any
 
 from confluent_kafka import Message
 
-from streams.loop import Outcome, Output, OutputBatch, Position, Processor
 from streams.metrics import Metrics
+from streams.processor import Outcome, Output, OutputBatch, Position, Processor
 
 # Phases that scorer and loop time themselves. "commit" is the wait for a transaction's end, which
 # goes on while the next batch is processed, and "write" a part of that end, in its own thread.

@@ -19,10 +19,11 @@ from streams.config import (
     ScorerConfig,
     StatesConfig,
 )
-from streams.loop import Loop, Processor
+from streams.loop import Loop
 from streams.memory import settle
 from streams.metrics import Metrics, make_metrics
 from streams.models import Models
+from streams.processor import Processor
 from streams.reader import Reader
 from streams.scorer import Scorer
 from streams.store import Store

@@ -15,7 +15,7 @@ from schemas.exceptions import StarcastError
 from schemas.files import read_values
 from schemas.topics import BY_NAME
 from starcast.settings import Settings
-from streams.admin import apply_topics, committed
+from streams.admin import apply_topics, committed, group_name
 from streams.producer import Outgoing, Sent, play
 from streams.run import run_processors
 from streams.tail import read_topic
@@ -96,7 +96,7 @@ def _has_work(settings: Settings, stage: str) -> bool:
             topic: archive.positions(settings.archive.url, topic, options) for topic in BY_NAME
         }
     else:
-        found = committed(settings.kafka, f"{settings.kafka.group_id}-{stage}")
+        found = committed(settings.kafka, group_name(settings.kafka, stage))
         places = {topic: found.get(topic, {}) for topic in STAGES[stage]}
     return any(
         bool(batch)

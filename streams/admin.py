@@ -83,6 +83,16 @@ def topic_name(kafka: KafkaConfig, name: str) -> str:
     return kafka.topic_prefix + name
 
 
+def group_name(kafka: KafkaConfig, processor: str) -> str:
+    """The consumer group of a processor's workers."""
+    return f"{kafka.group_id}-{processor}"
+
+
+def error_of(exception: KafkaException) -> KafkaError:
+    """What an exception of a Kafka client is about."""
+    return exception.args[0]
+
+
 def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
     """The configuration of one consumer, producer or administrative client.
 
@@ -135,14 +145,14 @@ def reach(kafka: KafkaConfig, seconds: float | None = None) -> AdminClient:
         admin.list_topics(timeout=seconds)
     except KafkaException as problem:
         admin.poll(0)
-        raise unreachable(kafka, "; ".join(failures) or problem.args[0].str(), seconds) from None
+        raise unreachable(kafka, "; ".join(failures) or error_of(problem).str(), seconds) from None
     return admin
 
 
 def refused_option(problem: KafkaException) -> KafkaOptionError:
     """What librdkafka says of an option, and where options are set."""
     return KafkaOptionError(
-        f"Kafka client: {problem.args[0].str()}. Options come from kafka.options in settings "
+        f"Kafka client: {error_of(problem).str()}. Options come from kafka.options in settings "
         "(STARCAST_KAFKA__OPTIONS__…); `starcast config` shows their values and sources."
     )
 
@@ -286,7 +296,7 @@ def _create(kafka: KafkaConfig, admin: AdminClient, missing: list[TopicReport]) 
         try:
             future.result()
         except KafkaException as problem:
-            error: KafkaError = problem.args[0]
+            error = error_of(problem)
             if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another worker was faster
                 raise TopicError(
                     f"Kafka refused to create topic {name}: {error.str()}. Replication "
@@ -342,7 +352,7 @@ def _alter(kafka: KafkaConfig, admin: AdminClient, changed: list[TopicReport]) -
             future.result()
         except KafkaException as problem:
             raise TopicError(
-                f"Kafka refused to alter topic {resource.name}: {problem.args[0].str()}. "
+                f"Kafka refused to alter topic {resource.name}: {error_of(problem).str()}. "
                 "The principal needs the AlterConfigs permission."
             ) from None
 
@@ -392,7 +402,7 @@ def _request(kafka: KafkaConfig, ask: Callable[[], _Answer]) -> _Answer:
     try:
         return ask()
     except KafkaException as problem:
-        error: KafkaError = problem.args[0]
+        error = error_of(problem)
         if error.code() in (
             KafkaError._TRANSPORT,  # pyright: ignore[reportPrivateUsage]
             KafkaError._TIMED_OUT,  # pyright: ignore[reportPrivateUsage]

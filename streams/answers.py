@@ -30,10 +30,10 @@ from schemas.records import ScoreRequest
 from streams.config import ScorerConfig
 from streams.digests import Digests, Scored
 from streams.inputs import split
-from streams.loop import Outcome, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
 from streams.predictions import prediction_columns
+from streams.processor import Outcome, OutputBatch, Position
 from streams.reader import USER_STATE, Reader
 from streams.store import Store
 from streams.user_states import decode_header

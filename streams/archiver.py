@@ -27,9 +27,9 @@ from schemas.topics import BY_NAME
 from streams.compaction import WRITER, Compactor, compact, until_committed
 from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
-from streams.loop import Outcome
 from streams.memory import give_back
 from streams.metrics import Metrics
+from streams.processor import Outcome
 
 BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush

@@ -17,8 +17,8 @@ from model.state import CATEGORY, ITEM_ATTRIBUTES, from_bytes, to_bytes
 from schemas.records import Item, User
 from streams.claims import Claims, ends
 from streams.inputs import Inputs, split
-from streams.loop import Outcome, Position
 from streams.metrics import Metrics
+from streams.processor import Outcome, Position
 from streams.reader import ITEM_KIND, USER_KIND, partition_keys
 from streams.store import WRITE_KEYS, Store
 

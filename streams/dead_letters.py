@@ -19,10 +19,10 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from schemas.codec import decode
 from schemas.records import DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams.admin import client_config, reach, refused_option, topic_name
+from streams.admin import client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError
-from streams.loop import Output
+from streams.processor import Output
 from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent, existing_topic
 from streams.tail import read_topic
 
@@ -255,7 +255,7 @@ class _Redriver:
                 self._produce(topic_name(self._kafka, "dead-letters"), _mark(letter), settle)
             self._producer.commit_transaction(FLUSH_SECONDS)
         except KafkaException as problem:
-            raise self._ended([*failed, problem.args[0]]) from problem
+            raise self._ended([*failed, error_of(problem)]) from problem
         for _, record, _ in lot:
             self.report.delivered[record.topic] += 1
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from model.ladder import TIERS
 from schemas.codec import encode
 from schemas.records import ErrorSums, Kind, ScoreDigest
-from streams.loop import Output
+from streams.processor import Output
 from streams.windows import encode_latency
 
 NO_TIER = 255  # of predictions from a review's text, which stand on no ladder

@@ -14,7 +14,7 @@ from schemas.codec import decode
 from schemas.columns import Columns, columns_of, decode_columns
 from schemas.topics import BY_NAME
 from streams.dead_letters import dead_letter
-from streams.loop import Output
+from streams.processor import Output
 
 Held = TypeVar("Held", list[Any], Columns)
 

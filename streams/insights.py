@@ -32,8 +32,8 @@ from streams import windows
 from streams.admin import REPEAT_SECONDS, KafkaOptionError, option_name, reach, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.dead_letters import dead_letter
-from streams.loop import Output
 from streams.metrics import Metrics, make_metrics
+from streams.processor import Output
 from streams.store import connect
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Steps, Window
 

@@ -11,8 +11,8 @@ from model.updates import from_updates
 from streams.claims import Claims, ends
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.inputs import split
-from streams.loop import Outcome, Position
 from streams.metrics import Metrics
+from streams.processor import Outcome, Position
 from streams.reader import ITEM_STATE, partition_keys
 from streams.store import Store
 from streams.tail import archived_end, bounds, read_archived

@@ -18,7 +18,7 @@ from schemas.codec import encode
 from schemas.exceptions import ContractError
 from schemas.records import Record
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams.admin import TopicError, client_config, reach, refused_option, topic_name
+from streams.admin import TopicError, client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
 
 DELIVERY_SECONDS = 120.0  # a broker that is gone for longer fails what was sent to it meanwhile
@@ -127,7 +127,7 @@ class Sender:
         except BufferError:
             return False
         except KafkaException as problem:  # larger than LARGEST_MESSAGE, or a fatal error
-            settle(problem.args[0], None)
+            settle(error_of(problem), None)
         return True
 
 

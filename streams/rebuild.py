@@ -16,15 +16,15 @@ from confluent_kafka import Message
 
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS
-from streams.admin import committed
+from streams.admin import committed, group_name
 from streams.catalog import KINDS, Catalog, prices_key
 from streams.claims import header_data, header_offset
 from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import FencedError, JournalGapError
 from streams.items import Items
 from streams.journal import read_journal
-from streams.loop import Processor
 from streams.metrics import make_metrics
+from streams.processor import Processor
 from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE
 from streams.store import Store
 from streams.tail import archived_end, bounds, read_archived, read_log, read_topic
@@ -48,7 +48,7 @@ class Shop:
 
     def committed(self, processor: str, topic: str, partition: int) -> int:
         """The next offset that a processor's group reads; 0 where it has read nothing."""
-        places = committed(self.kafka, f"{self.kafka.group_id}-{processor}")
+        places = committed(self.kafka, group_name(self.kafka, processor))
         return places.get(topic, {}).get(partition, 0)
 
 

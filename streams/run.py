@@ -36,10 +36,11 @@ from streams.dashboard import run_dashboard
 from streams.health import serve_health
 from streams.insights import run_insights
 from streams.items import Items
-from streams.loop import Loop, Processor
+from streams.loop import Loop
 from streams.memory import GIVE_BACK_SECONDS, KEPT, give_back, settle
 from streams.metrics import Metrics, make_metrics
 from streams.models import Models
+from streams.processor import Processor
 from streams.reader import Reader
 from streams.scorer import Scorer
 from streams.store import Store

@@ -50,11 +50,11 @@ from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
 from streams.digests import Digests, Scored
 from streams.inputs import Inputs, split_columns
-from streams.loop import Outcome, Output, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models
 from streams.pace import Pace
 from streams.predictions import prediction_columns
+from streams.processor import Outcome, Output, OutputBatch, Position
 from streams.reader import Reader
 from streams.user_states import Taken, UserStates
 

@@ -27,6 +27,7 @@ from schemas.topics import BY_NAME
 from streams.admin import (
     REQUEST_SECONDS,
     TopicError,
+    error_of,
     reach,
     reader_config,
     topic_name,
@@ -197,5 +198,5 @@ def _positions(
     except KafkaException as problem:
         raise TopicError(
             f"Kafka does not tell where {start.isoformat()} lies in topic {name}: "
-            f"{problem.args[0].str()}. Read it from the beginning."
+            f"{error_of(problem).str()}. Read it from the beginning."
         ) from None

@@ -31,10 +31,10 @@ from streams.config import ModelsConfig, TextsConfig
 from streams.digests import NO_TIER, Digests, Scored
 from streams.exceptions import StoreError
 from streams.inputs import Inputs, split
-from streams.loop import Outcome, OutputBatch, Position
 from streams.metrics import Metrics
 from streams.models import Models, Serving
 from streams.predictions import rounded
+from streams.processor import Outcome, OutputBatch, Position
 from streams.reader import VECTOR_DTYPE, vector_keys
 from streams.store import Store
 

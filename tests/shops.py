@@ -23,9 +23,10 @@ from schemas import archive
 from schemas.records import Behavior, DeadLetter, PredictedRating, Record, Review
 from starcast.settings import Settings
 from streams.admin import apply_topics
-from streams.loop import Loop, Processor
+from streams.loop import Loop
 from streams.metrics import make_metrics
 from streams.models import Models
+from streams.processor import Processor
 from streams.producer import Outgoing, outgoing, play
 from streams.reader import ITEM_STATE, USER_STATE, store_keys
 from streams.run import _make, _Shared

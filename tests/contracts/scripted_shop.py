@@ -26,9 +26,11 @@ from schemas.journal import Transaction
 from starcast.settings import Settings
 from streams import items, user_states
 from streams import loop as loops
-from streams.loop import Loop, Processor
+from streams import sender as senders
+from streams.loop import Loop
 from streams.metrics import make_metrics
 from streams.models import Models
+from streams.processor import Processor
 from streams.run import _make, _Shared
 from streams.store import Store
 from tests.contracts.inputs import PARTITIONS, Sent
@@ -147,8 +149,7 @@ class ScriptedShop:
         """A new worker of the group, before it has heard of its partitions."""
         self.kafka.exactly_once = processor.transactional
         loop = Loop(processor, self.settings.kafka, self.metrics, self.stop)
-        if loop._exactly_once:
-            loop._init_transactions()
+        loop._sender.start()
         topics = [PREFIX + topic for topic in processor.topics]
         self.member.subscribe(topics, loop._on_assign, loop._on_revoke, loop._on_revoke)
         return loop
@@ -245,7 +246,7 @@ def scripted_shop(
     models.refresh()
     with (
         patch.object(loops, "Consumer", kafka.consumer),
-        patch.object(loops, "Producer", kafka.producer),
+        patch.object(senders, "Producer", kafka.producer),
         patch.object(user_states, "read_journal", kafka.read_journal),
         patch.object(items, "bounds", lambda *_: (0, 0)),
     ):

@@ -25,7 +25,7 @@ from model import registry
 from model.encoder import StarHead
 from schemas.topics import BY_NAME
 from streams.exceptions import StoreError
-from streams.loop import Outcome, Position
+from streams.processor import Outcome, Position
 from streams.run import LOOPS
 from tests.contracts.inputs import bad, good
 from tests.contracts.scripted_shop import BATCH, STOP_SECONDS, ScriptedShop, scripted_shop

@@ -13,7 +13,8 @@ from typing import Any
 from confluent_kafka import Message, TopicPartition
 
 from streams import store as stores
-from streams.loop import Loop, Outcome, Polled
+from streams.loop import Loop, Polled
+from streams.processor import Outcome
 from streams.store import Call, Claim, Store
 from streams.user_states import UserStates
 
@@ -120,20 +121,20 @@ def without_order() -> None:
             committed += _settled(self)
             return
         write, outcome.write = outcome.write, None
-        send = self._send
+        send = self._sender.send
 
         def send_and_write(outcome: Outcome, failed: Any = None) -> Any:
             delivered = send(outcome, failed)
-            self._producer.flush(10)
+            self._sender.close(10)
             if write is not None:
                 write(delivered)
             return delivered
 
-        self._send = send_and_write
+        self._sender.send = send_and_write
         try:
             transact(self, outcome, opened)
         finally:
-            self._send = send
+            self._sender.send = send
 
     Loop._transact = early
 

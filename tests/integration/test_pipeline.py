@@ -363,7 +363,7 @@ def test_a_fenced_producer_is_replaced_once(shop: Shop) -> None:
     with shop.workers("scorer") as workers:
         shop.play(sent[:200])
         shop.until_predicted(200)
-        config = {"transactional.id": workers.loops["scorer"]._transactional_id}
+        config = {"transactional.id": workers.loops["scorer"]._sender._transactional_id}
         for part in (sent[200:400], sent[400:]):
             Producer(client_config(shop.settings.kafka, **config)).init_transactions(30)
             shop.play(part)

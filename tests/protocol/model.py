@@ -15,7 +15,7 @@ In the model, and in the code:
 - `check`: `UserStates.check`: a claim that no longer holds is noticed without events.
 - `offsets`, `send`, `commit`: `_opened` and `_transact`: `send_offsets_to_transaction`, outputs,
   `commit_transaction`.
-- `start`, `reopen`: `_init_transactions` of a new worker, and of one that was fenced.
+- `start`, `reopen`: `Sender.start` of a new worker, and of one that was fenced.
 - `Entry`, `World.journal`: a transaction's records in the partition of the journal.
 - `Header`: `streams.user_states.HEADER`: `journal`, `ends`, the partition's `step`.
 - `State`: a user's state: the events applied, in order, and the `step` after the last one.

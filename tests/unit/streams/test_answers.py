@@ -18,9 +18,9 @@ from model.state import ITEM, LAYOUT_HASH, USER, to_bytes
 from schemas.records import DeadLetter, PredictedRating, ScoreDigest, ScoreRequest
 from streams.answers import Answers, _ranks
 from streams.config import ModelsConfig, RedisConfig, ScorerConfig
-from streams.loop import Outcome
 from streams.metrics import make_metrics
 from streams.models import Models
+from streams.processor import Outcome
 from streams.reader import ITEM_STATE, USER_STATE, Reader, store_keys
 from streams.store import Store
 from streams.user_states import decode_header

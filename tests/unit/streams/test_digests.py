@@ -11,7 +11,7 @@ from model.ladder import FULL, GLOBAL
 from schemas.records import ScoreDigest
 from streams import digests
 from streams.digests import NO_TIER, QUIET_SECONDS, Digests, Scored, error_sums
-from streams.loop import Output
+from streams.processor import Output
 
 stars = st.floats(1, 5, width=32)
 

@@ -23,10 +23,12 @@ from structlog.testing import capture_logs
 from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
+from streams import sender as senders
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
-from streams.loop import Loop, Outcome, Output, OutputBatch, Position
+from streams.loop import Loop
 from streams.metrics import Metrics, make_metrics
+from streams.processor import Outcome, Output, OutputBatch, Position
 from tests.unit.streams.scripted_kafka import Broker, Place, ScriptedConsumer, failure
 
 TOPICS = ("reviews", "behavior")
@@ -141,8 +143,7 @@ class World:
 
     def subscribe(self, loop: Loop) -> None:
         """What `run` does before its turns."""
-        if loop._exactly_once:
-            loop._init_transactions()
+        loop._sender.start()
         names = [f"eu.{topic}" for topic in loop._processor.topics]
         self.consumer.subscribe(names, loop._on_assign, loop._on_revoke, loop._on_revoke)
 
@@ -164,8 +165,9 @@ def world() -> Iterator[World]:
     broker, clock = Broker(), Clock()
     with (
         patch.object(loops, "Consumer", broker.consumer),
-        patch.object(loops, "Producer", broker.producer),
+        patch.object(senders, "Producer", broker.producer),
         patch.object(loops, "time", clock),
+        patch.object(senders, "time", clock),
     ):
         yield World(broker, clock, make_metrics(CollectorRegistry()), threading.Event())
 
@@ -657,7 +659,7 @@ def test_two_workers_with_one_transactional_id_do_not_go_on_fencing_each_other(
 
 
 def test_a_producer_that_hangs_is_replaced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "HANG_SECONDS", 0.1)
+    monkeypatch.setattr(senders, "HANG_SECONDS", 0.1)
     processor, released = Counting(), threading.Event()
     loop = world.loop(processor)
     fill(world, 2, 0)
@@ -884,7 +886,7 @@ def test_a_run_that_fails_writes_nothing_more(world: World) -> None:
 def test_a_run_that_was_fenced_for_good_says_so(world: World) -> None:
     """Though its producer then refuses even to be flushed."""
     loop = world.loop(Counting())
-    loop._fenced_at = world.clock.now
+    loop._sender._fenced_at = world.clock.now
     fill(world, 3, 0)
     world.consumer.between.append(lambda: world.consumer.rebalance(new=places(0)))
     world.broker.fail("commit_transaction", fenced())
@@ -945,8 +947,9 @@ class Group(RuleBasedStateMachine):
         self.broker, self.clock = Broker(), Clock()
         self.patches = [
             patch.object(loops, "Consumer", self.broker.consumer),
-            patch.object(loops, "Producer", self.broker.producer),
+            patch.object(senders, "Producer", self.broker.producer),
             patch.object(loops, "time", self.clock),
+            patch.object(senders, "time", self.clock),
         ]
         for each in self.patches:
             each.start()

@@ -38,9 +38,9 @@ from streams.config import (
     StatesConfig,
 )
 from streams.inputs import split_columns
-from streams.loop import Outcome, Output
 from streams.metrics import make_metrics
 from streams.models import Models
+from streams.processor import Outcome, Output
 from streams.reader import USER_STATE, Reader, partition_keys
 from streams.scorer import Scorer, _arrange, _ends
 from streams.store import Store

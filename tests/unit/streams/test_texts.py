@@ -18,9 +18,9 @@ from model.state import LAYOUT_HASH
 from schemas.records import Item, PredictedRating, Review, TextFeatures
 from streams.config import ModelsConfig, RedisConfig, TextsConfig
 from streams.exceptions import StoreError
-from streams.loop import Outcome
 from streams.metrics import make_metrics
 from streams.models import Models
+from streams.processor import Outcome
 from streams.reader import VECTOR_DTYPE, vector_keys
 from streams.store import Store
 from streams.texts import Texts
