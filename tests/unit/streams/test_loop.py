@@ -1,13 +1,13 @@
 """The loop against a scripted Kafka; `tests/integration/test_pipeline.py` has it on a real one."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Message
+from confluent_kafka import KafkaError, Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,173 +17,26 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
-from streams import sender as senders
-from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.loop import Loop
-from streams.metrics import Metrics, make_metrics
-from streams.processor import Outcome, Output, OutputBatch, Position
-from tests.unit.streams.scripted_kafka import Broker, Place, ScriptedConsumer, failure
-
-TOPICS = ("reviews", "behavior")
-
-
-@dataclass
-class Clock:
-    """Stands in for the loop's `time`."""
-
-    now: float = 1_000.0
-    each: float = 0.0  # passes with every look
-
-    def monotonic(self) -> float:
-        self.now += self.each
-        return self.now
-
-
-@dataclass
-class Counting:
-    """A processor whose state of a partition is the next offset of each topic.
-
-    Strict: it takes a message only where its state stands, so a message that is skipped, doubled,
-    or of a partition that it has not claimed fails the test.
-    """
-
-    topics: Sequence[str] = TOPICS
-    together: bool = True
-    transactional: bool = True
-    batch_size: int = 100
-    name: str = "counting"
-    linger_seconds: float = 0.0
-    lag: int = 0
-    errors: dict[str, list[Exception]] = field(default_factory=dict[str, list[Exception]])
-    outputs: list[Output] | None = None  # in place of those that the messages make
-    starts: dict[str, int] = field(default_factory=dict[str, int])  # in place of the committed
-    states: dict[Position, int] = field(default_factory=dict[Position, int])
-    claims: list[tuple[int, dict[str, int]]] = field(
-        default_factory=list[tuple[int, dict[str, int]]]
-    )
-    drops: list[set[int]] = field(default_factory=list[set[int]])
-    batches: list[list[Place]] = field(default_factory=list[list[Place]])
-    finished: list[dict[Position, int]] = field(default_factory=list[dict[Position, int]])
-    idles: int = 0
-    closes: int = 0
-
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        self.claims.append((partition, committed))
-        self._may_fail("claim")
-        starts = {topic: self.starts.get(topic, at) for topic, at in committed.items()}
-        for topic, start in starts.items():
-            self.states[topic, partition] = max(start, 0)
-        return starts
-
-    def drop(self, partitions: Iterable[int]) -> None:
-        gone = set(partitions)
-        self.drops.append(gone)
-        self.states = {place: at for place, at in self.states.items() if place[1] not in gone}
-
-    def process(self, messages: list[Message]) -> Outcome:
-        self._may_fail("process")
-        places: list[Place] = []
-        for message in messages:
-            topic = str(message.topic()).removeprefix("eu.")
-            place = (topic, message.partition() or 0)
-            assert message.offset() == self.states[place]
-            self.states[place] += 1
-            places.append((topic, message.offset() or 0))
-        self.batches.append(places)
-
-        def finish(delivered: dict[Position, int]) -> None:
-            self._may_fail("finish")
-            self.finished.append(delivered)
-
-        values = [
-            b"%b/%d/%d" % (str(each.topic()).encode(), each.partition() or 0, each.offset() or 0)
-            for each in messages
-        ]
-        return Outcome(
-            batches=[OutputBatch("predicted-ratings", [{"value": value} for value in values])],
-            outputs=self.outputs or [Output("journal", b"k", b"j", messages[0].partition() or 0)],
-            tracked=frozenset({"journal"}),
-            finish=finish,
-        )
-
-    def idle(self) -> Outcome | None:
-        self.idles += 1
-        self._may_fail("idle")
-        return None
-
-    def close(self) -> None:
-        self.closes += 1
-        self._may_fail("close")
-
-    def _may_fail(self, method: str) -> None:
-        if waiting := self.errors.get(method):
-            raise waiting.pop(0)
-
-
-@dataclass
-class World:
-    broker: Broker
-    clock: Clock
-    metrics: Metrics
-    stop: threading.Event
-
-    def loop(self, processor: Counting, **config: Any) -> Loop:
-        kafka = KafkaConfig.model_validate({"topic_prefix": "eu.", "partitions": 4, **config})
-        made = Loop(processor, kafka, self.metrics, self.stop)
-        made._processor = processor
-        self.subscribe(made)
-        return made
-
-    def subscribe(self, loop: Loop) -> None:
-        """What `run` does before its turns."""
-        loop._sender.start()
-        names = [f"eu.{topic}" for topic in loop._processor.topics]
-        self.consumer.subscribe(names, loop._on_assign, loop._on_revoke, loop._on_revoke)
-
-    @property
-    def consumer(self) -> ScriptedConsumer:
-        return self.broker.consumers[-1]
-
-    def turn(self, loop: Loop, turns: int = 1) -> None:
-        for _ in range(turns):
-            self.clock.now += 10
-            loop._turn()
-
-    def value(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"starcast_{name}", labels)
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    broker, clock = Broker(), Clock()
-    with (
-        patch.object(loops, "Consumer", broker.consumer),
-        patch.object(senders, "Producer", broker.producer),
-        patch.object(loops, "time", clock),
-        patch.object(senders, "time", clock),
-    ):
-        yield World(broker, clock, make_metrics(CollectorRegistry()), threading.Event())
-
-
-def places(*partitions: int, topics: Sequence[str] = TOPICS) -> list[Place]:
-    return [(f"eu.{topic}", partition) for topic in topics for partition in partitions]
-
-
-def fill(world: World, count: int, *partitions: int, topics: Sequence[str] = TOPICS) -> None:
-    for topic, partition in places(*partitions, topics=topics):
-        world.broker.append(topic, partition, *[b"v"] * count)
-
-
-def answered(world: World) -> list[bytes | None]:
-    return [value for topic, value in world.broker.outputs if topic == "eu.predicted-ratings"]
-
+from streams.processor import Outcome, Position
+from tests.unit.streams.looped import (
+    ABORTS,
+    TOPICS,
+    Counting,
+    World,
+    answered,
+    fenced,
+    fill,
+    places,
+    scripted,
+)
+from tests.unit.streams.scripted_kafka import failure
 
 # -- ownership -----------------------------------------------------------------------------------
 
@@ -227,52 +80,6 @@ def test_a_topic_that_goes_takes_its_partition_along(world: World) -> None:
     world.turn(loop)
     assert [sorted(topics) for _, topics in processor.claims[2:]] == [["behavior"]]
     assert loop.live == {("behavior", 0), ("reviews", 1), ("behavior", 1)}
-
-
-def test_a_store_that_is_ahead_of_offsets_that_have_moved_is_not_called_ahead(world: World) -> None:
-    """A worker that slept after it had asked for the offsets compares with old ones."""
-
-    class Ahead(Counting):
-        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-            starts = super().claim(partition, committed)
-            if len(self.claims) == 1:
-                world.broker.committed["eu.reviews", 0] = 2  # by another, meanwhile
-            if committed["reviews"] < 2:
-                raise StoreAheadError("the store has applied 2")
-            return starts
-
-    processor = Ahead()
-    loop = world.loop(processor)
-    fill(world, 3, 0)
-    world.consumer.rebalance(new=places(0))
-    world.turn(loop)
-    assert [committed["reviews"] for _, committed in processor.claims] == [-1, 2]
-    assert loop.live
-    world.broker.committed["eu.reviews", 0] = 1  # an operator's reset stays an error
-    world.consumer.rebalance(gone=places(0), new=places(0))
-    with pytest.raises(StoreAheadError):
-        world.turn(loop)
-
-
-def test_retention_that_passes_a_start_while_it_is_claimed_costs_nothing(world: World) -> None:
-    """The processor takes from the archive what left Kafka, when it claims again."""
-
-    class Archived(Counting):
-        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-            start = world.broker.first.get(("eu.reviews", 0), 1)  # as far as the archive was needed
-            self.starts = {"reviews": start, "behavior": 0}
-            world.broker.first["eu.reviews", 0] = 4  # just after
-            return super().claim(partition, committed)
-
-    processor = Archived()
-    loop = world.loop(processor)
-    fill(world, 6, 0)
-    world.consumer.rebalance(new=places(0))
-    world.turn(loop)
-    assert len(processor.claims) == 2
-    assert processor.batches[0][-2:] == [("reviews", 4), ("reviews", 5)]
-    lost = {"processor": "counting", "topic": "reviews", "partition": "0"}
-    assert world.value("lost_records_total", **lost) is None
 
 
 def test_what_was_claimed_and_could_not_be_begun_is_dropped(world: World) -> None:
@@ -440,60 +247,12 @@ def test_a_claim_that_fails_is_tried_again_later_and_later(world: World, error: 
     assert len(answered(world)) == 2
 
 
-def test_offsets_that_kafka_does_not_tell_are_waited_for_and_told(world: World) -> None:
-    loop = world.loop(Counting())
-    world.consumer.rebalance(new=places(0))
-    world.broker.fail("committed", failure(KafkaError._TIMED_OUT))
-    with capture_logs() as logs:
-        world.turn(loop)
-        assert loop.live == frozenset()
-        world.turn(loop)
-    assert loop.live == {("reviews", 0), ("behavior", 0)}
-    (paused,) = [line for line in logs if line["event"] == "paused"]
-    assert "a transaction hangs" in paused["reason"]
-
-
 def test_what_cannot_be_mended_by_waiting_ends_the_worker(world: World) -> None:
     processor = Counting(errors={"claim": [StoreAheadError("offsets were reset")]})
     loop = world.loop(processor)
     world.consumer.rebalance(new=places(0))
     with pytest.raises(StoreAheadError):
         world.turn(loop)
-
-
-def test_a_position_past_the_end_is_refused(world: World) -> None:
-    processor = Counting(starts={"reviews": 4}, transactional=False)
-    loop = world.loop(processor)
-    fill(world, 3, 0)
-    world.consumer.rebalance(new=places(0))
-    with pytest.raises(
-        StoreAheadError,
-        match=r"counting .* eu.reviews partition 0 up to offset 4, but it ends at 3.*made anew",
-    ):
-        world.turn(loop)
-
-
-def test_a_position_that_retention_has_passed_is_told(world: World) -> None:
-    processor = Counting(starts={"reviews": 1}, transactional=False)
-    loop = world.loop(processor)
-    fill(world, 9, 0)
-    world.broker.first["eu.reviews", 0] = 5
-    processor.states["reviews", 0] = 5
-    world.consumer.rebalance(new=places(0))
-    claim = processor.claim
-
-    def claim_and_move(partition: int, committed: dict[str, int]) -> dict[str, int]:
-        starts = claim(partition, committed)
-        processor.states["reviews", 0] = 5  # whose first message will be the one that is left
-        return starts
-
-    with capture_logs() as logs, patch.object(processor, "claim", claim_and_move):
-        world.turn(loop)
-    assert processor.batches[0][-4:] == [("reviews", offset) for offset in range(5, 9)]
-    (line,) = [line for line in logs if line["log_level"] == "error"]
-    assert (line["where"], line["first"], line["left"]) == ("eu.reviews partition 0", 1, 5)
-    lost = {"processor": "counting", "topic": "reviews", "partition": "0"}
-    assert world.value("lost_records_total", **lost) == 4
 
 
 def test_retention_that_passes_a_running_worker_ends_it(world: World) -> None:
@@ -508,192 +267,6 @@ def test_retention_that_passes_a_running_worker_ends_it(world: World) -> None:
     world.consumer.errors.append(Message(topic="eu.reviews", partition=0, error=gone))
     with pytest.raises(BrokerError, match=r"Retention .* eu.reviews partition 0.* the archive"):
         world.turn(loop)
-
-
-def test_without_exactly_once_the_ends_of_partitions_are_not_asked_for(world: World) -> None:
-    processor = Counting(starts={"reviews": 3})
-    loop = world.loop(processor, exactly_once=False)
-    world.broker.fail("get_watermark_offsets", failure(KafkaError._TRANSPORT))
-    world.consumer.rebalance(new=places(0))
-    loop._claim_pending()
-    assert loop.live == {("reviews", 0), ("behavior", 0)}
-
-
-# -- transactions --------------------------------------------------------------------------------
-
-
-def test_records_of_a_batch_go_to_the_partitions_that_they_name(world: World) -> None:
-    class Placing(Counting):
-        def process(self, messages: list[Message]) -> Outcome:
-            outcome = super().process(messages)
-            places = [{"value": b"%d" % at, "partition": at % 3} for at in range(7)]
-            outcome.batches = [OutputBatch("predicted-ratings", [*places, {"value": b"by key"}])]
-            return outcome
-
-    loop = world.loop(Placing())
-    fill(world, 1, 0)
-    world.consumer.rebalance(new=places(0))
-    world.turn(loop)
-    (producer,) = world.broker.producers
-    sent = zip(answered(world), producer.partitions, strict=False)
-    assert sorted(sent) == [*((b"%d" % at, at % 3) for at in range(7)), (b"by key", -1)]
-
-
-def test_states_are_written_after_the_commit(world: World) -> None:
-    processor = Counting()
-    loop = world.loop(processor)
-    fill(world, 2, 3)
-    world.consumer.rebalance(new=places(3))
-    world.turn(loop)
-    assert processor.finished == [{("journal", 3): 1}]
-    fill(world, 1, 3)
-    world.turn(loop)
-    assert processor.finished[1:] == [{("journal", 3): 2}]
-    assert world.broker.committed == {("eu.reviews", 3): 3, ("eu.behavior", 3): 3}
-
-
-ABORTS: Mapping[str, list[KafkaException]] = {
-    "begin_transaction": [failure(KafkaError._STATE)],
-    "produce": [failure(KafkaError.MSG_SIZE_TOO_LARGE)],
-    "produce_batch": [failure(KafkaError.MSG_SIZE_TOO_LARGE)],
-    "send_offsets_to_transaction": [
-        failure(KafkaError.ILLEGAL_GENERATION, txn_requires_abort=True)
-    ],
-    "commit_transaction": [failure(KafkaError._INCONSISTENT, txn_requires_abort=True)],
-}
-
-
-@pytest.mark.parametrize("step", ABORTS)
-def test_an_aborted_transaction_leaves_nothing_behind(world: World, step: str) -> None:
-    processor = Counting()
-    loop = world.loop(processor)
-    fill(world, 3, 0, 1)
-    world.consumer.rebalance(new=places(0, 1))
-    world.broker.fail(step, *ABORTS[step])
-    world.turn(loop)
-    assert (world.broker.outputs, world.broker.committed) == ([], {})
-    assert processor.finished == []
-    assert processor.drops[-1] == {0, 1}
-    assert not world.broker.producers[0].begun
-    world.turn(loop)
-    assert len(answered(world)) == len(set(answered(world))) == 12
-
-
-def test_transactions_that_are_aborted_again_and_again_come_later_and_later(world: World) -> None:
-    refused = failure(KafkaError._INCONSISTENT, txn_requires_abort=True)
-    loop = world.loop(Counting())
-    fill(world, 1, 0)
-    world.consumer.rebalance(new=places(0))
-    world.broker.fail("commit_transaction", *[refused] * 5)
-    with capture_logs() as logs:
-        world.turn(loop, 7)
-    paused = [line["seconds"] for line in logs if line["event"] == "paused"]
-    assert paused == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
-    assert len(answered(world)) == 2
-    world.broker.fail("commit_transaction", refused)
-    fill(world, 1, 0)
-    with capture_logs() as logs:
-        world.turn(loop)
-    assert [line["seconds"] for line in logs if line["event"] == "paused"] == [0.1]
-
-
-def test_a_commit_or_an_abort_that_times_out_is_asked_for_again(world: World) -> None:
-    late = [failure(KafkaError._TIMED_OUT, retriable=True)] * 2
-    processor = Counting()
-    loop = world.loop(processor)
-    fill(world, 1, 0)
-    world.consumer.rebalance(new=places(0))
-    world.broker.fail("commit_transaction", *late)
-    world.turn(loop)
-    assert len(answered(world)) == 2
-    fill(world, 1, 0)
-    world.broker.fail("send_offsets_to_transaction", late[0])
-    world.broker.fail("abort_transaction", *late)
-    world.turn(loop, 2)
-    assert len(answered(world)) == len(set(answered(world))) == 4
-
-
-def test_a_stop_does_not_wait_for_a_broker_that_is_gone(world: World) -> None:
-    loop = world.loop(Counting())
-    fill(world, 1, 0)
-    world.consumer.rebalance(new=places(0))
-    late = [failure(KafkaError._TIMED_OUT, retriable=True)] * 3
-    world.broker.fail("commit_transaction", *late)
-    world.broker.fail("abort_transaction", *late)
-    world.stop.set()
-    world.turn(loop)  # Kafka ends the transaction by itself, or the next producer of its id does
-    assert answered(world) == []
-    assert loop.live == frozenset()
-
-
-def fenced() -> KafkaException:
-    return failure(KafkaError._FENCED, fatal=True)
-
-
-@pytest.mark.parametrize("step", ["begin_transaction", "commit_transaction", "abort_transaction"])
-def test_a_fenced_worker_begins_anew_with_another_producer(world: World, step: str) -> None:
-    processor = Counting()
-    loop = world.loop(processor)
-    fill(world, 2, 0)
-    world.consumer.rebalance(new=places(0))
-    if step == "abort_transaction":
-        world.broker.fail("produce", failure(KafkaError.MSG_SIZE_TOO_LARGE))
-    world.broker.fail(step, fenced())
-    world.turn(loop)
-    assert (answered(world), processor.finished) == ([], [])
-    assert [each.ready for each in world.broker.producers] == [True, True]
-    world.turn(loop)
-    assert len(answered(world)) == 4
-
-
-def test_two_workers_with_one_transactional_id_do_not_go_on_fencing_each_other(
-    world: World,
-) -> None:
-    loop = world.loop(Counting())
-    fill(world, 2, 0)
-    world.consumer.rebalance(new=places(0))
-    world.broker.fail("commit_transaction", fenced(), fenced())
-    world.turn(loop)
-    with pytest.raises(BrokerError, match=r"Another worker uses the transactional id eu\."):
-        world.turn(loop)
-
-
-def test_a_producer_that_hangs_is_replaced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(senders, "HANG_SECONDS", 0.1)
-    processor, released = Counting(), threading.Event()
-    loop = world.loop(processor)
-    fill(world, 2, 0)
-    world.consumer.rebalance(new=places(0))
-    monkeypatch.setattr(
-        world.broker.producers[0], "send_offsets_to_transaction", lambda *_: released.wait()
-    )
-    with capture_logs() as logs:
-        world.turn(loop)
-    assert (answered(world), processor.finished) == ([], [])
-    assert [each.ready for each in world.broker.producers] == [True, True]
-    assert logs[-1]["reason"] == "no answer in 0.1 s"
-    world.turn(loop)
-    released.set()
-    assert len(answered(world)) == 4
-
-
-def test_a_full_queue_is_waited_for(world: World) -> None:
-    loop = world.loop(Counting())
-    fill(world, 5, 0)
-    world.consumer.rebalance(new=places(0))
-    world.broker.producers[0].room = 3
-    world.turn(loop)
-    assert len(answered(world)) == len(set(answered(world))) == 10
-
-
-def test_a_broker_without_transactions_is_told(world: World) -> None:
-    world.broker.fail(
-        "init_transactions",
-        failure(KafkaError._TIMED_OUT, retriable=True),
-        failure(KafkaError._UNSUPPORTED_FEATURE),
-    )
-    with pytest.raises(BrokerError, match="STARCAST_KAFKA__EXACTLY_ONCE=false"):
-        world.loop(Counting())
 
 
 # -- stores that fail ----------------------------------------------------------------------------
@@ -752,34 +325,6 @@ def test_without_transactions_offsets_come_last(world: World) -> None:
     assert processor.finished == [{("journal", 0): 2}]
     world.turn(loop)
     assert world.broker.committed == {("eu.reviews", 0): 2, ("eu.behavior", 0): 2}
-
-
-def test_what_was_not_delivered_is_worked_on_again(world: World) -> None:
-    processor = Counting()
-    loop = world.loop(processor, exactly_once=False)
-    fill(world, 2, 0)
-    world.consumer.rebalance(new=places(0))
-    world.broker.fail("deliver", failure(KafkaError._MSG_TIMED_OUT))
-    world.turn(loop)
-    assert (processor.finished, world.broker.committed) == ([], {})
-    world.turn(loop)
-    assert len(set(answered(world))) == 4
-
-
-@pytest.mark.parametrize("step", ["produce", "produce_batch", "flush"])
-def test_outputs_that_kafka_does_not_take_are_made_again(world: World, step: str) -> None:
-    loop = world.loop(Counting(), exactly_once=False)
-    fill(world, 2, 0)
-    world.consumer.rebalance(new=places(0))
-    world.broker.fail(step, failure(KafkaError.MSG_SIZE_TOO_LARGE))
-    world.turn(loop)
-    assert world.broker.committed == {}
-    world.turn(loop)
-    assert len(set(answered(world))) == 4
-    world.broker.fail(step, failure(KafkaError._FATAL, fatal=True))
-    fill(world, 1, 0)
-    with pytest.raises(BrokerError, match="Kafka ended this producer"):
-        world.turn(loop)
 
 
 @pytest.mark.parametrize("method", ["commit", "answer commit"])
@@ -883,37 +428,18 @@ def test_a_run_that_fails_writes_nothing_more(world: World) -> None:
     assert processor.drops[-1] == {0}
 
 
-def test_a_run_that_was_fenced_for_good_says_so(world: World) -> None:
-    """Though its producer then refuses even to be flushed."""
-    loop = world.loop(Counting())
-    loop._sender._fenced_at = world.clock.now
-    fill(world, 3, 0)
-    world.consumer.between.append(lambda: world.consumer.rebalance(new=places(0)))
-    world.broker.fail("commit_transaction", fenced())
-    world.broker.fail("flush", fenced())
-    with pytest.raises(BrokerError, match="Another worker uses"):
-        loop.run()
-
-
-def test_clients_are_set_up_for_exactly_once(world: World) -> None:
+def test_a_consumer_is_set_up_for_exactly_once(world: World) -> None:
     options = {"isolation_level": "read_uncommitted", "enable_auto_commit": "true"}
     world.loop(Counting(), options=options)
-    consumer, producer = world.consumer.config, world.broker.producers[-1].config
+    consumer = world.consumer.config
     assert consumer["isolation.level"] == "read_committed"
     assert consumer["enable.auto.commit"] is False
     assert consumer["fetch.max.bytes"] >= LARGEST_MESSAGE
     assert consumer["partition.assignment.strategy"] == "range"
-    assert producer["transactional.id"].startswith("eu.starcast-counting-")
-    assert producer["transactional.id"].endswith("-0")
-    assert producer["transaction.timeout.ms"] == 10_000
-    assert producer["partitioner"] == "murmur2_random"
-    assert producer["message.max.bytes"] == LARGEST_MESSAGE
     world.loop(Counting(), group_protocol="consumer", exactly_once=False)
-    consumer, producer = world.consumer.config, world.broker.producers[-1].config
+    consumer = world.consumer.config
     assert (consumer["group.protocol"], consumer["group.remote.assignor"]) == ("consumer", "range")
     assert "session.timeout.ms" not in consumer
-    assert "transactional.id" not in producer
-    assert producer["enable.idempotence"] is True
 
 
 def test_brokers_gather_for_half_of_the_wait(world: World) -> None:
@@ -944,24 +470,15 @@ class Group(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.broker, self.clock = Broker(), Clock()
-        self.patches = [
-            patch.object(loops, "Consumer", self.broker.consumer),
-            patch.object(senders, "Producer", self.broker.producer),
-            patch.object(loops, "time", self.clock),
-            patch.object(senders, "time", self.clock),
-        ]
-        for each in self.patches:
-            each.start()
-        metrics = make_metrics(CollectorRegistry())
-        self.world = World(self.broker, self.clock, metrics, threading.Event())
+        self.patches = ExitStack()
+        self.world = self.patches.enter_context(scripted())
+        self.broker, self.clock = self.world.broker, self.world.clock
         self.processor = Counting(batch_size=5)
         self.loop = self.world.loop(self.processor, group_protocol=self.protocol)
         self.owned: set[int] = set()
 
     def teardown(self) -> None:
-        for each in self.patches:
-            each.stop()
+        self.patches.close()
 
     @initialize(counts=st.lists(st.integers(0, 9), min_size=6, max_size=6))
     def fill(self, counts: list[int]) -> None:

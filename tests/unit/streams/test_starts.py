@@ -1,0 +1,114 @@
+"""Where a partition that is taken over is read on, by a loop in a scripted Kafka."""
+
+from unittest.mock import patch
+
+import pytest
+from confluent_kafka import KafkaError
+from structlog.testing import capture_logs
+
+from streams.exceptions import StoreAheadError
+from tests.unit.streams.looped import Counting, World, fill, places
+from tests.unit.streams.scripted_kafka import failure
+
+
+def test_a_store_that_is_ahead_of_offsets_that_have_moved_is_not_called_ahead(world: World) -> None:
+    """A worker that slept after it had asked for the offsets compares with old ones."""
+
+    class Ahead(Counting):
+        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+            starts = super().claim(partition, committed)
+            if len(self.claims) == 1:
+                world.broker.committed["eu.reviews", 0] = 2  # by another, meanwhile
+            if committed["reviews"] < 2:
+                raise StoreAheadError("the store has applied 2")
+            return starts
+
+    processor = Ahead()
+    loop = world.loop(processor)
+    fill(world, 3, 0)
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    assert [committed["reviews"] for _, committed in processor.claims] == [-1, 2]
+    assert loop.live
+    world.broker.committed["eu.reviews", 0] = 1  # an operator's reset stays an error
+    world.consumer.rebalance(gone=places(0), new=places(0))
+    with pytest.raises(StoreAheadError):
+        world.turn(loop)
+
+
+def test_retention_that_passes_a_start_while_it_is_claimed_costs_nothing(world: World) -> None:
+    """The processor takes from the archive what left Kafka, when it claims again."""
+
+    class Archived(Counting):
+        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+            start = world.broker.first.get(("eu.reviews", 0), 1)  # as far as the archive was needed
+            self.starts = {"reviews": start, "behavior": 0}
+            world.broker.first["eu.reviews", 0] = 4  # just after
+            return super().claim(partition, committed)
+
+    processor = Archived()
+    loop = world.loop(processor)
+    fill(world, 6, 0)
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    assert len(processor.claims) == 2
+    assert processor.batches[0][-2:] == [("reviews", 4), ("reviews", 5)]
+    lost = {"processor": "counting", "topic": "reviews", "partition": "0"}
+    assert world.value("lost_records_total", **lost) is None
+
+
+def test_offsets_that_kafka_does_not_tell_are_waited_for_and_told(world: World) -> None:
+    loop = world.loop(Counting())
+    world.consumer.rebalance(new=places(0))
+    world.broker.fail("committed", failure(KafkaError._TIMED_OUT))
+    with capture_logs() as logs:
+        world.turn(loop)
+        assert loop.live == frozenset()
+        world.turn(loop)
+    assert loop.live == {("reviews", 0), ("behavior", 0)}
+    (paused,) = [line for line in logs if line["event"] == "paused"]
+    assert "a transaction hangs" in paused["reason"]
+
+
+def test_a_position_past_the_end_is_refused(world: World) -> None:
+    processor = Counting(starts={"reviews": 4}, transactional=False)
+    loop = world.loop(processor)
+    fill(world, 3, 0)
+    world.consumer.rebalance(new=places(0))
+    with pytest.raises(
+        StoreAheadError,
+        match=r"counting .* eu.reviews partition 0 up to offset 4, but it ends at 3.*made anew",
+    ):
+        world.turn(loop)
+
+
+def test_a_position_that_retention_has_passed_is_told(world: World) -> None:
+    processor = Counting(starts={"reviews": 1}, transactional=False)
+    loop = world.loop(processor)
+    fill(world, 9, 0)
+    world.broker.first["eu.reviews", 0] = 5
+    processor.states["reviews", 0] = 5
+    world.consumer.rebalance(new=places(0))
+    claim = processor.claim
+
+    def claim_and_move(partition: int, committed: dict[str, int]) -> dict[str, int]:
+        starts = claim(partition, committed)
+        processor.states["reviews", 0] = 5  # whose first message will be the one that is left
+        return starts
+
+    with capture_logs() as logs, patch.object(processor, "claim", claim_and_move):
+        world.turn(loop)
+    assert processor.batches[0][-4:] == [("reviews", offset) for offset in range(5, 9)]
+    (line,) = [line for line in logs if line["log_level"] == "error"]
+    assert (line["where"], line["first"], line["left"]) == ("eu.reviews partition 0", 1, 5)
+    lost = {"processor": "counting", "topic": "reviews", "partition": "0"}
+    assert world.value("lost_records_total", **lost) == 4
+
+
+def test_without_exactly_once_the_ends_of_partitions_are_not_asked_for(world: World) -> None:
+    processor = Counting(starts={"reviews": 3})
+    loop = world.loop(processor, exactly_once=False)
+    world.broker.fail("get_watermark_offsets", failure(KafkaError._TRANSPORT))
+    world.consumer.rebalance(new=places(0))
+    loop._claim_pending()
+    assert loop.live == {("reviews", 0), ("behavior", 0)}
