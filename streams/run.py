@@ -1,4 +1,8 @@
-"""Runs processors in one process: a thread each, one store, one model, one set of metrics."""
+"""Runs processors in one process: a thread each, one store, one model, one set of metrics.
+
+Each is imported as it is made: torch, which only those that predict need, is half a gigabyte and
+seconds.
+"""
 
 import fcntl
 import os
@@ -7,20 +11,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from socket import gethostname
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from streams.admin import reach
-from streams.answers import Answers
-from streams.archiver import Archiver
-from streams.catalog import Catalog
 from streams.config import (
     ArchiveConfig,
     InsightsConfig,
@@ -32,20 +34,15 @@ from streams.config import (
     TextsConfig,
     WebConfig,
 )
-from streams.dashboard import run_dashboard
 from streams.health import serve_health
-from streams.insights import run_insights
-from streams.items import Items
 from streams.loop import Loop
 from streams.memory import GIVE_BACK_SECONDS, KEPT, give_back, settle
 from streams.metrics import Metrics, make_metrics
-from streams.models import Models
 from streams.processor import Processor
-from streams.reader import Reader
-from streams.scorer import Scorer
 from streams.store import Store
-from streams.texts import Texts
-from streams.user_states import UserStates
+
+if TYPE_CHECKING:
+    from streams.models import Models
 
 LOOPS = ("scorer", "answers", "items", "catalog", "texts", "archiver")
 PROCESSORS = (*LOOPS, "insights", "dashboard")
@@ -73,7 +70,7 @@ class _Shared:
 
     settings: Settings
     store: Store
-    models: Models
+    models: "Callable[[], Models]"  # the same each time, loaded for the first that asks
     metrics: Metrics
 
 
@@ -98,9 +95,7 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
         if set(names) & set(LOOPS):
             store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
             stack.callback(store.close)
-            models = Models(settings.models, metrics).start()
-            stack.callback(models.close)
-            shared = _Shared(settings, store, models, metrics)
+            shared = _Shared(settings, store, _loaded(settings.models, metrics, stack), metrics)
             for name in names:
                 if name in LOOPS:
                     slot = stack.enter_context(worker_slot(settings.kafka, name))
@@ -108,10 +103,14 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
                     tasks[name] = loop.run
                     checks[name] = _readiness(loop)
         if "insights" in names:
+            from streams.insights import run_insights
+
             tasks["insights"] = lambda: run_insights(
                 settings.kafka, settings.redis, settings.insights, stop, metrics
             )
         if "dashboard" in names:
+            from streams.dashboard import run_dashboard
+
             tasks["dashboard"] = lambda: run_dashboard(
                 settings.kafka, settings.redis, settings.web, settings.models.url, stop, metrics
             )
@@ -172,35 +171,62 @@ def _where(thread: threading.Thread) -> str:
     return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
+def _loaded(config: ModelsConfig, metrics: Metrics, stack: ExitStack) -> "Callable[[], Models]":
+    """The models of one process, which `stack` is to close."""
+
+    @cache
+    def models() -> "Models":
+        from streams.models import Models
+
+        return stack.enter_context(closing(Models(config, metrics).start()))
+
+    return models
+
+
 def _make(name: str, shared: _Shared, slot: int) -> Processor:
     settings, store, metrics = shared.settings, shared.store, shared.metrics
     prefix, worker = settings.kafka.topic_prefix, f"{name}-{gethostname()}-{slot}"
     match name:
         case "scorer":
+            from streams.reader import Reader
+            from streams.scorer import Scorer
+            from streams.user_states import UserStates
+
             states = UserStates(store, settings.kafka, settings.archive, settings.states)
             return Scorer(
-                settings.scorer, prefix, states, Reader(store), shared.models, metrics, worker
+                settings.scorer, prefix, states, Reader(store), shared.models(), metrics, worker
             )
         case "answers":
+            from streams.answers import Answers
+            from streams.reader import Reader
+
             return Answers(
-                settings.scorer, prefix, store, Reader(store), shared.models, metrics, worker
+                settings.scorer, prefix, store, Reader(store), shared.models(), metrics, worker
             )
         case "items":
+            from streams.items import Items
+
             return Items(store, settings.kafka, settings.archive, metrics)
         case "catalog":
+            from streams.catalog import Catalog
+
             return Catalog(store, prefix, metrics)
         case "texts":
+            from streams.texts import Texts
+
             return Texts(
                 settings.texts,
                 settings.models,
                 prefix,
                 store,
-                shared.models,
+                shared.models(),
                 metrics,
                 worker,
                 settings.scorer.digest_seconds,
             )
         case _:
+            from streams.archiver import Archiver
+
             return Archiver(settings.archive, prefix, metrics)
 
 

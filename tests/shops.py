@@ -130,7 +130,7 @@ class Shop:
         )
         stop, metrics = threading.Event(), make_metrics()
         models = Models(settings.models, metrics).start()
-        shared = _Shared(settings, self.store, models, metrics)
+        shared = _Shared(settings, self.store, lambda: models, metrics)
         processors = {name: _make(name, shared, slot) for name in names}
         loops = {
             name: Loop(processor, settings.kafka, metrics, stop, slot)

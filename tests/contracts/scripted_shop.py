@@ -139,7 +139,7 @@ class ScriptedShop:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def processor(self) -> Processor:
-        shared = _Shared(self.settings, self.store, self.models, self.metrics)
+        shared = _Shared(self.settings, self.store, lambda: self.models, self.metrics)
         made: Any = _make(self.name, shared, 0)
         if self.name != "scorer":  # whose settings say it
             made.batch_size = BATCH

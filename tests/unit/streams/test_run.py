@@ -110,6 +110,34 @@ def test_a_broker_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         run_processors(["items"], settings, threading.Event())
 
 
+LIGHT = """
+import sys
+from contextlib import ExitStack
+
+from model.state import LAYOUT_HASH
+from starcast.settings import Settings
+from streams import dashboard, insights, run
+from streams.metrics import make_metrics
+from streams.store import Store
+
+settings, metrics = Settings(), make_metrics()
+with ExitStack() as stack:
+    models = run._loaded(settings.models, metrics, stack)
+    store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
+    shared = run._Shared(settings, store, models, metrics)
+    for name in ("items", "catalog", "archiver"):
+        print(run._make(name, shared, 0).name)
+    print("torch" in sys.modules)
+"""
+
+
+def test_who_predicts_nothing_does_without_torch() -> None:
+    """Half a gigabyte of each process, and seconds of its start."""
+    command = [sys.executable, "-c", LIGHT]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert told == ["items", "catalog", "archiver", "False"]
+
+
 def run_tasks(**tasks: Callable[[threading.Event], None]) -> tuple[list[BaseException], float]:
     """What failed, and how long it took."""
     stop, failures = threading.Event(), list[BaseException]()
