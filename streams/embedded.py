@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import util as importing
 from pathlib import Path
 from queue import Queue
+from random import SystemRandom
 from typing import Self
 
 import redis
@@ -27,6 +28,7 @@ from schemas.exceptions import StarcastError
 from streams import launch
 
 HOST = "127.0.0.1"
+PORTS = range(20_000, 32_768)  # below those that systems give to who connects
 STARTUP_TIMEOUT_S = 30.0  # a child that hangs, or cannot listen, would keep its caller for ever
 REQUEST_TIMEOUT_S = 2.0  # a child that accepts but never answers would look like a slow start
 STOP_TIMEOUT_S = 5.0  # a child that ignores the request to end is killed after this
@@ -137,10 +139,15 @@ def start_child(
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nothing listens on now.
+
+    No connection may be given it, so that a server that was down for a moment finds it free.
+    """
+    for port in SystemRandom().sample(PORTS, len(PORTS)):  # other processes look as well
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise EmbeddedError(f"Ports {PORTS[0]} to {PORTS[-1]} of {HOST} are all in use; free some.")
 
 
 def kafka_answers(bootstrap_servers: str) -> bool:
