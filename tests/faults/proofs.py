@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from streams.sender import TRANSACTION_SECONDS
 from tests.faults.kinds import workers
 from tests.faults.run import Load, run
 from tests.faults.schedule import make_schedule
@@ -30,9 +31,9 @@ def test_without_a_protection_there_is_damage(
     kind, expected = DAMAGE[protection]
     # A zombie that wakes at once writes what the new owner has just recovered: the same.
     monkeypatch.setattr(workers, "ZOMBIE_SECONDS", (15.0, 18.0))
-    # Another owner has to commit before the overrun ends. A static member keeps its partitions
-    # meanwhile: then there is nobody to double them.
-    monkeypatch.setattr(workers, "OVERRUN", OVERRUN_SECONDS + 10)
+    # Another owner has to commit before the overrun ends, and can once Kafka has ended the open
+    # transaction. A static member keeps its partitions meanwhile: then nobody doubles them.
+    monkeypatch.setattr(workers, "OVERRUN", OVERRUN_SECONDS + TRANSACTION_SECONDS + 5)
     shop = f"{'b' if protection == 'guard' else 'a'}-{protection}"
     result = run(
         faulty_servers,

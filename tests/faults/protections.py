@@ -51,7 +51,7 @@ def without_guard() -> None:
             if newer is not None:
                 newer.processed.set()
                 transact(self, outcome, newer.opened)
-                if self._settle():
+                if self._flight is not None and self._settle():  # it began, and was committed
                     return
 
     Loop._opened = remembered
