@@ -102,7 +102,7 @@ class Loop:
         self._log = structlog.get_logger().bind(processor=processor.name)
         self._exactly_once = config.exactly_once and processor.transactional
         self._group = group_name(config, processor.name)
-        self._names = {config.topic_prefix + topic: topic for topic in processor.topics}
+        self._names = {topic_name(config, topic): topic for topic in processor.topics}
         self._owned: set[Position] = set()
         self._live: dict[Position, int] = {}  # the next offset of what is claimed and recovered
         self._retry_at = 0.0
@@ -135,7 +135,7 @@ class Loop:
         sys.setswitchinterval(SWITCH_SECONDS)
         self._sender.start()
         self._consumer.subscribe(
-            [self._config.topic_prefix + topic for topic in self._processor.topics],
+            [*self._names],
             on_assign=self._on_assign,
             on_revoke=self._on_revoke,
             on_lost=self._on_revoke,
@@ -280,7 +280,7 @@ class Loop:
                     self._tell_lost(topic, partition, start)
 
     def _tell_lost(self, topic: str, partition: int, start: Start) -> None:
-        where = f"{self._config.topic_prefix}{topic} partition {partition}"
+        where = f"{topic_name(self._config, topic)} partition {partition}"
         first = start.offset - start.lost
         self._log.error("records lost to retention", where=where, first=first, left=start.offset)
         self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(start.lost)

@@ -16,7 +16,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from schemas.topics import LARGEST_MESSAGE
-from streams.admin import client_config, error_of, group_name
+from streams.admin import client_config, error_of, group_name, topic_name
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, StoreError
@@ -116,7 +116,7 @@ class Sender:
             while True:
                 try:
                     self._producer.produce(
-                        self._config.topic_prefix + output.topic,
+                        topic_name(self._config, output.topic),
                         key=output.key,
                         value=output.value,
                         partition=output.partition,
@@ -130,7 +130,7 @@ class Sender:
         return delivered
 
     def _send_batch(self, batch: OutputBatch, track: Any) -> None:
-        topic = self._config.topic_prefix + batch.topic
+        topic = topic_name(self._config, batch.topic)
         arguments = {} if track is None else {"on_delivery": track}
         # confluent-kafka 2.16 heeds the partition of a call, not those of its messages.
         by_partition = defaultdict[int, list[dict[str, Any]]](list)

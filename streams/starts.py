@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
-from streams.admin import error_of, group_name
+from streams.admin import error_of, group_name, topic_name
 from streams.config import KafkaConfig
 from streams.exceptions import StoreAheadError, StoreError
 from streams.processor import Processor
@@ -28,7 +28,7 @@ def claim(
     Raises what the processor's `claim` does, KafkaException, `StoreError` when Kafka does not tell
     what is committed, and `StoreAheadError` when the topics are not those that were worked on.
     """
-    inputs = {topic: TopicPartition(config.topic_prefix + topic, partition) for topic in topics}
+    inputs = {topic: TopicPartition(topic_name(config, topic), partition) for topic in topics}
     committed = _committed(processor, consumer, config, inputs)
     try:
         starts = processor.claim(partition, committed)
