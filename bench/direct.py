@@ -35,7 +35,7 @@ from streams.config import (
 from streams.memory import settle
 from streams.metrics import make_metrics
 from streams.models import Models
-from streams.processor import Position
+from streams.processor import Offsets, Position
 from streams.producer import Outgoing
 from streams.reader import Reader
 from streams.scorer import Scorer
@@ -133,8 +133,8 @@ def score_batches(
 class UnjournaledStates(UserStates):
     """User states of partitions whose store is as it should be: there is no journal to read."""
 
-    def _recover(self, partition: int) -> dict[str, int]:
-        return dict.fromkeys(TOPICS, -1)
+    def _recover(self, partitions: Iterable[int]) -> Offsets:
+        return {partition: dict.fromkeys(TOPICS, -1) for partition in partitions}
 
 
 class _Lane:
@@ -164,8 +164,9 @@ class _Lane:
             "scorer-0",
         )
         self._offsets = Counter[Position]()
-        for partition in range(shop.partitions):
-            self._scorer.claim(partition, dict.fromkeys(TOPICS, -1))
+        self._scorer.claim(
+            {partition: dict.fromkeys(TOPICS, -1) for partition in range(shop.partitions)}
+        )
         if batches.warm:
             reader.use_encoder(self._models.serving.encoder_hash)
             _warm(shop, states, reader)

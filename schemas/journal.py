@@ -171,31 +171,52 @@ def join(pieces: Sequence[Journal]) -> Journal:
     )
 
 
+class Joiner:
+    """Puts the pieces of one journal partition's transactions together, as they are read."""
+
+    def __init__(self) -> None:
+        self._offsets: list[int] = []
+        self._pieces: list[Journal] = []
+
+    def add(self, offset: int, value: bytes) -> Transaction | None:
+        """The transaction that the next value ends, if it does.
+
+        Raises ContractError when a piece is missing: pieces of a transaction stand together, since
+        one transaction wrote them.
+        """
+        piece = decode(value)
+        if piece.index != len(self._pieces):
+            raise ContractError(
+                f"the journal has piece {piece.index} of {piece.count} at offset {offset} where "
+                f"piece {len(self._pieces)} was due: part of a transaction is missing"
+            )
+        self._offsets.append(offset)
+        self._pieces.append(piece.journal)
+        if len(self._pieces) < piece.count:
+            return None
+        offsets, pieces = self._offsets, self._pieces
+        self._offsets, self._pieces = [], []
+        return Transaction(offsets[0], offsets[-1], join(pieces))
+
+    def end(self) -> None:
+        """Raise ContractError when the last transaction has more pieces than were added."""
+        if self._pieces:
+            raise ContractError(
+                f"the journal ends at offset {self._offsets[-1]}, after {len(self._pieces)} pieces "
+                "of a transaction that has more"
+            )
+
+
 def decode_all(values: Iterable[tuple[int, bytes]]) -> Iterator[Transaction]:
     """The transactions of consecutive values of one journal partition, each with its offset.
 
-    Raises ContractError when a piece is missing: pieces of a transaction stand together, since
-    one transaction wrote them.
+    Raises ContractError when a piece is missing.
     """
-    offsets: list[int] = []
-    pieces: list[Journal] = []
+    joiner = Joiner()
     for offset, value in values:
-        piece = decode(value)
-        if piece.index != len(pieces):
-            raise ContractError(
-                f"the journal has piece {piece.index} of {piece.count} at offset {offset} where "
-                f"piece {len(pieces)} was due: part of a transaction is missing"
-            )
-        offsets.append(offset)
-        pieces.append(piece.journal)
-        if len(pieces) == piece.count:
-            yield Transaction(offsets[0], offsets[-1], join(pieces))
-            offsets, pieces = [], []
-    if pieces:
-        raise ContractError(
-            f"the journal ends at offset {offsets[-1]}, after {len(pieces)} pieces of a "
-            "transaction that has more"
-        )
+        if (transaction := joiner.add(offset, value)) is not None:
+            yield transaction
+    joiner.end()
 
 
 def _rows_of(journals: Sequence[Journal]) -> pa.RecordBatch:

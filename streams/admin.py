@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -91,6 +91,27 @@ def group_name(kafka: KafkaConfig, processor: str) -> str:
 def error_of(exception: KafkaException) -> KafkaError:
     """What an exception of a Kafka client is about."""
     return exception.args[0]
+
+
+def watermarks(
+    admin: AdminClient, places: Iterable[TopicPartition], seconds: float
+) -> dict[tuple[str, int], tuple[int, int]]:
+    """The first offset of each partition and the next one to be written, by topic and partition.
+
+    Raises KafkaException when it is not answered within `seconds`.
+    """
+    asked = list(places)
+    if not asked:
+        return {}
+    futures: list[Any] = []
+    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
+        wanted: dict[TopicPartition, Any] = dict.fromkeys(asked, spec)
+        futures.append(admin.list_offsets(wanted, request_timeout=seconds))
+    lows, highs = (
+        {(where.topic, where.partition): int(each.result().offset) for where, each in found.items()}
+        for found in futures
+    )
+    return {place: (low, highs[place]) for place, low in lows.items()}
 
 
 def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from streams.inputs import split
 from streams.metrics import Metrics
 from streams.models import Models
 from streams.predictions import prediction_columns
-from streams.processor import Outcome, OutputBatch, Position
+from streams.processor import Offsets, Outcome, OutputBatch, Position
 from streams.reader import USER_STATE, Reader
 from streams.store import Store
 from streams.user_states import decode_header
@@ -73,8 +73,8 @@ class Answers:
         self._headers: dict[int, tuple[float, Rows]] = {}
         self.lag = 0
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        """Nothing is claimed; read on from the committed offset."""
+    def claim(self, committed: Offsets) -> Offsets:
+        """Nothing is claimed; read on from the committed offsets."""
         return committed
 
     def drop(self, partitions: Iterable[int]) -> None:

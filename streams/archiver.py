@@ -29,7 +29,7 @@ from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.memory import give_back
 from streams.metrics import Metrics
-from streams.processor import Outcome
+from streams.processor import Offsets, Outcome
 
 BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush
@@ -213,15 +213,18 @@ class Archiver:
         self._since: float | None = None  # when the oldest row that waits was taken
         self.lag = 0
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+    def claim(self, committed: Offsets) -> Offsets:
         """Where to read each topic on: after its last archived row."""
-        starts: dict[str, int] = {}
-        for topic in committed:
-            with _pausing():
-                at = self._archive.position(topic, partition)
-            self._held.add((topic, partition))
-            starts[topic] = -1 if at is None else at
-        return starts
+        return {
+            partition: {topic: self._position(topic, partition) for topic in topics}
+            for partition, topics in committed.items()
+        }
+
+    def _position(self, topic: str, partition: int) -> int:
+        with _pausing():
+            at = self._archive.position(topic, partition)
+        self._held.add((topic, partition))
+        return -1 if at is None else at
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget what waits of these partitions; their next owner reads it again."""

@@ -18,7 +18,7 @@ from schemas.records import Item, User
 from streams.claims import Claims, ends
 from streams.inputs import Inputs, split
 from streams.metrics import Metrics
-from streams.processor import Outcome, Position
+from streams.processor import Offsets, Outcome, Position
 from streams.reader import ITEM_KIND, USER_KIND, partition_keys
 from streams.store import WRITE_KEYS, Store
 
@@ -51,9 +51,13 @@ class Catalog:
         self._claims = Claims(store, metrics, self.name)
         self.lag = 0
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+    def claim(self, committed: Offsets) -> Offsets:
         """Claim both kinds of attributes and read on where their headers stand."""
-        return {topic: self._claims.claim(kind, partition) for topic, kind in KINDS.items()}
+        starts = {topic: self._claims.claim(kind, committed) for topic, kind in KINDS.items()}
+        return {
+            partition: {topic: found[partition] for topic, found in starts.items()}
+            for partition in committed
+        }
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""

@@ -21,10 +21,11 @@ class Claims:
         self._held: dict[tuple[bytes, int], Claim] = {}
         self._check_at = 0.0
 
-    def claim(self, kind: bytes, partition: int) -> int:
-        """Take a partition over; the next offset to read, 0 where there is no header."""
-        claim = self._held[kind, partition] = self._store.claim(kind, partition)
-        return header_offset(claim.data)
+    def claim(self, kind: bytes, partitions: Iterable[int]) -> dict[int, int]:
+        """Take partitions over; the next offset to read of each, 0 where there is no header."""
+        claims = self._store.claim_all(kind, partitions)
+        self._held |= {(kind, claim.partition): claim for claim in claims}
+        return {claim.partition: header_offset(claim.data) for claim in claims}
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import redis as redis_client
 import structlog
@@ -22,7 +22,6 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import (
     AdminClient,
-    OffsetSpec,  # pyright: ignore[reportPrivateImportUsage]
 )
 from pydantic import ValidationError
 
@@ -34,7 +33,7 @@ from schemas.codec import decode
 from schemas.exceptions import StarcastError
 from schemas.records import Alert, Behavior, PredictedRating, Review
 from schemas.topics import BY_NAME, TOPICS
-from streams.admin import client_config, reach, topic_name
+from streams.admin import client_config, reach, topic_name, watermarks
 from streams.catalog import title_of
 from streams.config import KafkaConfig, RedisConfig
 from streams.exceptions import StoreError
@@ -298,14 +297,8 @@ def _look(
 def _count(admin: AdminClient, kafka: KafkaConfig, topic: str, partitions: Sequence[int]) -> int:
     """Offsets between the beginning and the end of a topic."""
     places = [TopicPartition(topic_name(kafka, topic), partition) for partition in partitions]
-    if not places:
-        return 0
-    total = 0
-    for sign, spec in ((-1, OffsetSpec.earliest()), (1, OffsetSpec.latest())):
-        asked = dict.fromkeys(places, spec)
-        futures: Any = cast(Any, admin).list_offsets(asked, request_timeout=ANSWER_SECONDS)
-        total += sign * sum(max(int(future.result().offset), 0) for future in futures.values())
-    return total
+    found = watermarks(admin, places, ANSWER_SECONDS).values()
+    return sum(max(high, 0) - max(low, 0) for low, high in found)
 
 
 def read_spans(

@@ -1,5 +1,6 @@
 """Items: item updates to item states. The store's header is its offset."""
 
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,13 +13,14 @@ from streams.claims import Claims, ends
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.inputs import split
 from streams.metrics import Metrics
-from streams.processor import Outcome, Position
+from streams.processor import Offsets, Outcome, Position
 from streams.reader import ITEM_STATE, partition_keys
 from streams.store import Store
 from streams.tail import archived_end, bounds, read_archived
 
 TOPIC = "item-updates"
 BATCH = 5_000  # updates in one turn
+CATCH_UP_SECONDS = 5.0  # after which a claim begins with no other partition: the group waits
 LINGER_SECONDS = 0.05  # an item's state is behind its events by little more than this
 
 
@@ -43,17 +45,26 @@ class Items:
         self._log = structlog.get_logger(__name__)
         self.lag = 0
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        """Claim the partition and read on where its header stands.
+    def claim(self, committed: Offsets) -> Offsets:
+        """Claim partitions and read on where their headers stand.
 
         What retention has taken from Kafka is applied from the archive here. Where the archive
         lacks it too, the start stays before what Kafka has, and the loop counts what is lost.
         """
-        start = self._claims.claim(ITEM_STATE, partition)
+        found = self._claims.claim(ITEM_STATE, committed)
+        starts = {partition: {TOPIC: start} for partition, start in found.items()}
         if not self._kafka.exactly_once:  # the embedded broker has no retention, nor tells of it
-            return {TOPIC: start}
-        low, high = bounds(self._kafka, TOPIC, partition)
-        return {TOPIC: self._catch_up(partition, start, low, high) if start < low else start}
+            return starts
+        until = time.monotonic() + CATCH_UP_SECONDS
+        for partition, (low, high) in bounds(self._kafka, TOPIC, committed).items():
+            start = found[partition]
+            if start >= low:
+                continue
+            if time.monotonic() > until:
+                del starts[partition]
+            else:
+                starts[partition] = {TOPIC: self._catch_up(partition, start, low, high)}
+        return starts
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""

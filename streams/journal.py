@@ -1,15 +1,16 @@
-"""Reading a partition's journal back, from Kafka and, before that, from the archive."""
+"""Reading partitions' journals back, from Kafka and, before that, from the archive."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from schemas import archive, journal
-from schemas.journal import Transaction
-from streams.admin import reader_config
+from schemas import archive
+from schemas.journal import Joiner, Transaction
+from streams.admin import reader_config, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
+from streams.tail import bounds
 
 TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
@@ -22,56 +23,86 @@ def read_journal(
 ) -> Iterator[Transaction]:
     """The transactions of one partition from offset `start` to the stable end, in order.
 
-    What retention has taken from Kafka is read from the archive. Raises `JournalGapError` when
-    neither reaches back to `start`, `StoreAheadError` when the journal ends before it.
+    Raises what `read_journals` does.
     """
-    topic = kafka.topic_prefix + TOPIC
+    for _, transaction in read_journals(kafka, archived, {partition: start}):
+        if transaction is not None:
+            yield transaction
+
+
+def read_journals(
+    kafka: KafkaConfig, archived: ArchiveConfig, starts: Mapping[int, int]
+) -> Iterator[tuple[int, Transaction | None]]:
+    """The transactions of partitions from their start to the stable end, and None at that end.
+
+    Those of one partition come in order. What retention has taken from Kafka is read from the
+    archive. Raises `JournalGapError` when neither reaches back to a start, `StoreAheadError` when
+    the journal ends before it.
+    """
     consumer = Consumer(
         reader_config(kafka, auto_offset_reset="error", fetch_wait_max_ms=SHORT_POLL_MS)
     )
     try:
-        low, _ = consumer.get_watermark_offsets(TopicPartition(topic, partition), END_SECONDS)
-        if start < low:
-            yield from _archived(archived, partition, start, low)
-            start = low
-        consumer.assign([TopicPartition(topic, partition, start)])
-        yield from journal.decode_all(_messages(consumer, partition, start))
+        # Else leaders are found half a second late.
+        consumer.list_topics(topic_name(kafka, TOPIC), END_SECONDS)
+        left = dict(starts)
+        while left:
+            passed: set[int] = set()
+            yield from _read(consumer, topic_name(kafka, TOPIC), left, passed)
+            reached, left = left, {}
+            for partition, (low, _) in bounds(kafka, TOPIC, passed).items():
+                start = reached[partition]
+                if start >= low:
+                    raise StoreAheadError(
+                        f"States of partition {partition} stand at offset {start} of the journal, "
+                        "which ends before: the topic was made anew. Take another "
+                        "STARCAST_KAFKA__TOPIC_PREFIX and STARCAST_REDIS__KEY_PREFIX for the new "
+                        "topics, or bring the old ones back."
+                    )
+                for transaction in _archived(archived, partition, start, low):
+                    yield partition, transaction
+                left[partition] = low
     finally:
         consumer.close()
 
 
-def _messages(consumer: Consumer, partition: int, start: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and value of each message up to the stable end."""
+def _read(
+    consumer: Consumer, topic: str, starts: Mapping[int, int], passed: set[int]
+) -> Iterator[tuple[int, Transaction | None]]:
+    """What Kafka has; `passed` is to have the partitions whose start it has not."""
+    consumer.assign([TopicPartition(topic, partition, at) for partition, at in starts.items()])
+    joiners = {partition: Joiner() for partition in starts}
+    begun: set[int] = set()
     moved = time.monotonic()
-    while time.monotonic() - moved < END_SECONDS:
+    while joiners:
+        if time.monotonic() - moved > END_SECONDS:
+            raise KafkaException(
+                KafkaError(
+                    KafkaError._TIMED_OUT,  # pyright: ignore[reportPrivateUsage]
+                    f"the journal gave nothing for {END_SECONDS:.0f} s",
+                )
+            )
         # One message waits for nothing; a batch would wait for more until its timeout.
         for message in consumer.consume(1, WAIT_SECONDS):
-            error = message.error()
+            moved = time.monotonic()
+            error, partition = message.error(), message.partition() or 0
+            if partition not in joiners:  # it has been read to what was its end
+                continue
             if error is None:
-                moved = time.monotonic()
-                yield message.offset() or 0, message.value() or b""
+                begun.add(partition)
+                added = joiners[partition].add(message.offset() or 0, message.value() or b"")
+                if added is not None:
+                    yield partition, added
             elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
-                return
+                joiners.pop(partition).end()
+                yield partition, None
             elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # pyright: ignore[reportPrivateUsage]
-                low, _ = consumer.get_watermark_offsets(
-                    TopicPartition(message.topic() or "", partition), END_SECONDS
-                )
-                if start < low:  # retention has passed it meanwhile: the next claim finds it
+                if partition in begun:  # retention has passed it meanwhile: the next claim finds it
                     raise KafkaException(error)
-                raise StoreAheadError(
-                    f"States of partition {partition} stand at offset {start} of the journal, "
-                    "which ends before: the topic was made anew. Take another "
-                    "STARCAST_KAFKA__TOPIC_PREFIX and STARCAST_REDIS__KEY_PREFIX for the new "
-                    "topics, or bring the old ones back."
-                )
+                del joiners[partition]
+                passed.add(partition)
             else:
                 raise KafkaException(error)
-    raise KafkaException(
-        KafkaError(
-            KafkaError._TIMED_OUT,  # pyright: ignore[reportPrivateUsage]
-            f"the journal gave nothing for {END_SECONDS:.0f} s",
-        )
-    )
 
 
 def _archived(

@@ -259,25 +259,31 @@ class Loop:
         started = time.monotonic()
         if started < self._retry_at:
             return
-        claimable = self._claimable()
-        if claimable:
-            self._settle()  # what is compared with the commits must have been committed
-        for partition, topics in claimable.items():
+        if not (claimable := self._claimable()):
+            return
+        self._settle()  # what is compared with the commits must have been committed
+        wanted = [claimable]
+        if self._back_off > FIRST_BACK_OFF_SECONDS:  # one that cannot be had keeps none from others
+            wanted = [{partition: topics} for partition, topics in claimable.items()]
+        failed: Exception | None = None
+        for each in wanted:
             if time.monotonic() > started + CLAIM_SECONDS:
-                return
+                break
             try:
-                starts = claim(self._processor, self._consumer, self._config, partition, topics)
-                for topic, start in starts.items():
-                    self._consumer.seek(self._topic_partition(topic, partition, start.offset))
+                starts = claim(self._processor, self._consumer, self._config, each)
+                for position, start in starts.items():
+                    self._consumer.seek(self._topic_partition(*position, start.offset))
             except (StoreError, UnreachableError, KafkaException) as error:
-                self._forget({partition})  # it may be claimed already
-                self._wait_longer(error)
-                return
-            self._consumer.resume([self._topic_partition(topic, partition) for topic in topics])
-            for topic, start in starts.items():
-                self._live[topic, partition] = start.offset
+                self._forget(set(each))  # they may be claimed already
+                failed = error
+                continue
+            self._consumer.resume([self._topic_partition(*position) for position in starts])
+            for position, start in starts.items():
+                self._live[position] = start.offset
                 if start.lost:
-                    self._tell_lost(topic, partition, start)
+                    self._tell_lost(*position, start)
+        if failed is not None:
+            self._wait_longer(failed)
 
     def _tell_lost(self, topic: str, partition: int, start: Start) -> None:
         where = f"{topic_name(self._config, topic)} partition {partition}"

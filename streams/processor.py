@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from confluent_kafka import Message
 
 Position = tuple[str, int]  # topic (with the prefix taken off), partition
+Offsets = dict[int, dict[str, int]]  # by partition and topic
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,13 @@ class Processor(Protocol):
         """Longest wait for a fuller batch once there is a record and nothing is under way."""
         ...
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        """Take a partition over and recover its states; where each topic is to be read from.
+    def claim(self, committed: Offsets) -> Offsets:
+        """Take partitions over and recover their states; where each topic is to be read from.
 
         `committed` has the group's committed offset of each topic, -1 where there is none: of all
-        topics, or of those owned when the processor does not want them together.
+        topics, or of those owned when the processor does not want them together. What takes long
+        may be left out of the answer: it is claimed again, after a poll that keeps the worker in
+        its group.
         """
         ...
 

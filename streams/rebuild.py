@@ -92,7 +92,7 @@ def require_journal(shop: Shop, partition: int) -> None:
 def require_updates(shop: Shop, partition: int, end: int) -> None:
     """Raise `JournalGapError` unless archive and topic have all item updates before `end`."""
     topic = "item-updates"
-    low, _ = bounds(shop.kafka, topic, partition)
+    low, _ = bounds(shop.kafka, topic, [partition])[partition]
     if not low or not end:
         return
     first = next(read_archived(shop.kafka, shop.archive, topic, partition, 0, low), None)
@@ -119,7 +119,7 @@ def _attributes(shop: Shop, partition: int) -> Rebuilt:
 
     def compute() -> None:
         catalog = Catalog(shop.store, shop.kafka.topic_prefix, make_metrics())
-        starts = catalog.claim(partition, {})
+        starts = catalog.claim({partition: {}})[partition]
         for topic in catalog.topics:
             for batch in read_log(shop.kafka, shop.archive, topic, partition):
                 _work(catalog, [each for each in batch if (each.offset() or 0) >= starts[topic]])
@@ -141,7 +141,8 @@ def _items(shop: Shop, partition: int) -> Rebuilt:
 
     def compute() -> None:
         items = Items(shop.store, shop.kafka, shop.archive, make_metrics())
-        start = items.claim(partition, {})  # which applies what only the archive has
+        # Which applies what only the archive has.
+        start = items.claim({partition: {}})[partition]
         for batch in read_topic(
             shop.kafka, topic, start={partition: start[topic]}, partitions=[partition]
         ):
@@ -171,11 +172,12 @@ def _users(shop: Shop, partition: int) -> Rebuilt:
         # The owner compares the journal's end with the committed offsets; here they move on.
         kafka = shop.kafka.model_copy(update={"exactly_once": False})
         states = UserStates(shop.store, kafka, shop.archive, shop.states)
+        states.claim({partition: {}})
         deadline = time.monotonic() + MARKER_SECONDS
-        states.claim(partition, {})
         while not reached() and time.monotonic() < deadline:
             time.sleep(PAUSE_SECONDS)
-            states.claim(partition, {})
+            if not states.claim({partition: {}}):  # it was not through
+                deadline = time.monotonic() + MARKER_SECONDS
 
     return _rebuild(
         shop,

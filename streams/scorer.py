@@ -54,7 +54,7 @@ from streams.metrics import Metrics
 from streams.models import Models
 from streams.pace import Pace
 from streams.predictions import prediction_columns
-from streams.processor import Outcome, Output, OutputBatch, Position
+from streams.processor import Offsets, Outcome, Output, OutputBatch, Position
 from streams.reader import Reader
 from streams.user_states import Taken, UserStates
 
@@ -152,10 +152,10 @@ class Scorer:
         """Most events in the next transaction."""
         return self._pace.size(self.lag)
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        """Claim and recover the partition's user states."""
-        starts = self._states.claim(partition, committed)
-        self._owned.add(partition)
+    def claim(self, committed: Offsets) -> Offsets:
+        """Claim and recover the partitions' user states."""
+        starts = self._states.claim(committed)
+        self._owned |= starts.keys()
         return starts
 
     def drop(self, partitions: Iterable[int]) -> None:

@@ -1,15 +1,18 @@
-"""Where a processor that takes a partition over reads on."""
+"""Where a processor that takes partitions over reads on."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
-from streams.admin import error_of, group_name, topic_name
+from streams.admin import client_config, error_of, group_name, topic_name, watermarks
 from streams.config import KafkaConfig
 from streams.exceptions import StoreAheadError, StoreError
-from streams.processor import Processor
+from streams.processor import Offsets, Position, Processor
 
 CONTROL_SECONDS = 10.0  # a coordinator that moves is found again within this
+NAMED = 3  # inputs that an error names; there may be thousands
 
 
 @dataclass(frozen=True)
@@ -21,78 +24,115 @@ class Start:
 
 
 def claim(
-    processor: Processor, consumer: Consumer, config: KafkaConfig, partition: int, topics: list[str]
-) -> dict[str, Start]:
-    """Have a processor claim a partition; where each of these topics is read on.
+    processor: Processor,
+    consumer: Consumer,
+    config: KafkaConfig,
+    wanted: Mapping[int, Sequence[str]],
+) -> dict[Position, Start]:
+    """Have a processor claim these topics of partitions; where each of them is read on.
 
-    Raises what the processor's `claim` does, KafkaException, `StoreError` when Kafka does not tell
-    what is committed, and `StoreAheadError` when the topics are not those that were worked on.
+    Partitions that the processor is not through with are left out. Raises what its `claim` does,
+    KafkaException, `StoreError` when Kafka does not tell what is committed, and `StoreAheadError`
+    when the topics are not those that were worked on.
     """
-    inputs = {topic: TopicPartition(topic_name(config, topic), partition) for topic in topics}
-    committed = _committed(processor, consumer, config, inputs)
+    committed = _committed(processor, consumer, config, wanted)
     try:
-        starts = processor.claim(partition, committed)
+        starts = processor.claim(committed)
     except StoreAheadError:
         # A worker that slept in between compares with offsets that another has moved since.
-        moved = _committed(processor, consumer, config, inputs)
+        moved = _committed(processor, consumer, config, wanted)
         if moved == committed:
             raise
         committed = moved
-        starts = processor.claim(partition, committed)
+        starts = processor.claim(committed)
     if not config.exactly_once:  # the embedded broker does not tell a partition's ends
         return {
-            topic: Start(OFFSET_BEGINNING if starts[topic] < 0 else starts[topic])
-            for topic in topics
+            (topic, partition): Start(OFFSET_BEGINNING if at < 0 else at)
+            for partition, topics in starts.items()
+            for topic, at in topics.items()
         }
-    ends = _ends(consumer, inputs)
+    ends = _ends(config, starts)
     # Retention may have passed a start meanwhile, and what left Kafka is in the archive.
-    while any(0 <= starts[topic] < low for topic, (low, _) in ends.items()):
-        again = processor.claim(partition, committed)
-        if again == starts:
+    while passed := _passed(starts, ends):
+        again = processor.claim({each: committed[each] for each in passed})
+        if again == {each: starts[each] for each in passed}:
             break
-        starts, ends = again, _ends(consumer, inputs)
+        starts = {each: starts[each] for each in starts if each not in passed} | again
+        ends = _ends(config, starts)
     return {
-        topic: _start(processor, where, starts[topic], *ends[topic])
-        for topic, where in inputs.items()
+        (topic, partition): _start(
+            processor, topic_name(config, topic), partition, at, *ends[topic, partition]
+        )
+        for partition, topics in starts.items()
+        for topic, at in topics.items()
     }
 
 
 def _committed(
-    processor: Processor, consumer: Consumer, config: KafkaConfig, inputs: dict[str, TopicPartition]
-) -> dict[str, int]:
+    processor: Processor,
+    consumer: Consumer,
+    config: KafkaConfig,
+    wanted: Mapping[int, Sequence[str]],
+) -> Offsets:
     """The group's committed offset of each input, -1 where there is none."""
+    inputs = [
+        TopicPartition(topic_name(config, topic), partition)
+        for partition, topics in wanted.items()
+        for topic in topics
+    ]
     try:
-        found = consumer.committed([*inputs.values()], CONTROL_SECONDS)
+        found = consumer.committed(inputs, CONTROL_SECONDS)
     except KafkaException as error:
         if error_of(error).code() != KafkaError._TIMED_OUT:
             raise
-        where = ", ".join(f"{each.topic} partition {each.partition}" for each in inputs.values())
+        where = ", ".join(f"{each.topic} partition {each.partition}" for each in inputs[:NAMED])
+        more = f" and {len(inputs) - NAMED} more" if len(inputs) > NAMED else ""
         raise StoreError(
             f"Kafka does not tell what {group_name(config, processor.name)} has committed of "
-            f"{where}: {error}. If it goes on for minutes, a transaction hangs on the group's "
-            "offsets: end it with kafka-transactions.sh (docs/operate.md)."
+            f"{where}{more}: {error}. If it goes on for minutes, a transaction hangs on the "
+            "group's offsets: end it with kafka-transactions.sh (docs/operate.md)."
         ) from error
+    committed: Offsets = {partition: {} for partition in wanted}
     for each in found:
         if each.error is not None:
             raise KafkaException(each.error)
-    return {each.topic.removeprefix(config.topic_prefix): max(each.offset, -1) for each in found}
+        topic = each.topic.removeprefix(config.topic_prefix)
+        committed[each.partition][topic] = max(each.offset, -1)
+    return committed
 
 
-def _ends(consumer: Consumer, inputs: dict[str, TopicPartition]) -> dict[str, tuple[int, int]]:
+def _ends(config: KafkaConfig, starts: Offsets) -> dict[Position, tuple[int, int]]:
     """The first offset of each input and the next one to be written."""
+    inputs = [
+        TopicPartition(topic_name(config, topic), partition)
+        for partition, topics in starts.items()
+        for topic in topics
+    ]
+    found = watermarks(AdminClient(client_config(config)), inputs, CONTROL_SECONDS)
     return {
-        topic: consumer.get_watermark_offsets(where, CONTROL_SECONDS)
-        for topic, where in inputs.items()
+        (topic.removeprefix(config.topic_prefix), partition): each
+        for (topic, partition), each in found.items()
     }
 
 
-def _start(processor: Processor, where: TopicPartition, offset: int, low: int, high: int) -> Start:
+def _passed(starts: Offsets, ends: Mapping[Position, tuple[int, int]]) -> list[int]:
+    """Partitions of which Kafka begins after a start."""
+    return [
+        partition
+        for partition, topics in starts.items()
+        if any(0 <= at < ends[topic, partition][0] for topic, at in topics.items())
+    ]
+
+
+def _start(
+    processor: Processor, topic: str, partition: int, offset: int, low: int, high: int
+) -> Start:
     """At `offset`, or at the first record where that is gone."""
     if offset < 0:
         return Start(OFFSET_BEGINNING)
     if offset > high:
         raise StoreAheadError(
-            f"The {processor.name} has done with {where.topic} partition {where.partition} up to "
+            f"The {processor.name} has done with {topic} partition {partition} up to "
             f"offset {offset}, but it ends at {high}: the topic was made anew. Take another "
             "STARCAST_KAFKA__TOPIC_PREFIX, STARCAST_REDIS__KEY_PREFIX and STARCAST_ARCHIVE__URL "
             "for the new topics, or bring the old ones back."

@@ -7,7 +7,7 @@ over without the last of them.
 """
 
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -144,10 +144,24 @@ class Store:
 
     def claim(self, kind: bytes, partition: int) -> Claim:
         """Take a partition over from whoever had it, and read the header that they left."""
-        claim = Claim(kind, partition, 0, None)
-        call = Call(claim, "starcast_claim", [self.header_key(kind, partition)], [])
-        ((token, data, writes),), _ = self._answered([call])
-        return Claim(kind, partition, int(token), data, int(writes))
+        return self.claim_all(kind, [partition])[0]
+
+    def claim_all(self, kind: bytes, partitions: Iterable[int]) -> list[Claim]:
+        """The same for distinct partitions, several in one round trip."""
+        calls = [
+            Call(
+                Claim(kind, partition, 0, None),
+                "starcast_claim",
+                [self.header_key(kind, partition)],
+                [],
+            )
+            for partition in partitions
+        ]
+        answers, _ = self._answered(calls)
+        return [
+            Claim(kind, call.claim.partition, int(token), data, int(writes))
+            for call, (token, data, writes) in zip(calls, answers, strict=True)
+        ]
 
     def header(self, kind: bytes, partition: int) -> bytes | None:
         """A partition's header, without claiming it."""

@@ -5,7 +5,7 @@ And what stands before and beside it in the archive: retention and compaction ta
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from heapq import merge
 from itertools import chain, groupby, islice
@@ -21,17 +21,20 @@ from confluent_kafka import (
     Message,
     TopicPartition,
 )
+from confluent_kafka.admin import AdminClient
 
 from schemas import archive
 from schemas.topics import BY_NAME
 from streams.admin import (
     REQUEST_SECONDS,
     TopicError,
+    client_config,
     error_of,
     reach,
     reader_config,
     topic_name,
     unreachable,
+    watermarks,
 )
 from streams.config import ArchiveConfig, KafkaConfig
 
@@ -101,14 +104,12 @@ def read_topic(
         consumer.close()
 
 
-def bounds(kafka: KafkaConfig, topic: str, partition: int) -> tuple[int, int]:
-    """Where a partition begins, since retention has taken what stood before, and where it ends."""
-    consumer = Consumer(reader_config(kafka))
-    try:
-        where = TopicPartition(topic_name(kafka, topic), partition)
-        return consumer.get_watermark_offsets(where, REQUEST_SECONDS)
-    finally:
-        consumer.close()
+def bounds(kafka: KafkaConfig, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
+    """Where partitions begin, since retention has taken what stood before, and where they end."""
+    name = topic_name(kafka, topic)
+    places = [TopicPartition(name, partition) for partition in partitions]
+    found = watermarks(AdminClient(client_config(kafka)), places, REQUEST_SECONDS)
+    return {partition: each for (_, partition), each in found.items()}
 
 
 def read_log(
@@ -118,7 +119,7 @@ def read_log(
 
     What retention has taken from Kafka comes from the archive, and so does what compaction has.
     """
-    low, _ = bounds(kafka, topic, partition)
+    low, _ = bounds(kafka, topic, [partition])[partition]
     if BY_NAME[topic].cleanup == "delete":
         yield from read_archived(kafka, archived, topic, partition, 0, low)
         yield from read_topic(kafka, topic, start={partition: low}, partitions=[partition])

@@ -34,7 +34,7 @@ from streams.inputs import Inputs, split
 from streams.metrics import Metrics
 from streams.models import Models, Serving
 from streams.predictions import rounded
-from streams.processor import Outcome, OutputBatch, Position
+from streams.processor import Offsets, Outcome, OutputBatch, Position
 from streams.reader import VECTOR_DTYPE, vector_keys
 from streams.store import Store
 
@@ -80,17 +80,20 @@ class Texts:
         self._check_at = 0.0
         self.lag = 0
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+    def claim(self, committed: Offsets) -> Offsets:
         """Where to read on: `items` from where its vectors end, if that is before the commit.
 
         Nothing is claimed in the store: a vector never changes under its key.
         """
-        if "items" not in committed:
-            return committed
         used = self._models.serving.encoder_hash
-        (reached,) = self._headers(used, [partition])
-        self._reached[partition] = used, reached
-        return committed | {"items": min(committed["items"], reached)} if used else committed
+        partitions = [partition for partition, topics in committed.items() if "items" in topics]
+        starts = dict(committed)
+        for partition, reached in zip(partitions, self._headers(used, partitions), strict=True):
+            self._reached[partition] = used, reached
+            if used:
+                before = min(committed[partition]["items"], reached)
+                starts[partition] = committed[partition] | {"items": before}
+        return starts
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget how far vectors reach."""

@@ -9,6 +9,7 @@ states, for the batch after it to go on from, and `write` stores that once it is
 """
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,13 @@ from model.state import LAYOUT_HASH, PARTITION, USER, from_bytes, to_bytes
 from schemas.journal import TOPICS, Journal, Transaction
 from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError
-from streams.journal import read_journal
+from streams.journal import read_journals
+from streams.processor import Offsets
 from streams.reader import USER_STATE, partition_keys
 from streams.store import Claim, Keys, Store, Writing
 
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
+RECOVERY_SECONDS = 5.0  # after which a claim ends: a worker that does not poll leaves its group
 MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
 MARKER_PAUSE_SECONDS = 0.05
 CHECK_SECONDS = 5.0  # a store that lost what it had is noticed this soon though nothing happens
@@ -86,25 +89,29 @@ class UserStates:
     def __getitem__(self, partition: int) -> Held:
         return self._held[partition]
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        """Take a partition over, bring its states up to the journal's end, say where to read on.
+    def claim(self, committed: Offsets) -> Offsets:
+        """Take partitions over, bring their states up to the journal's end, say where to read on.
 
-        Raises `StoreAheadError` or `JournalGapError` when store, journal and committed offsets do
-        not belong together, `StoreError` when the store does not answer.
+        Those that have more to apply than `RECOVERY_SECONDS` allow are left out: their next claim
+        goes on. Raises `StoreAheadError` or `JournalGapError` when store, journal and committed
+        offsets do not belong together, `StoreError` when the store does not answer.
         """
-        claim = self._store.claim(USER_STATE, partition)
-        self._held[partition] = Held(claim, decode_header(claim.data))
-        ends = self._recover(partition)
+        for claim in self._store.claim_all(USER_STATE, committed):
+            self._held[claim.partition] = Held(claim, decode_header(claim.data))
+        ends = self._recover(committed)
         if not self._kafka.exactly_once:
             # Without transactions the journal may be ahead of the committed offsets; it is exact.
             return ends
         until = time.monotonic() + MARKER_SECONDS
-        while any(ends[topic] < committed[topic] for topic in TOPICS) and time.monotonic() < until:
+        while behind := [each for each in ends if _is_behind(ends[each], committed[each])]:
+            if time.monotonic() > until:
+                break
             time.sleep(MARKER_PAUSE_SECONDS)
-            ends = self._recover(partition)
-        for topic in TOPICS:
-            _compare(topic, partition, ends[topic], committed[topic])
-        return committed
+            ends |= self._recover(behind)
+        for partition, reached in ends.items():
+            for topic in TOPICS:
+                _compare(topic, partition, reached[topic], committed[partition][topic])
+        return {partition: committed[partition] for partition in ends}
 
     def check(self) -> None:
         """Raise `FencedError` when a claim no longer holds, or the store has lost writes.
@@ -209,16 +216,28 @@ class UserStates:
             held.users, held.last = Rowstore(USER), None
         return len(old)
 
-    def _recover(self, partition: int) -> dict[str, int]:
-        """Apply the journal up to its stable end; the next offset of each input topic."""
-        held = self._held[partition]
-        rows = 0
-        entries = read_journal(self._kafka, self._archive, partition, int(held.header["journal"]))
-        for several in _in_portions(entries):
-            rows += self._apply(partition, held, several)
-        if rows:
-            self._log.info("recovered", partition=partition, journal_rows=rows)
-        return {topic: int(end) for topic, end in zip(TOPICS, held.header["ends"], strict=True)}
+    def _recover(self, partitions: Iterable[int]) -> Offsets:
+        """Apply journals up to their stable ends; the next offset of each input topic.
+
+        Partitions whose ends are not reached in time are left out.
+        """
+        starts = {each: int(self._held[each].header["journal"]) for each in partitions}
+        until = time.monotonic() + RECOVERY_SECONDS
+        rows, ended = Counter[int](), list[int]()
+        for several in _in_portions(read_journals(self._kafka, self._archive, starts)):
+            for partition, entries in several.items():
+                if applied := [each for each in entries if each is not None]:
+                    rows[partition] += self._apply(partition, self._held[partition], applied)
+                if entries[-1] is None:
+                    ended.append(partition)
+            if time.monotonic() > until:
+                break
+        for partition, count in rows.items():
+            self._log.info("recovered", partition=partition, journal_rows=count)
+        return {
+            partition: dict(zip(TOPICS, self._held[partition].header["ends"].tolist(), strict=True))
+            for partition in ended
+        }
 
     def _apply(self, partition: int, held: Held, entries: list[Transaction]) -> int:
         journals = [entry.journal for entry in entries]
@@ -264,17 +283,25 @@ def decode_header(data: bytes | None) -> Rows:
     return np.frombuffer(data, HEADER).copy().reshape(())
 
 
-def _in_portions(entries: Iterator[Transaction]) -> Iterator[list[Transaction]]:
-    portion: list[Transaction] = []
+def _in_portions(
+    entries: Iterator[tuple[int, Transaction | None]],
+) -> Iterator[dict[int, list[Transaction | None]]]:
+    """By partition; what `read_journals` gives, some at a time."""
+    portion = defaultdict[int, list[Transaction | None]](list)
     rows = 0
-    for entry in entries:
-        portion.append(entry)
-        rows += len(entry.journal)
+    for partition, entry in entries:
+        portion[partition].append(entry)
+        rows += len(entry.journal) if entry is not None else 0
         if rows >= RECOVERY_ROWS:
             yield portion
-            portion, rows = [], 0
+            portion.clear()
+            rows = 0
     if portion:
         yield portion
+
+
+def _is_behind(ends: Mapping[str, int], committed: Mapping[str, int]) -> bool:
+    return any(ends[topic] < committed[topic] for topic in TOPICS)
 
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:

@@ -6,7 +6,7 @@ what goes wrong in between.
 """
 
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from model.state import LAYOUT_HASH
 from schemas import archive, journal
 from schemas.journal import Transaction
 from starcast.settings import Settings
-from streams import items, user_states
+from streams import items, starts, user_states
 from streams import loop as loops
 from streams import sender as senders
 from streams.loop import Loop
@@ -116,14 +116,19 @@ class Kafka(Broker):
             timestamp=(2, NOW_MS + (offset or 0)),
         )
 
-    def read_journal(self, _: Any, __: Any, partition: int, start: int) -> Iterator[Transaction]:
-        """As `streams.journal` reads it; offsets are of all partitions together."""
+    def read_journals(
+        self, _: Any, __: Any, starts: Mapping[int, int]
+    ) -> Iterator[tuple[int, Transaction | None]]:
+        """As `streams.journal` reads them; offsets are of all partitions together."""
         values = [value for topic, value in self.outputs if topic == f"{PREFIX}journal"]
-        return journal.decode_all(
-            (at, value)
-            for at, value in enumerate(values)
-            if at >= start and isinstance(value, Value) and value.place == partition
-        )
+        for partition, start in starts.items():
+            mine = (
+                (at, value)
+                for at, value in enumerate(values)
+                if at >= start and isinstance(value, Value) and value.place == partition
+            )
+            for transaction in (*journal.decode_all(mine), None):
+                yield partition, transaction
 
 
 @dataclass
@@ -247,8 +252,10 @@ def scripted_shop(
     with (
         patch.object(loops, "Consumer", kafka.consumer),
         patch.object(senders, "Producer", kafka.producer),
-        patch.object(user_states, "read_journal", kafka.read_journal),
-        patch.object(items, "bounds", lambda *_: (0, 0)),
+        patch.object(starts, "AdminClient"),
+        patch.object(starts, "watermarks", kafka.watermarks),
+        patch.object(user_states, "read_journals", kafka.read_journals),
+        patch.object(items, "bounds", lambda *_: {}),
     ):
         yield ScriptedShop(name, settings, store, models, kafka, metrics)
     store.close()

@@ -14,8 +14,8 @@ from confluent_kafka import Message, TopicPartition
 
 from streams import store as stores
 from streams.loop import Loop, Polled
-from streams.processor import Outcome
-from streams.store import Call, Claim, Store
+from streams.processor import Offsets, Outcome
+from streams.store import Call, Store
 from streams.user_states import UserStates
 
 SETTLED_COMMITS = 5
@@ -142,12 +142,12 @@ def without_order() -> None:
 def without_recovery() -> None:
     """A new owner takes the store's states as they are, and the committed offsets."""
 
-    def blind(self: UserStates, partition: int, committed: dict[str, int]) -> dict[str, int]:
+    def blind(self: UserStates, committed: Offsets) -> Offsets:
         from streams.reader import USER_STATE
         from streams.user_states import Held, decode_header
 
-        claim: Claim = self._store.claim(USER_STATE, partition)
-        self._held[partition] = Held(claim, decode_header(claim.data))
+        for claim in self._store.claim_all(USER_STATE, committed):
+            self._held[claim.partition] = Held(claim, decode_header(claim.data))
         return committed
 
     UserStates.claim = blind

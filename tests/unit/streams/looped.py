@@ -12,10 +12,11 @@ from prometheus_client import CollectorRegistry
 
 from streams import loop as loops
 from streams import sender as senders
+from streams import starts
 from streams.config import KafkaConfig
 from streams.loop import Loop
 from streams.metrics import Metrics, make_metrics
-from streams.processor import Outcome, Output, OutputBatch, Position
+from streams.processor import Offsets, Outcome, Output, OutputBatch, Position
 from tests.unit.streams.scripted_kafka import Broker, Place, ScriptedConsumer, failure
 
 TOPICS = ("reviews", "behavior")
@@ -62,6 +63,7 @@ class Counting:
     errors: dict[str, list[Exception]] = field(default_factory=dict[str, list[Exception]])
     outputs: list[Output] | None = None  # in place of those that the messages make
     starts: dict[str, int] = field(default_factory=dict[str, int])  # in place of the committed
+    slow: set[int] = field(default_factory=set[int])  # partitions that a claim leaves out
     states: dict[Position, int] = field(default_factory=dict[Position, int])
     claims: list[tuple[int, dict[str, int]]] = field(
         default_factory=list[tuple[int, dict[str, int]]]
@@ -72,12 +74,17 @@ class Counting:
     idles: int = 0
     closes: int = 0
 
-    def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-        self.claims.append((partition, committed))
+    def claim(self, committed: Offsets) -> Offsets:
+        self.claims += committed.items()
         self._may_fail("claim")
-        starts = {topic: self.starts.get(topic, at) for topic, at in committed.items()}
-        for topic, start in starts.items():
-            self.states[topic, partition] = max(start, 0)
+        starts = {
+            partition: {topic: self.starts.get(topic, at) for topic, at in topics.items()}
+            for partition, topics in committed.items()
+            if partition not in self.slow
+        }
+        for partition, topics in starts.items():
+            for topic, start in topics.items():
+                self.states[topic, partition] = max(start, 0)
         return starts
 
     def drop(self, partitions: Iterable[int]) -> None:
@@ -182,6 +189,8 @@ def scripted() -> Generator[World]:
     with (
         patch.object(loops, "Consumer", broker.consumer),
         patch.object(senders, "Producer", broker.producer),
+        patch.object(starts, "AdminClient"),
+        patch.object(starts, "watermarks", broker.watermarks),
         patch.object(loops, "time", clock),
         patch.object(senders, "time", clock),
     ):

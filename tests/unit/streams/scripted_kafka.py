@@ -55,6 +55,17 @@ class Broker:
         if waiting := self.failures.get(method):
             raise waiting.popleft()
 
+    def watermarks(
+        self, _: Any, places: Iterable[TopicPartition], __: float
+    ) -> dict[Place, tuple[int, int]]:
+        """In place of `streams.admin.watermarks`."""
+        self.may_fail("watermarks")
+        return {
+            place: (self.first.get(place, 0), len(self.logs.get(place, [])))
+            for each in places
+            for place in [(each.topic, each.partition)]
+        }
+
     def commit(self, offsets: Iterable[TopicPartition]) -> None:
         for each in offsets:
             place = each.topic, each.partition
@@ -168,9 +179,8 @@ class ScriptedConsumer:
     def get_watermark_offsets(
         self, where: TopicPartition, timeout: float | None = None, cached: bool = False
     ) -> tuple[int, int]:
-        self.broker.may_fail("get_watermark_offsets")
-        place = where.topic, where.partition
-        return self.broker.first.get(place, 0), len(self.broker.logs.get(place, []))
+        (found,) = self.broker.watermarks(None, [where], 0).values()
+        return found
 
     def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> None:
         assert asynchronous, "a commit that is waited for may hang"

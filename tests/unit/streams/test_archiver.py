@@ -217,7 +217,7 @@ def taking(url: Path, **config: Any) -> Archiver:
 
 def test_messages_of_a_poll_go_to_their_tables(tmp_path: Path) -> None:
     first = taking(tmp_path, flush_rows=3)
-    assert first.claim(2, {"behavior": 5, "items": 0}) == {"behavior": -1, "items": -1}
+    assert first.claim({2: {"behavior": 5, "items": 0}})[2] == {"behavior": -1, "items": -1}
     first.process([message("eu.behavior", 2, 7, headers=[("trace", b"1"), ("trace", None)])])
     first.idle()
     assert archived(tmp_path) == []
@@ -234,7 +234,10 @@ def test_messages_of_a_poll_go_to_their_tables(tmp_path: Path) -> None:
         {"key": "trace", "value": None},
     ]
     assert archive.read(str(tmp_path), "items").collect()["kafka_value"].to_list() == [None]
-    assert taking(tmp_path).claim(2, {"behavior": 0, "items": 0}) == {"behavior": 9, "items": 4}
+    assert taking(tmp_path).claim({2: {"behavior": 0, "items": 0}})[2] == {
+        "behavior": 9,
+        "items": 4,
+    }
 
 
 def test_a_commit_is_due_after_a_while_or_many_bytes(
@@ -257,7 +260,7 @@ def test_a_commit_is_due_after_a_while_or_many_bytes(
 def test_lost_partitions_are_dropped(tmp_path: Path) -> None:
     losing = taking(tmp_path, flush_rows=2)
     for partition in (0, 1):
-        losing.claim(partition, {"behavior": 0})
+        losing.claim({partition: {"behavior": 0}})
         losing.process([message("eu.behavior", partition, 0)])
     losing.drop([0])
     losing.idle()

@@ -68,7 +68,7 @@ def stored(catalog: Catalog, *names: str, kind: bytes = ITEM_KIND) -> list[bytes
 
 def test_items_get_attributes_and_keep_their_titles(store: str) -> None:
     catalog = make(store)
-    assert catalog.claim(0, {}) == {"items": 0, "users": 0}
+    assert catalog.claim({0: {}})[0] == {"items": 0, "users": 0}
     outcome = catalog.process(items_log([item("a"), item("b", title="ü" * 200), item("c")]))
     assert stored(catalog, "a") == [None]
     assert outcome.finish is not None
@@ -78,13 +78,13 @@ def test_items_get_attributes_and_keep_their_titles(store: str) -> None:
     rows = attributes_of(values)
     assert rows["version"].tolist() == [1, 2, 0]
     assert rows["price"][0] == np.float32(10)
-    assert catalog.claim(0, {}) == {"items": 3, "users": 0}
-    assert catalog.claim(1, {}) == {"items": 0, "users": 0}
+    assert catalog.claim({0: {}})[0] == {"items": 3, "users": 0}
+    assert catalog.claim({1: {}})[1] == {"items": 0, "users": 0}
 
 
 def test_the_newest_record_counts_and_a_tombstone_deletes(store: str) -> None:
     catalog = make(store)
-    catalog.claim(0, {})
+    catalog.claim({0: {}})
     work(catalog, items_log([item("a", 10), item("b"), item("a", 20), item("c"), ("c", None)]))
     assert attributes_of(stored(catalog, "a"))["version"].tolist() == [3]
     assert attributes_of(stored(catalog, "a"))["price"].tolist() == [20]
@@ -96,7 +96,7 @@ def test_the_newest_record_counts_and_a_tombstone_deletes(store: str) -> None:
 
 def test_users_get_attributes(store: str) -> None:
     catalog = make(store)
-    catalog.claim(0, {})
+    catalog.claim({0: {}})
     ann, bob = (User(user_id=name, event_time=TIME, gender="f", age=30) for name in ("ann", "bob"))
     batch = [
         message("users", each, offset=offset, key=key)
@@ -108,14 +108,14 @@ def test_users_get_attributes(store: str) -> None:
     rows = from_bytes(stored(catalog, "ann", "bob", kind=USER_KIND), USER_ATTRIBUTES)
     assert rows["age"].tolist() == [31, 30]
     assert rows["version"].tolist() == [3, 2]
-    assert catalog.claim(0, {}) == {"items": 1, "users": 3}
+    assert catalog.claim({0: {}})[0] == {"items": 1, "users": 3}
     work(catalog, [message("users", None, offset=3, key=b"ann")])
     assert stored(catalog, "ann", kind=USER_KIND) == [None]
 
 
 def test_bad_records_become_dead_letters_and_are_passed(store: str) -> None:
     catalog = make(store)
-    catalog.claim(0, {})
+    catalog.claim({0: {}})
     odd = message("users", None, offset=0, key=b"\xff\xfe")  # deletes nobody we know
     letters = work(catalog, [odd, *items_log([b"[]", item("a"), b"\xff"])])
     assert [(each.source.topic, each.source.offset) for each in letters] == [
@@ -123,7 +123,7 @@ def test_bad_records_become_dead_letters_and_are_passed(store: str) -> None:
         ("items", 2),
     ]
     assert attributes_of(stored(catalog, "a"))["version"].tolist() == [2]
-    assert catalog.claim(0, {}) == {"items": 3, "users": 1}
+    assert catalog.claim({0: {}})[0] == {"items": 3, "users": 1}
     counted = {"processor": "catalog", "reason": "contract"}
     registry = catalog._metrics.registry
     assert registry.get_sample_value("starcast_dead_letters_total", counted) == 2
@@ -132,7 +132,7 @@ def test_bad_records_become_dead_letters_and_are_passed(store: str) -> None:
 def test_a_batch_is_one_write(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a write in parts a crash could leave rows without their prices, to be counted twice."""
     catalog = make(store)
-    catalog.claim(0, {})
+    catalog.claim({0: {}})
     calls: list[int] = []
     round_trip = catalog._store._round_trip
 
@@ -148,9 +148,9 @@ def test_a_batch_is_one_write(store: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_owner_that_was_replaced_changes_nothing(store: str) -> None:
     old, new = make(store), make(store)
-    old.claim(0, {})
+    old.claim({0: {}})
     outcome = old.process(items_log([item("a")]))
-    new.claim(0, {})
+    new.claim({0: {}})
     assert outcome.finish is not None
     with pytest.raises(FencedError):
         outcome.finish({})
@@ -225,7 +225,7 @@ def test_batches_of_any_size_store_the_same(
         catalog = make("redis://127.0.0.1:1")
         held: dict[bytes, bytes] = {}
         _keep_in(catalog, held)
-        catalog.claim(0, {})
+        catalog.claim({0: {}})
         for first, last in spans:
             if last > first:
                 work(catalog, batch[first:last])

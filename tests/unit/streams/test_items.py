@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,11 @@ PARTITIONS = 4
 def kept(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
     """Where partitions begin and end in Kafka; at 0 and 99 those that are not in it."""
     bounds: dict[int, tuple[int, int]] = {}
-    monkeypatch.setattr("streams.items.bounds", lambda *where: bounds.get(where[-1], (0, 99)))
+
+    def found(_: KafkaConfig, __: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
+        return {partition: bounds.get(partition, (0, 99)) for partition in partitions}
+
+    monkeypatch.setattr("streams.items.bounds", found)
     return bounds
 
 
@@ -97,7 +101,7 @@ def states(items: Items, *names: str) -> Rows:
 
 
 def claim_all(items: Items) -> list[int]:
-    return [items.claim(each, {})["item-updates"] for each in range(PARTITIONS)]
+    return [items.claim({each: {}})[each]["item-updates"] for each in range(PARTITIONS)]
 
 
 def test_updates_add_up(store: str) -> None:
@@ -177,13 +181,13 @@ def test_what_retention_has_taken_comes_from_the_archive(
     a, b = of_partition_0(2)
     log = [update(a), update(b), update(a), update(a)]
     items = make(store, archived_at=archived(tmp_path, log))
-    items.claim(0, {})
+    items.claim({0: {}})
     work(items, [message("item-updates", log[0], 0, 0)])
     kept[0] = 3, 99
-    assert items.claim(0, {}) == {"item-updates": 3}  # 1 and 2 are applied, 3 is in Kafka
+    assert items.claim({0: {}})[0] == {"item-updates": 3}  # 1 and 2 are applied, 3 is in Kafka
     assert states(items, a, b)["rating_count"].tolist() == [2, 1]
     kept[0] = 4, 99
-    assert items.claim(0, {}) == {"item-updates": 4}
+    assert items.claim({0: {}})[0] == {"item-updates": 4}
     assert states(items, a, b)["rating_count"].tolist() == [3, 1]
 
 
@@ -193,10 +197,10 @@ def test_what_the_archive_lacks_too_is_left_for_the_loop_to_count(
     (a,) = of_partition_0(1)
     items = make(store, archived_at=archived(tmp_path, [update(a)] * 3))
     kept[0] = 5, 99
-    assert items.claim(0, {}) == {"item-updates": 3}
+    assert items.claim({0: {}})[0] == {"item-updates": 3}
     assert states(items, a)["rating_count"] == 3
     kept[0] = 9, 99
-    assert make(store, "other", str(tmp_path / "none")).claim(0, {}) == {"item-updates": 0}
+    assert make(store, "other", str(tmp_path / "none")).claim({0: {}})[0] == {"item-updates": 0}
 
 
 def test_an_end_of_a_transaction_is_no_loss(
@@ -206,12 +210,12 @@ def test_an_end_of_a_transaction_is_no_loss(
     (a,) = of_partition_0(1)
     items = make(store, archived_at=archived(tmp_path, [update(a)] * 2, first=1))
     kept[0] = 1, 99
-    assert items.claim(0, {}) == {"item-updates": 1}
+    assert items.claim({0: {}})[0] == {"item-updates": 1}
     kept[0] = 4, 4  # all is gone; 3 was the end of the last transaction
-    assert items.claim(0, {}) == {"item-updates": 4}
+    assert items.claim({0: {}})[0] == {"item-updates": 4}
     assert states(items, a)["rating_count"] == 2
     kept[0] = 5, 5
-    assert items.claim(0, {}) == {"item-updates": 3}
+    assert items.claim({0: {}})[0] == {"item-updates": 3}
 
 
 def test_a_store_that_was_emptied_is_noticed_though_nothing_comes(store: str) -> None:

@@ -24,7 +24,7 @@ from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.loop import Loop
-from streams.processor import Outcome, Position
+from streams.processor import Offsets, Outcome, Position
 from tests.unit.streams.looped import (
     ABORTS,
     TOPICS,
@@ -86,7 +86,7 @@ def test_what_was_claimed_and_could_not_be_begun_is_dropped(world: World) -> Non
     processor = Counting(starts={"reviews": 0, "behavior": 0})
     loop = world.loop(processor)
     fill(world, 2, 0)
-    world.broker.fail("get_watermark_offsets", failure(KafkaError._TRANSPORT))
+    world.broker.fail("watermarks", failure(KafkaError._TRANSPORT))
     world.consumer.rebalance(new=places(0))
     world.turn(loop)
     assert (len(processor.claims), processor.drops, loop.live) == (1, [{0}], frozenset())
@@ -173,9 +173,43 @@ def test_outside_a_generation_nothing_is_committed(world: World, generation: int
 
 
 def test_a_worker_with_much_to_recover_polls_in_between(world: World) -> None:
-    processor = Counting()
+    processor = Counting(slow={1, 2})
+    loop = world.loop(processor)
+    fill(world, 1, 0, 1, 2, 3)
+    world.consumer.rebalance(new=places(0, 1, 2, 3))
+    world.turn(loop)
+    assert [partition for partition, _ in processor.claims] == [0, 1, 2, 3]
+    assert {partition for _, partition in loop.live} == {0, 3}
+    assert len(answered(world)) == 4
+    processor.slow = {2}
+    world.turn(loop, 2)
+    assert [partition for partition, _ in processor.claims[4:]] == [1, 2, 2]
+    assert (len(answered(world)), loop.waiting) == (6, True)
+
+
+def test_a_partition_that_cannot_be_had_keeps_none_from_the_others(world: World) -> None:
+    class Refused(Counting):
+        def claim(self, committed: Offsets) -> Offsets:
+            if 1 in committed:
+                raise StoreError("its part of the store does not answer")
+            return super().claim(committed)
+
+    loop = world.loop(Refused())
+    fill(world, 1, 0, 1, 2)
+    world.consumer.rebalance(new=places(0, 1, 2))
+    world.turn(loop)
+    assert not loop.live  # they were asked for together
+    world.turn(loop)
+    assert {partition for _, partition in loop.live} == {0, 2}
+    assert loop.waiting
+
+
+def test_claims_one_by_one_leave_time_to_poll(world: World) -> None:
+    processor = Counting(errors={"claim": [StoreError("does not answer")]})
     loop = world.loop(processor)
     world.consumer.rebalance(new=places(0, 1, 2, 3))
+    world.turn(loop)
+    processor.claims.clear()
     world.clock.each = loops.CLAIM_SECONDS
     world.turn(loop)
     assert [partition for partition, _ in processor.claims] == [0]
@@ -743,9 +777,9 @@ def test_a_claim_waits_for_what_is_under_way(world: World) -> None:
     written: list[int] = []
     claim = processor.claim
 
-    def watched(partition: int, committed: dict[str, int]) -> dict[str, int]:
+    def watched(committed: Offsets) -> Offsets:
         written.append(len(processor.written))
-        return claim(partition, committed)
+        return claim(committed)
 
     with patch.object(processor, "claim", watched):
         loop._turn()

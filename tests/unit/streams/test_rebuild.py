@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -7,13 +7,16 @@ from pydantic import SecretStr
 
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
-from streams import rebuild
+from schemas.journal import Transaction
+from streams import rebuild, user_states
 from streams.claims import header_data, header_offset
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
 from streams.exceptions import FencedError, JournalGapError
-from streams.reader import ITEM_STATE
+from streams.reader import ITEM_STATE, USER_STATE
 from streams.rebuild import Rebuilt, Shop, require_journal
 from streams.store import Store
+from streams.user_states import decode_header
+from tests.unit.streams.journals import Partition, events
 
 
 @pytest.fixture
@@ -101,6 +104,30 @@ def test_a_worker_that_took_over_and_died_is_told(
 def test_states_that_end_too_early_are_told(shop: Shop) -> None:
     with pytest.raises(StarcastError, match="end before"):
         rebuild._rebuild(shop, "states", 1, lambda: None, lambda: None, lambda: False)
+
+
+def test_user_states_that_take_long_are_applied_to_the_end(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim applies for some seconds only, as a worker that has to poll wants it."""
+    journal = Partition()
+    for number in range(6):
+        journal.apply(events([(0, number % 5, 0, number)]))
+
+    def read(
+        _: Any, __: Any, starts: Mapping[int, int]
+    ) -> Iterator[tuple[int, Transaction | None]]:
+        return ((1, each) for each in (*journal.read(starts[1]), None))
+
+    monkeypatch.setattr(user_states, "read_journals", read)
+    monkeypatch.setattr(user_states, "RECOVERY_ROWS", 1)
+    monkeypatch.setattr(user_states, "RECOVERY_SECONDS", 0.0)
+    monkeypatch.setattr(rebuild, "MARKER_SECONDS", 0.1)
+    monkeypatch.setattr(Shop, "committed", lambda *where: journal.ends()[where[2]])
+    rebuilt = rebuild._users(shop, 1)
+    assert not rebuilt.taken_over
+    header = decode_header(shop.store.header(USER_STATE, 1))
+    assert header == journal.steps[-1].header
 
 
 @pytest.mark.parametrize(

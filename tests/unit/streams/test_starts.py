@@ -7,6 +7,7 @@ from confluent_kafka import KafkaError
 from structlog.testing import capture_logs
 
 from streams.exceptions import StoreAheadError
+from streams.processor import Offsets
 from tests.unit.streams.looped import Counting, World, fill, places
 from tests.unit.streams.scripted_kafka import failure
 
@@ -15,11 +16,11 @@ def test_a_store_that_is_ahead_of_offsets_that_have_moved_is_not_called_ahead(wo
     """A worker that slept after it had asked for the offsets compares with old ones."""
 
     class Ahead(Counting):
-        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
-            starts = super().claim(partition, committed)
+        def claim(self, committed: Offsets) -> Offsets:
+            starts = super().claim(committed)
             if len(self.claims) == 1:
                 world.broker.committed["eu.reviews", 0] = 2  # by another, meanwhile
-            if committed["reviews"] < 2:
+            if committed[0]["reviews"] < 2:
                 raise StoreAheadError("the store has applied 2")
             return starts
 
@@ -40,11 +41,11 @@ def test_retention_that_passes_a_start_while_it_is_claimed_costs_nothing(world: 
     """The processor takes from the archive what left Kafka, when it claims again."""
 
     class Archived(Counting):
-        def claim(self, partition: int, committed: dict[str, int]) -> dict[str, int]:
+        def claim(self, committed: Offsets) -> Offsets:
             start = world.broker.first.get(("eu.reviews", 0), 1)  # as far as the archive was needed
             self.starts = {"reviews": start, "behavior": 0}
             world.broker.first["eu.reviews", 0] = 4  # just after
-            return super().claim(partition, committed)
+            return super().claim(committed)
 
     processor = Archived()
     loop = world.loop(processor)
@@ -91,8 +92,8 @@ def test_a_position_that_retention_has_passed_is_told(world: World) -> None:
     world.consumer.rebalance(new=places(0))
     claim = processor.claim
 
-    def claim_and_move(partition: int, committed: dict[str, int]) -> dict[str, int]:
-        starts = claim(partition, committed)
+    def claim_and_move(committed: Offsets) -> Offsets:
+        starts = claim(committed)
         processor.states["reviews", 0] = 5  # whose first message will be the one that is left
         return starts
 
@@ -108,7 +109,7 @@ def test_a_position_that_retention_has_passed_is_told(world: World) -> None:
 def test_without_exactly_once_the_ends_of_partitions_are_not_asked_for(world: World) -> None:
     processor = Counting(starts={"reviews": 3})
     loop = world.loop(processor, exactly_once=False)
-    world.broker.fail("get_watermark_offsets", failure(KafkaError._TRANSPORT))
+    world.broker.fail("watermarks", failure(KafkaError._TRANSPORT))
     world.consumer.rebalance(new=places(0))
     loop._claim_pending()
     assert loop.live == {("reviews", 0), ("behavior", 0)}

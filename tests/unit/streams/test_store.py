@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import redis
@@ -57,6 +58,12 @@ def test_a_claim_hands_the_last_owners_header_on(store: str) -> None:
     assert second.data == b"header"
     assert second.token > first.token
     assert mine.claim(KIND, 4).data is None
+    with patch("streams.store.CALLS_AT_ONCE", 3):
+        several = mine.claim_all(KIND, range(1, 8))
+    assert [each.partition for each in several] == [*range(1, 8)]
+    assert [each.data for each in several] == [None, None, b"header", *[None] * 4]
+    assert several[2].token > second.token
+    assert mine.claim_all(KIND, []) == []
     assert mine.claim(b"i", 3).data is None
 
 

@@ -36,7 +36,7 @@ def keep(monkeypatch: pytest.MonkeyPatch, topic: str, offsets: Sequence[int], lo
         return iter([held[:2], held[2:]])
 
     monkeypatch.setattr(tail, "read_topic", read)
-    monkeypatch.setattr(tail, "bounds", lambda *_: (low, 99))
+    monkeypatch.setattr(tail, "bounds", lambda *_: {1: (low, 99)})
 
 
 def seen(batches: Any) -> list[tuple[int | None, bytes | str | None]]:

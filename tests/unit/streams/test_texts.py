@@ -148,24 +148,24 @@ def test_items_are_read_again_where_the_store_has_no_vectors(
 ) -> None:
     texts = make(store, tmp_path, folder)
     committed = {"items": 2, "reviews": 7}
-    assert texts.claim(2, {"items": -1, "reviews": 7}) == {"items": -1, "reviews": 7}
+    assert texts.claim({2: {"items": -1, "reviews": 7}})[2] == {"items": -1, "reviews": 7}
     finish(texts.process(messages("items", [item("a"), item("b", "the drum")])))
-    assert texts.claim(2, committed) == committed
+    assert texts.claim({2: committed})[2] == committed
     texts._store.client.flushall()
     with pytest.raises(StoreError, match="lost vectors"):
         texts.process([message("items", item("c", "the flute"), 2, 2)])
-    assert texts.claim(2, committed) == {"items": 0, "reviews": 7}
+    assert texts.claim({2: committed})[2] == {"items": 0, "reviews": 7}
     finish(texts.process(messages("items", [item("a"), item("b", "the drum")])))
     assert None not in vectors(texts, "a good guitar", "the drum")
-    assert texts.claim(2, committed) == committed
-    assert texts.claim(1, {"reviews": 5}) == {"reviews": 5}  # without `items`
+    assert texts.claim({2: committed})[2] == committed
+    assert texts.claim({1: {"reviews": 5}})[1] == {"reviews": 5}  # without `items`
 
 
 def test_a_lost_vector_is_noticed_though_nothing_comes(
     store: str, tmp_path: Path, folder: Path
 ) -> None:
     texts = make(store, tmp_path, folder)
-    texts.claim(2, {"items": -1})
+    texts.claim({2: {"items": -1}})
     finish(texts.process(messages("items", [item("a")])))
     texts._check_at = 0
     texts.idle()
@@ -183,7 +183,7 @@ def test_a_header_is_not_ahead_of_its_vectors(
     store: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = make(store, tmp_path, folder)
-    texts.claim(2, {"items": -1})
+    texts.claim({2: {"items": -1}})
     put, calls = texts._store.put, list[list[bytes]]()
 
     def noted(keys: Sequence[bytes], values: Sequence[bytes]) -> None:
@@ -203,12 +203,12 @@ def test_a_new_encoder_reads_all_items(
     store: str, tmp_path: Path, folder: Path, bundles: Path
 ) -> None:
     texts = make(store, tmp_path)  # without one
-    assert texts.claim(2, {"items": 5}) == {"items": 5}
+    assert texts.claim({2: {"items": 5}})[2] == {"items": 5}
     finish(texts.process(messages("items", [item("a")])))
     texts._models = make(store, tmp_path, folder)._models
     with pytest.raises(StoreError, match="Another encoder"):
         texts.process(messages("items", [item("a")]))
-    assert texts.claim(2, {"items": 5}) == {"items": 0}
+    assert texts.claim({2: {"items": 5}})[2] == {"items": 0}
 
 
 def test_reviews_become_predictions_and_text_features(store: str, bundles: Path) -> None:

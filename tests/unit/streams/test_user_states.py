@@ -1,5 +1,5 @@
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -39,14 +39,20 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Partition], None]:
 
     def stands(partition: Partition) -> None:
         def read(
-            kafka: KafkaConfig, archived: ArchiveConfig, number: int, start: int
-        ) -> Iterator[Transaction]:
-            assert number == PARTITION
-            return partition.read(start)
+            kafka: KafkaConfig, archived: ArchiveConfig, starts: Mapping[int, int]
+        ) -> Iterator[tuple[int, Transaction | None]]:
+            assert starts.keys() == {PARTITION}
+            return told(partition.read(starts[PARTITION]))
 
-        monkeypatch.setattr(user_states, "read_journal", read)
+        monkeypatch.setattr(user_states, "read_journals", read)
 
     return stands
+
+
+def told(transactions: Iterable[Transaction]) -> Iterator[tuple[int, Transaction | None]]:
+    """As `read_journals` tells those of one partition, and their end."""
+    for each in (*transactions, None):
+        yield PARTITION, each
 
 
 def read(states: UserStates, users: Hashes) -> Rows:
@@ -119,7 +125,7 @@ def test_recovery_from_any_prefix_is_the_whole(
         part = data.draw(st.integers(0, len(step.users)), label="states of the next batch")
         write(step.users[:part], step.states[:part], b"")
 
-    assert states.claim(PARTITION, partition.ends()) == partition.ends()
+    assert states.claim({PARTITION: partition.ends()})[PARTITION] == partition.ends()
     assert stored(states) == whole
     assert states[PARTITION].header == whole_header
     header = decode_header(states._store.header(USER_STATE, PARTITION))
@@ -129,13 +135,43 @@ def test_recovery_from_any_prefix_is_the_whole(
         write(USERS[:1], read(states, USERS[:1]), b"")
 
 
+def test_a_long_recovery_goes_on_with_the_next_claim(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that does not poll leaves its group."""
+    long, short = batches(ONE, TWO, ONE), batches(TWO)
+    asked: list[Mapping[int, int]] = []
+
+    def read(
+        _: KafkaConfig, __: ArchiveConfig, starts: Mapping[int, int]
+    ) -> Iterator[tuple[int, Transaction | None]]:
+        asked.append(starts)
+        if 1 in starts:
+            yield from ((1, each) for each in (*short.read(starts[1]), None))
+        yield from told(long.read(starts[PARTITION]))
+
+    monkeypatch.setattr(user_states, "read_journals", read)
+    monkeypatch.setattr(user_states, "RECOVERY_ROWS", 1)
+    monkeypatch.setattr(user_states, "RECOVERY_SECONDS", 0.0)
+    states = make(store)
+    committed = {1: short.ends(), PARTITION: long.ends()}
+    claimed = states.claim(committed)
+    while PARTITION not in claimed:
+        claimed = states.claim({PARTITION: committed[PARTITION]})
+    assert claimed == {PARTITION: long.ends()}
+    assert stored(states) == expected(long)
+    starts = [each[PARTITION] for each in asked]
+    assert len(starts) > 3
+    assert starts == sorted(starts)
+
+
 def test_an_empty_partition_begins_at_the_beginning(
     store: str, journal: Callable[[Partition], None]
 ) -> None:
     journal(Partition())
     states = make(store)
     nothing: dict[str, int] = dict.fromkeys(TOPICS, -1)
-    assert states.claim(PARTITION, nothing) == nothing
+    assert states.claim({PARTITION: nothing})[PARTITION] == nothing
     assert states[PARTITION].header == decode_header(None)
     assert stored(states) == [None] * len(USERS)
 
@@ -147,7 +183,7 @@ def test_a_long_journal_is_applied_in_portions(
     partition = batches(ONE, TWO, ONE, TWO, ONE)
     journal(partition)
     states = make(store)
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     assert stored(states) == expected(partition)
     assert states[PARTITION].header == partition.steps[-1].header
 
@@ -162,7 +198,7 @@ def test_offsets_that_went_back_stop_the_partition(
         StoreAheadError,
         match=rf"partition 2 have applied behavior up to offset {ends['behavior']}, .* is 0",
     ):
-        make(store).claim(PARTITION, ends | {"behavior": -1})
+        make(store).claim({PARTITION: ends | {"behavior": -1}})
 
 
 def test_a_journal_that_lost_its_end_stops_the_partition(
@@ -173,7 +209,7 @@ def test_a_journal_that_lost_its_end_stops_the_partition(
     journal(partition)
     ends = partition.ends()
     with pytest.raises(JournalGapError, match="reviews partition 2 is 9, but the journal ends at"):
-        make(store).claim(PARTITION, ends | {"reviews": 9})
+        make(store).claim({PARTITION: ends | {"reviews": 9}})
 
 
 def test_a_journal_whose_marker_is_late_is_waited_for(
@@ -183,17 +219,17 @@ def test_a_journal_whose_marker_is_late_is_waited_for(
     partition = batches(ONE, TWO)
     started = time.monotonic()
 
-    def read(*arguments: Any) -> Iterator[Transaction]:
+    def read(*arguments: Any) -> Iterator[tuple[int, Transaction | None]]:
         late = time.monotonic() < started + 0.2
-        return (
+        return told(
             each
-            for each in partition.read(arguments[-1])
+            for each in partition.read(arguments[-1][PARTITION])
             if not late or each is partition.steps[0].transaction
         )
 
-    monkeypatch.setattr(user_states, "read_journal", read)
+    monkeypatch.setattr(user_states, "read_journals", read)
     states = make(store)
-    assert states.claim(PARTITION, partition.ends()) == partition.ends()
+    assert states.claim({PARTITION: partition.ends()})[PARTITION] == partition.ends()
     assert stored(states) == expected(partition)
     assert time.monotonic() - started < 2
 
@@ -204,7 +240,7 @@ def test_without_transactions_the_journal_says_where_to_go_on(
     partition = batches(ONE, TWO)
     journal(partition)
     states = make(store, exactly_once=False)
-    assert states.claim(PARTITION, dict.fromkeys(TOPICS, 1)) == partition.ends()
+    assert states.claim({PARTITION: dict.fromkeys(TOPICS, 1)})[PARTITION] == partition.ends()
 
 
 def test_a_hole_in_the_journal_is_an_error(
@@ -214,7 +250,7 @@ def test_a_hole_in_the_journal_is_an_error(
     del partition.steps[1]
     journal(partition)
     with pytest.raises(GapError, match="missing"):
-        make(store).claim(PARTITION, partition.ends())
+        make(store).claim({PARTITION: partition.ends()})
 
 
 @pytest.mark.parametrize("name", ["LAYOUT_HASH", "FEATURE_HASH"])
@@ -228,7 +264,7 @@ def test_a_journal_of_another_layout_is_refused(
     journal(partition)
     monkeypatch.setattr(user_states, name, "12345678")
     with pytest.raises(JournalGapError, match=r"this version has .*12345678"):
-        make(store).claim(PARTITION, partition.ends())
+        make(store).claim({PARTITION: partition.ends()})
 
 
 def test_states_are_read_once_and_written_through(
@@ -237,7 +273,7 @@ def test_states_are_read_once_and_written_through(
     partition = batches(ONE)
     journal(partition)
     states = make(store)
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     first = read(states, USERS[:3])
     step = partition.apply(events(TWO))
     states.take(taken := Taken(PARTITION, step.users, step.states, step.header))
@@ -249,7 +285,7 @@ def test_states_are_read_once_and_written_through(
     assert to_bytes(again) == [value or b"" for value in expected(partition)[:3]]
     assert to_bytes(first) != to_bytes(again)
     states.drop([PARTITION, 99])
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     assert to_bytes(read(states, USERS[:3])) == to_bytes(again)
 
 
@@ -257,7 +293,7 @@ def test_few_states_at_hand_give_the_same(store: str, journal: Callable[[Partiti
     partition = batches(ONE)
     journal(partition)
     states = make(store, cache_users=2)
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     step = partition.apply(events(TWO))
     states.take(taken := Taken(PARTITION, step.users, step.states, step.header))
     states.write([taken])
@@ -272,8 +308,8 @@ def test_an_owner_that_was_replaced_is_refused(
     partition = batches(ONE)
     journal(partition)
     old, new = make(store), make(store)
-    old.claim(PARTITION, partition.ends())
-    new.claim(PARTITION, partition.ends())
+    old.claim({PARTITION: partition.ends()})
+    new.claim({PARTITION: partition.ends()})
     step = partition.steps[0]
     taken = [Taken(PARTITION, step.users, step.states, step.header)]
     with pytest.raises(FencedError):
@@ -288,15 +324,15 @@ def test_states_of_a_store_that_was_emptied_are_not_taken_for_blank(
     partition = batches(ONE)
     journal(partition)
     states = make(store)
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     states.drop([PARTITION])
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     with redis.Redis.from_url(store) as client:
         client.flushall()
     with pytest.raises(FencedError, match="the store has lost writes"):
         read(states, USERS[:2])
     states.drop([PARTITION])
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     assert to_bytes(read(states, USERS)) == [v or b"" for v in expected(partition)]
 
 
@@ -309,7 +345,7 @@ def test_states_expire_by_the_time_of_events(
     partition.apply(made)
     journal(partition)
     states = make(store, expire_after_days=6)
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     kept = expected(partition)
     latest = int(made["time"].max())
     assert states.expire(PARTITION, 0) == 0
@@ -320,7 +356,7 @@ def test_states_expire_by_the_time_of_events(
     assert states.expire(PARTITION, latest) == 0
     assert decode_header(states._store.header(USER_STATE, PARTITION)) == partition.steps[0].header
     forever = make(store)
-    forever.claim(PARTITION, partition.ends())
+    forever.claim({PARTITION: partition.ends()})
     assert forever.expire(PARTITION, latest + 999 * DAY_MS) == 0
 
 
@@ -354,7 +390,7 @@ def test_states_that_were_taken_are_read_before_they_are_written(
     partition = batches(ONE)
     journal(partition)
     states = make(store, cache_users=cache_users)
-    states.claim(PARTITION, partition.ends())
+    states.claim({PARTITION: partition.ends()})
     before = stored(states)
     step = partition.apply(events(TWO))
     states.take(taken := Taken(PARTITION, step.users, step.states, step.header))
