@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle
 from pathlib import Path
-from shutil import disk_usage
+from shutil import disk_usage, rmtree
 from typing import Any, cast
 
 import altair
@@ -434,6 +434,8 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
     """Start everything, play, and judge."""
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("servers", "archive"):  # those of a run before are another shop's
+        rmtree(folder / name, ignore_errors=True)
     models = Path(default_models(console)).resolve()
     with servers(folder / "servers") as endpoints, ExitStack() as stack:
         kafka = KafkaConfig(
