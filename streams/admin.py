@@ -98,7 +98,8 @@ def watermarks(
 ) -> dict[tuple[str, int], tuple[int, int]]:
     """The first offset of each partition and the next one to be written, by topic and partition.
 
-    Raises KafkaException when it is not answered within `seconds`.
+    Raises KafkaException when it is not answered within `seconds`, or in part: a broker that goes
+    away meanwhile leaves librdkafka (2.16) with no offset, and no error either.
     """
     asked = list(places)
     if not asked:
@@ -111,6 +112,13 @@ def watermarks(
         {(where.topic, where.partition): int(each.result().offset) for where, each in found.items()}
         for found in futures
     )
+    if untold := [place for place in lows if min(lows[place], highs[place]) < 0]:
+        raise KafkaException(
+            KafkaError(
+                KafkaError.OFFSET_NOT_AVAILABLE,
+                f"Kafka does not tell where {untold[0][0]} partition {untold[0][1]} begins or ends",
+            )
+        )
     return {place: (low, highs[place]) for place, low in lows.items()}
 
 

@@ -1,5 +1,10 @@
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from schemas.exceptions import UnreachableError
 from schemas.topics import BY_NAME
@@ -11,6 +16,7 @@ from streams.admin import (
     option_name,
     reach,
     topic_name,
+    watermarks,
 )
 from streams.config import KafkaConfig
 from streams.embedded import HOST, free_port
@@ -107,3 +113,37 @@ def test_a_failure_is_logged_once_in_a_while(monkeypatch: pytest.MonkeyPatch) ->
 def test_refused_option_says_where_options_are_set() -> None:
     problem = KafkaException(KafkaError(KafkaError._INVALID_ARG, "No such property: foo"))
     assert "STARCAST_KAFKA__OPTIONS" in str(admin.refused_option(problem))
+
+
+class Offsets(AdminClient):
+    """Answers what it is told: offsets of the beginnings, then of the ends."""
+
+    def __init__(self, *answers: list[int | KafkaException]) -> None:
+        super().__init__({})
+        self.answers = [*answers]
+
+    def list_offsets(self, topic_partition_offsets: Any, **_: Any) -> Any:
+        futures: dict[TopicPartition, Future[Any]] = {}
+        for place, answer in zip(topic_partition_offsets, self.answers.pop(0), strict=True):
+            futures[place] = Future()
+            if isinstance(answer, KafkaException):
+                futures[place].set_exception(answer)
+            else:
+                futures[place].set_result(SimpleNamespace(offset=answer))
+        return futures
+
+
+PLACES = [TopicPartition("reviews", 0), TopicPartition("reviews", 1)]
+
+
+def test_watermarks_are_where_partitions_begin_and_end() -> None:
+    found = watermarks(Offsets([0, 3], [0, 9]), PLACES, 1)
+    assert found == {("reviews", 0): (0, 0), ("reviews", 1): (3, 9)}
+    assert watermarks(Offsets(), [], 1) == {}
+
+
+@pytest.mark.parametrize("untold", [-1001, KafkaException(KafkaError(KafkaError._TIMED_OUT))])
+def test_a_watermark_that_is_not_told_is_an_error(untold: int | KafkaException) -> None:
+    """In a fault run a broker was killed while it was asked: the end came as -1001, no error."""
+    with pytest.raises(KafkaException):
+        watermarks(Offsets([0, 3], [0, untold]), PLACES, 1)
