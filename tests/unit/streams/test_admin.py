@@ -119,7 +119,6 @@ class Offsets(AdminClient):
     """Answers what it is told: offsets of the beginnings, then of the ends."""
 
     def __init__(self, *answers: list[int | KafkaException]) -> None:
-        super().__init__({})
         self.answers = [*answers]
 
     def list_offsets(self, topic_partition_offsets: Any, **_: Any) -> Any:
