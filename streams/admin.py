@@ -104,13 +104,9 @@ def watermarks(
     asked = list(places)
     if not asked:
         return {}
-    futures: list[Any] = []
-    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
-        wanted: dict[TopicPartition, Any] = dict.fromkeys(asked, spec)
-        futures.append(admin.list_offsets(wanted, request_timeout=seconds))
     lows, highs = (
         {(where.topic, where.partition): int(each.result().offset) for where, each in found.items()}
-        for found in futures
+        for found in _ask_ends(admin, asked, seconds)
     )
     if untold := [place for place in lows if min(lows[place], highs[place]) < 0]:
         raise KafkaException(
@@ -120,6 +116,17 @@ def watermarks(
             )
         )
     return {place: (low, highs[place]) for place, low in lows.items()}
+
+
+def _ask_ends(
+    admin: AdminClient, places: list[TopicPartition], seconds: float
+) -> list[dict[TopicPartition, Any]]:
+    """Futures of where each partition begins, and of where it ends."""
+    futures: list[dict[TopicPartition, Any]] = []
+    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
+        asked: dict[TopicPartition, Any] = dict.fromkeys(places, spec)
+        futures.append(admin.list_offsets(asked, request_timeout=seconds))
+    return futures
 
 
 def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
@@ -412,9 +419,7 @@ def _counts(
     counts = dict.fromkeys(names, 0)
     if not partitions:
         return counts
-    for sign, spec in ((-1, OffsetSpec.earliest()), (1, OffsetSpec.latest())):
-        asked: dict[TopicPartition, Any] = dict.fromkeys(partitions, spec)
-        futures = admin.list_offsets(asked, request_timeout=REQUEST_SECONDS)
+    for sign, futures in zip((-1, 1), _ask_ends(admin, partitions, REQUEST_SECONDS), strict=True):
         for partition, future in futures.items():
             try:
                 place = _request(kafka, future.result).offset

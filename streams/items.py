@@ -13,14 +13,13 @@ from streams.claims import Claims, ends
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.inputs import split
 from streams.metrics import Metrics
-from streams.processor import Offsets, Outcome, Position
+from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Position
 from streams.reader import ITEM_STATE, partition_keys
 from streams.store import Store
 from streams.tail import archived_end, bounds, read_archived
 
 TOPIC = "item-updates"
 BATCH = 5_000  # updates in one turn
-CATCH_UP_SECONDS = 5.0  # after which a claim begins with no other partition: the group waits
 LINGER_SECONDS = 0.05  # an item's state is behind its events by little more than this
 
 
@@ -55,7 +54,7 @@ class Items:
         starts = {partition: {TOPIC: start} for partition, start in found.items()}
         if not self._kafka.exactly_once:  # the embedded broker has no retention, nor tells of it
             return starts
-        until = time.monotonic() + CATCH_UP_SECONDS
+        until = time.monotonic() + CLAIM_SECONDS
         for partition, (low, high) in bounds(self._kafka, TOPIC, committed).items():
             start = found[partition]
             if start >= low:

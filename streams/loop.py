@@ -43,14 +43,13 @@ from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreError
 from streams.metrics import Metrics
 from streams.pace import Overlap
-from streams.processor import Outcome, Position, Processor
+from streams.processor import CLAIM_SECONDS, Outcome, Position, Processor
 from streams.sender import Sender
 from streams.starts import Start, claim
 
 IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
 TIMED_SECONDS = 5.0  # timed work waits no longer, though it costs a wait for what is under way
 LEAVE_SECONDS = 4.0  # a group that does not answer must not keep a worker from ending
-CLAIM_SECONDS = 5.0  # a worker that recovers many partitions still polls, so that it keeps them
 FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again this soon,
 LAST_BACK_OFF_SECONDS = 5.0  # and later this often
 COMMITS = "-commits"  # ends the name of the thread that ends transactions

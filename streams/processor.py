@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from confluent_kafka import Message
 
+CLAIM_SECONDS = 5.0  # after which a claim takes up nothing more: who does not poll leaves the group
+
 Position = tuple[str, int]  # topic (with the prefix taken off), partition
 Offsets = dict[int, dict[str, int]]  # by partition and topic
 
@@ -86,9 +88,9 @@ class Processor(Protocol):
         """Take partitions over and recover their states; where each topic is to be read from.
 
         `committed` has the group's committed offset of each topic, -1 where there is none: of all
-        topics, or of those owned when the processor does not want them together. What takes long
-        may be left out of the answer: it is claimed again, after a poll that keeps the worker in
-        its group.
+        topics, or of those owned when the processor does not want them together. What is not
+        through after `CLAIM_SECONDS` may be left out of the answer: it is claimed again, after a
+        poll.
         """
         ...
 

@@ -1,6 +1,6 @@
 """Where a processor that takes partitions over reads on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
@@ -75,11 +75,7 @@ def _committed(
     wanted: Mapping[int, Sequence[str]],
 ) -> Offsets:
     """The group's committed offset of each input, -1 where there is none."""
-    inputs = [
-        TopicPartition(topic_name(config, topic), partition)
-        for partition, topics in wanted.items()
-        for topic in topics
-    ]
+    inputs = _places(config, wanted)
     try:
         found = consumer.committed(inputs, CONTROL_SECONDS)
     except KafkaException as error:
@@ -103,16 +99,20 @@ def _committed(
 
 def _ends(config: KafkaConfig, starts: Offsets) -> dict[Position, tuple[int, int]]:
     """The first offset of each input and the next one to be written."""
-    inputs = [
-        TopicPartition(topic_name(config, topic), partition)
-        for partition, topics in starts.items()
-        for topic in topics
-    ]
-    found = watermarks(AdminClient(client_config(config)), inputs, CONTROL_SECONDS)
+    places = _places(config, starts)
+    found = watermarks(AdminClient(client_config(config)), places, CONTROL_SECONDS)
     return {
         (topic.removeprefix(config.topic_prefix), partition): each
         for (topic, partition), each in found.items()
     }
+
+
+def _places(config: KafkaConfig, inputs: Mapping[int, Iterable[str]]) -> list[TopicPartition]:
+    return [
+        TopicPartition(topic_name(config, topic), partition)
+        for partition, topics in inputs.items()
+        for topic in topics
+    ]
 
 
 def _passed(starts: Offsets, ends: Mapping[Position, tuple[int, int]]) -> list[int]:

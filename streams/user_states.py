@@ -29,12 +29,11 @@ from schemas.journal import TOPICS, Journal, Transaction
 from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.journal import read_journals
-from streams.processor import Offsets
+from streams.processor import CLAIM_SECONDS, Offsets
 from streams.reader import USER_STATE, partition_keys
 from streams.store import Claim, Keys, Store, Writing
 
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
-RECOVERY_SECONDS = 5.0  # after which a claim ends: a worker that does not poll leaves its group
 MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
 MARKER_PAUSE_SECONDS = 0.05
 CHECK_SECONDS = 5.0  # a store that lost what it had is noticed this soon though nothing happens
@@ -92,7 +91,7 @@ class UserStates:
     def claim(self, committed: Offsets) -> Offsets:
         """Take partitions over, bring their states up to the journal's end, say where to read on.
 
-        Those that have more to apply than `RECOVERY_SECONDS` allow are left out: their next claim
+        Those that have more to apply than `CLAIM_SECONDS` allow are left out: their next claim
         goes on. Raises `StoreAheadError` or `JournalGapError` when store, journal and committed
         offsets do not belong together, `StoreError` when the store does not answer.
         """
@@ -107,6 +106,7 @@ class UserStates:
             if time.monotonic() > until:
                 break
             time.sleep(MARKER_PAUSE_SECONDS)
+            ends = {each: ends[each] for each in ends if each not in behind}
             ends |= self._recover(behind)
         for partition, reached in ends.items():
             for topic in TOPICS:
@@ -222,7 +222,7 @@ class UserStates:
         Partitions whose ends are not reached in time are left out.
         """
         starts = {each: int(self._held[each].header["journal"]) for each in partitions}
-        until = time.monotonic() + RECOVERY_SECONDS
+        until = time.monotonic() + CLAIM_SECONDS
         rows, ended = Counter[int](), list[int]()
         for several in _in_portions(read_journals(self._kafka, self._archive, starts)):
             for partition, entries in several.items():

@@ -34,6 +34,7 @@ from streams.processor import Processor
 from streams.run import _make, _Shared
 from streams.store import Store
 from tests.contracts.inputs import PARTITIONS, Sent
+from tests.unit.streams.journals import told
 from tests.unit.streams.messages import NOW_MS, PREFIX
 from tests.unit.streams.scripted_kafka import Broker, Place, ScriptedConsumer, ScriptedProducer
 
@@ -127,8 +128,7 @@ class Kafka(Broker):
                 for at, value in enumerate(values)
                 if at >= start and isinstance(value, Value) and value.place == partition
             )
-            for transaction in (*journal.decode_all(mine), None):
-                yield partition, transaction
+            yield from told(partition, journal.decode_all(mine))
 
 
 @dataclass

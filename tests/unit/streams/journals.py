@@ -1,6 +1,6 @@
 """Journals of one user partition, and the states that they lead to, without a Kafka."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,3 +111,11 @@ def _items() -> Table:
     rows["rating_count"] = np.arange(len(ITEMS)) * 3
     rows["rating_sum"] = rows["rating_count"] * np.linspace(1, 5, len(ITEMS))
     return table(ITEMS, rows)
+
+
+def told(
+    partition: int, transactions: Iterable[Transaction]
+) -> Iterator[tuple[int, Transaction | None]]:
+    """As `read_journals` tells those of one partition, and their end."""
+    for each in (*transactions, None):
+        yield partition, each

@@ -24,7 +24,7 @@ from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.loop import Loop
-from streams.processor import Offsets, Outcome, Position
+from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Position
 from tests.unit.streams.looped import (
     ABORTS,
     TOPICS,
@@ -210,7 +210,7 @@ def test_claims_one_by_one_leave_time_to_poll(world: World) -> None:
     world.consumer.rebalance(new=places(0, 1, 2, 3))
     world.turn(loop)
     processor.claims.clear()
-    world.clock.each = loops.CLAIM_SECONDS
+    world.clock.each = CLAIM_SECONDS
     world.turn(loop)
     assert [partition for partition, _ in processor.claims] == [0]
     world.turn(loop, 3)

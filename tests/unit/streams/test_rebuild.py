@@ -16,7 +16,7 @@ from streams.reader import ITEM_STATE, USER_STATE
 from streams.rebuild import Rebuilt, Shop, require_journal
 from streams.store import Store
 from streams.user_states import decode_header
-from tests.unit.streams.journals import Partition, events
+from tests.unit.streams.journals import Partition, events, told
 
 
 @pytest.fixture
@@ -117,11 +117,11 @@ def test_user_states_that_take_long_are_applied_to_the_end(
     def read(
         _: Any, __: Any, starts: Mapping[int, int]
     ) -> Iterator[tuple[int, Transaction | None]]:
-        return ((1, each) for each in (*journal.read(starts[1]), None))
+        return told(1, journal.read(starts[1]))
 
     monkeypatch.setattr(user_states, "read_journals", read)
     monkeypatch.setattr(user_states, "RECOVERY_ROWS", 1)
-    monkeypatch.setattr(user_states, "RECOVERY_SECONDS", 0.0)
+    monkeypatch.setattr(user_states, "CLAIM_SECONDS", 0.0)
     monkeypatch.setattr(rebuild, "MARKER_SECONDS", 0.1)
     monkeypatch.setattr(Shop, "committed", lambda *where: journal.ends()[where[2]])
     rebuilt = rebuild._users(shop, 1)

@@ -1,5 +1,5 @@
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +21,7 @@ from streams.exceptions import FencedError, JournalGapError, StoreAheadError
 from streams.reader import USER_STATE, partition_keys
 from streams.store import Store
 from streams.user_states import HEADER, Taken, UserStates, decode_header
-from tests.unit.streams.journals import USERS, Partition, events
+from tests.unit.streams.journals import USERS, Partition, events, told
 
 PARTITION = 2
 DAY_MS = 86_400_000
@@ -42,17 +42,11 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Partition], None]:
             kafka: KafkaConfig, archived: ArchiveConfig, starts: Mapping[int, int]
         ) -> Iterator[tuple[int, Transaction | None]]:
             assert starts.keys() == {PARTITION}
-            return told(partition.read(starts[PARTITION]))
+            return told(PARTITION, partition.read(starts[PARTITION]))
 
         monkeypatch.setattr(user_states, "read_journals", read)
 
     return stands
-
-
-def told(transactions: Iterable[Transaction]) -> Iterator[tuple[int, Transaction | None]]:
-    """As `read_journals` tells those of one partition, and their end."""
-    for each in (*transactions, None):
-        yield PARTITION, each
 
 
 def read(states: UserStates, users: Hashes) -> Rows:
@@ -147,12 +141,12 @@ def test_a_long_recovery_goes_on_with_the_next_claim(
     ) -> Iterator[tuple[int, Transaction | None]]:
         asked.append(starts)
         if 1 in starts:
-            yield from ((1, each) for each in (*short.read(starts[1]), None))
-        yield from told(long.read(starts[PARTITION]))
+            yield from told(1, short.read(starts[1]))
+        yield from told(PARTITION, long.read(starts[PARTITION]))
 
     monkeypatch.setattr(user_states, "read_journals", read)
     monkeypatch.setattr(user_states, "RECOVERY_ROWS", 1)
-    monkeypatch.setattr(user_states, "RECOVERY_SECONDS", 0.0)
+    monkeypatch.setattr(user_states, "CLAIM_SECONDS", 0.0)
     states = make(store)
     committed = {1: short.ends(), PARTITION: long.ends()}
     claimed = states.claim(committed)
@@ -222,9 +216,12 @@ def test_a_journal_whose_marker_is_late_is_waited_for(
     def read(*arguments: Any) -> Iterator[tuple[int, Transaction | None]]:
         late = time.monotonic() < started + 0.2
         return told(
-            each
-            for each in partition.read(arguments[-1][PARTITION])
-            if not late or each is partition.steps[0].transaction
+            PARTITION,
+            [
+                each
+                for each in partition.read(arguments[-1][PARTITION])
+                if not late or each is partition.steps[0].transaction
+            ],
         )
 
     monkeypatch.setattr(user_states, "read_journals", read)
