@@ -12,7 +12,7 @@ Question (b), stars read off a review's text, has the same split and is never mi
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -112,7 +112,7 @@ def evaluate(
     *,
     encoder: str = "auto",
     ties: Ties = "instant",
-    peers: bool = True,
+    peers: Collection[str] | None = None,
     allow_leaks: bool = False,
     ablate: bool = False,
     progress: Progress | None = None,
@@ -125,15 +125,17 @@ def evaluate(
         config: settings; the defaults when absent.
         encoder: as `models.encoder`.
         ties: what rows of one time know of each other, in fitting too.
-        peers: whether the peers are measured, which takes longer than our model.
+        peers: names of those that are measured, which takes longer than our model; all when
+            absent.
         allow_leaks: go on where an alarm is raised.
         ablate: whether each part of the network is taken away in turn, too.
         progress: where bars are shown.
 
     Raises:
-        TrainerError: too few rated rows; an alarm that was raised.
+        TrainerError: too few rated rows; an alarm that was raised; a peer that there is not.
     """
     config = config or TrainerConfig()
+    wanted = _wanted(peers)
     if config.threads:
         torch.set_num_threads(config.threads)
     kept = Kept(folder)
@@ -154,9 +156,9 @@ def evaluate(
     alarms += leaks.telling_features(examples.inputs.features[test], examples.rating[test])
     _stop_at(alarms, allow_leaks)
     ours = _ours(asked, split, config, kept, progress)
-    theirs = _peers(asked, split, config, kept, progress) if peers else {}
-    if peers and worded is not None and base is not None:
-        texts |= _text_peers(worded, base, config, kept, progress)
+    theirs = _peers(wanted, asked, split, config, kept, progress) if wanted else {}
+    if wanted and worded is not None and base is not None:
+        texts |= _text_peers(wanted, worded, base, config, kept, progress)
     rating = examples.rating[test]
     blocks = {
         way: _block(rating, data, test, {MODEL: ours[way].rating, **_of_way(theirs, way)}, config)
@@ -182,6 +184,19 @@ def evaluate(
         data = sampled(Prepared(examples, split), config)
         document["ablations"] = ablated(data, config, kept, progress)
     return Evaluated(document, steps)
+
+
+def _wanted(peers: Collection[str] | None) -> frozenset[str]:
+    """The names of the peers that are measured."""
+    if peers is not None and not peers:
+        return frozenset()
+    from trainer.peers import ratings, texts  # an extra, and slow to import
+
+    known = (*ratings.PEERS, *texts.TEXT_PEERS, texts.PLAIN)
+    chosen = frozenset(known if peers is None else peers)
+    if unknown := sorted(chosen.difference(known)):
+        raise TrainerError(f"no peer is called {unknown[0]}; there are {', '.join(known)}")
+    return chosen
 
 
 def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
@@ -277,6 +292,7 @@ def _chosen(fitted: Fitted) -> Floats:
 
 
 def _peers(
+    wanted: Collection[str],
     asked: Mapping[str, Examples],
     split: Split,
     config: TrainerConfig,
@@ -300,9 +316,10 @@ def _peers(
         return {**answers, "settings": np.array(orjson.dumps(settings).decode())}
 
     bar = tracker(progress, "tuning and fitting the peers")
+    chosen = {name: peer for name, peer in ratings.PEERS.items() if name in wanted}
     found: dict[str, Arrays] = {}
-    for done, (name, peer) in enumerate(ratings.PEERS.items()):
-        bar(done, len(ratings.PEERS))
+    for done, (name, peer) in enumerate(chosen.items()):
+        bar(done, len(chosen))
         found[name] = kept.get(f"peer {name}", lambda peer=peer: make(peer))
     bar(1, 1)
     return found
@@ -475,6 +492,7 @@ def _our_texts(
 
 
 def _text_peers(
+    wanted: Collection[str],
     worded: _Worded,
     base: TextEncoder,
     config: TrainerConfig,
@@ -484,6 +502,9 @@ def _text_peers(
     """The peers' answers for the test texts."""
     from trainer.peers import texts  # an extra
 
+    chosen = {name: peer for name, peer in texts.TEXT_PEERS.items() if name in wanted}
+    if not chosen and texts.PLAIN not in wanted:
+        return {}
     whole, spans = worded.whole, worded.whole.span
     test = np.flatnonzero(spans == TEST).tolist()
     vectors = {
@@ -521,9 +542,10 @@ def _text_peers(
 
     found = {
         name: kept.get(f"text peer {name}", lambda peer=peer: make(peer))
-        for name, peer in texts.TEXT_PEERS.items()
+        for name, peer in chosen.items()
     }
-
+    if texts.PLAIN not in wanted:
+        return found
     checkpoints = kept.folder / "plain"
 
     def plain() -> Arrays:
@@ -542,7 +564,7 @@ def _text_peers(
             answers[part], answers[f"{part} stars"] = expected, stars
         return answers
 
-    found["finetune_plain"] = kept.get("text peer finetune_plain", plain)
+    found[texts.PLAIN] = kept.get(f"text peer {texts.PLAIN}", plain)
     shutil.rmtree(checkpoints, ignore_errors=True)  # hundreds of megabytes, of no more use
     return found
 

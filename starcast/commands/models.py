@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Which model serves.")
 
-
-class Peers(StrEnum):
-    """Which other models are measured."""
-
-    ALL = "all"
-    NONE = "none"
+_NO_PEERS = "none"
 
 
 class What(StrEnum):
@@ -189,8 +184,13 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write the figures, and a reliability plot by it.")
     ] = None,
     peers: Annotated[
-        Peers, typer.Option(help="Other models on the same rows: all (extra `peers`), or none.")
-    ] = Peers.ALL,
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another model on the same rows (extra `peers`), several times for several, or "
+            "`none`; else all.",
+        ),
+    ] = None,
     ties: Annotated[
         TiesOption, typer.Option(help="What rows of one time know of each other.")
     ] = TiesOption.INSTANT,
@@ -221,7 +221,7 @@ def evaluate(
                 config,
                 encoder=encoder,
                 ties=ties.value,
-                peers=peers is Peers.ALL,
+                peers=() if peers == [_NO_PEERS] else peers,
                 allow_leaks=allow_leaks,
                 ablate=ablations,
                 progress=progress,

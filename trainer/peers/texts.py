@@ -26,6 +26,7 @@ from transformers import (
 from trainer.metrics import Floats, scores
 from trainer.peers.tuning import Settings, Suggest, tune
 
+PLAIN = "finetune_plain"  # the name of what has nothing to tune
 _MOST_STEPS = 300  # of a logistic regression's solver
 _CHECKPOINT_STEPS = 50  # of a fine-tune: minutes on a core
 

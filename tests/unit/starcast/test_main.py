@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast import __version__
 from starcast.main import app, main
@@ -69,6 +70,26 @@ def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["starcast", "asyncapi"])
     with pytest.raises(KeyError):
         main()
+
+
+@pytest.mark.parametrize(
+    ("named", "wanted"), [([], None), (["none"], ()), (["bias", "svd"], ["bias", "svd"])]
+)
+def test_peers_of_an_evaluation_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: list[str], wanted: object
+) -> None:
+    asked: list[object] = []
+
+    def evaluate(*_: object, peers: object, **__: object) -> None:
+        asked.append(peers)
+        raise StarcastError("asked")
+
+    monkeypatch.setattr("trainer.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("trainer.data.from_file", lambda path: path)
+    (tmp_path / "shop.jsonl").touch()
+    options = [option for name in named for option in ("--peers", name)]
+    assert run_main(monkeypatch, "evaluate", "--events", "shop.jsonl", *options) == 1
+    assert asked == [wanted]
 
 
 def test_config_prints_every_setting_with_its_source(

@@ -60,11 +60,26 @@ def test_every_model_is_measured_on_the_same_rows_and_goes_on_where_it_stopped(
 
 
 def test_without_peers_our_model_alone_is_measured(shop_file: Path, tmp_path: Path) -> None:
-    found = evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=False)
+    found = evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=())
     assert found.document["rating"]["prequential"].keys() == {"model"}
     assert found.document["gain"] is None
     assert found.document["text"] == {}
     assert summary(found)
+
+
+def test_peers_are_chosen_by_name(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path, few: None
+) -> None:
+    log = from_file(shop_file)
+    wanted = ("bias", "tfidf_ridge")
+    found = evaluate(log, tmp_path, SMALL, encoder=str(encoder_folder), peers=wanted).document
+    assert found["rating"]["prequential"].keys() == {"model", "bias"}
+    assert found["gain"]["best_peer"] == "bias"
+    assert found["text"].keys() == {"model", "tfidf_ridge"}
+    found = evaluate(log, tmp_path, SMALL, encoder=str(encoder_folder), peers=["bias"]).document
+    assert found["text"].keys() == {"model"}
+    with pytest.raises(TrainerError, match="no peer is called nobody; there are global, bias,"):
+        evaluate(log, tmp_path, SMALL, encoder="none", peers=["nobody"])
 
 
 def test_an_alarm_stops_it_unless_told_otherwise(
@@ -74,8 +89,8 @@ def test_an_alarm_stops_it_unless_told_otherwise(
     monkeypatch.setattr(evaluation.leaks, "known_later", lambda log: [leak])
     log = from_file(shop_file)
     with pytest.raises(TrainerError, match="a leak: 1 rows, as r1"):
-        evaluate(log, tmp_path, SMALL, encoder="none", peers=False)
-    found = evaluate(log, tmp_path, SMALL, encoder="none", peers=False, allow_leaks=True)
+        evaluate(log, tmp_path, SMALL, encoder="none", peers=())
+    found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
 
 
