@@ -35,6 +35,7 @@ from trainer.config import Method, TextConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.fine_tune import taken
 from trainer.gate import difference
+from trainer.kept import Kept
 from trainer.metrics import scores
 from trainer.prepare import cleaned, item_vectors, prepared, review_texts
 from trainer.text import ReviewTexts
@@ -206,7 +207,7 @@ def ablated(place: Place, name: str) -> dict[str, Any]:
     data = prepared(
         log, cleaned(log, config).reviews, vectors, known, config, lambda done, total: None
     )
-    return evaluation.ablated(data, config, evaluation.Kept(folder))
+    return evaluation.ablated(data, config, Kept(folder))
 
 
 def worded(place: Place, name: str) -> dict[str, Any]:

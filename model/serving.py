@@ -3,10 +3,10 @@
 Weights are fixed, so what depends on them and an id or a vector alone is made once: the part of a
 recent item's token that comes from its hashed id is a table by bucket, a text's vector is
 multiplied when it is first met, trees lose the nodes that ask nothing. What is row by row (taste,
-trees, attention, standardising) is compiled loops; dense layers are matrix products of blocks of
-one size, the last one padded, since products of another size may add in another order, and an
-event must score the same alone and in any batch. Members stand side by side as one network, whose
-layers between them hold zeros: few large products take less time than many small ones.
+trees, attention, standardising) is compiled (`serving_loops`); dense layers are matrix products of
+blocks of one size, the last one padded, since products of another size may add in another order,
+and an event must score the same alone and in any batch. Members stand side by side as one network,
+whose layers between them hold zeros: few large products take less time than many small ones.
 
 Cost of a row of one member, with the default sizes: 32,000 products in the dense layers (10,000
 more each time a new vector is met), 3,400 in the attention; an average path of four questions for
@@ -25,22 +25,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.compiled import compiled, summing
-from model.features import ITEM_DAMPING
 from model.ids import low_half
 from model.lookups import Source
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, blocks, bucket, check
-from model.state import RATING_STEPS
-from model.taste import COLUMNS, FADE, MOOD, Taste
+from model.serving_loops import BLOCK, attend, climb, embed, fold_in, standardise
+from model.taste import COLUMNS, Taste
 from model.trees import Trees
 
 Singles = NDArray[np.float32]
 
-_BLOCK = 128  # rows of a matrix product
 # Outputs of one come in so many: of six, MKL's AVX2 code rounds every second row another way, as
 # its place in memory begins, and a row would not be the same alone and in any batch.
 _WIDTH = 8
-_CHUNK = 8 * _BLOCK  # rows at a time, so that a long test fits in memory
+_CHUNK = 8 * BLOCK  # rows at a time, so that a long test fits in memory
 _NOTHING = np.empty((0, 0), np.float32)
 _BITS = 8  # of a recent item's actions
 _TOGETHER = 4  # members side by side: among more, zeros would cost more than calls
@@ -59,8 +56,8 @@ class _Dense:
         """
         weight, bias = self._padded
         made = torch.empty((len(rows), len(bias)))
-        for first in range(0, len(rows), _BLOCK):
-            block = slice(first, first + _BLOCK)
+        for first in range(0, len(rows), BLOCK):
+            block = slice(first, first + BLOCK)
             torch.addmm(bias, rows[block], weight, out=made[block])
         if begun is not None:
             made[: len(begun), : begun.shape[1]] += begun
@@ -98,7 +95,7 @@ class _Products:
         new = np.flatnonzero(wanted & ~self._done[: len(vectors)])
         for first in range(0, len(new), _CHUNK):
             rows = new[first : first + _CHUNK]
-            block = np.zeros((-(-len(rows) // _BLOCK) * _BLOCK, vectors.shape[1]), np.float32)
+            block = np.zeros((-(-len(rows) // BLOCK) * BLOCK, vectors.shape[1]), np.float32)
             block[: len(rows)] = vectors[rows]
             for layer, made in zip(self._layers, self._made, strict=True):
                 made[rows] = layer(torch.from_numpy(block))[: len(rows)].numpy()
@@ -219,9 +216,9 @@ class Served:
         config, count = self._config, len(inputs)
         ids = _Ids(config, inputs)
         columns = self._columns(inputs, ids)
-        rows = -(-count // _BLOCK) * _BLOCK
+        rows = -(-count // BLOCK) * BLOCK
         features = np.zeros((rows, 2 * config.columns), np.float32)
-        _standardise(columns, self._scaling, features)
+        standardise(columns, self._scaling, features)
         output = np.zeros((rows, 6), np.float32)
         for served, products in zip(self._served, begun, strict=True):
             output += _head(served, config, features, inputs, ids, products)
@@ -229,7 +226,7 @@ class Served:
         correction = output[:, 0].copy()
         if self._trees is not None:
             said = np.zeros(count, np.float32)
-            _climb(columns, self._trees, said)
+            climb(columns, self._trees, said)
             correction += said
         bias = columns[:, config.bias_column]
         return bias + self._shrink * correction, self._prior + output[:, 1:]
@@ -243,7 +240,7 @@ class Served:
         columns[:, : self._config.features] = inputs.features
         running = np.nan_to_num(inputs.features[:, self._config.running_columns])
         rated = (ids.recent, inputs.recent_ratings, ids.older, inputs.older_ratings)
-        _fold_in(*self._taste, ids.item, *rated, running, told)
+        fold_in(*self._taste, ids.item, *rated, running, told)
         columns[:, self._config.features :] = told
         return columns
 
@@ -382,7 +379,7 @@ def _pruned(trees: Trees) -> _Pruned:
     return _Pruned(
         np.array(roots, np.uint32),
         np.array(depths, np.uint32),
-        np.array(asked, np.uint32) * np.uint32(_BLOCK),
+        np.array(asked, np.uint32) * np.uint32(BLOCK),
         np.array(thresholds, np.float32),
         np.array(left, np.uint32),
         np.array(values, np.float32),
@@ -415,12 +412,12 @@ def _head(
     joined = np.zeros((len(features), len(served.first.weight)), np.float32)
     joined[:, :begin] = features
     tables = (served.items, served.categories, served.brands, served.users)
-    _embed(*tables, ids.item, ids.categories, ids.brand, ids.user, joined[:, begin:])
+    embed(*tables, ids.item, ids.categories, ids.brand, ids.user, joined[:, begin:])
     rows = torch.from_numpy(joined)
     if (attention := served.attention) is not None:
         heard = np.zeros((len(joined), len(attention.output.weight)), np.float32)
         asking = rows[:, begin : begin + 3 * identity]
-        _attend(
+        attend(
             attention.query(asking, _of_items(begun.query, inputs)).numpy(),
             config.token,
             begun.tokens,
@@ -442,233 +439,3 @@ def _head(
     made = served.last(hidden)
     made[:, :1] += linear
     return made.numpy()
-
-
-@compiled
-def _embed(
-    items: Any,
-    categories: Any,
-    brands: Any,
-    users: Any,
-    item: Any,
-    category: Any,
-    brand: Any,
-    user: Any,
-    joined: Any,
-) -> None:
-    """Fill the first 4 widths of `joined` with the embeddings of n rows' ids."""
-    width = items.shape[1]
-    for row in range(len(item)):
-        for at in range(width):
-            total = np.float32(0)
-            for level in range(category.shape[1]):
-                total += categories[category[row, level], at]
-            joined[row, at] = items[item[row], at]
-            joined[row, width + at] = total
-            joined[row, 2 * width + at] = brands[brand[row], at]
-            joined[row, 3 * width + at] = users[user[row], at]
-
-
-@compiled
-def _standardise(columns: Any, scaling: Any, joined: Any) -> None:
-    """Columns (n, C) to values and missing flags in the first 2 C of `joined`."""
-    width = columns.shape[1]
-    mean, scale, low, high, used = scaling
-    for row in range(len(columns)):
-        for at in range(width):
-            value = columns[row, at]
-            if np.isnan(value):
-                joined[row, width + at] = used[at]
-            else:
-                value = (value - mean[at]) / scale[at]
-                joined[row, at] = max(min(value, high[at]), low[at]) * used[at]
-
-
-@compiled
-def _fold_in(
-    factors: Any,
-    offsets: Any,
-    level: float,
-    ridge: Any,
-    damping: float,
-    trust: Any,
-    item: Any,
-    recent: Any,
-    recent_rating: Any,
-    older: Any,
-    older_rating: Any,
-    running: Any,
-    said: Any,
-) -> None:
-    """The columns of `model.taste` (n, 8)."""
-    count = len(ridge)
-    gram, person = np.empty((count, count)), np.empty(count)
-    for row in range(len(item)):
-        gram[:], person[:] = 0.0, 0.0
-        age = known = 0
-        for slot in range(recent.shape[1]):
-            stars = recent_rating[row, slot]
-            if not np.isnan(stars):
-                bucket = recent[row, slot]
-                left = stars - (level + offsets[bucket])
-                known += _rate(factors[bucket], left, age, gram, person)
-                age += 1
-        for slot in range(older.shape[1]):
-            bucket = older[row, slot]
-            if bucket:
-                stars = older_rating[row, slot] / np.float32(RATING_STEPS)
-                left = stars - (level + offsets[bucket])
-                known += _rate(factors[bucket], left, age, gram, person)
-                age += 1
-        if age:
-            _solve(gram, ridge, person)
-        wanted = factors[item[row]]
-        taste = strength = wanted_strength = 0.0
-        for at in range(2, count):
-            factor = np.float64(wanted[at - 2])
-            taste += person[at] * factor
-            strength += person[at] * person[at]
-            wanted_strength += factor * factor
-        bias, user_bias, item_bias, ratings = running[row]
-        user_level = person[0] + person[1] - user_bias
-        item_level = item_bias * (ITEM_DAMPING - damping) / (np.expm1(ratings) + damping)
-        added = trust[0] * user_level + trust[1] * item_level + trust[2] * taste
-        said[row, 0] = max(min(bias + added, 5.0), 1.0)
-        said[row, 1], said[row, 2], said[row, 3] = user_level, person[1], item_level
-        said[row, 4], said[row, 5] = taste, known
-        said[row, 6], said[row, 7] = strength, wanted_strength
-
-
-@compiled
-def _rate(known: Any, left: float, age: int, gram: Any, person: Any) -> int:
-    """Add one rated item to the normal equations; 0 where its factors are not known."""
-    weight = FADE / (FADE + age)
-    lately = np.exp(-(1 + age) / MOOD)
-    person[0] += weight * left
-    person[1] += weight * lately * left
-    gram[0, 0] += weight
-    gram[1, 0] += weight * lately
-    gram[1, 1] += weight * lately * lately
-    some = 0
-    for at in range(len(known)):
-        factor = weight * known[at]
-        if factor != 0:
-            some = 1
-        person[at + 2] += factor * left
-        gram[at + 2, 0] += factor
-        gram[at + 2, 1] += factor * lately
-        for other in range(at + 1):
-            gram[at + 2, other + 2] += factor * known[other]
-    return some
-
-
-@compiled
-def _solve(gram: Any, ridge: Any, right: Any) -> None:
-    """(gram + diag(ridge))^-1 right, in place, by Cholesky; of gram the lower half is read."""
-    count = len(right)
-    for at in range(count):
-        gram[at, at] += ridge[at]
-        for other in range(at):
-            total = gram[at, other]
-            for inner in range(other):
-                total -= gram[at, inner] * gram[other, inner]
-            gram[at, other] = total / gram[other, other]
-        total = gram[at, at]
-        for inner in range(at):
-            total -= gram[at, inner] * gram[at, inner]
-        gram[at, at] = np.sqrt(total)
-        total = right[at]
-        for inner in range(at):
-            total -= gram[at, inner] * right[inner]
-        right[at] = total / gram[at, at]
-    for at in range(count - 1, -1, -1):
-        total = right[at]
-        for inner in range(at + 1, count):
-            total -= gram[inner, at] * right[inner]
-        right[at] = total / gram[at, at]
-
-
-@compiled
-def _climb(columns: Any, trees: Any, said: Any) -> None:
-    """Add what trees say of each row: a tree at a time for as many rows as a core's cache holds."""
-    roots, depths, asked, thresholds, left, values = trees
-    count, width = columns.shape
-    nodes = np.empty(_BLOCK, np.uint32)
-    asked_of = np.empty(2 * width * _BLOCK, np.float32)  # a missing value goes left, then right
-    for first in range(0, count, _BLOCK):
-        rows = min(_BLOCK, count - first)
-        for row in range(rows):
-            for at in range(width):
-                value = columns[first + row, at]
-                missing = np.isnan(value)
-                asked_of[at * _BLOCK + row] = -np.inf if missing else value
-                asked_of[(width + at) * _BLOCK + row] = np.inf if missing else value
-        for tree in range(len(roots)):
-            for row in range(_BLOCK):
-                nodes[row] = roots[tree]
-            for _ in range(depths[tree]):
-                for row in range(_BLOCK):
-                    node = nodes[row]
-                    right = asked_of[asked[node] + np.uint32(row)] > thresholds[node]
-                    nodes[row] = left[node] + np.uint32(right)
-            for row in range(rows):
-                said[first + row] += values[nodes[row]]
-
-
-@summing
-def _attend(
-    query: Any,
-    width: int,
-    by_vector: Any,
-    vector_rows: Any,
-    by_item: Any,
-    recent: Any,
-    rating: Any,
-    actions: Any,
-    by_rating: Any,
-    by_actions: Any,
-    by_position: Any,
-    heard: Any,
-) -> None:
-    """What each head hears (n, k · heads · token) of the recent items; see `network.Attention`."""
-    slots, wide = by_position.shape  # wide: the tokens of k members
-    heads = query.shape[1] // width
-    tokens = np.empty((slots, wide), np.float32)
-    weights = np.empty(slots, np.float32)
-    for row in range(len(recent)):
-        count = 0
-        for slot in range(slots):
-            if recent[row, slot] == 0:
-                continue
-            token, position = tokens[count], by_position[slot]
-            vector, item = by_vector[vector_rows[row, slot]], by_item[recent[row, slot]]
-            done = by_actions[actions[row, slot]]
-            for at in range(wide):
-                token[at] = position[at] + vector[at] + item[at] + done[at]
-            stars = rating[row, slot]
-            if not np.isnan(stars):
-                high = (stars - np.float32(3)) / np.float32(2)
-                by_stars, by_any = by_rating
-                for at in range(wide):
-                    token[at] += high * by_stars[at] + by_any[at]
-            count += 1
-        for head in range(heads):
-            begin = head * width
-            first = begin // (query.shape[1] // wide * width) * width  # of its member's token
-            mine = slice(first, first + width)
-            asks, hears = query[row, begin : begin + width], heard[row, begin : begin + width]
-            highest = np.float32(0)  # of the score of nothing
-            for at in range(count):
-                token, score = tokens[at, mine], np.float32(0)
-                for inner in range(width):
-                    score += asks[inner] * token[inner]
-                weights[at] = score
-                highest = max(highest, score)
-            total = np.exp(-highest)
-            for at in range(count):
-                weights[at] = np.exp(weights[at] - highest)
-                total += weights[at]
-            for at in range(count):
-                token, weight = tokens[at, mine], weights[at] / total
-                for inner in range(width):
-                    hears[inner] += weight * token[inner]

@@ -7,48 +7,43 @@ validation, then fitted to train and validation, and asked for the test rows in 
 - arrival: likewise, but rows of one time see those that came before them in the given order;
 - static: states stand still from the first test row on.
 
-Question (b), stars read off a review's text, has the same split and is never mixed with (a).
+Question (b), stars read off a review's text (`evaluate_texts`), has the same split and is never
+mixed with (a).
 """
 
 import hashlib
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import orjson
-import polars as pl
 import torch
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from model import encoder as encoders
 from model.bundle import FORMAT
-from model.encoder import TextEncoder, review_text
+from model.encoder import TextEncoder
 from model.features import FEATURE_HASH
 from model.state import LAYOUT_HASH
-from trainer import ablations, leaks, text
-from trainer.clean import EXAMPLES, Step
+from trainer import ablations, evaluate_texts, leaks
+from trainer.clean import Step
 from trainer.config import TrainerConfig
-from trainer.copies import copies
 from trainer.data import Examples, Log, Ties, replay, sorted_by_time
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import taken
 from trainer.fit import Fitted
 from trainer.gate import difference
+from trainer.kept import Arrays, Kept
 from trainer.metrics import (
     HISTORY_BUCKETS,
     Calibration,
     Floats,
-    TextScores,
     by_history,
     by_rating,
     calibration,
-    class_scores,
     scores,
 )
 from trainer.models import Predicted, predict
@@ -62,13 +57,9 @@ from trainer.prepare import (
 )
 from trainer.report import reliability
 from trainer.split import Split, by_instant, by_time
-from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
 from trainer.train import base_encoder, fit_network, refit_network
 
 MODEL = "model"
-PARTS = ("text", "text_title", "text_body")  # whole reviews, titles alone, texts alone
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -82,27 +73,6 @@ class Evaluated:
     def plot(self) -> str:
         """Whether what the model claims happens as often, as SVG."""
         return reliability(Calibration(**self.document["calibration"]))
-
-
-class Kept:
-    """Results by name in a folder, so that an evaluation that was cut short goes on from there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, name: str, make: Callable[[], Arrays]) -> Arrays:
-        """The arrays of `name`: made once."""
-        path = self.folder / f"{name}.npz"
-        if path.exists():
-            with np.load(path) as found:
-                return dict(found)
-        made = make()
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.savez(file, **cast(Any, made))
-        part.replace(path)
-        return made
 
 
 def evaluate(
@@ -145,20 +115,21 @@ def evaluate(
     cut = by_instant if ties == "instant" else by_time
     split = cut(log.events["time"][rows], config.split)
     base = base_encoder(encoder, None, config)
-    worded, copies = _worded(found.reviews, split, config)
+    worded, copies = evaluate_texts.texts_of(found.reviews, split, config)
     steps = (*found.steps, copies)
-    alarms = [*leaks.known_later(log), *_copied(worded)]
+    alarms = [*leaks.known_later(log), *evaluate_texts.alarms(worded)]
     _stop_at(alarms, allow_leaks)
     unrated = unrated_texts(log, config.text, int(rows[split.test].min()))
-    texts, used = _our_texts(worded, unrated, base, config, kept, progress)
+    read, used = evaluate_texts.ours(worded, unrated, base, config, kept, progress)
     asked = _replays(log, rows, split, used, ties, progress)
     examples, test = asked["prequential"], split.test
     alarms += leaks.telling_features(examples.inputs.features[test], examples.rating[test])
     _stop_at(alarms, allow_leaks)
     ours = _ours(asked, split, config, kept, progress)
+    texts = {} if read is None else {MODEL: read}
     theirs = _peers(wanted, asked, split, config, kept, progress) if wanted else {}
     if wanted and worded is not None and base is not None:
-        texts |= _text_peers(wanted, worded, base, config, kept, progress)
+        texts |= evaluate_texts.peers(wanted, worded, base, config, kept, progress)
     rating = examples.rating[test]
     blocks = {
         way: _block(rating, data, test, {MODEL: ours[way].rating, **_of_way(theirs, way)}, config)
@@ -175,7 +146,7 @@ def evaluate(
         "rating": blocks,
         "gain": _gain(blocks["prequential"]),
         "calibration": asdict(calibration(rating, model.distribution, model.low, model.high)),
-        **_text_blocks(worded, texts),
+        **evaluate_texts.blocks(worded, texts),
         "leaks": [asdict(each) for each in alarms],
         "cleaning": [asdict(each) for each in steps],
         "settings": config.model_dump(mode="json"),
@@ -214,9 +185,6 @@ def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root:
     code = [FEATURE_HASH, LAYOUT_HASH, FORMAT]
     digest.update(orjson.dumps([config.model_dump(mode="json"), encoder, ties, *code]))
     return root / digest.hexdigest()[:16]
-
-
-# -- question (a) --------------------------------------------------------------------------------
 
 
 def _replays(
@@ -388,209 +356,6 @@ def _gain(block: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"best_peer": best, "gain": 1 - block[MODEL]["rmse"] / others[best]}
 
 
-# -- question (b) --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Worded:
-    """Review texts, whole, and their parts ("" where one is missing)."""
-
-    whole: ReviewTexts
-    titles: list[str]
-    bodies: list[str]
-    names: list[str]  # event ids
-
-    def part(self, name: str) -> list[str]:
-        return {"text": [*self.whole.texts], "text_title": self.titles, "text_body": self.bodies}[
-            name
-        ]
-
-
-def _worded(
-    reviews: pl.DataFrame, split: Split, config: TrainerConfig
-) -> tuple[_Worded | None, Step]:
-    """The texts of cleaned reviews under the split of all, but those that copy older ones."""
-    span = np.full(reviews.height, TRAIN, np.int8)
-    span[split.validation], span[split.test] = VALIDATION, TEST
-    table = reviews.with_columns(pl.Series("span", span)).sort("time", maintain_order=True)
-    table = table.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
-    texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
-    tested = table["span"].to_numpy() == TEST
-    newer = np.flatnonzero(tested)
-    older = [texts[row] for row in np.flatnonzero(~tested).tolist()]
-    copied = newer[copies(older, [texts[row] for row in newer.tolist()])]
-    examples = tuple(table["event_id"][copied[:EXAMPLES].tolist()].to_list())
-    step = Step("test text that repeats an older one: not asked for", True, len(copied), examples)
-    good = np.setdiff1d(np.arange(len(texts)), copied)
-    if len(good) < config.text.least_texts:
-        return None, step
-    table = table[good.tolist()]
-    whole = ReviewTexts(
-        [texts[row] for row in good.tolist()],
-        table["rating"].to_numpy(),
-        table["span"].to_numpy(),
-    )
-    titles, bodies = ([each or "" for each in table[name]] for name in ("title", "text"))
-    return _Worded(whole, titles, bodies, table["event_id"].to_list()), step
-
-
-def _copied(worded: _Worded | None) -> list[leaks.Leak]:
-    if worded is None:
-        return []
-    tested = worded.whole.span == TEST
-    texts, names = np.array(worded.whole.texts, object), np.array(worded.names, object)
-    return leaks.copied_texts(
-        texts[~tested].tolist(), texts[tested].tolist(), names[tested].tolist()
-    )
-
-
-def _our_texts(
-    worded: _Worded | None,
-    unrated: Sequence[str],
-    base: TextEncoder | None,
-    config: TrainerConfig,
-    kept: Kept,
-    progress: Progress | None,
-) -> tuple[dict[str, Arrays], TextEncoder | None]:
-    """Our star head's answers for the test texts, and the encoder that it reads with."""
-    if worded is None or base is None or config.text.method == "none":
-        return {}, base
-    whole = worded.whole
-    test = np.flatnonzero(whole.span == TEST)
-    rows = np.flatnonzero(whole.span != TEST)
-    if config.text.text_limit:
-        rows = rows[-config.text.text_limit :]
-    rows = np.concatenate([rows, test])
-    used = ReviewTexts(taken(whole.texts, rows), whole.rating[rows], whole.span[rows], unrated)
-    bar = tracker(progress, "reading review texts")
-
-    def make() -> Arrays:
-        folder = kept.folder / "encoder"
-        checkpoint = kept.folder / "checkpoint"
-        found = text.fit(used, base, config.text, folder, config.seed, bar, checkpoint)
-        where = found.encoder.folder
-        answers: Arrays = {
-            "encoder": np.array(where.name if where.is_relative_to(folder) else ""),
-            "trained": np.array(found.cost.trained),
-        }
-        for part in PARTS:
-            words = worded.part(part)
-            vectors = text.encode(found.encoder, [words[row] for row in test.tolist()], bar)
-            shares = text.stars(found.judged, vectors)
-            answers[part] = shares @ np.arange(1.0, 6.0)
-            answers[f"{part} stars"] = shares.argmax(1) + 1
-        return answers
-
-    answers = kept.get("text model", make)
-    name = str(answers["encoder"])
-    if not name:
-        return {MODEL: answers}, base
-    folder = kept.folder / "encoder" / name
-    return {MODEL: answers}, encoders.load(
-        folder, config.device, longest_tokens=config.text.longest_tokens
-    )
-
-
-def _text_peers(
-    wanted: Collection[str],
-    worded: _Worded,
-    base: TextEncoder,
-    config: TrainerConfig,
-    kept: Kept,
-    progress: Progress | None,
-) -> dict[str, Arrays]:
-    """The peers' answers for the test texts."""
-    from trainer.peers import texts  # an extra
-
-    chosen = {name: peer for name, peer in texts.TEXT_PEERS.items() if name in wanted}
-    if not chosen and texts.PLAIN not in wanted:
-        return {}
-    whole, spans = worded.whole, worded.whole.span
-    test = np.flatnonzero(spans == TEST).tolist()
-    vectors = {
-        part: kept.get(
-            f"vectors {part}",
-            lambda part=part: {
-                "vectors": text.encode(
-                    base,
-                    worded.part(part)
-                    if part == "text"
-                    else [worded.part(part)[row] for row in test],
-                    tracker(progress, "encoding texts for the peers"),
-                )
-            },
-        )["vectors"]
-        for part in PARTS
-    }
-
-    def those(span: int) -> texts.Worded:
-        chosen = np.flatnonzero(spans == span)
-        return texts.Worded(
-            taken(whole.texts, chosen),
-            whole.rating[chosen],
-            vectors["text"][chosen],
-        )
-
-    def make(peer: texts.TextPeer) -> Arrays:
-        settings, read = texts.settle(peer, those(TRAIN), those(VALIDATION), config.seed)
-        answers: Arrays = {"settings": np.array(orjson.dumps(settings).decode())}
-        for part in PARTS:
-            words = [worded.part(part)[row] for row in test]
-            encoded = vectors[part][test] if part == "text" else vectors[part]
-            answers[part], answers[f"{part} stars"] = read(words, encoded)
-        return answers
-
-    found = {
-        name: kept.get(f"text peer {name}", lambda peer=peer: make(peer))
-        for name, peer in chosen.items()
-    }
-    if texts.PLAIN not in wanted:
-        return found
-    checkpoints = kept.folder / "plain"
-
-    def plain() -> Arrays:
-        known = np.flatnonzero(spans != TEST)
-        told = texts.finetune_plain(
-            base.folder,
-            taken(whole.texts, known),
-            whole.rating[known],
-            [[worded.part(part)[row] for row in test] for part in PARTS],
-            config.text.longest_tokens,
-            config.seed,
-            checkpoints,
-        )
-        answers: Arrays = {}
-        for part, (expected, stars) in zip(PARTS, told, strict=True):
-            answers[part], answers[f"{part} stars"] = expected, stars
-        return answers
-
-    found[texts.PLAIN] = kept.get(f"text peer {texts.PLAIN}", plain)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # hundreds of megabytes, of no more use
-    return found
-
-
-def _text_blocks(worded: _Worded | None, texts: Mapping[str, Arrays]) -> dict[str, dict[str, Any]]:
-    """The errors of every reader, for whole reviews and for each part where there is one."""
-    if worded is None:
-        return {part: {} for part in PARTS}
-    tested = worded.whole.span == TEST
-    rating = worded.whole.rating[tested]
-    found: dict[str, dict[str, Any]] = {}
-    for part in PARTS:
-        words = np.array([bool(each) for each in worded.part(part)])[tested]
-        found[part] = {
-            name: asdict(_part_scores(rating[words], answers, part, words))
-            for name, answers in texts.items()
-        }
-    return found
-
-
-def _part_scores(
-    rating: Floats, answers: Arrays, part: str, words: NDArray[np.bool_]
-) -> TextScores:
-    return class_scores(rating, answers[part][words], answers[f"{part} stars"][words])
-
-
 # -- for people ----------------------------------------------------------------------------------
 
 
@@ -619,7 +384,7 @@ def summary(found: Evaluated) -> RenderableType:
     if document["gain"]:
         gain = document["gain"]
         parts.append(f"prequential: {gain['gain']:+.2%} beside the best peer, {gain['best_peer']}")
-    parts += [_text_table(part, document[part]) for part in PARTS if document[part]]
+    parts += [_text_table(part, document[part]) for part in evaluate_texts.PARTS if document[part]]
     ece, coverage = document["calibration"]["ece"], document["calibration"]["coverage"]
     parts.append(f"calibration error {ece:.3f}, 80% intervals hold {coverage:.1%}")
     return Group(*parts)

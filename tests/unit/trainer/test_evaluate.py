@@ -9,7 +9,8 @@ import pytest
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
-from trainer.evaluate import Kept, evaluate, summary
+from trainer.evaluate import evaluate, summary
+from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
 from trainer.leaks import Leak
 from trainer.peers import ratings, texts, tuning
@@ -49,7 +50,7 @@ def test_every_model_is_measured_on_the_same_rows_and_goes_on_where_it_stopped(
         assert found["rating"]["static"][name]["mse"] == found["rating"]["prequential"][name]["mse"]
     assert found["gain"]["best_peer"] in names
     readers = {"model", "tfidf_ridge", "tfidf_logistic", "frozen_logistic", "finetune_plain"}
-    for part in evaluation.PARTS:
+    for part in PARTS:
         assert found[part].keys() == readers
     assert found["text_title"]["model"]["rows"] < found["text"]["model"]["rows"]
     assert found["text"]["tfidf_ridge"]["rmse"] < 0.5
@@ -92,17 +93,3 @@ def test_an_alarm_stops_it_unless_told_otherwise(
         evaluate(log, tmp_path, SMALL, encoder="none", peers=())
     found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
-
-
-def test_parts_are_made_once(tmp_path: Path) -> None:
-    made: list[int] = []
-
-    def make() -> dict[str, np.ndarray]:
-        made.append(1)
-        return {"a": np.arange(3), "b": np.array("text")}
-
-    kept = Kept(tmp_path / "folder")
-    first, second = kept.get("part", make), Kept(tmp_path / "folder").get("part", make)
-    assert made == [1]
-    assert first["a"].tolist() == second["a"].tolist()
-    assert str(second["b"]) == "text"

@@ -1,0 +1,230 @@
+"""Question (b) of `evaluate`: how many stars does a review's text mean, to us and to the peers.
+
+Everybody is fitted to whole reviews, and asked for these, for titles alone and for texts alone.
+"""
+
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import polars as pl
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from model import encoder as encoders
+from model.encoder import TextEncoder, review_text
+from trainer import leaks, text
+from trainer.clean import EXAMPLES, Step
+from trainer.config import TrainerConfig
+from trainer.copies import copies
+from trainer.fine_tune import taken
+from trainer.kept import Arrays, Kept
+from trainer.metrics import Floats, TextScores, class_scores
+from trainer.prepare import tracker
+from trainer.split import Split
+from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
+
+PARTS = ("text", "text_title", "text_body")  # whole reviews, titles alone, texts alone
+
+
+@dataclass(frozen=True)
+class Worded:
+    """Review texts, whole, and their parts ("" where one is missing)."""
+
+    whole: ReviewTexts
+    titles: list[str]
+    bodies: list[str]
+    names: list[str]  # event ids
+
+    def part(self, name: str) -> list[str]:
+        """The texts as one of `PARTS` has them."""
+        return {"text": [*self.whole.texts], "text_title": self.titles, "text_body": self.bodies}[
+            name
+        ]
+
+
+def texts_of(
+    reviews: pl.DataFrame, split: Split, config: TrainerConfig
+) -> tuple[Worded | None, Step]:
+    """The texts of cleaned reviews under the split of all, but those that copy older ones."""
+    span = np.full(reviews.height, TRAIN, np.int8)
+    span[split.validation], span[split.test] = VALIDATION, TEST
+    table = reviews.with_columns(pl.Series("span", span)).sort("time", maintain_order=True)
+    table = table.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
+    texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
+    tested = table["span"].to_numpy() == TEST
+    newer = np.flatnonzero(tested)
+    older = [texts[row] for row in np.flatnonzero(~tested).tolist()]
+    copied = newer[copies(older, [texts[row] for row in newer.tolist()])]
+    examples = tuple(table["event_id"][copied[:EXAMPLES].tolist()].to_list())
+    step = Step("test text that repeats an older one: not asked for", True, len(copied), examples)
+    good = np.setdiff1d(np.arange(len(texts)), copied)
+    if len(good) < config.text.least_texts:
+        return None, step
+    table = table[good.tolist()]
+    whole = ReviewTexts(
+        [texts[row] for row in good.tolist()],
+        table["rating"].to_numpy(),
+        table["span"].to_numpy(),
+    )
+    titles, bodies = ([each or "" for each in table[name]] for name in ("title", "text"))
+    return Worded(whole, titles, bodies, table["event_id"].to_list()), step
+
+
+def alarms(worded: Worded | None) -> list[leaks.Leak]:
+    """Alarms of test texts that repeat an older one."""
+    if worded is None:
+        return []
+    tested = worded.whole.span == TEST
+    texts, names = np.array(worded.whole.texts, object), np.array(worded.names, object)
+    return leaks.copied_texts(
+        texts[~tested].tolist(), texts[tested].tolist(), names[tested].tolist()
+    )
+
+
+def ours(
+    worded: Worded | None,
+    unrated: Sequence[str],
+    base: TextEncoder | None,
+    config: TrainerConfig,
+    kept: Kept,
+    progress: Progress | None,
+) -> tuple[Arrays | None, TextEncoder | None]:
+    """Our star head's answers for the test texts, and the encoder that it reads with."""
+    if worded is None or base is None or config.text.method == "none":
+        return None, base
+    whole = worded.whole
+    test = np.flatnonzero(whole.span == TEST)
+    rows = np.flatnonzero(whole.span != TEST)
+    if config.text.text_limit:
+        rows = rows[-config.text.text_limit :]
+    rows = np.concatenate([rows, test])
+    used = ReviewTexts(taken(whole.texts, rows), whole.rating[rows], whole.span[rows], unrated)
+    bar = tracker(progress, "reading review texts")
+
+    def make() -> Arrays:
+        folder = kept.folder / "encoder"
+        checkpoint = kept.folder / "checkpoint"
+        found = text.fit(used, base, config.text, folder, config.seed, bar, checkpoint)
+        where = found.encoder.folder
+        answers: Arrays = {
+            "encoder": np.array(where.name if where.is_relative_to(folder) else ""),
+            "trained": np.array(found.cost.trained),
+        }
+        for part in PARTS:
+            words = worded.part(part)
+            vectors = text.encode(found.encoder, [words[row] for row in test.tolist()], bar)
+            shares = text.stars(found.judged, vectors)
+            answers[part] = shares @ np.arange(1.0, 6.0)
+            answers[f"{part} stars"] = shares.argmax(1) + 1
+        return answers
+
+    answers = kept.get("text model", make)
+    name = str(answers["encoder"])
+    if not name:
+        return answers, base
+    folder = kept.folder / "encoder" / name
+    return answers, encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
+
+
+def peers(
+    wanted: Collection[str],
+    worded: Worded,
+    base: TextEncoder,
+    config: TrainerConfig,
+    kept: Kept,
+    progress: Progress | None,
+) -> dict[str, Arrays]:
+    """The peers' answers for the test texts."""
+    from trainer.peers import texts  # an extra
+
+    chosen = {name: peer for name, peer in texts.TEXT_PEERS.items() if name in wanted}
+    if not chosen and texts.PLAIN not in wanted:
+        return {}
+    whole, spans = worded.whole, worded.whole.span
+    test = np.flatnonzero(spans == TEST).tolist()
+    vectors = {
+        part: kept.get(
+            f"vectors {part}",
+            lambda part=part: {
+                "vectors": text.encode(
+                    base,
+                    worded.part(part)
+                    if part == "text"
+                    else [worded.part(part)[row] for row in test],
+                    tracker(progress, "encoding texts for the peers"),
+                )
+            },
+        )["vectors"]
+        for part in PARTS
+    }
+
+    def those(span: int) -> texts.Worded:
+        chosen = np.flatnonzero(spans == span)
+        return texts.Worded(
+            taken(whole.texts, chosen),
+            whole.rating[chosen],
+            vectors["text"][chosen],
+        )
+
+    def make(peer: texts.TextPeer) -> Arrays:
+        settings, read = texts.settle(peer, those(TRAIN), those(VALIDATION), config.seed)
+        answers: Arrays = {"settings": np.array(orjson.dumps(settings).decode())}
+        for part in PARTS:
+            words = [worded.part(part)[row] for row in test]
+            encoded = vectors[part][test] if part == "text" else vectors[part]
+            answers[part], answers[f"{part} stars"] = read(words, encoded)
+        return answers
+
+    found = {
+        name: kept.get(f"text peer {name}", lambda peer=peer: make(peer))
+        for name, peer in chosen.items()
+    }
+    if texts.PLAIN not in wanted:
+        return found
+    checkpoints = kept.folder / "plain"
+
+    def plain() -> Arrays:
+        known = np.flatnonzero(spans != TEST)
+        told = texts.finetune_plain(
+            base.folder,
+            taken(whole.texts, known),
+            whole.rating[known],
+            [[worded.part(part)[row] for row in test] for part in PARTS],
+            config.text.longest_tokens,
+            config.seed,
+            checkpoints,
+        )
+        answers: Arrays = {}
+        for part, (expected, stars) in zip(PARTS, told, strict=True):
+            answers[part], answers[f"{part} stars"] = expected, stars
+        return answers
+
+    found[texts.PLAIN] = kept.get(f"text peer {texts.PLAIN}", plain)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # hundreds of megabytes, of no more use
+    return found
+
+
+def blocks(worded: Worded | None, texts: Mapping[str, Arrays]) -> dict[str, dict[str, Any]]:
+    """The errors of every reader, for whole reviews and for each part where there is one."""
+    if worded is None:
+        return {part: {} for part in PARTS}
+    tested = worded.whole.span == TEST
+    rating = worded.whole.rating[tested]
+    found: dict[str, dict[str, Any]] = {}
+    for part in PARTS:
+        words = np.array([bool(each) for each in worded.part(part)])[tested]
+        found[part] = {
+            name: asdict(_part_scores(rating[words], answers, part, words))
+            for name, answers in texts.items()
+        }
+    return found
+
+
+def _part_scores(
+    rating: Floats, answers: Arrays, part: str, words: NDArray[np.bool_]
+) -> TextScores:
+    return class_scores(rating, answers[part][words], answers[f"{part} stars"][words])
