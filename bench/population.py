@@ -21,7 +21,7 @@ from model.catalog import item_text
 from model.events import Rows, from_behavior, from_reviews, joined
 from model.ids import Hashes, hash_ids, partitions_of
 from model.replay import History
-from model.state import to_bytes
+from model.state_bytes import to_bytes
 from schemas.codec import decode
 from schemas.exceptions import StarcastError
 from schemas.records import Item, User

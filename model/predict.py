@@ -18,7 +18,8 @@ from model.lookups import Lookups, table, vectors_of
 from model.network import FusedNetwork, Inputs, gather, tensors
 from model.replay import History, Observation, recover
 from model.serving import Served
-from model.state import ITEM_ATTRIBUTES, PARTITION, USER, from_bytes, to_bytes
+from model.state import ITEM_ATTRIBUTES, PARTITION, USER
+from model.state_bytes import from_bytes, to_bytes
 
 # Rows pass the network on a device in blocks of one size, the last one padded: see `serving`.
 _BLOCK = 2048

@@ -13,7 +13,8 @@ from model.catalog import describe_items, describe_users, forget_items
 from model.events import Rows, blank
 from model.ids import hash_ids
 from model.lookups import Table, table
-from model.state import CATEGORY, ITEM_ATTRIBUTES, from_bytes, to_bytes
+from model.state import CATEGORY, ITEM_ATTRIBUTES
+from model.state_bytes import from_bytes, to_bytes
 from schemas.records import Item, User
 from streams.claims import Claims, ends
 from streams.inputs import Inputs, split

@@ -7,7 +7,8 @@ import numpy as np
 import structlog
 from confluent_kafka import Message
 
-from model.state import ITEM, apply_items, from_bytes, to_bytes
+from model.state import ITEM, apply_items
+from model.state_bytes import from_bytes, to_bytes
 from model.updates import from_updates
 from streams.claims import Claims, ends
 from streams.config import ArchiveConfig, KafkaConfig

@@ -12,7 +12,8 @@ from model.events import Rows
 from model.ids import NONE, Hashes, partitions_of
 from model.lookups import Lookups, Source, Table, Vectors, distinct, table
 from model.lookups import Store as Rowstore
-from model.state import ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES, from_bytes
+from model.state import ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES
+from model.state_bytes import from_bytes
 from streams.store import Store
 
 USER_STATE, ITEM_STATE, ITEM_KIND, USER_KIND, VECTOR = b"u", b"i", b"a", b"b", b"v"

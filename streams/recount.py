@@ -18,15 +18,8 @@ from model.ids import Hashes, hash_ids
 from model.lookups import Store as Rowstore
 from model.lookups import Table, empty
 from model.replay import recover
-from model.state import (
-    CATEGORY,
-    ITEM,
-    ITEM_ATTRIBUTES,
-    LAYOUT_HASH,
-    USER,
-    apply_items,
-    from_bytes,
-)
+from model.state import CATEGORY, ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, USER, apply_items
+from model.state_bytes import from_bytes
 from model.updates import from_updates
 from schemas.journal import TOPICS
 from streams.catalog import (

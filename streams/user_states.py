@@ -24,7 +24,8 @@ from model.features import FEATURE_HASH
 from model.ids import Hashes
 from model.lookups import Store as Rowstore
 from model.replay import recover
-from model.state import LAYOUT_HASH, PARTITION, USER, from_bytes, to_bytes
+from model.state import LAYOUT_HASH, PARTITION, USER
+from model.state_bytes import from_bytes, to_bytes
 from schemas.journal import TOPICS, Journal, Transaction
 from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError

@@ -33,8 +33,8 @@ from model.state import (
     USER,
     USER_ATTRIBUTES,
     apply_items,
-    from_bytes,
 )
+from model.state_bytes import from_bytes
 from model.updates import from_updates
 from schemas import archive
 from schemas.codec import decode

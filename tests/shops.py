@@ -18,7 +18,8 @@ from pydantic import SecretStr
 
 from model.events import CODES, COUNTED
 from model.ids import hash_ids, partitions_of
-from model.state import ITEM, LAYOUT_HASH, USER, from_bytes
+from model.state import ITEM, LAYOUT_HASH, USER
+from model.state_bytes import from_bytes
 from schemas import archive
 from schemas.records import Behavior, DeadLetter, PredictedRating, Record, Review
 from starcast.settings import Settings

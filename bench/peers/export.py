@@ -16,15 +16,8 @@ from model.features import FEATURE_HASH, ITEM_DAMPING
 from model.ids import NONE, Hashes
 from model.lookups import Table, empty, table
 from model.network import FusedNetwork, Member, NetworkConfig
-from model.state import (
-    ITEM,
-    ITEM_ATTRIBUTES,
-    LAYOUT_HASH,
-    PARTITION,
-    USER,
-    USER_ATTRIBUTES,
-    from_bytes,
-)
+from model.state import ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, PARTITION, USER, USER_ATTRIBUTES
+from model.state_bytes import from_bytes
 from model.taste import FADE, MOOD
 from model.trees import Trees
 from schemas.exceptions import StarcastError

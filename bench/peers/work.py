@@ -29,7 +29,8 @@ from model.events import EVENT, Rows, behavior_rows, blank, joined, opaque, revi
 from model.lookups import Lookups
 from model.predict import Predictor, predictor
 from model.replay import BatchResult, Observation, Share, run_batch
-from model.state import LAYOUT_HASH, PARTITION, USER, from_bytes, to_bytes
+from model.state import LAYOUT_HASH, PARTITION, USER
+from model.state_bytes import from_bytes, to_bytes
 from schemas.codec import encode_columns, format_times
 from schemas.columns import Columns, decode_columns
 from schemas.records import Behavior, Record, Review

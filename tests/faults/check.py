@@ -16,7 +16,8 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from numpy.typing import NDArray
 
 from model.ids import hash_ids
-from model.state import ITEM, USER, from_bytes
+from model.state import ITEM, USER
+from model.state_bytes import from_bytes
 from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.topics import BY_NAME, TOPICS

@@ -19,7 +19,8 @@ from model.bundle import Bundle
 from model.ids import partitions_of
 from model.lookups import Table
 from model.replay import History
-from model.state import LAYOUT_HASH, to_bytes
+from model.state import LAYOUT_HASH
+from model.state_bytes import to_bytes
 from streams.admin import apply_topics, reader_config
 from streams.config import KafkaConfig, RedisConfig
 from streams.producer import Outgoing, play

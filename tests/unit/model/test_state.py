@@ -3,12 +3,8 @@
 from typing import Any
 
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from model.events import CART, CODES, EVENT, PURCHASE, REVIEW, TEXT, VIEW, Rows, blank
-from model.exceptions import LayoutError
 from model.state import (
     ITEM,
     OLDER,
@@ -19,11 +15,9 @@ from model.state import (
     advance,
     apply_items,
     duplicates,
-    from_bytes,
     item_deltas,
     layout_hash,
     run_partition,
-    to_bytes,
 )
 
 START = 1_700_000_000_000
@@ -255,51 +249,6 @@ def test_item_states_apply_each_delta_once() -> None:
     later = apply_items(states, index[1:], deltas[1:], np.array([8, 10], np.uint64))
     assert later["rating_sum"].tolist() == [0, 4]
     assert later["actions"][:, VIEW].tolist() == [1, 2]
-
-
-def test_bytes_of_a_short_history_are_short() -> None:
-    states = np.concatenate([apply(event(1, 10))[0].states, blank(USER, 1)])
-    values = to_bytes(states)
-    assert len(values[0]) < 200
-    assert values[1] == b""
-    assert (
-        from_bytes([*values, None], USER).tobytes()
-        == np.concatenate([states, blank(USER, 1)]).tobytes()
-    )
-
-
-def test_counters_have_as_few_bytes_as_the_largest_needs() -> None:
-    states = np.repeat(apply(event(1, 10))[0].states, 5)
-    states["sessions"] = [1, 255, 256, 65_535, 65_536]
-    states["left"] = [0, 3, 0, 0, 2**32 - 1]
-    values = to_bytes(states)
-    counters = 20
-    lengths = np.array([len(value) for value in values]) - len(values[0])
-    assert lengths.tolist() == [0, 0, counters, counters, 3 * counters]
-    assert from_bytes(values, USER).tobytes() == states.tobytes()
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["step", "sessions", "actions", "left", "recent", "older"]),
-            st.binary(min_size=USER.itemsize, max_size=USER.itemsize),
-        ),
-        max_size=5,
-    )
-)
-def test_any_state_comes_back_from_its_bytes(filled: list[tuple[str, bytes]]) -> None:
-    states = blank(USER, len(filled))
-    for row, (name, data) in enumerate(filled):
-        states[name][row] = np.frombuffer(data, USER)[name][0]
-    assert from_bytes(to_bytes(states), USER).tobytes() == states.tobytes()
-
-
-@pytest.mark.parametrize("dtype", [USER, ITEM], ids=["user", "item"])
-@pytest.mark.parametrize("first", [b"x", b"\x01"])
-def test_bytes_of_another_layout_are_refused(first: bytes, dtype: np.dtype[Any]) -> None:
-    with pytest.raises(LayoutError, match="Rebuild the store"):
-        from_bytes([first + b"x" * (dtype.itemsize + 1), None], dtype)
 
 
 def test_layout_hash_follows_the_fields() -> None:

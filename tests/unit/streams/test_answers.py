@@ -14,7 +14,8 @@ from pydantic import SecretStr
 
 from model.events import blank
 from model.ids import hash_ids, partitions_of
-from model.state import ITEM, LAYOUT_HASH, USER, to_bytes
+from model.state import ITEM, LAYOUT_HASH, USER
+from model.state_bytes import to_bytes
 from schemas.records import DeadLetter, PredictedRating, ScoreDigest, ScoreRequest
 from streams.answers import Answers, _ranks
 from streams.config import ModelsConfig, RedisConfig, ScorerConfig

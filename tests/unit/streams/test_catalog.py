@@ -14,7 +14,8 @@ from pydantic import SecretStr
 from model.events import Rows
 from model.ids import hash_ids
 from model.lookups import Table, empty
-from model.state import CATEGORY, ITEM_ATTRIBUTES, LAYOUT_HASH, USER_ATTRIBUTES, from_bytes
+from model.state import CATEGORY, ITEM_ATTRIBUTES, LAYOUT_HASH, USER_ATTRIBUTES
+from model.state_bytes import from_bytes
 from schemas.records import DeadLetter, Item, User
 from streams.catalog import BATCH, Catalog, Entry, attributes_of, describe_log, title_of
 from streams.config import RedisConfig

@@ -16,7 +16,8 @@ from pydantic import SecretStr
 
 from model.events import REVIEW, VIEW, Rows
 from model.ids import hash_ids, partitions_of
-from model.state import ITEM, LAYOUT_HASH, from_bytes
+from model.state import ITEM, LAYOUT_HASH
+from model.state_bytes import from_bytes
 from schemas import archive
 from schemas.archive import Row
 from schemas.codec import encode

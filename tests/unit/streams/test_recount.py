@@ -7,7 +7,8 @@ import pytest
 from pydantic import SecretStr
 
 from model.events import Rows
-from model.state import LAYOUT_HASH, to_bytes
+from model.state import LAYOUT_HASH
+from model.state_bytes import to_bytes
 from schemas.journal import Transaction
 from streams import recount
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig

@@ -18,7 +18,8 @@ from model.events import EVENT
 from model.features import INDEX
 from model.ids import hash_ids
 from model.ladder import TIERS
-from model.state import LAYOUT_HASH, USER, from_bytes
+from model.state import LAYOUT_HASH, USER
+from model.state_bytes import from_bytes
 from schemas import journal
 from schemas.records import (
     Behavior,

@@ -13,7 +13,8 @@ from pydantic import SecretStr
 from model.events import Rows
 from model.exceptions import GapError, LayoutError
 from model.ids import Hashes
-from model.state import LAYOUT_HASH, to_bytes
+from model.state import LAYOUT_HASH
+from model.state_bytes import to_bytes
 from schemas.journal import TOPICS, Transaction
 from streams import user_states
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
