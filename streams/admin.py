@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import structlog
 from confluent_kafka import (
+    OFFSET_INVALID,
     ConsumerGroupTopicPartitions,
     KafkaError,
     KafkaException,
@@ -424,10 +425,11 @@ def _counts(
             try:
                 place = _request(kafka, future.result).offset
             except _NoLeaderError:
+                place = OFFSET_INVALID
+            if place < 0:  # or its broker went away meanwhile, of which librdkafka says no more
                 counts.pop(partition.topic, None)
-            else:
-                if partition.topic in counts:
-                    counts[partition.topic] += sign * max(place, 0)
+            elif partition.topic in counts:
+                counts[partition.topic] += sign * place
     return counts
 
 

@@ -12,6 +12,7 @@ from streams import admin
 from streams.admin import (
     KafkaOptionError,
     TopicReport,
+    _counts,
     client_config,
     option_name,
     reach,
@@ -146,3 +147,11 @@ def test_a_watermark_that_is_not_told_is_an_error(untold: int | KafkaException) 
     """In a fault run a broker was killed while it was asked: the end came as -1001, no error."""
     with pytest.raises(KafkaException):
         watermarks(Offsets([0, 3], [0, untold]), PLACES, 1)
+
+
+def test_a_topic_is_not_counted_where_an_offset_is_not_told() -> None:
+    found: Any = {name: SimpleNamespace(partitions={0: None}) for name in ("reviews", "users")}
+    no_leader = KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
+    for untold in (-1001, no_leader):
+        counts = _counts(KafkaConfig(), Offsets([2, 0], [9, untold]), [*found], found)
+        assert counts == {"reviews": 7}
