@@ -83,7 +83,7 @@ def _normed(
     )
 
 
-def _times_gelu(x: Tensor, weight: Weight, to: Tensor | None) -> Tensor:
+def _times_gelu(x: Tensor, weight: Weight) -> Tensor:
     """By the product's own last step, which is GELU by tanh on a GPU: nearer than bfloat16 is."""
     return torch.ops.aten._addmm_activation(weight[1], x, weight[0].t(), use_gelu=True)
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model import between
 from model.compiled import compiled, summing
 
 Floats = NDArray[np.float32]
@@ -158,7 +159,7 @@ def _gelu_rows(
 ) -> None:
     for row in range(len(made)):
         _open(made[row], lowest[row], steps[row], added[0], added[1])
-        _gelu(made[row])
+        between.gelu_row(made[row])
         new_lowest[row], new_steps[row] = _take(made[row], taken, codes[row])
 
 
@@ -175,30 +176,13 @@ def _add_normed_rows(
 ) -> None:
     for row in range(len(made)):
         _open(made[row], lowest[row], steps[row], added[0], added[1])
-        _add_normed(x[row], made[row], gain, shift, epsilon)
+        between.add_normed_row(x[row], made[row], gain, shift, epsilon)
 
 
 @summing
 def _open(row: Floats, lowest: np.float32, step: np.float32, sums: Floats, bias: Floats) -> None:
     for at in range(len(row)):
         row[at] = step * row[at] + lowest * sums[at] + bias[at]
-
-
-@summing
-def _add_normed(x: Floats, row: Floats, gain: Floats, shift: Floats, epsilon: np.float32) -> None:
-    width = np.float32(len(x))
-    total = np.float32(0)
-    for at in range(len(x)):
-        x[at] += row[at]
-        total += x[at]
-    mean = total / width
-    total = np.float32(0)
-    for at in range(len(x)):
-        apart = x[at] - mean
-        total += apart * apart
-    by = np.float32(1) / np.sqrt(total / width + epsilon)
-    for at in range(len(x)):
-        x[at] = (x[at] - mean) * by * gain[at] + shift[at]
 
 
 @summing
@@ -231,20 +215,3 @@ def _ordered(bits: np.int32) -> np.int32:
     """The bits of a float as a whole number of the same order, and back."""
     sign = np.int32(bits >> np.int32(31))
     return np.int32(bits ^ np.int32(sign & np.int32(0x7FFFFFFF)))
-
-
-@summing
-def _gelu(row: Floats) -> None:
-    """GELU by an error function that is off by 3e-7 at most (Abramowitz and Stegun, 7.1.28)."""
-    one, half = np.float32(1), np.float32(0.5)
-    for at in range(len(row)):
-        number = row[at]
-        x = abs(number) * np.float32(0.7071067811865476)
-        d = np.float32(0.0002765672) + x * np.float32(0.0000430638)
-        d = np.float32(0.0092705272) + x * (np.float32(0.0001520143) + x * d)
-        d = one + x * (np.float32(0.0705230784) + x * (np.float32(0.0422820123) + x * d))
-        d *= d
-        d *= d
-        d *= d
-        d *= d
-        row[at] = half * (number + abs(number) * (one - one / d))

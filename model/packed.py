@@ -7,8 +7,10 @@ a layer is that of Devlin et al. 2019 ("BERT", section 3):
     a = norm(x + W_o · attention(W_q x, W_k x, W_v x)),    x' = norm(a + W_2 · gelu(W_1 a))
 
 On a CPU the model's own weights are used as they lie, in float32 or in eight bits (`int8`), and
-what a layer makes goes into memory that is taken once for all layers. `recorded` is the same on a
-GPU.
+what a layer makes goes into memory that is taken once for all layers. There an offset is added by
+whoever reads the product next, but for two: a key's adds the same to all scores of a query, which
+softmax does not see, and a value's comes through attention as it is, since weights add up to one,
+so it is part of the next product's. `recorded` is the same on a GPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model import int8
+from model import between, int8
 
 _PLAIN = {nn.Embedding, nn.LayerNorm}  # all that holds weights in a plain BERT but for products
 
@@ -145,13 +147,6 @@ def read(model: nn.Module, joined: bool = False) -> Bert:
     )
 
 
-def times(given: Tensor, weight: Weight, to: Tensor | None = None) -> Tensor:
-    """A product and its offset, into memory that is there already if any is given."""
-    if to is None:
-        return nn.functional.linear(given, *weight)
-    return torch.addmm(weight[1], given, weight[0].t(), out=to)
-
-
 def _embed(bert: Bert, ids: Tensor, positions: Tensor) -> Tensor:
     x = bert.words[ids] + bert.positions[positions]
     return nn.functional.layer_norm(x, (bert.hidden,), *bert.norm, bert.epsilon)
@@ -161,8 +156,8 @@ def _add_normed(made: Tensor, x: Tensor, norm: Weight, epsilon: float) -> Tensor
     return nn.functional.layer_norm(made.add_(x), x.shape[1:], *norm, epsilon)
 
 
-def _times_gelu(x: Tensor, weight: Weight, to: Tensor | None) -> Tensor:
-    return torch.ops.aten.gelu_(times(x, weight, to))
+def _times_gelu(x: Tensor, weight: Weight) -> Tensor:
+    return torch.ops.aten.gelu_(nn.functional.linear(x, *weight))
 
 
 def pooled(x: Tensor, bounds: Tensor, pooling: str) -> Tensor:
@@ -185,42 +180,76 @@ class Steps:
     attend: Attend  # knows where texts end
     embed: Callable[[Bert, Tensor, Tensor], Tensor] = _embed
     add_normed: Callable[[Tensor, Tensor, Weight, float], Tensor] = _add_normed
-    times_gelu: Callable[[Tensor, Weight, Tensor | None], Tensor] = _times_gelu
+    times_gelu: Callable[[Tensor, Weight], Tensor] = _times_gelu
     pooled: Callable[[Tensor, Tensor, str], Tensor] = pooled
 
 
-def states(
-    bert: Bert, ids: Tensor, positions: Tensor, steps: Steps, room: Room | None = None
-) -> Tensor:
+def states(bert: Bert, ids: Tensor, positions: Tensor, steps: Steps) -> Tensor:
     """The last layer's states (tokens, hidden).
 
     Args:
-        bert: the weights.
+        bert: the weights, a layer's first three products as one.
         ids: (tokens) of all texts, end to end.
         positions: (tokens) of each in its text.
         steps: what is done between products.
-        room: of as many tokens; none: each product takes its own.
     """
     tokens = len(ids)
     x = steps.embed(bert, ids, positions)
-    if bert.quantized:
-        return _through_int8(bert, x, steps.attend)
-    parts, mixed, inner = (
-        (room.parts, room.mixed, room.inner) if room else ((None,) * 3, None, None)
-    )
     for layer in bert.layers:
-        made = [times(x, each, to) for each, to in zip(layer.attention, parts, strict=False)]
-        split = [each for one in made for each in one.split(bert.hidden, 1)]
-        queries, keys, values = (each.view(tokens, bert.heads, -1) for each in split)
-        attended = steps.attend(queries, keys, values).reshape(tokens, bert.hidden)
-        x = steps.add_normed(times(attended, layer.mixed, mixed), x, layer.mixed_norm, bert.epsilon)
-        hidden = steps.times_gelu(x, layer.inner, inner)
-        x = steps.add_normed(times(hidden, layer.outer, mixed), x, layer.outer_norm, bert.epsilon)
+        made = nn.functional.linear(x, *layer.attention[0])
+        split = (each.view(tokens, bert.heads, -1) for each in made.split(bert.hidden, 1))
+        attended = steps.attend(*split).reshape(tokens, bert.hidden)
+        mixed = nn.functional.linear(attended, *layer.mixed)
+        x = steps.add_normed(mixed, x, layer.mixed_norm, bert.epsilon)
+        outer = nn.functional.linear(steps.times_gelu(x, layer.inner), *layer.outer)
+        x = steps.add_normed(outer, x, layer.outer_norm, bert.epsilon)
     return x
 
 
-def _through_int8(bert: Bert, x: Tensor, attend: Attend) -> Tensor:
-    """As float32 goes through the layers, but numbers become codes before each product."""
+def _through_floats(bert: Bert, x: Tensor, attend: Attend, room: Room) -> None:
+    """Take x (tokens, hidden) through the layers, in place."""
+    layers: tuple[Layer[Weight], ...] = bert.layers
+    for layer in layers:
+        (query, query_offset), (key, _), (value, value_offset) = layer.attention
+        queries, keys, values = room.parts
+        torch.addmm(query_offset, x, query.t(), out=queries)
+        torch.mm(x, key.t(), out=keys)
+        torch.mm(x, value.t(), out=values)
+        split = (each.view(len(x), bert.heads, -1) for each in room.parts)
+        attended = attend(*split).view(x.shape)
+        weight, offset = layer.mixed
+        torch.mm(attended, weight.t(), out=room.mixed)
+        offset = torch.addmv(offset, weight, value_offset)
+        _add_normed_on_cpu(x, room.mixed, offset, layer.mixed_norm, bert.epsilon)
+        weight, offset = layer.inner
+        torch.mm(x, weight.t(), out=room.inner)
+        _gelu_on_cpu(room.inner, offset)
+        weight, offset = layer.outer
+        torch.mm(room.inner, weight.t(), out=room.mixed)
+        _add_normed_on_cpu(x, room.mixed, offset, layer.outer_norm, bert.epsilon)
+
+
+def _add_normed_on_cpu(
+    x: Tensor, made: Tensor, offset: Tensor, norm: Weight, epsilon: float
+) -> None:
+    """x becomes the norm of x + made + offset; loops take one core, PyTorch all of several."""
+    if torch.get_num_threads() > 1:
+        x.copy_(_add_normed(made.add_(offset), x, norm, epsilon))
+    else:
+        gain, shift = (each.numpy() for each in norm)
+        given = (x.numpy(), made.numpy(), offset.numpy())
+        between.add_normed(*given, gain, shift, np.float32(epsilon))
+
+
+def _gelu_on_cpu(made: Tensor, offset: Tensor) -> None:
+    if torch.get_num_threads() > 1:
+        torch.ops.aten.gelu_(made.add_(offset))
+    else:
+        between.gelu(made.numpy(), offset.numpy())
+
+
+def _through_int8(bert: Bert, x: Tensor, attend: Attend) -> None:
+    """As floats go through the layers, but numbers become codes before each product."""
     layers: tuple[Layer[int8.Linear], ...] = bert.layers
     tokens, hidden = x.shape
     narrow = int8.Rows.room(tokens, hidden)
@@ -235,7 +264,6 @@ def _through_int8(bert: Bert, x: Tensor, attend: Attend) -> Tensor:
         int8.take(x, layer.inner, narrow)
         int8.take_gelu(narrow, layer.inner, layer.outer, wide)
         int8.add_normed(x, wide, layer.outer, *layer.outer_norm, bert.epsilon)
-    return x
 
 
 def encode(
@@ -253,14 +281,12 @@ def encode(
         bounds = np.concatenate([[0], some.cumsum()])
         if not bert.quantized and (room is None or len(room.mixed) < bounds[-1]):
             room = Room.of(bert, int(bounds[-1]))
-        ids = end_to_end(tokens[rows], int(bounds[-1]))
-        x = states(
-            bert,
-            torch.from_numpy(ids),
-            torch.from_numpy(positions_of(bounds)),
-            Steps(grouped(some)),
-            room and room.first(int(bounds[-1])),
-        )
+        ids = torch.from_numpy(end_to_end(tokens[rows], int(bounds[-1])))
+        x = _embed(bert, ids, torch.from_numpy(positions_of(bounds)))
+        if room is None:
+            _through_int8(bert, x, grouped(some))
+        else:
+            _through_floats(bert, x, grouped(some), room.first(len(x)))
         yield rows, pooled(x, torch.from_numpy(bounds), pooling).numpy()
 
 

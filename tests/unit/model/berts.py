@@ -30,7 +30,11 @@ def small(**changes: Any) -> BertModel:
         "max_position_embeddings": LONGEST,
         "initializer_range": 0.5,
     }
-    return BertModel(BertConfig(**settings | changes)).eval()
+    model = BertModel(BertConfig(**settings | changes)).eval()
+    for name, weights in model.named_parameters():
+        if name.endswith("bias"):  # zero to begin with, so that nothing would tell if it were lost
+            nn.init.normal_(weights, std=0.5)
+    return model
 
 
 def one_by_one(model: BertModel, tokens: Tokens, pooling: str) -> NDArray[np.float32]:

@@ -1,8 +1,5 @@
 """Linear layers in eight bits beside the layers that they were."""
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -114,13 +111,3 @@ def test_what_lies_between_products(seed: int, magnitude: float) -> None:
     expected = nn.functional.layer_norm(x + second.of(between), (IN,), gain, shift, 1e-6)
     int8.add_normed(x, between, second, gain, shift, 1e-6)
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_gelu_by_values() -> None:
-    """On its own, in codes of a row so narrow that a step is small."""
-    values = np.linspace(-6, 6, 4_001, dtype=np.float32)
-    found = values.copy()
-    function: Any = int8._gelu
-    function(found)
-    expected = nn.functional.gelu(torch.from_numpy(values)).numpy()
-    np.testing.assert_allclose(found, expected, atol=2e-6)

@@ -48,6 +48,18 @@ def test_packed_texts_are_as_alone(tokens: Tokens, pooling: str, budget: int) ->
     np.testing.assert_allclose(found, one_by_one(MODEL, tokens, pooling), atol=2e-5)
 
 
+def test_with_several_threads_they_are_the_same() -> None:
+    tokens = [[1, 2, 3], [4, 5, 6, 7]]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            ((_, found),) = packed.encode(MODEL, tokens, "mean", 256)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, one_by_one(MODEL, tokens, "mean"), atol=2e-5)
+
+
 @given(token_lists, poolings, st.integers(1, 200))
 def test_in_int8_they_are_as_alone(tokens: Tokens, pooling: str, budget: int) -> None:
     """Neither does transformers' own model around the same layers make anything else of them."""
