@@ -383,11 +383,12 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     lengths = _table("Tokens a second by tokens of a text", "", *by_bucket)
     for name in measured:
         lengths.add_row(name, *(f"{rates[name]:,}" for rates in by_bucket.values()))
-    batches = _table("By batch, in bf16 on a GPU", "tokens a batch", "tokens/s")
+    precision = BF16 if BF16 in measured else FP32
+    batches = _table(f"By batch, in {precision}", "tokens a batch", "tokens/s")
     for budget, rate in figures["tokens_per_second_by_budget"].items():
         batches.add_row(budget, f"{rate:,}")
     callers = _table(
-        "By callers at once, in bf16 on a GPU", "callers", "texts/s", "wait p50 ms", "p99 ms"
+        f"By callers at once, in {precision}", "callers", "texts/s", "wait p50 ms", "p99 ms"
     )
     for count, each in figures["by_callers"].items():
         callers.add_row(count, *(f"{each[name]:,.1f}" for name in each))
