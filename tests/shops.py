@@ -29,7 +29,7 @@ from streams.metrics import make_metrics
 from streams.models import Models
 from streams.processor import Processor
 from streams.producer import Outgoing, outgoing, play
-from streams.reader import ITEM_STATE, USER_STATE, store_keys
+from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE, store_keys
 from streams.run import _make, _Shared
 from streams.store import Store
 from streams.tail import read_topic
@@ -181,11 +181,21 @@ class Shop:
 
     def until_items_are_applied(self) -> None:
         """Wait until item states stand where the item updates end."""
-        ends = {each.partition(): (each.offset() or 0) + 1 for each in self.read("item-updates")}
-        store = self.store
+        self._until_stored(ITEM_STATE, "item-updates")
+
+    def until_attributes_are_kept(self) -> None:
+        """Wait until attributes stand where items and users end.
+
+        The catalog's lag may not tell: it is of the last fetch, before which more was sent.
+        """
+        self._until_stored(ITEM_KIND, "items")
+        self._until_stored(USER_KIND, "users")
+
+    def _until_stored(self, kind: bytes, topic: str) -> None:
+        ends = {each.partition(): (each.offset() or 0) + 1 for each in self.read(topic)}
         until(
             lambda: all(
-                int(store.header(ITEM_STATE, partition or 0) or 0) == end
+                int(self.store.header(kind, partition or 0) or 0) == end
                 for partition, end in ends.items()
             )
         )

@@ -108,6 +108,7 @@ def whole(kafka: str, store_server: str, tmp_path_factory: pytest.TempPathFactor
             shop.play(sent)
             predictions = shop.until_predicted(EVENTS)
             shop.until_items_are_applied()
+            shop.until_attributes_are_kept()
             shop.until_users_are_written()
             until(lambda: all(each.lag == 0 for each in workers.processors.values()))
         shop.until_archived()

@@ -73,6 +73,7 @@ def play(shop: Shop) -> Sent:
             shop.play(sent)
             shop.until_predicted(EVENTS)
             shop.until_items_are_applied()
+            shop.until_attributes_are_kept()
             until(lambda: all(each.lag == 0 for each in workers.processors.values()))
         shop.until_archived()
     return sent
