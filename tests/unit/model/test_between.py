@@ -21,6 +21,6 @@ def test_a_sum_is_normed() -> None:
     x, made = torch.randn(7, 40), torch.randn(7, 40)
     offset, gain, shift = torch.randn(3, 40)
     expected = nn.functional.layer_norm(x + made + offset, (40,), gain, shift, 1e-6)
-    given = (each.numpy() for each in (x, made, offset, gain, shift))
-    between.add_normed(*given, np.float32(1e-6))
+    added = (offset.numpy(), gain.numpy(), shift.numpy())
+    between.add_normed(x.numpy(), made.numpy(), *added, np.float32(1e-6))
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
