@@ -160,6 +160,7 @@ def peers(
             },
         )["vectors"]
         for part in PARTS
+        if chosen  # a plain fine-tune reads words
     }
 
     def those(span: int) -> texts.Worded:
