@@ -2,7 +2,8 @@
 
 Biases: Y. Koren, "Factor in the neighbors: scalable and accurate collaborative filtering", ACM
 TKDD 4(1), 2010: b_i = sum(r - mu) / (lambda_i + n), then b_u = sum(r - mu - b_i) / (lambda_u + n).
-Ours run: each of a user's ratings counts with the mean and the item bias of its time.
+Ours run: each of a user's ratings counts with the mean and the item bias of its time. A user of
+whom little is known is taken to lie near the level of newcomers (`model.newcomers`), 0 as a rule.
 
 A value that is not known is nan. Counts and durations come as log(1 + x). No feature reads the
 rating or the text of the event that it describes.
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from model import newcomers
 from model.compiled import compiled
 from model.events import (
     ACTIONS,
@@ -28,15 +30,14 @@ from model.events import (
     WISHLIST,
     Rows,
 )
+from model.newcomers import USER_DAMPING
 from model.state import LEVELS, RATING_STEPS, SESSION_GAP, STARS
 
 Group = Literal["user", "item", "behavior", "cross", "attributes", "text"]
 Column = NDArray[Any]  # (n)
 Columns = dict[str, Column]
 
-# In ratings. Tuned on the running bias of Musical Instruments and Gift Cards, as is ITEM_DAMPING.
-USER_DAMPING = 6.0
-ITEM_DAMPING = 15.0
+ITEM_DAMPING = 15.0  # ratings. Tuned like `newcomers.USER_DAMPING`
 PRIOR_HISTOGRAM = np.array([0.5, 0.5, 1.5, 3.5, 4.0])  # ten ratings of mean 4, before there are any
 PRIOR_COUNT = 10.0
 CROSS_DAMPING = 2.0
@@ -59,7 +60,12 @@ class Feature:
 
 
 FEATURES: tuple[Feature, ...] = (
-    Feature("bias", "user", "global mean + item bias + user bias, within 1 to 5", "all ratings"),
+    Feature(
+        "bias",
+        "user",
+        "global mean + item bias + user bias + newcomers' level, within 1 to 5",
+        "all ratings",
+    ),
     Feature("global_mean", "user", "damped running mean of the partition", "partition.rating_sum"),
     Feature("user_bias", "user", "damped mean residual", "user.residual_sum"),
     Feature("user_rating_mean", "user", "mean rating, damped to the global", "user.rating_sum"),
@@ -155,7 +161,8 @@ FEATURE_HASH = sha256(
     repr(
         (
             FEATURES,
-            (USER_DAMPING, ITEM_DAMPING, CROSS_DAMPING, RATE_DAMPING, PRICE_BAND),
+            (ITEM_DAMPING, CROSS_DAMPING, RATE_DAMPING, PRICE_BAND),
+            newcomers.CONSTANTS,
             PRIOR_HISTOGRAM.tolist(),
         )
     ).encode()
@@ -208,11 +215,17 @@ def biases(items: Rows, partition: Rows) -> tuple[NDArray[np.float32], NDArray[n
     return global_mean, (total / (count + ITEM_DAMPING)).astype(np.float32)
 
 
+def user_bias(residual_sum: Column, count: Column) -> Column:
+    """The feature of that name (n), of users' sums of residuals and numbers of ratings (n)."""
+    return residual_sum / (count + USER_DAMPING)
+
+
 def _ratings(users: Rows, items: Rows, partition: Rows) -> Columns:
     global_mean, item_bias = biases(items, partition)
     mean = global_mean.astype(np.float64)
     user_count, item_count = users["rating_count"], items["rating_count"]
-    user_bias = users["residual_sum"] / (user_count + USER_DAMPING)
+    of_user = user_bias(users["residual_sum"], user_count)
+    lately = newcomers.trust(user_count) * newcomers.level(partition)
     user_mean = (users["rating_sum"] + USER_DAMPING * mean) / (user_count + USER_DAMPING)
     total = partition["rating_count"] + PRIOR_COUNT
     shares = (partition["histogram"] + PRIOR_HISTOGRAM) / total[..., None]
@@ -222,9 +235,9 @@ def _ratings(users: Rows, items: Rows, partition: Rows) -> Columns:
     texts = users["text_count"]
     text_stars = (users["text_sum"] + CROSS_DAMPING * mean) / (texts + CROSS_DAMPING)
     return {
-        "bias": np.clip(mean + item_bias + user_bias, 1, STARS),
+        "bias": np.clip(mean + item_bias + of_user + lately, 1, STARS),
         "global_mean": global_mean,
-        "user_bias": user_bias,
+        "user_bias": of_user,
         "user_rating_mean": user_mean,
         "user_rating_deviation": _deviation(users),
         "user_text_stars": np.where(texts > 0, text_stars, np.nan),

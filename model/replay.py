@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from model import features
+from model import features, newcomers
 from model.compiled import compiled
 from model.events import TEXT, Rows, blank, joined, opaque
 from model.exceptions import GapError
@@ -22,6 +22,7 @@ from model.state import (
     RATING_STEPS,
     USER,
     USER_ATTRIBUTES,
+    Change,
     advance,
     apply_items,
     duplicates,
@@ -159,11 +160,13 @@ def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResu
         run_partition(share.partition, share.events, duplicate[span])
         for share, span in zip(shares, rows, strict=True)
     ]
-    partitions = joined([run[:-1] for run in runs])
+    partitions, after = joined([run[:-1] for run in runs]), joined([run[-1:] for run in runs])
     step = partitions["step"].copy()
     seq = np.where(events["action"] != TEXT, partitions["seq"], np.uint64(0))
     global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
     change = advance(states, index, events, duplicate, item_bias, global_mean, step)
+    ends = np.array([span.stop for span in rows], np.intp)
+    _follow(partitions, after, ends, events, duplicate, global_mean, item_bias, change)
     observation = observe(change.met, partitions, events, lookups)
     results = [
         BatchResult(
@@ -172,12 +175,30 @@ def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResu
             step[span],
             seq[span],
             change.states[theirs],
-            run[-1].reshape(()),
+            after[number].reshape(()),
             item_deltas(share.events, change.part(span)),
         )
-        for share, run, span, theirs in zip(shares, runs, rows, users, strict=True)
+        for number, (share, span, theirs) in enumerate(zip(shares, rows, users, strict=True))
     ]
     return results, observation
+
+
+def _follow(
+    met: Rows,
+    after: Rows,
+    ends: NDArray[np.intp],
+    events: Rows,
+    duplicate: NDArray[np.bool_],
+    global_mean: NDArray[np.float32],
+    item_bias: NDArray[np.float32],
+    change: Change,
+) -> None:
+    """`newcomers.follow`, of events that were just applied; what features say goes by float32."""
+    count = change.rating_count
+    user_bias = features.user_bias(change.residual_sum, count).astype(np.float32)
+    usual = newcomers.usual(global_mean, item_bias, user_bias)
+    ratings = np.log1p(count).astype(np.float32)
+    newcomers.follow(met, after, ends, events, duplicate, usual, ratings)
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:
@@ -208,18 +229,26 @@ def recover(
             " rebuild the partition from the archive."
         )
     fresh = step >= states["step"][user_index]
-    rows, late = rows[fresh], events.compress(new)
+    mean, item_bias, user_bias, ratings = (
+        rows[:, features.INDEX[name]].copy()
+        for name in ("global_mean", "item_bias", "user_bias", "user_ratings")
+    )
     change = advance(
         states,
         user_index[fresh],
         events.compress(fresh),
         duplicate[fresh],
-        rows[:, features.INDEX["item_bias"]].copy(),
-        rows[:, features.INDEX["global_mean"]].copy(),
+        item_bias[fresh],
+        mean[fresh],
         step[fresh],
         observed=False,
     )
-    return change.states, run_partition(partition, late, duplicate[new])[-1].reshape(())
+    late, repeated = events.compress(new), duplicate[new]
+    run = run_partition(partition, late, repeated)
+    usual = newcomers.usual(mean[new], item_bias[new], user_bias[new])
+    ends = np.array([len(late)], np.intp)
+    newcomers.follow(run[:-1], run[-1:], ends, late, repeated, usual, ratings[new])
+    return change.states, run[-1].reshape(())
 
 
 def _similarity(
@@ -324,6 +353,9 @@ class History:
             change = advance(
                 states, user_index, batch, duplicate, item_bias, global_mean, step, observed=False
             )
+            ends = np.array([len(batch)], np.intp)
+            known = (batch, duplicate, global_mean, item_bias, change)
+            _follow(partitions[:-1], partitions[-1:], ends, *known)
             opaque(self.users.rows)[users] = opaque(change.states)
             deltas = item_deltas(batch, change)
             self._follow(partitions[-1].reshape(()), deltas, step[0])

@@ -113,6 +113,13 @@ PARTITION = np.dtype(
         ("rating_count", "<u8"),
         ("rating_sum", "<f8"),
         ("histogram", "<u8", STARS),
+        # What newcomers rated lately, `model.newcomers`. Means that fade, not sums: they are the
+        # same wherever ratings come in the same order, as they do in a journal.
+        ("late_sum", "<f8"),
+        ("late_weight", "<f8"),
+        ("storm", "<f8"),  # belief in their level, less what it begins with
+        ("error_sum", "<f8"),  # squares of the running bias' errors
+        ("error_count", "<f8"),
     ]
 )
 
@@ -164,6 +171,8 @@ class Change:
     duplicate: NDArray[np.bool_]  # (n): repeated events; not applied
     replaced: NDArray[np.float64]  # (n): stars that an edit took away; 0: none
     new_touch: NDArray[np.bool_]  # (n): the item's first event in the user's session
+    residual_sum: NDArray[np.float64]  # (n): of the state that each event met
+    rating_count: NDArray[np.uint32]  # (n): likewise
 
     def part(self, rows: slice) -> "Change":
         """What some of the events did; the states are those of all."""
@@ -173,6 +182,8 @@ class Change:
             self.duplicate[rows],
             self.replaced[rows],
             self.new_touch[rows],
+            self.residual_sum[rows],
+            self.rating_count[rows],
         )
 
 
@@ -207,9 +218,10 @@ def advance(
     after = duplicated(states)
     replaced = np.zeros(len(events))
     touched = np.zeros(len(events), np.bool_)
+    residual, count = np.empty(len(events)), np.empty(len(events), np.uint32)
     given = (user_index, events, duplicate, item_bias, global_mean, step)
-    _advance(after, *given, met, replaced, touched)
-    return Change(met, after, duplicate, replaced, touched)
+    _advance(after, *given, met, replaced, touched, residual, count)
+    return Change(met, after, duplicate, replaced, touched, residual, count)
 
 
 def run_partition(partition: Rows, events: Rows, duplicate: NDArray[np.bool_]) -> Rows:
@@ -272,12 +284,15 @@ def _advance(
     met: Any,
     replaced: Any,
     touched: Any,
+    residual: Any,
+    count: Any,
 ) -> None:
-    """Change `states` in place; fill `met` (unless it is empty), `replaced` and `touched`."""
+    """Change `states` in place; fill the others (`met` unless it is empty)."""
     for row in range(len(events)):
         user, event = states[user_index[row]], events[row]
         if len(met):
             met[row] = user
+        residual[row], count[row] = user.residual_sum, user.rating_count
         user.step = step[row] + np.uint64(1)
         if duplicate[row]:
             continue
@@ -293,7 +308,7 @@ def _advance(
         second = np.uint32(event.time // 1000)
         opened = _sit(user, event, second)
         user.last_time = max(user.last_time, event.time)
-        stars = _stars(event)
+        stars = stars_of(event)
         old, seen = _touch(user, event, second, stars)
         touched[row] = opened or seen < int(user.session_second)
         if stars > 0:
@@ -404,7 +419,7 @@ def _run_partition(rows: Any, events: Any, duplicate: Any) -> None:
         after.step += np.uint64(1)
         if event.action != TEXT:
             after.seq += np.uint64(1)
-        stars = _stars(event)
+        stars = stars_of(event)
         if stars > 0 and not duplicate[row]:
             after.rating_count += np.uint64(1)
             after.rating_sum += stars
@@ -428,7 +443,7 @@ def _add_deltas(
             last.item, last.source = event.item, source[place]
             last.first_time = last.last_time = event.time
             count += 1
-        _count(last, event, _stars(event), replaced[row])
+        _count(last, event, stars_of(event), replaced[row])
         last.sessions += touched[row]
         last.first_time = min(last.first_time, event.time)
         last.last_time = max(last.last_time, event.time)
@@ -459,8 +474,8 @@ def _apply_items(states: Any, stood: Any, item_index: Any, deltas: Any, offsets:
 
 
 @compiled
-def _stars(event: Any) -> float:
-    """A rating rounded to 1/32 star; 0: none."""
+def stars_of(event: Any) -> float:
+    """An event's rating, rounded to 1/32 star; 0: none."""
     if event.action != REVIEW or np.isnan(event.rating):
         return 0.0
     return _rounded(np.float64(event.rating), RATING_STEPS)

@@ -29,6 +29,7 @@ class Metrics:
     duplicates: Counter  # processor
     disorder: Counter  # processor, kind (late, out_of_order, future)
     lost: Counter  # processor, topic, partition
+    newcomers: Gauge  # processor, partition
     model: Gauge  # version
 
 
@@ -102,6 +103,13 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             "starcast_lost_records",
             "Records that retention deleted before they were read.",
             ("processor", "topic", "partition"),
+            registry=registry,
+        ),
+        newcomers=Gauge(
+            "starcast_newcomers_level_stars",
+            "Stars by which newcomers lately rate apart, as far as it is believed: far from 0 in a "
+            "storm of reviews.",
+            ("processor", "partition"),
             registry=registry,
         ),
         model=Gauge(

@@ -21,6 +21,7 @@ import structlog
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
+from model import newcomers
 from model.events import (
     ACTIONS,
     EVENT,
@@ -160,8 +161,11 @@ class Scorer:
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""
-        self._owned -= set(partitions)
-        self._states.drop(partitions)
+        gone = set(partitions)
+        self._owned -= gone
+        self._states.drop(gone)
+        for partition in gone:
+            self._metrics.newcomers.remove(self.name, str(partition))
 
     def process(self, messages: list[Message]) -> Outcome:
         """Score and apply one batch."""
@@ -296,6 +300,8 @@ class Scorer:
         for part in parts:
             disorder += part.disorder
             self._metrics.duplicates.labels(self.name).inc(int(part.result.duplicate.sum()))
+            apart = newcomers.level(part.result.partition)
+            self._metrics.newcomers.labels(self.name, str(part.partition)).set(float(apart))
         for kind, count in disorder.items():
             self._metrics.disorder.labels(self.name, kind).inc(count)
 

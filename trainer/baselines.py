@@ -115,8 +115,8 @@ def running_baselines(
 ) -> tuple[Floats, Floats]:
     """The running damped bias and the running mean before each rating, both (n), in order.
 
-    The formula and constants are those of `model.features`; here every rating counts at once,
-    where live item states follow a moment later.
+    The formula and constants are those of `model.features`, without newcomers' level; here every
+    rating counts at once, where live item states follow a moment later.
     """
     prior = float(PRIOR_HISTOGRAM @ np.arange(1, len(PRIOR_HISTOGRAM) + 1))
     total, count = prior, PRIOR_COUNT

@@ -61,8 +61,9 @@ def baselines(
 ) -> dict[str, Floats]:
     """Predicted ratings (n) of rows by each baseline.
 
-    The running ones are features of each row. The others are fitted on the train span, with
-    validation to stop at for LightGBM.
+    The running ones are features of each row, with newcomers' level in the bias: what is served
+    without a model. The others are fitted on the train span, with validation to stop at for
+    LightGBM.
     """
     inputs, rating, events = examples.inputs, examples.rating, examples.events
     train, validation = split.train, split.validation

@@ -98,7 +98,8 @@ def _suggest_bias(trial: Trial) -> dict[str, Any]:
 
 
 def _bias_running(known: Rated, settings: Settings, seed: int) -> Predict:
-    return lambda asked, past: asked.features[:, INDEX["bias"]].astype(np.float64)
+    parts = [INDEX[name] for name in ("global_mean", "item_bias", "user_bias")]
+    return lambda asked, past: asked.features[:, parts].astype(np.float64).sum(1)
 
 
 def _biasedmf(folded: bool) -> Callable[[Rated, Settings, int], Predict]:

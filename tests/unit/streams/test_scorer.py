@@ -309,6 +309,24 @@ def test_a_repeated_event_is_predicted_but_not_applied(make: Make) -> None:
     assert scorer._metrics.duplicates.labels("scorer")._value.get() == 1
 
 
+def test_a_storm_is_told_while_its_partition_is_owned(make: Make) -> None:
+    scorer = make()
+
+    def told_level() -> float | None:
+        labels = {"processor": "scorer", "partition": "0"}
+        return scorer._metrics.registry.get_sample_value("starcast_newcomers_level_stars", labels)
+
+    assert told_level() is None
+    stars = [4.0, 5.0] * 60 + [1.0] * 30
+    sent = [record("reviews", at, f"new-{at}", rating=each) for at, each in enumerate(stars)]
+    finish(scorer, scorer.process(log("reviews", 0, sent[:120])))
+    assert abs(told_level() or 9) < 0.1
+    finish(scorer, scorer.process(log("reviews", 0, sent[120:], 120)))
+    assert -4 < (told_level() or 9) < -1
+    scorer.drop([0])
+    assert told_level() is None
+
+
 APPENDED = datetime.fromtimestamp(NOW_MS / 1_000, UTC)  # when Kafka took what `message` makes
 DAY = timedelta(days=1)
 

@@ -19,8 +19,10 @@ def rated(seed: int = 0) -> Rated:
     users, items = leaning.normal(0, 0.8, USERS), leaning.normal(0, 0.8, ITEMS)
     told = 3 + users[user] + items[item]
     features = np.zeros((ROWS, len(FEATURES)), np.float32)
-    features[:, 0] = told
-    features[:, INDEX["bias"]] = 3 + (told - 3) / 2
+    features[:, INDEX["user_rating_mean"]] = told
+    features[:, INDEX["global_mean"]] = 3
+    features[:, INDEX["user_bias"]] = features[:, INDEX["item_bias"]] = (told - 3) / 4
+    features[:, INDEX["bias"]] = 1  # whatever else we may put into it is not in theirs
     return Rated(
         user.astype(np.uint64) + 1,
         item.astype(np.uint64) + 1,

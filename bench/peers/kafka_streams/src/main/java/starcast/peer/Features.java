@@ -21,7 +21,7 @@ final class Features {
     static final int ITEM_KNOWN = 43;
     static final int TEXT_KNOWN = 81;
 
-    private static final double USER_DAMPING = 6;
+    private static final double USER_DAMPING = Newcomers.USER_DAMPING;
     private static final double ITEM_DAMPING = 15;
     private static final double[] PRIOR_HISTOGRAM = {0.5, 0.5, 1.5, 3.5, 4};
     private static final double PRIOR_SUM = 40; // stars
@@ -39,7 +39,10 @@ final class Features {
     private float[] columns;
     private int at;
 
-    double usual; // of the event computed last: global mean + item bias, what states keep residuals from
+    // Of the event computed last:
+    double usual; // global mean + item bias, what states keep residuals from
+    double running; // that and the user's bias, as the columns have them
+    double trusted; // share of the user's bias that is taken on trust
 
     Features(Lookups lookups) {
         this.lookups = lookups;
@@ -72,7 +75,10 @@ final class Features {
         double bias = user.f8(User.RESIDUAL_SUM) / (ratings + USER_DAMPING);
         double own = mean + bias;
 
-        put(Math.min(Math.max(mean + itemBias + bias, 1), STARS));
+        running = usual + (float) bias;
+        trusted = Newcomers.trust(Math.expm1((float) Math.log1p(ratings)));
+        double late = Newcomers.trust(ratings) * Newcomers.level(partition);
+        put(Math.min(Math.max(mean + itemBias + bias + late, 1), STARS));
         put(globalMean);
         put(bias);
         double sum = user.f8(User.RATING_SUM);

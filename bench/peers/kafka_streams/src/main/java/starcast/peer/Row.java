@@ -11,7 +11,7 @@ import java.util.Arrays;
  */
 final class Row {
     static final int USER = 832;
-    static final int PARTITION = 72;
+    static final int PARTITION = 112;
 
     private static final VarHandle LONG = view(long[].class);
     private static final VarHandle INT = view(int[].class);

@@ -54,7 +54,7 @@ final class Scorer {
             batch.add(event, user, attributes, features);
             boolean repeated = User.repeats(user, event);
             User.advance(user, event, repeated, features.usual, partition.i8(User.STEP));
-            User.advancePartition(partition, event, repeated);
+            User.advancePartition(partition, event, repeated, features);
         }
         float[] outputs = batch.outputs();
         states.forEach((hash, row) -> users.put(hash, row.stored()));

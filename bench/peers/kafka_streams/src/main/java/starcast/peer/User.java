@@ -87,8 +87,8 @@ final class User {
         count(user, event, stars, stars > 0 ? old : 0);
     }
 
-    /** Apply an event to its partition's row. */
-    static void advancePartition(Row partition, Event event, boolean repeated) {
+    /** Apply an event, whose features were computed last, to its partition's row. */
+    static void advancePartition(Row partition, Event event, boolean repeated, Features met) {
         partition.count8(STEP, 1);
         partition.count8(SEQ, 1);
         double stars = event.stars();
@@ -96,6 +96,7 @@ final class User {
             partition.count8(PARTITION_COUNT, 1);
             partition.add8(PARTITION_SUM, stars);
             partition.count8(PARTITION_HISTOGRAM + 8 * (star(stars) - 1), 1);
+            Newcomers.learn(partition, stars - met.running, met.trusted);
         }
     }
 
