@@ -2,8 +2,9 @@
 
 Parts: the evaluation beside peers on each set, the table of fine-tuning methods, the ablations of
 the rating network and of the text model, the speed of a long replay. Each part is a JSON file in
-`--folder`; one that is there is not made again, so the whole may be run bit by bit (`--parts`).
-`bench/results/quality.json` and `docs/quality.md` are made from those that are there.
+`--folder`; one that is there is not made again, so the whole may be run bit by bit (`--parts`,
+`--sets`). What a run makes takes the place of what `bench/results/quality.json` had of it; the rest
+of that stays, with the day and the machine that it is of. `docs/quality.md` tells all of it.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.report import machine, write
+from bench.report import RESULTS, machine, write
 from model.events import EVENT, Rows, blank
 from model.ids import hash_ids
 from model.replay import History
@@ -62,6 +64,7 @@ SETS: Mapping[str, tuple[Callable[[Sequence[Path], Path], object], tuple[str, ..
 
 METHODS: tuple[Method, ...] = ("full", "top_layers", "lora", "adalora", "prefix", "frozen")
 TEXT_SET = "Musical Instruments"
+PARTS = ("sets", "methods", "ablations", "worded", "replay")
 AS_IT_IS, HALF = "as it is", "half of the stars"
 
 
@@ -112,6 +115,7 @@ class Place:
             found = {
                 "figures": make(),
                 "minutes": round((time.monotonic() - began) / 60, 1),
+                "date": datetime.now(UTC).date().isoformat(),
                 "machine": machine(),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -390,6 +394,14 @@ def _text_table(part: str, block: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def kept(path: Path) -> dict[str, Any]:
+    """The parts of an earlier run's results."""
+    if not path.exists():
+        return {}
+    found = orjson.loads(path.read_bytes())
+    return {part: found[part] for part in PARTS if part in found}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make what is missing, and write."""
     parser = argparse.ArgumentParser(prog="bench.quality", description=__doc__)
@@ -399,8 +411,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["sets", "methods", "ablations", "worded", "replay"],
-        choices=["sets", "methods", "ablations", "worded", "replay"],
+        default=PARTS,
+        choices=PARTS,
     )
     parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
@@ -417,17 +429,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ablations": ("ablations", chosen.sets, ablated),
         "worded": ("worded", [*WORDED], worded),
     }
-    parts: dict[str, Any] = {}
-    for part, (words, names, make) in several.items():
-        if part in chosen.parts:
-            parts[part] = {
-                name: place.part(f"{words} {name}", lambda make=make, name=name: make(place, name))
-                for name in names
-            }
-    if "worded" in parts:
-        parts["worded"] = compared(parts["worded"])
-    if "replay" in chosen.parts:
-        parts["replay"] = place.part("replay", replayed)
+    parts = kept(RESULTS / "quality.json")
+    for part in chosen.parts:
+        if part == "replay":
+            parts[part] = place.part("replay", replayed)
+            continue
+        words, names, make = several[part]
+        made = {
+            name: place.part(f"{words} {name}", lambda make=make, name=name: make(place, name))
+            for name in names
+        }
+        parts[part] = {**parts.get(part, {}), **(compared(made) if part == "worded" else made)}
     if parts.get("sets"):
         parts["gains"] = gains(parts["sets"])
     written = write("quality", parts, "torch", "transformers", "lightgbm", "scikit-learn", "peft")

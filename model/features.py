@@ -215,16 +215,11 @@ def biases(items: Rows, partition: Rows) -> tuple[NDArray[np.float32], NDArray[n
     return global_mean, (total / (count + ITEM_DAMPING)).astype(np.float32)
 
 
-def user_bias(residual_sum: Column, count: Column) -> Column:
-    """The feature of that name (n), of users' sums of residuals and numbers of ratings (n)."""
-    return residual_sum / (count + USER_DAMPING)
-
-
 def _ratings(users: Rows, items: Rows, partition: Rows) -> Columns:
     global_mean, item_bias = biases(items, partition)
     mean = global_mean.astype(np.float64)
     user_count, item_count = users["rating_count"], items["rating_count"]
-    of_user = user_bias(users["residual_sum"], user_count)
+    user_bias = users["residual_sum"] / (user_count + USER_DAMPING)
     lately = newcomers.trust(user_count) * newcomers.level(partition)
     user_mean = (users["rating_sum"] + USER_DAMPING * mean) / (user_count + USER_DAMPING)
     total = partition["rating_count"] + PRIOR_COUNT
@@ -235,9 +230,9 @@ def _ratings(users: Rows, items: Rows, partition: Rows) -> Columns:
     texts = users["text_count"]
     text_stars = (users["text_sum"] + CROSS_DAMPING * mean) / (texts + CROSS_DAMPING)
     return {
-        "bias": np.clip(mean + item_bias + of_user + lately, 1, STARS),
+        "bias": np.clip(mean + item_bias + user_bias + lately, 1, STARS),
         "global_mean": global_mean,
-        "user_bias": of_user,
+        "user_bias": user_bias,
         "user_rating_mean": user_mean,
         "user_rating_deviation": _deviation(users),
         "user_text_stars": np.where(texts > 0, text_stars, np.nan),

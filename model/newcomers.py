@@ -1,20 +1,23 @@
-"""What the ratings of newcomers lately have in common: a storm of reviews, once it proves itself.
+"""What the first ratings of newcomers lately have in common: storms of reviews, once they show.
 
 The running bias takes a user of whom nothing is known for an ordinary one. In a storm (a campaign,
 a broken batch, a shop's new public) that is wrong for all who come at once. So newcomers have a
-level of their own, from which a user of n ratings lies D / (D + n) away, D being the damping of the
-user's bias: the share of the bias that is still taken on trust. Of the ratings k = 0, 1, ... before
-a moment, the newest first, each with its error e = r - (mean + item bias + user bias),
+level of their own. Of users' first ratings k = 0, 1, ... before a moment, the newest first, each
+with its error e = r - (mean + item bias),
 
-    m = sum f^k x e / (sum f^k x^2 + h),    x = D / (D + n),
+    m = sum f^k e / (sum f^k + h)
 
-is the level that they have lately: least squares about zero, where f^30 = 1/2 and h is a doubt.
+is the level that they have lately: least squares about zero, where f^20 = 1/2 and h is a doubt.
+First ratings alone, since what else a user rates is no witness of what others are about to.
 
-As a rule it is noise. How far it is believed, p, are the odds of two forecasters, one of whom says
-x m of the next error and the other nothing, both normal with the variance that errors have, who
-take turns now and then (Herbster and Warmuth 1998, "Tracking the best expert": fixed share). Errors
-of one user, or of one item, are no independent witnesses, so each counts for half (Grünwald 2012,
-"The safe Bayesian"). The bias takes p x m with it.
+As a rule m is noise. How far it is believed, p, are the odds of two forecasters, one of whom says m
+of the next error and the other nothing, both normal with the variance that errors have, who take
+turns now and then (Herbster and Warmuth 1998, "Tracking the best expert": fixed share). The bias of
+a user of n ratings takes
+
+    p m D / (D + n)
+
+with it, D being the damping of the user's bias: as much as that still takes on trust.
 """
 
 from typing import Any
@@ -27,20 +30,14 @@ from model.events import Rows
 from model.state import stars_of
 
 USER_DAMPING = 6.0  # ratings. Tuned on the running bias of Musical Instruments and Gift Cards.
-HALF = 30.0  # ratings after which one counts half
-DOUBT = 15.0  # ratings' worth of no level
+HALF = 20.0  # first ratings after which one counts half
+DOUBT = 5.0  # first ratings' worth of no level
 BELIEF = 0.01  # before anything is known, and where one forecaster hands over to the other
-TURN = 1e-3  # chance a rating of that
-WITNESS = 0.5  # what each error counts for
+TURN = 1e-3  # chance a first rating of that
 FORGETTING = 0.999  # of the variance of errors, which begins at 1
-CONSTANTS = (USER_DAMPING, HALF, DOUBT, BELIEF, TURN, WITNESS, FORGETTING)
+CONSTANTS = (USER_DAMPING, HALF, DOUBT, BELIEF, TURN, FORGETTING)
 
 _FADE = 0.5 ** (1 / HALF)
-
-
-def trust(ratings: NDArray[Any]) -> NDArray[np.float64]:
-    """The share of users' biases (n) that is taken on trust, x, by their numbers of ratings (n)."""
-    return np.asarray(USER_DAMPING / (USER_DAMPING + ratings), np.float64)
 
 
 def level(partition: Rows) -> NDArray[np.float64]:
@@ -49,11 +46,9 @@ def level(partition: Rows) -> NDArray[np.float64]:
     return belief * partition["late_sum"] / (partition["late_weight"] + DOUBT)
 
 
-def usual(
-    global_mean: NDArray[np.float32], item_bias: NDArray[np.float32], user_bias: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """What the running bias says (n) without newcomers' level, of the features (n) of its parts."""
-    return global_mean.astype(np.float64) + item_bias + user_bias
+def trust(ratings: NDArray[Any]) -> NDArray[np.float64]:
+    """The share of users' biases (n) that is taken on trust, by their numbers of ratings (n)."""
+    return np.asarray(USER_DAMPING / (USER_DAMPING + ratings), np.float64)
 
 
 def follow(
@@ -61,9 +56,9 @@ def follow(
     after: Rows,
     ends: NDArray[np.intp],
     events: Rows,
-    duplicate: NDArray[np.bool_],
-    usual: NDArray[np.float64],
-    ratings: NDArray[np.float32],
+    first: NDArray[np.bool_],
+    global_mean: NDArray[np.float32],
+    item_bias: NDArray[np.float32],
 ) -> None:
     """Fill in what newcomers are known by in the PARTITION rows of s partitions, side by side.
 
@@ -72,18 +67,14 @@ def follow(
         after: PARTITION (s), as the events leave them; what newcomers are known by is as before.
         ends: (s) where each partition's events end.
         events: EVENT (n); only ratings are learnt from.
-        duplicate: (n) those that repeat another, from which nothing is learnt.
-        usual: (n) as the function says.
-        ratings: (n) log(1 + n), the feature.
+        first: (n) the event counts, and its user has rated nothing before.
+        global_mean: (n) the feature, as is item_bias (n).
     """
-    x = trust(np.expm1(ratings.astype(np.float64)))
-    _follow(met, after, ends, events, duplicate, usual, x)
+    _follow(met, after, ends, events, first, global_mean.astype(np.float64) + item_bias)
 
 
 @compiled
-def _follow(
-    met: Any, after: Any, ends: Any, events: Any, duplicate: Any, usual: Any, trusted: Any
-) -> None:
+def _follow(met: Any, after: Any, ends: Any, events: Any, first: Any, usual: Any) -> None:
     row = 0
     for part in range(len(ends)):
         state = after[part]
@@ -93,21 +84,21 @@ def _follow(
             before.storm = state.storm
             before.error_sum, before.error_count = state.error_sum, state.error_count
             stars = stars_of(events[row])
-            if stars > 0 and not duplicate[row]:
-                _learn(state, stars - usual[row], trusted[row])
+            if stars > 0 and first[row]:
+                _learn(state, stars - usual[row])
             row += 1
 
 
 @compiled
-def _learn(state: Any, error: float, x: float) -> None:
-    """One more rating, of a user of whom a share x is taken on trust."""
-    left = error - x * state.late_sum / (state.late_weight + DOUBT)
+def _learn(state: Any, error: float) -> None:
+    """One more first rating."""
+    left = error - state.late_sum / (state.late_weight + DOUBT)
     variance = (1 + state.error_sum) / (1 + state.error_count)
-    odds = np.exp(WITNESS * (error * error - left * left) / (2 * variance))
+    odds = np.exp((error * error - left * left) / (2 * variance))
     belief = state.storm + BELIEF
     belief = belief * odds / (belief * odds + 1 - belief)
     state.storm = (1 - TURN) * (belief - BELIEF)
-    state.late_sum = _FADE * state.late_sum + x * error
-    state.late_weight = _FADE * state.late_weight + x * x
+    state.late_sum = _FADE * state.late_sum + error
+    state.late_weight = _FADE * state.late_weight + 1
     state.error_sum = FORGETTING * state.error_sum + error * error
     state.error_count = FORGETTING * state.error_count + 1

@@ -22,7 +22,6 @@ from model.state import (
     RATING_STEPS,
     USER,
     USER_ATTRIBUTES,
-    Change,
     advance,
     apply_items,
     duplicates,
@@ -166,7 +165,7 @@ def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResu
     global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
     change = advance(states, index, events, duplicate, item_bias, global_mean, step)
     ends = np.array([span.stop for span in rows], np.intp)
-    _follow(partitions, after, ends, events, duplicate, global_mean, item_bias, change)
+    newcomers.follow(partitions, after, ends, events, change.first, global_mean, item_bias)
     observation = observe(change.met, partitions, events, lookups)
     results = [
         BatchResult(
@@ -181,24 +180,6 @@ def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResu
         for number, (share, span, theirs) in enumerate(zip(shares, rows, users, strict=True))
     ]
     return results, observation
-
-
-def _follow(
-    met: Rows,
-    after: Rows,
-    ends: NDArray[np.intp],
-    events: Rows,
-    duplicate: NDArray[np.bool_],
-    global_mean: NDArray[np.float32],
-    item_bias: NDArray[np.float32],
-    change: Change,
-) -> None:
-    """`newcomers.follow`, of events that were just applied; what features say goes by float32."""
-    count = change.rating_count
-    user_bias = features.user_bias(change.residual_sum, count).astype(np.float32)
-    usual = newcomers.usual(global_mean, item_bias, user_bias)
-    ratings = np.log1p(count).astype(np.float32)
-    newcomers.follow(met, after, ends, events, duplicate, usual, ratings)
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:
@@ -229,9 +210,9 @@ def recover(
             " rebuild the partition from the archive."
         )
     fresh = step >= states["step"][user_index]
-    mean, item_bias, user_bias, ratings = (
+    mean, item_bias, ratings = (
         rows[:, features.INDEX[name]].copy()
-        for name in ("global_mean", "item_bias", "user_bias", "user_ratings")
+        for name in ("global_mean", "item_bias", "user_ratings")
     )
     change = advance(
         states,
@@ -245,9 +226,9 @@ def recover(
     )
     late, repeated = events.compress(new), duplicate[new]
     run = run_partition(partition, late, repeated)
-    usual = newcomers.usual(mean[new], item_bias[new], user_bias[new])
+    first = ~repeated & (ratings[new] == 0)
     ends = np.array([len(late)], np.intp)
-    newcomers.follow(run[:-1], run[-1:], ends, late, repeated, usual, ratings[new])
+    newcomers.follow(run[:-1], run[-1:], ends, late, first, mean[new], item_bias[new])
     return change.states, run[-1].reshape(())
 
 
@@ -354,8 +335,8 @@ class History:
                 states, user_index, batch, duplicate, item_bias, global_mean, step, observed=False
             )
             ends = np.array([len(batch)], np.intp)
-            known = (batch, duplicate, global_mean, item_bias, change)
-            _follow(partitions[:-1], partitions[-1:], ends, *known)
+            known = (batch, change.first, global_mean, item_bias)
+            newcomers.follow(partitions[:-1], partitions[-1:], ends, *known)
             opaque(self.users.rows)[users] = opaque(change.states)
             deltas = item_deltas(batch, change)
             self._follow(partitions[-1].reshape(()), deltas, step[0])

@@ -113,12 +113,12 @@ PARTITION = np.dtype(
         ("rating_count", "<u8"),
         ("rating_sum", "<f8"),
         ("histogram", "<u8", STARS),
-        # What newcomers rated lately, `model.newcomers`. Means that fade, not sums: they are the
-        # same wherever ratings come in the same order, as they do in a journal.
+        # What newcomers rated lately, `model.newcomers`. It fades, so it is no exact sum; but it is
+        # the same wherever ratings come in the same order, as they do in a journal.
         ("late_sum", "<f8"),
         ("late_weight", "<f8"),
         ("storm", "<f8"),  # belief in their level, less what it begins with
-        ("error_sum", "<f8"),  # squares of the running bias' errors
+        ("error_sum", "<f8"),  # squares of the errors
         ("error_count", "<f8"),
     ]
 )
@@ -171,8 +171,7 @@ class Change:
     duplicate: NDArray[np.bool_]  # (n): repeated events; not applied
     replaced: NDArray[np.float64]  # (n): stars that an edit took away; 0: none
     new_touch: NDArray[np.bool_]  # (n): the item's first event in the user's session
-    residual_sum: NDArray[np.float64]  # (n): of the state that each event met
-    rating_count: NDArray[np.uint32]  # (n): likewise
+    first: NDArray[np.bool_]  # (n): it counts, and its user had rated nothing before
 
     def part(self, rows: slice) -> "Change":
         """What some of the events did; the states are those of all."""
@@ -182,8 +181,7 @@ class Change:
             self.duplicate[rows],
             self.replaced[rows],
             self.new_touch[rows],
-            self.residual_sum[rows],
-            self.rating_count[rows],
+            self.first[rows],
         )
 
 
@@ -218,10 +216,10 @@ def advance(
     after = duplicated(states)
     replaced = np.zeros(len(events))
     touched = np.zeros(len(events), np.bool_)
-    residual, count = np.empty(len(events)), np.empty(len(events), np.uint32)
+    first = np.zeros(len(events), np.bool_)
     given = (user_index, events, duplicate, item_bias, global_mean, step)
-    _advance(after, *given, met, replaced, touched, residual, count)
-    return Change(met, after, duplicate, replaced, touched, residual, count)
+    _advance(after, *given, met, replaced, touched, first)
+    return Change(met, after, duplicate, replaced, touched, first)
 
 
 def run_partition(partition: Rows, events: Rows, duplicate: NDArray[np.bool_]) -> Rows:
@@ -284,18 +282,17 @@ def _advance(
     met: Any,
     replaced: Any,
     touched: Any,
-    residual: Any,
-    count: Any,
+    first: Any,
 ) -> None:
     """Change `states` in place; fill the others (`met` unless it is empty)."""
     for row in range(len(events)):
         user, event = states[user_index[row]], events[row]
         if len(met):
             met[row] = user
-        residual[row], count[row] = user.residual_sum, user.rating_count
         user.step = step[row] + np.uint64(1)
         if duplicate[row]:
             continue
+        first[row] = user.rating_count == 0
         recent = user.recent
         for slot in range(RECENT - 1, 0, -1):
             recent[slot].event_id = recent[slot - 1].event_id

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from model.features import FEATURES, Group
+from model.features import FEATURES, INDEX, Group
 from model.network import Inputs
+from model.state import STARS
 from trainer.config import FitConfig, TrainerConfig
 from trainer.gate import difference
 from trainer.metrics import Difference, Floats, scores
@@ -49,6 +50,13 @@ def _vectors(inputs: Inputs) -> Inputs:
     return inputs.without_vectors(inputs.vectors.shape[1])
 
 
+def _newcomers(inputs: Inputs) -> Inputs:
+    features = inputs.features.copy()
+    parts = [INDEX[name] for name in ("global_mean", "item_bias", "user_bias")]
+    features[:, INDEX[KEPT]] = features[:, parts].sum(1).clip(1, STARS)
+    return replace(inputs, features=features)
+
+
 INPUTS: Mapping[str, Without] = {
     "user features": _features("user"),
     "item features": _features("item"),
@@ -57,6 +65,7 @@ INPUTS: Mapping[str, Without] = {
     "attributes": _features("attributes"),
     "text features": _features("text"),
     "text vectors": _vectors,
+    "newcomers' level": _newcomers,
 }
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "attention to recent items": {"sizes": {"heads": 0}},

@@ -41,8 +41,7 @@ final class Features {
 
     // Of the event computed last:
     double usual; // global mean + item bias, what states keep residuals from
-    double running; // that and the user's bias, as the columns have them
-    double trusted; // share of the user's bias that is taken on trust
+    boolean first; // its user had rated nothing before
 
     Features(Lookups lookups) {
         this.lookups = lookups;
@@ -75,8 +74,7 @@ final class Features {
         double bias = user.f8(User.RESIDUAL_SUM) / (ratings + USER_DAMPING);
         double own = mean + bias;
 
-        running = usual + (float) bias;
-        trusted = Newcomers.trust(Math.expm1((float) Math.log1p(ratings)));
+        first = ratings == 0;
         double late = Newcomers.trust(ratings) * Newcomers.level(partition);
         put(Math.min(Math.max(mean + itemBias + bias + late, 1), STARS));
         put(globalMean);

@@ -96,7 +96,9 @@ final class User {
             partition.count8(PARTITION_COUNT, 1);
             partition.add8(PARTITION_SUM, stars);
             partition.count8(PARTITION_HISTOGRAM + 8 * (star(stars) - 1), 1);
-            Newcomers.learn(partition, stars - met.running, met.trusted);
+            if (met.first) {
+                Newcomers.learn(partition, stars - met.usual);
+            }
         }
     }
 
