@@ -3,6 +3,7 @@
 Its licence allows research, not redistribution, so it stays outside the tree.
 """
 
+import argparse
 import sys
 import zipfile
 from pathlib import Path
@@ -28,4 +29,6 @@ def fetch(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    fetch(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="bench.movielens", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    fetch(parser.parse_args().folder)

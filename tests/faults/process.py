@@ -32,6 +32,11 @@ class Server:
         assert self.child is not None
         return self.child.process.pid
 
+    @property
+    def dead(self) -> bool:
+        """Whether it was started, and runs no more."""
+        return self.child is not None and self.child.process.poll() is not None
+
     def start(self, wait: bool = True) -> None:
         """Start it, and wait until it answers."""
         self.child = start_child(

@@ -12,6 +12,7 @@ from tests.faults.world import FaultyShop, NotReached, World
 
 
 def _broker_killed(world: World, shop: FaultyShop, random: Random) -> str:
+    _start_dead(world)
     node = random.choice([*world.servers.kafka.brokers])
     broker = world.servers.kafka.brokers[node]
     broker.kill()
@@ -22,6 +23,7 @@ def _broker_killed(world: World, shop: FaultyShop, random: Random) -> str:
 
 
 def _two_brokers_killed(world: World, shop: FaultyShop, random: Random) -> str:
+    _start_dead(world)
     nodes = random.sample([*world.servers.kafka.brokers], 2)
     brokers = [world.servers.kafka.brokers[node] for node in nodes]
     for broker in brokers:
@@ -37,6 +39,7 @@ def _two_brokers_killed(world: World, shop: FaultyShop, random: Random) -> str:
 
 def _coordinator_moved(world: World, shop: FaultyShop, random: Random) -> str:
     """The broker that coordinates a scorer's transactions hands over, and comes back."""
+    _start_dead(world)
     identity = transactional_id(shop, random.randrange(2))
     topic = (
         reach(shop.kafka, ADMIN_SECONDS)
@@ -53,6 +56,13 @@ def _coordinator_moved(world: World, shop: FaultyShop, random: Random) -> str:
     broker.start()
     _in_sync(world)
     return f"{identity} from broker {node}"
+
+
+def _start_dead(world: World) -> None:
+    """Start what did not come back in time after an earlier fault, before another one dies."""
+    for broker in world.servers.kafka.brokers.values():
+        if broker.dead:
+            broker.start()
 
 
 def _in_sync(world: World) -> None:
