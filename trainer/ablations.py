@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from model.features import FEATURES, INDEX, Group
 from model.network import Inputs
-from model.state import STARS
+from trainer.baselines import running_bias
 from trainer.config import FitConfig, TrainerConfig
 from trainer.gate import difference
 from trainer.metrics import Difference, Floats, scores
@@ -52,8 +52,7 @@ def _vectors(inputs: Inputs) -> Inputs:
 
 def _newcomers(inputs: Inputs) -> Inputs:
     features = inputs.features.copy()
-    parts = [INDEX[name] for name in ("global_mean", "item_bias", "user_bias")]
-    features[:, INDEX[KEPT]] = features[:, parts].sum(1).clip(1, STARS)
+    features[:, INDEX[KEPT]] = running_bias(features)
     return replace(inputs, features=features)
 
 

@@ -110,6 +110,12 @@ def fit_lightgbm(
     )
 
 
+def running_bias(rows: NDArray[np.float32]) -> Floats:
+    """The running damped bias (n) without newcomers' level, of rows of features (n, F)."""
+    parts = [features.INDEX[name] for name in ("global_mean", "item_bias", "user_bias")]
+    return rows[:, parts].astype(np.float64).sum(1).clip(1, len(PRIOR_HISTOGRAM))
+
+
 def running_baselines(
     users: Sequence[str], items: Sequence[str], rating: Floats
 ) -> tuple[Floats, Floats]:

@@ -23,8 +23,7 @@ from surprise import SVD, SVDpp
 from surprise import Dataset as SurpriseDataset
 from surprise import Reader as SurpriseReader
 
-from model.features import INDEX
-from trainer.baselines import fit_damped_bias, predict_damped_bias
+from trainer.baselines import fit_damped_bias, predict_damped_bias, running_bias
 from trainer.metrics import Floats, scores
 from trainer.peers.tuning import Settings, Suggest, tune
 
@@ -98,8 +97,7 @@ def _suggest_bias(trial: Trial) -> dict[str, Any]:
 
 
 def _bias_running(known: Rated, settings: Settings, seed: int) -> Predict:
-    parts = [INDEX[name] for name in ("global_mean", "item_bias", "user_bias")]
-    return lambda asked, past: asked.features[:, parts].astype(np.float64).sum(1)
+    return lambda asked, past: running_bias(asked.features)
 
 
 def _biasedmf(folded: bool) -> Callable[[Rated, Settings, int], Predict]:
