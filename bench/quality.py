@@ -327,7 +327,7 @@ def page(parts: Mapping[str, Any]) -> str:
     ]
     for name, each in parts.get("sets", {}).items():
         figures = each["figures"]
-        lines += ["", f"## {name}", "", f"{figures['rows']['test']:,} test rows."]
+        lines += ["", f"## {name}", "", f"{figures['rows']['test']:,} test rows{_day(each)}."]
         for way, block in figures["rating"].items():
             lines += ["", *_rating_table(way, block)]
         for part in ("text", "text_title", "text_body"):
@@ -372,6 +372,11 @@ def page(parts: Mapping[str, Any]) -> str:
             f"{found['events_per_second']:,} events/s, {found['peak_mb']:,} MB at most."
         )
     return "\n".join(lines) + "\n"
+
+
+def _day(part: Mapping[str, Any]) -> str:
+    """When a part was made, where it says so."""
+    return f", measured {part['date']}" if "date" in part else ""
 
 
 def _rating_table(way: str, block: Mapping[str, Any]) -> list[str]:
