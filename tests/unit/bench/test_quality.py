@@ -1,0 +1,36 @@
+"""A part that is measured again takes the place of what was there, and no more."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from bench import quality, report
+
+
+def part(rate: int, **more: Any) -> dict[str, Any]:
+    figures = {"events": 10, "users": 2, "items": 3, "events_per_second": rate, "peak_mb": 4}
+    return {"figures": figures, "minutes": 0.1, **more}
+
+
+def test_a_part_alone_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for module in (quality, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    ablated = {"Toys": {"figures": {"nothing": {"rmse": 0.5, "cost": None}}}}
+    results = tmp_path / "quality.json"
+    results.write_bytes(orjson.dumps({"ablations": ablated, "replay": part(1), "date": "old"}))
+    made = tmp_path / "made" / "replay.json"
+    made.parent.mkdir()
+    made.write_bytes(orjson.dumps(part(7_000, date="2026-11-29")))
+
+    assert quality.main(["--parts", "replay", "--folder", str(made.parent)]) == 0
+    found = orjson.loads(results.read_bytes())
+    assert found["ablations"] == ablated
+    assert found["replay"] == part(7_000, date="2026-11-29")
+    assert found["date"] != "old"
+    told = (tmp_path / "docs" / "quality.md").read_text()
+    assert "7,000 events/s" in told
+    assert "What each part of the network is worth on Toys" in told
