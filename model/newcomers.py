@@ -29,13 +29,12 @@ from model.compiled import compiled
 from model.events import Rows
 from model.state import stars_of
 
-USER_DAMPING = 6.0  # ratings. Tuned on the running bias of Musical Instruments and Gift Cards.
 HALF = 20.0  # first ratings after which one counts half
 DOUBT = 5.0  # first ratings' worth of no level
 BELIEF = 0.01  # before anything is known, and where one forecaster hands over to the other
 TURN = 1e-3  # chance a first rating of that
 FORGETTING = 0.999  # of the variance of errors, which begins at 1
-CONSTANTS = (USER_DAMPING, HALF, DOUBT, BELIEF, TURN, FORGETTING)
+CONSTANTS = (HALF, DOUBT, BELIEF, TURN, FORGETTING)
 
 _FADE = 0.5 ** (1 / HALF)
 
@@ -44,11 +43,6 @@ def level(partition: Rows) -> NDArray[np.float64]:
     """Stars by which newcomers are taken to rate apart, p m, as PARTITION rows have it."""
     belief = partition["storm"] + BELIEF  # so that a row of zeros is one that knows nothing
     return belief * partition["late_sum"] / (partition["late_weight"] + DOUBT)
-
-
-def trust(ratings: NDArray[Any]) -> NDArray[np.float64]:
-    """The share of users' biases (n) that is taken on trust, by their numbers of ratings (n)."""
-    return np.asarray(USER_DAMPING / (USER_DAMPING + ratings), np.float64)
 
 
 def follow(

@@ -211,8 +211,7 @@ def recover(
         )
     fresh = step >= states["step"][user_index]
     mean, item_bias, ratings = (
-        rows[:, features.INDEX[name]].copy()
-        for name in ("global_mean", "item_bias", "user_ratings")
+        rows[:, features.INDEX[name]] for name in ("global_mean", "item_bias", "user_ratings")
     )
     change = advance(
         states,
@@ -334,9 +333,8 @@ class History:
             change = advance(
                 states, user_index, batch, duplicate, item_bias, global_mean, step, observed=False
             )
-            ends = np.array([len(batch)], np.intp)
-            known = (batch, change.first, global_mean, item_bias)
-            newcomers.follow(partitions[:-1], partitions[-1:], ends, *known)
+            met, after, ends = partitions[:-1], partitions[-1:], np.array([len(batch)], np.intp)
+            newcomers.follow(met, after, ends, batch, change.first, global_mean, item_bias)
             opaque(self.users.rows)[users] = opaque(change.states)
             deltas = item_deltas(batch, change)
             self._follow(partitions[-1].reshape(()), deltas, step[0])

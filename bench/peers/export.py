@@ -32,7 +32,7 @@ from streams.reader import (
 from streams.store import Store
 from streams.user_states import decode_header
 
-PORTED = ("f5036779", "adffbb97")  # the layout and the features that the Java was written for
+PORTED = ("f5036779", "9a089c3b")  # the layout and the features that the Java was written for
 
 _OPSET = 17
 _RECENTS = 16

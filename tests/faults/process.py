@@ -35,7 +35,7 @@ class Server:
     @property
     def dead(self) -> bool:
         """Whether it was started, and runs no more."""
-        return self.child is not None and self.child.process.poll() is not None
+        return self.child is not None and not self.child.alive()
 
     def start(self, wait: bool = True) -> None:
         """Start it, and wait until it answers."""

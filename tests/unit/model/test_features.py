@@ -119,6 +119,14 @@ def test_running_biases() -> None:
     assert found["item_ratings"] == pytest.approx(np.log(6))
 
 
+def test_newcomers_take_their_level_with_them_and_who_has_rated_less_of_it() -> None:
+    """Who has rated as often as the damping takes a half."""
+    storm = row(PARTITION, late_sum=-30, late_weight=15, storm=0.79)[0]  # 0.8 * -30 / (15 + 5)
+    assert features_of(partition=storm)["bias"] == pytest.approx(4 - 1.2)
+    user = row(USER, rating_count=int(USER_DAMPING))
+    assert features_of(user, partition=storm)["bias"] == pytest.approx(4 - 0.6)
+
+
 def test_the_bias_stays_within_the_stars() -> None:
     assert features_of(row(USER, rating_count=100, residual_sum=400))["bias"] == 5
     assert features_of(row(USER, rating_count=100, residual_sum=-400))["bias"] == 1

@@ -10,10 +10,8 @@ from model.newcomers import (
     FORGETTING,
     HALF,
     TURN,
-    USER_DAMPING,
     follow,
     level,
-    trust,
 )
 from model.state import PARTITION
 
@@ -74,11 +72,6 @@ def test_two_ratings() -> None:
     assert after["late_sum"] == pytest.approx(-3 * FADE - 2)
     assert after["late_weight"] == pytest.approx(FADE + 1)
     assert after["error_sum"] == pytest.approx(9 * FORGETTING + 4)
-
-
-def test_who_has_rated_is_told_less() -> None:
-    """Who has rated as often as the damping is taken on trust by a half."""
-    assert trust(np.array([0, int(USER_DAMPING)])).tolist() == [1, 0.5]
 
 
 def test_a_storm_is_believed_and_passes() -> None:

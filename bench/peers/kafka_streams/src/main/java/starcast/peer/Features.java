@@ -21,7 +21,7 @@ final class Features {
     static final int ITEM_KNOWN = 43;
     static final int TEXT_KNOWN = 81;
 
-    private static final double USER_DAMPING = Newcomers.USER_DAMPING;
+    private static final double USER_DAMPING = 6;
     private static final double ITEM_DAMPING = 15;
     private static final double[] PRIOR_HISTOGRAM = {0.5, 0.5, 1.5, 3.5, 4};
     private static final double PRIOR_SUM = 40; // stars
@@ -75,7 +75,7 @@ final class Features {
         double own = mean + bias;
 
         first = ratings == 0;
-        double late = Newcomers.trust(ratings) * Newcomers.level(partition);
+        double late = Newcomers.level(partition) * USER_DAMPING / (ratings + USER_DAMPING);
         put(Math.min(Math.max(mean + itemBias + bias + late, 1), STARS));
         put(globalMean);
         put(bias);

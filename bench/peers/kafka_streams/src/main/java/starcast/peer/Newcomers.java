@@ -2,7 +2,6 @@ package starcast.peer;
 
 /** What model/newcomers.py does with a partition's row. */
 final class Newcomers {
-    static final double USER_DAMPING = 6;
     private static final double DOUBT = 5;
     private static final double BELIEF = 0.01;
     private static final double TURN = 1e-3;
@@ -17,10 +16,6 @@ final class Newcomers {
     private static final int ERROR_COUNT = 104;
 
     private Newcomers() {}
-
-    static double trust(double ratings) {
-        return USER_DAMPING / (USER_DAMPING + ratings);
-    }
 
     static double level(Row partition) {
         return (partition.f8(STORM) + BELIEF) * partition.f8(LATE_SUM) / (partition.f8(LATE_WEIGHT) + DOUBT);
