@@ -95,7 +95,7 @@ def _product(
     if dtype == torch.int8:
         layer, rows = int8.Linear(torch.nn.Linear(given, gives)), int8.Rows.room(tokens, given)
         int8.take(torch.randn(tokens, given), layer, rows)
-        return partial(layer.multiplied, rows)
+        return partial(layer.multiplied, rows.codes)
     left = torch.randn(tokens, given, dtype=dtype, device=device)
     return partial(torch.mm, left, torch.randn(given, gives, dtype=dtype, device=device))
 

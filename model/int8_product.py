@@ -1,0 +1,174 @@
+"""Products of codes in eight bits, for processors with AVX2 but without VNNI.
+
+Such a processor has one instruction that multiplies 32 codes by 32 weights and adds neighbours in
+sixteen bits, and one that adds those in 32 bits; it starts two of either in a cycle. Libraries do
+the second after each first, so that it does 32 products in a cycle, twice what it does in float32.
+Here sums stay in sixteen bits for eight products, which a third instruction adds, of which it
+starts four. For 128 products that is
+
+    4 multiplications + 1 widening = 5 of 2 a cycle,    3 + 1 sums,    so 51 in a cycle.
+
+Nothing is cut, since weights are scaled by `limit`: of those that meet in one sum neither the
+positive nor the negative ones come to more than 128. Weights are about as finely rounded by that as
+by seven bits for the largest of a row, which pairs alone would ask for.
+
+A tile of 3 rows by 16 columns has six sums of sixteen bits and six of 32 in the 16 registers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.compiled import compiled
+
+_ROWS, _COLUMNS = 3, 16  # of a tile
+_STEPS, _DEPTH = 4, 4  # multiplications before sums widen, and codes of a row in each
+_BLOCK = _STEPS * _DEPTH  # codes of a row until then
+_GROUP = _BLOCK // 2  # products that meet in a sum of sixteen bits
+_MOST = 128  # to which weights of one sign in a group may add up: 255 · 128 fits into sixteen bits
+_ALIGNED = 64  # bytes
+
+
+def suits(weight: Tensor) -> bool:
+    """Whether weights (out, in) and this processor are such that `multiply` is the fastest way."""
+    out, width = weight.shape
+    fits = out % _COLUMNS == 0 and width % _BLOCK == 0
+    return fits and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def limit(weight: Tensor) -> Tensor:
+    """The least scale (out) of weights (out, in) by which no sum of a group is cut."""
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % _BLOCK))
+    groups = padded.reshape(len(weight), -1, _STEPS, 2, 2)  # of a block: steps, groups, neighbours
+    above = groups.clamp(min=0).sum((2, 4)).flatten(1).amax(1)
+    below = groups.clamp(max=0).sum((2, 4)).flatten(1).amin(1).neg()
+    return torch.maximum(above, below) / (_MOST - _GROUP / 2)  # each may be rounded up by a half
+
+
+def pack(weight: Tensor) -> NDArray[np.int8]:
+    """Weights (out, in) in the order in which `multiply` reads them."""
+    out, width = weight.shape
+    tiles = weight.numpy().reshape(out // _COLUMNS, _COLUMNS, width // _DEPTH, _DEPTH)
+    ordered = tiles.transpose(0, 2, 1, 3).ravel()
+    room = np.empty(ordered.size + _ALIGNED, np.int8)
+    first = -room.ctypes.data % _ALIGNED
+    packed = room[first : first + ordered.size]
+    packed[:] = ordered
+    return packed
+
+
+@compiled
+def multiply(
+    codes: NDArray[np.uint8],
+    packed: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    made: NDArray[np.float32],
+) -> None:
+    """`made` (rows, out) becomes codes (rows, in) times packed weights, times their scales (out).
+
+    All lie without gaps.
+    """
+    rows, width = codes.shape
+    out = len(scales)
+    blocks = width // _BLOCK
+    for column in range(0, out, _COLUMNS):
+        weights = packed.ctypes.data + column * width
+        scale = scales.ctypes.data + column * 4
+        row = 0
+        while row < rows:
+            given = codes.ctypes.data + row * width
+            to = made.ctypes.data + (row * out + column) * 4
+            if row + _ROWS <= rows:
+                _tile(given, width, weights, blocks, scale, to, out)
+                row += _ROWS
+            else:
+                _row(given, width, weights, blocks, scale, to, out)
+                row += 1
+
+
+# -- a tile in LLVM's language -------------------------------------------------------------------
+
+_BYTE, _SHORT, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_BYTES, _SHORTS = ir.VectorType(_BYTE, 32), ir.VectorType(_SHORT, 16)
+_WORDS, _FLOATS = ir.VectorType(_WORD, 8), ir.VectorType(ir.FloatType(), 8)
+_VECTORS = _COLUMNS // 8  # of 32 bytes: 8 columns, 4 codes of each
+
+
+def _tile_of(rows: int) -> Callable[..., None]:
+    """A function of addresses and lengths that multiplies `rows` rows by 16 columns."""
+
+    def build(context: Any, builder: Any, _: Any, given: Sequence[Any]) -> Any:
+        codes, width, weights, blocks, scales, made, out = given
+        multiplied = _instruction(builder, "pmadd.ub.sw", _SHORTS, _BYTES)
+        widened = _instruction(builder, "pmadd.wd", _WORDS, _SHORTS)
+        # LLVM would add in pairs, for which there are too few registers: an empty instruction
+        # that takes a sum in its register keeps their order.
+        kept = ir.InlineAsm(ir.FunctionType(_SHORTS, [_SHORTS]), "", "=x,0")
+
+        def after(address: Any, bytes_after: Any) -> Any:
+            return builder.add(address, bytes_after)
+
+        def at(address: Any, kind: Any) -> Any:
+            return builder.inttoptr(address, kind.as_pointer())
+
+        def four_codes(address: Any) -> Any:
+            read = builder.load(at(address, _WORD), align=1)
+            one = builder.insert_element(_WORDS(ir.Undefined), read, _WORD(0))
+            zeros = ir.Constant(_WORDS, [0] * 8)
+            return builder.bitcast(builder.shuffle_vector(one, one, zeros), _BYTES)
+
+        tile = [(row, vector) for row in range(rows) for vector in range(_VECTORS)]
+        nothing, ones = ir.Constant(_WORDS, [0] * 8), ir.Constant(_SHORTS, [1] * 16)
+        totals = {each: cgutils.alloca_once_value(builder, nothing) for each in tile}
+        starts = [after(codes, builder.mul(width, _LONG(row))) for row in range(rows)]
+        with cgutils.for_range(builder, blocks) as loop:
+            block = builder.mul(loop.index, _LONG(_BLOCK))
+            packed = after(weights, builder.mul(loop.index, _LONG(_BLOCK * _COLUMNS)))
+            sums: dict[tuple[int, int], Any] = {}
+            for step in range(_STEPS):
+                first = step * _DEPTH * _COLUMNS
+                read = [
+                    builder.load(at(after(packed, _LONG(first + 32 * vector)), _BYTES), align=32)
+                    for vector in range(_VECTORS)
+                ]
+                for row, start in enumerate(starts):
+                    same = four_codes(after(after(start, block), _LONG(step * _DEPTH)))
+                    for vector, each in enumerate(read):
+                        product = builder.call(multiplied, [same, each])
+                        if step:
+                            sums[row, vector] = builder.add(sums[row, vector], product)
+                            sums[row, vector] = builder.call(kept, [sums[row, vector]])
+                        else:
+                            sums[row, vector] = product
+            for each, total in totals.items():
+                more = builder.call(widened, [sums[each], ones])
+                builder.store(builder.add(builder.load(total), more), total)
+        for (row, vector), total in totals.items():
+            scale = builder.load(at(after(scales, _LONG(32 * vector)), _FLOATS), align=4)
+            scaled = builder.fmul(builder.sitofp(builder.load(total), _FLOATS), scale)
+            place = after(made, builder.mul(out, _LONG(4 * row)))
+            builder.store(scaled, at(after(place, _LONG(32 * vector)), _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    def typed(
+        _: Any, codes: Any, width: Any, weights: Any, blocks: Any, scales: Any, made: Any, out: Any
+    ) -> Any:
+        return types.void(*[types.intp] * 7), build
+
+    return cast(Callable[..., None], intrinsic(typed))
+
+
+def _instruction(builder: Any, name: str, gives: Any, takes: Any) -> Any:
+    kind = ir.FunctionType(gives, [takes, takes])
+    return cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx2.{name}")
+
+
+_tile, _row = _tile_of(_ROWS), _tile_of(1)
