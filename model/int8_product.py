@@ -27,6 +27,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model import lanes
 from model.compiled import compiled
 
 _ROWS, _COLUMNS = 3, 16  # of a tile
@@ -41,7 +42,7 @@ def suits(weight: Tensor) -> bool:
     """Whether weights (out, in) and this processor are such that `multiply` is the fastest way."""
     out, width = weight.shape
     fits = out % _COLUMNS == 0 and width % _BLOCK == 0
-    return fits and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return fits and lanes.wide()
 
 
 def limit(weight: Tensor) -> Tensor:
@@ -94,81 +95,61 @@ def multiply(
                 row += 1
 
 
-# -- a tile in LLVM's language -------------------------------------------------------------------
+# -- a tile -------------------------------------------------------------------------------------
 
-_BYTE, _SHORT, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_BYTES, _SHORTS = ir.VectorType(_BYTE, 32), ir.VectorType(_SHORT, 16)
-_WORDS, _FLOATS = ir.VectorType(_WORD, 8), ir.VectorType(ir.FloatType(), 8)
-_VECTORS = _COLUMNS // 8  # of 32 bytes: 8 columns, 4 codes of each
+_VECTORS = _COLUMNS // lanes.LANES  # of a step's weights: 8 columns, 4 codes of each
 
 
 def _tile_of(rows: int) -> Callable[..., None]:
-    """A function of addresses and lengths that multiplies `rows` rows by 16 columns."""
+    """A function that multiplies `rows` rows by 16 columns."""
 
     def build(context: Any, builder: Any, _: Any, given: Sequence[Any]) -> Any:
         codes, width, weights, blocks, scales, made, out = given
-        multiplied = _instruction(builder, "pmadd.ub.sw", _SHORTS, _BYTES)
-        widened = _instruction(builder, "pmadd.wd", _WORDS, _SHORTS)
+        code = lanes.Code(builder)
         # LLVM would add in pairs, for which there are too few registers: an empty instruction
         # that takes a sum in its register keeps their order.
-        kept = ir.InlineAsm(ir.FunctionType(_SHORTS, [_SHORTS]), "", "=x,0")
-
-        def after(address: Any, bytes_after: Any) -> Any:
-            return builder.add(address, bytes_after)
-
-        def at(address: Any, kind: Any) -> Any:
-            return builder.inttoptr(address, kind.as_pointer())
-
-        def four_codes(address: Any) -> Any:
-            read = builder.load(at(address, _WORD), align=1)
-            one = builder.insert_element(_WORDS(ir.Undefined), read, _WORD(0))
-            zeros = ir.Constant(_WORDS, [0] * 8)
-            return builder.bitcast(builder.shuffle_vector(one, one, zeros), _BYTES)
-
-        tile = [(row, vector) for row in range(rows) for vector in range(_VECTORS)]
-        nothing, ones = ir.Constant(_WORDS, [0] * 8), ir.Constant(_SHORTS, [1] * 16)
-        totals = {each: cgutils.alloca_once_value(builder, nothing) for each in tile}
-        starts = [after(codes, builder.mul(width, _LONG(row))) for row in range(rows)]
+        kept = ir.InlineAsm(ir.FunctionType(lanes.SHORTS, [lanes.SHORTS]), "", "=x,0")
+        starts = [code.after(codes, code.times(width, row)) for row in range(rows)]
+        totals = {
+            (row, vector): cgutils.alloca_once_value(builder, lanes.same(lanes.WORDS, 0))
+            for row in range(rows)
+            for vector in range(_VECTORS)
+        }
         with cgutils.for_range(builder, blocks) as loop:
-            block = builder.mul(loop.index, _LONG(_BLOCK))
-            packed = after(weights, builder.mul(loop.index, _LONG(_BLOCK * _COLUMNS)))
+            block = code.times(loop.index, _BLOCK)
+            packed = code.after(weights, code.times(block, _COLUMNS))
             sums: dict[tuple[int, int], Any] = {}
             for step in range(_STEPS):
                 first = step * _DEPTH * _COLUMNS
                 read = [
-                    builder.load(at(after(packed, _LONG(first + 32 * vector)), _BYTES), align=32)
+                    code.read(code.after(packed, first + lanes.SIZE * vector), lanes.BYTES)
                     for vector in range(_VECTORS)
                 ]
                 for row, start in enumerate(starts):
-                    same = four_codes(after(after(start, block), _LONG(step * _DEPTH)))
+                    four = code.read(code.after(start, block, step * _DEPTH), lanes.WORD)
+                    same = builder.bitcast(code.spread(four), lanes.BYTES)
                     for vector, each in enumerate(read):
-                        product = builder.call(multiplied, [same, each])
+                        product = code.call("x86.avx2.pmadd.ub.sw", lanes.SHORTS, same, each)
                         if step:
-                            sums[row, vector] = builder.add(sums[row, vector], product)
-                            sums[row, vector] = builder.call(kept, [sums[row, vector]])
-                        else:
-                            sums[row, vector] = product
-            for each, total in totals.items():
-                more = builder.call(widened, [sums[each], ones])
+                            product = builder.add(sums[row, vector], product)
+                            product = builder.call(kept, [product])
+                        sums[row, vector] = product
+            ones = lanes.same(lanes.SHORTS, 1)
+            for place, total in totals.items():
+                more = code.call("x86.avx2.pmadd.wd", lanes.WORDS, sums[place], ones)
                 builder.store(builder.add(builder.load(total), more), total)
         for (row, vector), total in totals.items():
-            scale = builder.load(at(after(scales, _LONG(32 * vector)), _FLOATS), align=4)
-            scaled = builder.fmul(builder.sitofp(builder.load(total), _FLOATS), scale)
-            place = after(made, builder.mul(out, _LONG(4 * row)))
-            builder.store(scaled, at(after(place, _LONG(32 * vector)), _FLOATS), align=4)
+            scale = code.read(code.after(scales, lanes.SIZE * vector), lanes.NUMBERS)
+            scaled = builder.fmul(builder.sitofp(builder.load(total), lanes.NUMBERS), scale)
+            code.write(scaled, code.after(made, code.times(out, 4 * row), lanes.SIZE * vector))
         return context.get_dummy_value()
 
     def typed(
         _: Any, codes: Any, width: Any, weights: Any, blocks: Any, scales: Any, made: Any, out: Any
     ) -> Any:
-        return types.void(*[types.intp] * 7), build
+        return types.void(*[lanes.ADDRESS] * 7), build
 
     return cast(Callable[..., None], intrinsic(typed))
-
-
-def _instruction(builder: Any, name: str, gives: Any, takes: Any) -> Any:
-    kind = ir.FunctionType(gives, [takes, takes])
-    return cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx2.{name}")
 
 
 _tile, _row = _tile_of(_ROWS), _tile_of(1)

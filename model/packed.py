@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model import between, int8
+from model import attention, between, int8
 
 _PLAIN = {nn.Embedding, nn.LayerNorm}  # all that holds weights in a plain BERT but for products
 
@@ -284,9 +284,9 @@ def encode(
         ids = torch.from_numpy(end_to_end(tokens[rows], int(bounds[-1])))
         x = _embed(bert, ids, torch.from_numpy(positions_of(bounds)))
         if room is None:
-            _through_int8(bert, x, grouped(some))
+            _through_int8(bert, x, attended(bert, some))
         else:
-            _through_floats(bert, x, grouped(some), room.first(len(x)))
+            _through_floats(bert, x, attended(bert, some), room.first(len(x)))
         yield rows, pooled(x, torch.from_numpy(bounds), pooling).numpy()
 
 
@@ -309,6 +309,12 @@ def end_to_end(tokens: Sequence[Sequence[int]], count: int) -> NDArray[np.int64]
 def positions_of(bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each token is in its text."""
     return np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+
+
+def attended(bert: Bert, lengths: NDArray[np.int64]) -> Attend:
+    """Attention of texts of these lengths by whoever is faster at it."""
+    own = torch.get_num_threads() == 1 and attention.suits(bert.hidden // bert.heads)
+    return attention.by_head(lengths) if own else grouped(lengths)
 
 
 def grouped(lengths: NDArray[np.int64]) -> Attend:

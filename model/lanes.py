@@ -1,0 +1,90 @@
+"""Eight numbers at once, in LLVM's language: what compiled loops cannot say in Python.
+
+Functions that `numba.extending.intrinsic` makes of such code take addresses and lengths in bytes.
+They are for processors with AVX2, on which `wide` is true.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+NUMBER = ir.FloatType()
+BYTES, SHORTS = ir.VectorType(BYTE, 32), ir.VectorType(SHORT, 16)
+WORDS, NUMBERS = ir.VectorType(WORD, 8), ir.VectorType(NUMBER, 8)
+LANES = 8
+SIZE = 32  # bytes of eight numbers
+ADDRESS: Any = types.intp
+
+
+def wide() -> bool:
+    """Whether this processor works on eight numbers at once, and not on sixteen."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def same(kind: Any, value: float) -> Any:
+    """One value in all lanes."""
+    rounded = float(np.float32(value)) if kind is NUMBERS else value
+    return ir.Constant(kind, [rounded] * kind.count)
+
+
+class Code:
+    """Writes the body of a function."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def call(self, name: str, gives: Any, *given: Any) -> Any:
+        """What an instruction with a name of its own makes of vectors."""
+        kind = ir.FunctionType(gives, [each.type for each in given])
+        called = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}")
+        return self.builder.call(called, given)
+
+    def after(self, address: Any, *bounds: Any) -> Any:
+        """An address so many bytes on."""
+        for each in bounds:
+            address = self.builder.add(address, LONG(each) if isinstance(each, int) else each)
+        return address
+
+    def times(self, number: Any, count: int) -> Any:
+        """A length so many times."""
+        return self.builder.mul(number, LONG(count))
+
+    def read(self, address: Any, kind: Any) -> Any:
+        """What lies at an address."""
+        place = self.builder.inttoptr(address, kind.as_pointer())
+        return self.builder.load(place, align=1)
+
+    def write(self, value: Any, address: Any) -> None:
+        """Put a value there."""
+        place = self.builder.inttoptr(address, value.type.as_pointer())
+        self.builder.store(value, place, align=1)
+
+    def spread(self, value: Any) -> Any:
+        """A number or a word in all lanes."""
+        kind = ir.VectorType(value.type, LANES)
+        one = self.builder.insert_element(kind(ir.Undefined), value, WORD(0))
+        return self.builder.shuffle_vector(one, one, same(WORDS, 0))
+
+    def least(self, one: Any, other: Any) -> Any:
+        """The smaller of two lengths."""
+        return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
+
+    def transposed(self, square: Sequence[Any]) -> Sequence[Any]:
+        """Eight rows of eight numbers as columns: of each two rows `half` apart, halves swapped."""
+        rows = list(square)
+        for half in (4, 2, 1):
+            lower = [lane if not lane & half else lane + LANES - half for lane in range(LANES)]
+            upper = [lane + half if not lane & half else lane + LANES for lane in range(LANES)]
+            for one in range(LANES):
+                if one & half:
+                    continue
+                pair = rows[one], rows[one + half]
+                rows[one] = self.builder.shuffle_vector(*pair, ir.Constant(WORDS, lower))
+                rows[one + half] = self.builder.shuffle_vector(*pair, ir.Constant(WORDS, upper))
+        return rows
