@@ -79,20 +79,14 @@ def multiply(
     """
     rows, width = codes.shape
     out = len(scales)
-    blocks = width // _BLOCK
     for column in range(0, out, _COLUMNS):
-        weights = packed.ctypes.data + column * width
-        scale = scales.ctypes.data + column * 4
-        row = 0
-        while row < rows:
-            given = codes.ctypes.data + row * width
-            to = made.ctypes.data + (row * out + column) * 4
-            if row + _ROWS <= rows:
-                _tile(given, width, weights, blocks, scale, to, out)
-                row += _ROWS
-            else:
-                _row(given, width, weights, blocks, scale, to, out)
-                row += 1
+        for row in range(0, rows, _ROWS):
+            _tile(
+                codes.ctypes.data + row * width, width, min(_ROWS, rows - row),
+                packed.ctypes.data + column * width, width // _BLOCK,
+                scales.ctypes.data + column * 4,
+                made.ctypes.data + (row * out + column) * 4, 4 * out,
+            )  # fmt: skip
 
 
 # -- a tile -------------------------------------------------------------------------------------
@@ -100,19 +94,24 @@ def multiply(
 _VECTORS = _COLUMNS // lanes.LANES  # of a step's weights: 8 columns, 4 codes of each
 
 
-def _tile_of(rows: int) -> Callable[..., None]:
-    """A function that multiplies `rows` rows by 16 columns."""
+def _multiplied(
+    _: Any, codes: Any, width: Any, rows: Any, weights: Any, blocks: Any,
+    scales: Any, made: Any, made_row: Any,
+) -> Any:  # fmt: skip
+    """3 rows of codes (rows, width) times 16 columns of weights; after the last, itself."""
 
     def build(context: Any, builder: Any, _: Any, given: Sequence[Any]) -> Any:
-        codes, width, weights, blocks, scales, made, out = given
+        codes, width, rows, weights, blocks, scales, made, made_row = given
         code = lanes.Code(builder)
         # LLVM would add in pairs, for which there are too few registers: an empty instruction
         # that takes a sum in its register keeps their order.
         kept = ir.InlineAsm(ir.FunctionType(lanes.SHORTS, [lanes.SHORTS]), "", "=x,0")
-        starts = [code.after(codes, code.times(width, row)) for row in range(rows)]
+        last = builder.sub(rows, lanes.LONG(1))
+        places = [code.least(lanes.LONG(row), last) for row in range(_ROWS)]
+        starts = [code.after(codes, builder.mul(width, place)) for place in places]
         totals = {
             (row, vector): cgutils.alloca_once_value(builder, lanes.same(lanes.WORDS, 0))
-            for row in range(rows)
+            for row in range(_ROWS)
             for vector in range(_VECTORS)
         }
         with cgutils.for_range(builder, blocks) as loop:
@@ -135,21 +134,17 @@ def _tile_of(rows: int) -> Callable[..., None]:
                             product = builder.call(kept, [product])
                         sums[row, vector] = product
             ones = lanes.same(lanes.SHORTS, 1)
-            for place, total in totals.items():
-                more = code.call("x86.avx2.pmadd.wd", lanes.WORDS, sums[place], ones)
+            for each, total in totals.items():
+                more = code.call("x86.avx2.pmadd.wd", lanes.WORDS, sums[each], ones)
                 builder.store(builder.add(builder.load(total), more), total)
         for (row, vector), total in totals.items():
             scale = code.read(code.after(scales, lanes.SIZE * vector), lanes.NUMBERS)
             scaled = builder.fmul(builder.sitofp(builder.load(total), lanes.NUMBERS), scale)
-            code.write(scaled, code.after(made, code.times(out, 4 * row), lanes.SIZE * vector))
+            start = code.after(made, builder.mul(made_row, places[row]))
+            code.write(scaled, code.after(start, lanes.SIZE * vector))
         return context.get_dummy_value()
 
-    def typed(
-        _: Any, codes: Any, width: Any, weights: Any, blocks: Any, scales: Any, made: Any, out: Any
-    ) -> Any:
-        return types.void(*[lanes.ADDRESS] * 7), build
-
-    return cast(Callable[..., None], intrinsic(typed))
+    return types.void(*[lanes.ADDRESS] * 8), build
 
 
-_tile, _row = _tile_of(_ROWS), _tile_of(1)
+_tile = cast(Callable[..., None], intrinsic(_multiplied))
