@@ -151,14 +151,10 @@ def _multiplied(
     def build(context: Any, builder: Any, _: Any, given: Sequence[Any]) -> Any:
         a, a_row, rows, b, b_row, depth, scales, to, to_row = given
         code = lanes.Code(builder)
-        last = builder.sub(rows, lanes.LONG(1))
-        places = [code.least(lanes.LONG(row), last) for row in range(_ROWS)]
-        starts = [code.after(a, builder.mul(a_row, place)) for place in places]
-        sums = {
-            (row, vector): cgutils.alloca_once_value(builder, lanes.same(lanes.NUMBERS, 0))
-            for row in range(_ROWS)
-            for vector in range(_VECTORS)
-        }
+        starts = code.first(a, a_row, rows, _ROWS)
+        factors = code.first(scales, lanes.LONG(4), rows, _ROWS)
+        places = code.first(to, to_row, rows, _ROWS)
+        sums = code.sums(lanes.NUMBERS, _ROWS, _VECTORS)
         with cgutils.for_range(builder, depth) as loop:
             line = code.after(b, builder.mul(b_row, loop.index))
             read = [
@@ -169,15 +165,14 @@ def _multiplied(
                 at = code.after(start, code.times(loop.index, 4))
                 same = code.spread(code.read(at, lanes.NUMBER))
                 for vector, each in enumerate(read):
-                    place = sums[row, vector]
-                    more = code.call("fma.v8f32", lanes.NUMBERS, same, each, builder.load(place))
-                    builder.store(more, place)
+                    total = sums[row, vector]
+                    more = code.call("fma.v8f32", lanes.NUMBERS, same, each, builder.load(total))
+                    builder.store(more, total)
         for row, place in enumerate(places):
-            scale = code.spread(code.read(code.after(scales, code.times(place, 4)), lanes.NUMBER))
-            start = code.after(to, builder.mul(to_row, place))
+            scale = code.spread(code.read(factors[row], lanes.NUMBER))
             for vector in range(_VECTORS):
                 scaled = builder.fmul(builder.load(sums[row, vector]), scale)
-                code.write(scaled, code.after(start, lanes.SIZE * vector))
+                code.write(scaled, code.after(place, lanes.SIZE * vector))
         return context.get_dummy_value()
 
     return types.void(*[lanes.ADDRESS] * 9), build

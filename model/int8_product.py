@@ -106,14 +106,9 @@ def _multiplied(
         # LLVM would add in pairs, for which there are too few registers: an empty instruction
         # that takes a sum in its register keeps their order.
         kept = ir.InlineAsm(ir.FunctionType(lanes.SHORTS, [lanes.SHORTS]), "", "=x,0")
-        last = builder.sub(rows, lanes.LONG(1))
-        places = [code.least(lanes.LONG(row), last) for row in range(_ROWS)]
-        starts = [code.after(codes, builder.mul(width, place)) for place in places]
-        totals = {
-            (row, vector): cgutils.alloca_once_value(builder, lanes.same(lanes.WORDS, 0))
-            for row in range(_ROWS)
-            for vector in range(_VECTORS)
-        }
+        starts = code.first(codes, width, rows, _ROWS)
+        places = code.first(made, made_row, rows, _ROWS)
+        totals = code.sums(lanes.WORDS, _ROWS, _VECTORS)
         with cgutils.for_range(builder, blocks) as loop:
             block = code.times(loop.index, _BLOCK)
             packed = code.after(weights, code.times(block, _COLUMNS))
@@ -140,8 +135,7 @@ def _multiplied(
         for (row, vector), total in totals.items():
             scale = code.read(code.after(scales, lanes.SIZE * vector), lanes.NUMBERS)
             scaled = builder.fmul(builder.sitofp(builder.load(total), lanes.NUMBERS), scale)
-            start = code.after(made, builder.mul(made_row, places[row]))
-            code.write(scaled, code.after(start, lanes.SIZE * vector))
+            code.write(scaled, code.after(places[row], lanes.SIZE * vector))
         return context.get_dummy_value()
 
     return types.void(*[lanes.ADDRESS] * 8), build

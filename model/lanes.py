@@ -71,6 +71,20 @@ class Code:
         one = self.builder.insert_element(kind(ir.Undefined), value, WORD(0))
         return self.builder.shuffle_vector(one, one, same(WORDS, 0))
 
+    def sums(self, kind: Any, rows: int, vectors: int) -> dict[tuple[int, int], Any]:
+        """Places for the sums of a tile, by row and vector, zero at first."""
+        return {
+            (row, vector): cgutils.alloca_once_value(self.builder, same(kind, 0))
+            for row in range(rows)
+            for vector in range(vectors)
+        }
+
+    def first(self, address: Any, between: Any, rows: Any, most: int) -> Sequence[Any]:
+        """Where each of `rows` rows begins, and for those from there to `most` the last one."""
+        last = self.builder.sub(rows, LONG(1))
+        places = [self.least(LONG(row), last) for row in range(most)]
+        return [self.after(address, self.builder.mul(between, place)) for place in places]
+
     def least(self, one: Any, other: Any) -> Any:
         """The smaller of two lengths."""
         return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
