@@ -221,6 +221,7 @@ def blocks(worded: Worded | None, texts: Mapping[str, Arrays]) -> dict[str, dict
         found[part] = {
             name: asdict(_part_scores(rating[words], answers, part, words))
             for name, answers in texts.items()
+            if words.any()  # many shops have no titles
         }
     return found
 
