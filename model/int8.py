@@ -8,7 +8,7 @@ scale. So
 
 where only V c is a product of matrices. Codes of numbers have eight bits. Those of weights have
 about seven, since processors without VNNI add products in sixteen bits, and no sum may be cut:
-`int8_product` says how, and multiplies on such a processor. Elsewhere oneDNN does.
+`int8_product` says how, and multiplies on such a processor with one thread. Else oneDNN does.
 
 A row hangs on no other, so a text's vector does not hang on the texts beside it. What is done
 between two products is one loop over rows, each of which stays in a core's nearest cache.
@@ -77,8 +77,7 @@ class Linear(nn.Module):
         offset = cast(Tensor | None, layer.bias)
         bias = torch.zeros_like(scales) if offset is None else offset.detach().float()
         self.added = np.stack([(codes.sum(1) * scales).numpy(), bias.numpy()])
-        # Several threads share a product of oneDNN's.
-        self._own = torch.get_num_threads() == 1 and int8_product.suits(codes)
+        self._own = int8_product.suits(codes)
         product = _own_product if self._own else _library_product
         # scale · V c (rows, out) of codes, to be opened
         self.multiplied = product(codes, scales)

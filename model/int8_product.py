@@ -39,10 +39,10 @@ _ALIGNED = 64  # bytes
 
 
 def suits(weight: Tensor) -> bool:
-    """Whether weights (out, in) and this processor are such that `multiply` is the fastest way."""
+    """Whether `multiply` takes weights (out, in), and is the fastest way here."""
     out, width = weight.shape
     fits = out % _COLUMNS == 0 and width % _BLOCK == 0
-    return fits and lanes.wide()
+    return fits and lanes.fastest()
 
 
 def limit(weight: Tensor) -> Tensor:

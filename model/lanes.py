@@ -1,7 +1,7 @@
 """Eight numbers at once, in LLVM's language: what compiled loops cannot say in Python.
 
 Functions that `numba.extending.intrinsic` makes of such code take addresses and lengths in bytes.
-They are for processors with AVX2, on which `wide` is true.
+They run on processors with AVX2.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,12 @@ SIZE = 32  # bytes of eight numbers
 ADDRESS: Any = types.intp
 
 
-def wide() -> bool:
-    """Whether this processor works on eight numbers at once, and not on sixteen."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+def fastest() -> bool:
+    """Whether a processor works on eight numbers at once, not on sixteen, and on one thread.
+
+    Libraries know wider ones better, and share their work among threads.
+    """
+    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def same(kind: Any, value: float) -> Any:
@@ -45,9 +48,9 @@ class Code:
         called = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}")
         return self.builder.call(called, given)
 
-    def after(self, address: Any, *bounds: Any) -> Any:
+    def after(self, address: Any, *lengths: Any) -> Any:
         """An address so many bytes on."""
-        for each in bounds:
+        for each in lengths:
             address = self.builder.add(address, LONG(each) if isinstance(each, int) else each)
         return address
 

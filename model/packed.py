@@ -313,7 +313,7 @@ def positions_of(bounds: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def attended(bert: Bert, lengths: NDArray[np.int64]) -> Attend:
     """Attention of texts of these lengths by whoever is faster at it."""
-    own = torch.get_num_threads() == 1 and attention.suits(bert.hidden // bert.heads)
+    own = attention.suits(bert.hidden // bert.heads)
     return attention.by_head(lengths) if own else grouped(lengths)
 
 

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import attention
+from tests.unit.model.processors import with_avx2
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no AVX2"
-)
+pytestmark = with_avx2
 
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=4)
 

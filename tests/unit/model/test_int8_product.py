@@ -7,10 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import int8_product
-
-runnable = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no AVX2"
-)
+from tests.unit.model.processors import with_avx2
 
 GROUPS = ((0, 1, 4, 5, 8, 9, 12, 13), (2, 3, 6, 7, 10, 11, 14, 15))
 
@@ -46,7 +43,7 @@ def test_a_width_that_is_no_whole_block() -> None:
     torch.testing.assert_close(int8_product.limit(torch.ones(1, 17)), torch.tensor([8 / 124]))
 
 
-@runnable
+@with_avx2
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(0, 8),
@@ -70,7 +67,7 @@ def test_it_is_the_product(seed: int, rows: int, shape: tuple[int, int], extreme
     np.testing.assert_allclose(made, exact, rtol=1e-6, atol=1e-6)
 
 
-@runnable
+@with_avx2
 def test_the_largest_sums_of_both_signs() -> None:
     """All codes 255, and a group's weights up to what may be: 255 · 128."""
     weight = torch.zeros(16, 32)

@@ -12,10 +12,9 @@ from numba.extending import intrinsic
 from model import lanes
 from model.attention import Floats
 from model.compiled import compiled
+from tests.unit.model.processors import with_avx2
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no AVX2"
-)
+pytestmark = with_avx2
 
 
 def _turned(_: Any, square: Any, limit: Any) -> Any:
@@ -55,9 +54,13 @@ def test_one_value_in_all_lanes_is_of_their_kind() -> None:
     assert numbers == [float(np.float32(0.1))] * 8  # which LLVM would not round
 
 
-@pytest.mark.parametrize(("capability", "wide"), [("AVX2", True), ("AVX512", False), ("NO", False)])
-def test_who_works_on_eight_at_once(
-    monkeypatch: pytest.MonkeyPatch, capability: str, wide: bool
+@pytest.mark.parametrize(
+    ("capability", "threads", "fastest"),
+    [("AVX2", 1, True), ("AVX2", 2, False), ("AVX512", 1, False), ("DEFAULT", 1, False)],
+)
+def test_who_works_best_on_eight_at_once(
+    monkeypatch: pytest.MonkeyPatch, capability: str, threads: int, fastest: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert lanes.wide() is wide
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert lanes.fastest() is fastest
