@@ -109,7 +109,7 @@ class FineTuneConfig(BaseModel):
     token_budget: int = Field(
         default=4_096,
         ge=64,
-        description="most padded tokens at once; a step of more is taken in parts that add up",
+        description="most padded tokens at once; a step is taken in parts of like length",
     )
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="highest, of whole weights")
     adapter_learning_rate: float = Field(
@@ -125,6 +125,13 @@ class FineTuneConfig(BaseModel):
     )
     weight_decay: float = Field(default=0.01, ge=0, le=10, description="AdamW's decoupled decay")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    averaged: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="share of the steps, the last ones, whose weights are averaged; none are with "
+        "patience",
+    )
     dropout: float | None = Field(
         default=None, ge=0, lt=1, description="of all layers; none: as the encoder has it"
     )

@@ -8,10 +8,11 @@ where CORAL is the sum of four binary cross entropies, of "more than k stars" fo
 logits share all but their offsets (Cao, Mirjalili and Raschka 2020, "Rank Consistent Ordinal
 Regression", section 3.3). A fractional rating is a soft label in all three.
 
-Steps take batches of like length; a batch of more tokens than the budget goes through in parts
-whose gradients add up. Every draw is a function of the seed and the step alone, so a fit that was
-killed goes on from its last checkpoint to the same weights. Processes that `torchrun` or
-`accelerate launch` started share each batch and average gradients.
+A step takes texts at random, in parts of like length whose gradients add up (`batches`). What is
+kept is the mean of the weights over the last steps (Izmailov et al. 2018, "Averaging Weights Leads
+to Wider Optima and Better Generalization", section 3). Every draw is a function of the seed and the
+step alone, so a fit that was killed goes on from its last checkpoint to the same weights. Processes
+that `torchrun` or `accelerate launch` started share each batch and average gradients.
 """
 
 import os
@@ -26,10 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
+from torch.optim import swa_utils
 
 from model import adapters
 from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
+from trainer import batches
 from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
@@ -212,6 +215,9 @@ class _Fit:
             called = cast(nn.Module, torch.compile(called, dynamic=True))
         self._called = called
         self._steps = steps
+        kept = 0.0 if self._config.patience else self._config.averaged
+        self._averaged_from = steps - int(steps * kept)  # as many steps are not averaged
+        self._averaged: list[Tensor] = []  # as `_weights`, once there are some
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._waited = 0
 
@@ -240,6 +246,9 @@ class _Fit:
                 break
         if self._best is not None:
             self._reader.load_state_dict(self._best[1], strict=False)
+        with torch.no_grad():
+            for each, averaged in zip(self._weights, self._averaged, strict=False):
+                each.copy_(averaged)
         self._reader.eval()
         if checkpoint is not None and self._rank == 0:
             checkpoint.unlink(missing_ok=True)
@@ -252,7 +261,7 @@ class _Fit:
         if not len(mine):  # the others wait for its gradients all the same
             mine, share = batch[:1], 0.0
         tokens = self._reader.encoder.count_tokens(taken(rows.texts, mine))
-        parts = list(_parts(np.asarray(tokens), self._config.token_budget))
+        parts = self._parts(tokens)
         total = 0.0
         for number, part in enumerate(parts):
             chosen = mine[part]
@@ -271,7 +280,22 @@ class _Fit:
             cast(Any, self._reader.model).base_model.update_and_allocate(self.step)
         self._optimizer.zero_grad()
         self.step += 1
+        if self.step > self._averaged_from:
+            self._average()
         return total
+
+    def _average(self) -> None:
+        """Take the weights of this step into their mean."""
+        weights = [each.detach() for each in self._weights]
+        if not self._averaged:
+            self._averaged = [each.clone() for each in weights]
+        else:
+            taken_in = self.step - self._averaged_from - 1
+            swa_utils.get_swa_multi_avg_fn()(self._averaged, weights, taken_in)
+
+    def _parts(self, tokens: Sequence[int]) -> list[batches.Rows]:
+        budget, overhead = self._config.token_budget, batches.overhead(self._device)
+        return list(batches.parts(np.asarray(tokens), budget, overhead))
 
     def _losses(self, rows: Labelled, chosen: NDArray[np.int64]) -> Tensor:
         tokens = self._reader.encoder.tokens(taken(rows.texts, chosen))
@@ -304,11 +328,8 @@ class _Fit:
         """Whether the loss on validation has not fallen for long enough."""
         self._reader.eval()
         with torch.no_grad():
-            lengths = np.asarray(self._reader.encoder.count_tokens(validation.texts))
-            loss = sum(
-                float(self._losses(validation, part).sum())
-                for part in _parts(lengths, self._config.token_budget)
-            )
+            parts = self._parts(self._reader.encoder.count_tokens(validation.texts))
+            loss = sum(float(self._losses(validation, part).sum()) for part in parts)
         note("text/validation_loss", loss / max(len(validation), 1), self.step)
         if self._best is None or loss < self._best[0]:
             state = {name: each.detach().clone() for name, each in self._learnt()}
@@ -330,6 +351,7 @@ class _Fit:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "averaged": self._averaged,
             "best": self._best,
             "waited": self._waited,
             "ranks": {name: getattr(self._ranks, name) for name in _RANKS} if self._ranks else None,
@@ -349,7 +371,8 @@ class _Fit:
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
-        self.step, self._best, self._waited = state["step"], state["best"], state["waited"]
+        self.step, self._averaged = state["step"], state["averaged"]
+        self._best, self._waited = state["best"], state["waited"]
         for name, value in (state["ranks"] or {}).items():
             setattr(self._ranks, name, value)
 
@@ -376,27 +399,11 @@ def _seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _epoch(
-    rows: Labelled, config: FineTuneConfig, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """All rows, variants too, in batches of like length (little padding), in random order."""
-    random = np.random.default_rng([seed, epoch])
+def _epoch(rows: Labelled, config: FineTuneConfig, seed: int, epoch: int) -> list[batches.Rows]:
+    """The steps of an epoch: all rows, and their variants."""
     copies = 1 + (config.augment.variants if config.augment.ways else 0)
-    lengths = np.tile([len(text) for text in rows.texts], copies)
-    order = np.argsort(lengths * random.uniform(0.9, 1.1, len(lengths)))
-    size = config.batch_texts
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    return [batches[at] for at in random.permutation(len(batches)).tolist()]
-
-
-def _parts(tokens: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
-    """Rows (n) by number of tokens (n), longest first, in parts within a budget of padded ones."""
-    order = np.argsort(-tokens, kind="stable")
-    first = 0
-    while first < len(order):
-        size = max(budget // max(int(tokens[order[first]]), 1), 1)
-        yield order[first : first + size]
-        first += size
+    random = np.random.default_rng([seed, epoch])
+    return batches.shuffled(copies * len(rows), config.batch_texts, random)
 
 
 def _groups(reader: _Reader, method: Method, config: FineTuneConfig) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from model import encoder as encoders
@@ -181,6 +182,28 @@ def test_the_head_is_what_was_taught(encoder: TextEncoder, tmp_path: Path) -> No
     assert (likeliest == rows.labels.argmax(1)).mean() > 0.9
     ranks = tuning.model_copy(update={"cross_entropy": 0.0, "squared_error": 0.0, "ordinal": 1.0})
     assert tuned(encoder, tmp_path / "r", TextConfig(method="full", fine_tune=ranks)).head is None
+
+
+def test_weights_of_the_last_steps_are_averaged(encoder: TextEncoder, tmp_path: Path) -> None:
+    """All 128 texts in a step, so that epochs are steps: of four, the last two count."""
+
+    def biases(epochs: int, averaged: float) -> NDArray[np.float32]:
+        tuning = FineTuneConfig(
+            epochs=epochs,
+            averaged=averaged,
+            batch_texts=128,
+            dropout=0,
+            warm_up=0,
+            schedule="constant",
+        )
+        config = TextConfig(method="full", fine_tune=tuning)
+        found = tuned(encoder, tmp_path / f"{epochs} {averaged}", config)
+        assert found.head is not None
+        return found.head.bias
+
+    third, fourth = biases(3, 0), biases(4, 0)
+    assert not np.allclose(third, fourth, atol=1e-5)
+    assert np.allclose(biases(4, 0.5), (third + fourth) / 2, atol=1e-6)
 
 
 def test_variants_are_learnt_from_too(encoder: TextEncoder, tmp_path: Path) -> None:
