@@ -129,8 +129,8 @@ class FineTuneConfig(BaseModel):
         default=0.5,
         ge=0,
         lt=1,
-        description="share of the steps, the last ones, whose weights are averaged; none are with "
-        "patience",
+        description="share of the steps, the last ones, whose weights are averaged; not with "
+        "patience, nor by adalora",
     )
     dropout: float | None = Field(
         default=None, ge=0, lt=1, description="of all layers; none: as the encoder has it"

@@ -215,7 +215,9 @@ class _Fit:
             called = cast(nn.Module, torch.compile(called, dynamic=True))
         self._called = called
         self._steps = steps
-        kept = 0.0 if self._config.patience else self._config.averaged
+        # A mean would have some of the ranks that AdaLoRA takes away.
+        whole = not self._config.patience and config.method != "adalora"
+        kept = self._config.averaged if whole else 0.0
         self._averaged_from = steps - int(steps * kept)  # as many steps are not averaged
         self._averaged: list[Tensor] = []  # as `_weights`, once there are some
         self._best: tuple[float, dict[str, Tensor]] | None = None

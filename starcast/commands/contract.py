@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 import orjson
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from schemas.export import asyncapi as asyncapi_document
 from schemas.export import json_schema
@@ -50,7 +50,8 @@ def config(
     if as_json:
         _print_json([asdict(row) for row in rows], None)
         return
-    table = Table("setting", "value", "from", "meaning", box=None)
+    folded = (Column(name, overflow="fold") for name in ("value", "from", "meaning"))
+    table = Table(Column("setting", no_wrap=True), *folded, box=None)
     for row in rows:
         table.add_row(row.name, row.shown, row.source, row.description)
     output.print(table, markup=False)

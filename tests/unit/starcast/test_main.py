@@ -92,6 +92,13 @@ def test_peers_of_an_evaluation_are_named(
     assert asked == [wanted]
 
 
+def test_names_of_settings_are_whole() -> None:
+    names = [row["name"] for row in json.loads(RUNNER.invoke(app, ["config", "--json"]).stdout)]
+    printed = RUNNER.invoke(app, ["config"]).stdout
+    assert [name for name in names if name not in printed] == []
+    assert "…" not in printed
+
+
 def test_config_prints_every_setting_with_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
