@@ -17,6 +17,7 @@ from torch import nn
 
 from model import encoder as encoders
 from model.encoder import TextEncoder
+from trainer import batches
 from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
 from trainer.fine_tune import OnStep
@@ -61,9 +62,8 @@ def adapt(
     random = np.random.default_rng(seed)
     done = 0
     for _ in range(config.epochs):
-        order = random.permutation(len(texts))
-        for start in range(0, len(texts), config.batch_texts):
-            rows = [str(texts[at]) for at in order[start : start + config.batch_texts].tolist()]
+        for chosen in batches.shuffled(len(texts), config.batch_texts, random):
+            rows = [str(texts[at]) for at in chosen.tolist()]
             cut = encoder.tokenizer(rows, truncation=True, max_length=encoder.longest_tokens)
             tokens: Any = mask([{"input_ids": each} for each in cut["input_ids"]])
             loss = model(**{name: each.to(encoder.device) for name, each in tokens.items()}).loss

@@ -367,7 +367,7 @@ class _Fit:
         if checkpoint is None or not checkpoint.exists():
             return
         state = torch.load(checkpoint, map_location=self._device, weights_only=True)
-        if state["steps"] != self._steps:
+        if state["steps"] != self._steps or "averaged" not in state:  # its steps were others
             raise TrainerError(f"{checkpoint} is of another fit; delete it to begin anew")
         self._reader.load_state_dict(state["weights"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])

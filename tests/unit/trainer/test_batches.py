@@ -36,22 +36,20 @@ def test_parts_hold_every_row_once_within_the_budget_and_none_cost_less(
     found = [part.tolist() for part in batches.parts(np.array(tokens), budget, overhead)]
     assert sorted(row for part in found for row in part) == list(range(len(tokens)))
 
+    billed = [max(each, 1) for each in tokens]
+
     def allowed(part: list[int]) -> bool:
-        return len(part) == 1 or len(part) * max(tokens[row] for row in part) <= budget
+        return len(part) == 1 or len(part) * max(billed[row] for row in part) <= budget
 
     assert all(allowed(part) for part in found)
-    billed = [max(each, 1) for each in tokens]
     ranked = sorted(range(len(tokens)), key=lambda row: -tokens[row])
-    every: list[list[list[int]]] = []
+    costs: list[int] = []
     for cuts in itertools.product([False, True], repeat=len(tokens) - 1):
         ends = [at + 1 for at, cut in enumerate(cuts) if cut] + [len(tokens)]
-        every.append([ranked[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
-    least = min(
-        cost(billed, parts, overhead)
-        for parts in every
-        if all(len(p) == 1 or len(p) * max(billed[row] for row in p) <= budget for p in parts)
-    )
-    assert cost(billed, found, overhead) == least
+        every = [ranked[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        if all(allowed(part) for part in every):
+            costs.append(cost(billed, every, overhead))
+    assert cost(billed, found, overhead) == min(costs)
 
 
 def test_steps_hold_every_row_once_in_random_order() -> None:

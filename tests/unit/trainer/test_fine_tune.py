@@ -259,9 +259,12 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
     assert not checkpoint.exists()
 
 
-def test_a_checkpoint_of_another_fit_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 8])  # as many, but written before weights were averaged
+def test_a_checkpoint_of_another_fit_is_refused(
+    steps: int, encoder: TextEncoder, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "checkpoint"
-    torch.save({"steps": 1}, checkpoint)
+    torch.save({"steps": steps}, checkpoint)
     with pytest.raises(TrainerError, match="of another fit"):
         tune(encoder, tmp_path / "new", checkpoint=checkpoint)
 
