@@ -98,10 +98,8 @@ def ours(
         return None, base
     whole = worded.whole
     test = np.flatnonzero(whole.span == TEST)
-    rows = np.flatnonzero(whole.span != TEST)
-    if config.text.text_limit:
-        rows = rows[-config.text.text_limit :]
-    rows = np.concatenate([rows, test])
+    known = np.flatnonzero(whole.span != TEST)
+    rows = np.concatenate([known[-(config.text.limit or len(known)) :], test])
     used = ReviewTexts(taken(whole.texts, rows), whole.rating[rows], whole.span[rows], unrated)
     bar = tracker(progress, "reading review texts")
 

@@ -51,8 +51,7 @@ def review_texts(
     """The newest texts of cleaned reviews, split by time among themselves; None when too few."""
     worded = reviews.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
     worded = worded.sort("time", maintain_order=True)
-    if config.text_limit:
-        worded = worded.tail(config.text_limit)
+    worded = worded.tail(config.limit or worded.height)
     if worded.height < config.least_texts:
         return None
     spans = by_time(np.arange(worded.height), split)
@@ -64,13 +63,13 @@ def review_texts(
 
 
 def unrated_texts(log: Log, config: TextConfig, before: int | None = None) -> list[str]:
-    """Texts of a log's reviews without stars, at most `text_limit`; of its first events, or all."""
+    """Texts of a log's reviews without stars, at most `limit`; of its first events, or all."""
     table = log.reviews.filter(pl.col("rating").is_null())
     if before is not None:
         table = table.filter(pl.col("row") < before)
     texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
     found = [each for each in texts if each]
-    return found[-config.text_limit :] if config.text_limit else found
+    return found[-(config.limit or len(found)) :]
 
 
 def item_vectors(

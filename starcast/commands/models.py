@@ -314,7 +314,8 @@ def compress(
     stable = _bundle(models.url, registry.read(models.url).stable)
     log = _history(settings, events)
     parent = base_encoder(models.encoder, stable, config)
-    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
+    frozen = config.model_copy(update={"text": config.text.model_copy(update={"method": "frozen"})})
+    reviews = review_texts(cleaned(log, config).reviews, frozen.text, config.split)
     if parent is None or reviews is None:
         raise fail("There is no text encoder, or there are too few review texts to judge it by.")
     with progress_bar() as progress:
@@ -339,7 +340,6 @@ def compress(
     if chosen.name == "parent":
         output.print(f"Nothing faster is within {max_rmse_loss:.1%} of the parent's error.")
         return
-    frozen = config.model_copy(update={"text": config.text.model_copy(update={"method": "frozen"})})
     with progress_bar() as progress:
         result = fit(
             log,
