@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from model import adapters, heads
 from model import encoder as encoders
 from model.encoder import TextEncoder
 from model.exceptions import EncoderError
-from trainer import text
+from trainer import batches, text
 from trainer.config import TrainerConfig
 from trainer.exceptions import TrainerError
 from trainer.fine_tune import OnStep, taken
@@ -42,6 +43,7 @@ _HEAD_L2 = 1e-4  # of the star head that says which heads matter
 _STUDENT_EPOCHS = 3
 _STUDENT_RATE = 1e-4
 _BATCH = 32
+_TOKENS = 4_096  # most padded ones of a student's texts at once
 
 
 @dataclass(frozen=True)
@@ -246,25 +248,19 @@ def _student(
     random = np.random.default_rng(seed)
     steps = _STUDENT_EPOCHS * -(-len(known) // _BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
+    tokens, overhead = np.array(student.count_tokens(known)), batches.overhead(student.device)
     student.model.train()
-    done = 0
-    for _ in range(_STUDENT_EPOCHS):
-        for rows in _batches([len(each) for each in known], random):
-            vectors = student.embed(student.tokens([known[row] for row in rows.tolist()]))
-            loss = (1 - (vectors * wanted[rows]).sum(1)).mean()
-            optimizer.zero_grad()
+    epochs = (batches.shuffled(len(known), _BATCH, random) for _ in range(_STUDENT_EPOCHS))
+    for done, step in enumerate(chain.from_iterable(epochs), 1):
+        for part in batches.parts(tokens[step], _TOKENS, overhead):
+            rows = step[part]
+            vectors = student.embed(student.tokens(taken(known, rows)))
+            loss = (1 - (vectors * wanted[rows]).sum(1)).sum() / len(step)
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
-            nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
-            optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-            schedule.step()
-            done += 1
-            on_progress(done, steps)
+        nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        optimizer.zero_grad()
+        schedule.step()
+        on_progress(done, steps)
     student.model.eval()
     student.save(folder)
-
-
-def _batches(lengths: Sequence[int], random: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Rows of like length together, the batches in random order."""
-    order = np.argsort(np.asarray(lengths) * random.uniform(0.9, 1.1, len(lengths)))
-    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
-    return [batches[at] for at in random.permutation(len(batches)).tolist()]
