@@ -20,7 +20,7 @@ from model.encoder import TextEncoder
 from trainer import batches
 from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import OnStep
+from trainer.fine_tune import OnStep, require_plain
 
 _CLIP = 1.0
 _WARM_UP = 0.06  # of the steps
@@ -37,11 +37,12 @@ def adapt(
     """The encoder after `config.epochs` passes over `texts`, written to `folder`.
 
     Raises:
-        TrainerError: it is no model that fills in masks.
+        TrainerError: it is no model that fills in masks, or more than plain weights.
     """
     # Seconds to import, and of use here alone.
     from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
+    require_plain(encoder)
     if encoder.tokenizer.mask_token is None:
         raise TrainerError(
             f"{encoder.folder} knows no mask token, so it cannot be adapted: "
@@ -49,7 +50,11 @@ def adapt(
         )
     torch.manual_seed(seed)
     model: Any = AutoModelForMaskedLM.from_pretrained(
-        encoder.folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        encoder.folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
     )
     model.to(encoder.device).train()
     mask = DataCollatorForLanguageModeling(encoder.tokenizer, mlm_probability=0.15)

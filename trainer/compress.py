@@ -116,8 +116,8 @@ def _judged(
     name: str, folder: Path, reviews: ReviewTexts, config: TrainerConfig, on_progress: OnStep
 ) -> Compressed:
     encoder = encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
-    frozen = config.text.model_copy(update={"method": "frozen"})
-    fitted = text.fit(reviews, encoder, frozen, folder, config.seed, on_progress)
+    settings = text.untouched(config.text)
+    fitted = text.fit(reviews, encoder, settings, folder, config.seed, on_progress)
     newest = taken(reviews.texts, np.flatnonzero(reviews.span == TEST))
     timed = newest[:TIMED]
     encoder.encode(timed[:8])  # what is set up at first is not timed

@@ -162,7 +162,10 @@ class FineTuneConfig(BaseModel):
 
 
 class AdaptConfig(BaseModel):
-    """Masked-language modelling on the shop's own texts, before anything else is fitted."""
+    """Masked-language modelling on the shop's own texts, before anything else is fitted.
+
+    Where `trainer.text.method` is auto, an encoder in service is not adapted again.
+    """
 
     epochs: int = Field(default=0, ge=0, le=100, description="passes over the texts; 0: none")
     learning_rate: float = Field(default=5e-5, gt=0, le=1, description="highest")
@@ -291,7 +294,7 @@ class DriftConfig(BaseModel):
     """When `retrain --on-drift` fits a model before its time."""
 
     least_rows: int = Field(
-        default=500, ge=50, description="fewer events since the last fit tell nothing"
+        default=500, ge=50, description="fewer reviews with stars since the last fit tell nothing"
     )
     largest_index: float = Field(
         default=0.25, gt=0, description="population stability index of a column that has changed"

@@ -18,7 +18,7 @@ from torch import nn
 
 from model.encoder import StarHead, TextEncoder
 from trainer.adapt import adapt
-from trainer.config import TextConfig
+from trainer.config import AdaptConfig, TextConfig
 from trainer.fine_tune import STARS, Cost, Labelled, fine_tune, joined, taken
 from trainer.metrics import Floats, TextScores, text_scores
 from trainer.tracking import Note, unnoted
@@ -73,7 +73,12 @@ def settled(config: TextConfig, in_service: bool) -> TextConfig:
     """The settings with `auto` made a method; `in_service`: the encoder is that of a model."""
     if config.method != "auto":
         return config
-    return config.model_copy(update={"method": "frozen" if in_service else "full"})
+    return untouched(config) if in_service else config.model_copy(update={"method": "full"})
+
+
+def untouched(config: TextConfig) -> TextConfig:
+    """The settings by which the encoder stays as it is: the head is fitted alone."""
+    return config.model_copy(update={"method": "frozen", "adapt": AdaptConfig(epochs=0)})
 
 
 def fit(

@@ -306,6 +306,7 @@ def compress(
     from model import registry
     from trainer import compress as compressing
     from trainer.prepare import cleaned, review_texts, tracker
+    from trainer.text import untouched
     from trainer.train import base_encoder
     from trainer.train import train as fit
 
@@ -314,7 +315,7 @@ def compress(
     stable = _bundle(models.url, registry.read(models.url).stable)
     log = _history(settings, events)
     parent = base_encoder(models.encoder, stable, config)
-    frozen = config.model_copy(update={"text": config.text.model_copy(update={"method": "frozen"})})
+    frozen = config.model_copy(update={"text": untouched(config.text)})
     reviews = review_texts(cleaned(log, config).reviews, frozen.text, config.split)
     if parent is None or reviews is None:
         raise fail("There is no text encoder, or there are too few review texts to judge it by.")

@@ -1,11 +1,13 @@
 """Adaptation to a shop's words."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from model import encoder as encoders
 from model.encoder import TextEncoder
@@ -43,3 +45,23 @@ def test_without_a_mask_token_there_is_nothing_to_fill_in(
     blind = replace(encoder, tokenizer=SimpleNamespace(mask_token=None))
     with pytest.raises(TrainerError, match="no mask token"):
         adapt(blind, TEXTS, AdaptConfig(epochs=1), tmp_path, 0, lambda done, total: None)
+
+
+def test_weights_kept_in_half_are_adapted_in_full_precision(
+    encoder: TextEncoder, tmp_path: Path
+) -> None:
+    half = replace(encoder, model=deepcopy(encoder.model).to(torch.bfloat16))
+    half.save(tmp_path / "half")
+    loaded = encoders.load(tmp_path / "half", "cpu")
+    config = AdaptConfig(epochs=1)
+    found = adapt(loaded, TEXTS, config, tmp_path / "new", 0, lambda done, total: None)
+    assert {each.dtype for each in found.model.parameters()} == {torch.float32}
+    assert np.isfinite(found.encode(TEXTS[:5])).all()
+
+
+def test_an_encoder_in_eight_bits_is_not_adapted(encoder: TextEncoder, tmp_path: Path) -> None:
+    encoder.save(tmp_path / "small")
+    encoders.write_quantization(tmp_path / "small")
+    small = encoders.load(tmp_path / "small", "cpu")
+    with pytest.raises(TrainerError, match="not fitted again"):
+        adapt(small, TEXTS, AdaptConfig(epochs=1), tmp_path / "new", 0, lambda done, total: None)

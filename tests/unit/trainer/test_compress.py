@@ -11,7 +11,7 @@ from model import encoder as encoders
 from model.exceptions import EncoderError
 from tests.unit.trainer.test_text import texts
 from trainer.compress import Compressed, choose, compress
-from trainer.config import TrainerConfig
+from trainer.config import AdaptConfig, TrainerConfig
 from trainer.exceptions import TrainerError
 from trainer.metrics import TextScores
 
@@ -94,3 +94,15 @@ def test_the_fastest_within_the_bound_is_chosen() -> None:
     assert choose(found, 0.0).name == "parent"
     assert choose(found, 1.0).name == "fastest"
     assert np.isclose(found[1].scores.rmse / found[0].scores.rmse - 1, 0.00857, atol=1e-4)
+
+
+def test_the_parent_is_not_adapted(masking_folder: Path, tmp_path: Path) -> None:
+    """Its folder may be that of a bundle, in which a file too many is a damage."""
+    parent = copytree(masking_folder, tmp_path / "parent")
+    before = sorted(parent.rglob("*"))
+    text = CONFIG.text.model_copy(update={"adapt": AdaptConfig(epochs=1)})
+    config = CONFIG.model_copy(update={"text": text})
+    encoder = encoders.load(parent, "cpu")
+    found = compress(texts(), encoder, config, tmp_path / "new", lambda done, total: None)
+    assert sorted(parent.rglob("*")) == before
+    assert found[0].folder == parent

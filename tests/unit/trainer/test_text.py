@@ -110,6 +110,13 @@ def test_texts_without_stars_are_learnt_from_where_the_head_is_sure(
     assert found.scores.accuracy == 1
 
 
+def test_an_encoder_in_service_stays_as_it_is() -> None:
+    config = TextConfig(adapt=AdaptConfig(epochs=1))
+    assert settled(config, in_service=True).method == "frozen"
+    assert settled(config, in_service=True).adapt.epochs == 0
+    assert settled(config, in_service=False).adapt.epochs == 1
+
+
 def test_an_encoder_is_adapted_first(masking_folder: Path, tmp_path: Path) -> None:
     base = encoders.load(masking_folder, "cpu")
     config = TextConfig(method="frozen", adapt=AdaptConfig(epochs=1))
