@@ -156,12 +156,7 @@ def fine_tune(
         TrainerError: the encoder does not take the method; the checkpoint is of another fit.
     """
     tuning = config.fine_tune
-    if encoder.extended:
-        raise TrainerError(
-            f"{encoder.folder} has adapters, virtual tokens or eight-bit weights, which are not "
-            "fitted again: start from a plain encoder (models.encoder), or set trainer.text.method "
-            "to frozen"
-        )
+    require_plain(encoder)
     # A second copy is loaded, for the given encoder stays as it is.
     base = encoders.load(encoder.folder, str(encoder.device), longest_tokens=config.longest_tokens)
     rows = train if tuning.patience else joined(train, validation)
@@ -177,6 +172,16 @@ def fine_tune(
     found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
     taught = tuning.cross_entropy or tuning.squared_error
     return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))
+
+
+def require_plain(encoder: TextEncoder) -> None:
+    """Raise TrainerError where an encoder is more than weights that can be fitted."""
+    if encoder.extended:
+        raise TrainerError(
+            f"{encoder.folder} has adapters, virtual tokens or eight-bit weights, which are not "
+            "fitted again: start from a plain encoder (models.encoder), or set trainer.text.method "
+            "to frozen"
+        )
 
 
 def taken(texts: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
@@ -241,7 +246,10 @@ class _Fit:
             for batch in _epoch(rows, self._config, self._seed, epoch)[first:]:
                 note("text/loss", self._take(varied, batch), self.step)
                 on_progress(self.step, self._steps)
-                if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                # After an epoch validation may end it: what goes on from here would not ask.
+                judged = self._config.patience and self.step % by_epoch == 0
+                due = time.monotonic() - saved > CHECKPOINT_SECONDS
+                if checkpoint is not None and due and not judged:
                     self._save(checkpoint)
                     saved = time.monotonic()
             if self._config.patience and self._enough(validation, note):
@@ -527,7 +535,10 @@ def _processes(device: torch.device) -> Generator[tuple[int, int]]:
     if count == 1:
         yield 0, 1
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None
+    )
     try:
         yield distributed.get_rank(), count
     finally:

@@ -259,6 +259,29 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
     assert not checkpoint.exists()
 
 
+def test_a_fit_killed_in_validation_asks_it_again(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate that spoils everything, so the second epoch, the first that is worse, ends it."""
+    settings: dict[str, Any] = {"patience": 1, "epochs": 9, "learning_rate": 0.5, "clip": 100.0}
+    whole, cost = tune(encoder, tmp_path / "whole", **settings)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    enough = module._Fit._enough
+
+    def killed(self: Any, *arguments: Any) -> bool:
+        raise _KilledError
+
+    monkeypatch.setattr(module._Fit, "_enough", killed)
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(_KilledError):
+        tune(encoder, tmp_path / "killed", **settings, checkpoint=checkpoint)
+    monkeypatch.setattr(module._Fit, "_enough", enough)
+    found, again = tune(encoder, tmp_path / "again", **settings, checkpoint=checkpoint)
+    assert again == cost
+    assert cost.steps < 9 * 6
+    assert (words(found) == words(whole)).all()
+
+
 @pytest.mark.parametrize("steps", [1, 8])  # as many, but written before weights were averaged
 def test_a_checkpoint_of_another_fit_is_refused(
     steps: int, encoder: TextEncoder, tmp_path: Path
