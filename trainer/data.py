@@ -84,6 +84,11 @@ class Log:
         return len(self.events)
 
     @property
+    def labelled(self) -> NDArray[np.bool_]:
+        """Which events (n) are reviews with stars."""
+        return (self.events["action"] == REVIEW) & ~np.isnan(self.events["rating"])
+
+    @property
     def rated(self) -> int:
         """Number of reviews with stars."""
         return self.reviews["rating"].count()
@@ -315,7 +320,7 @@ def replay(
     """
     batch_events = min(max(_BATCH_EVENTS, len(log) // _BATCHES), _LARGEST_BATCH)
     history = History(vectors=vectors, batch_events=batch_events)
-    rated = (log.events["action"] == REVIEW) & ~np.isnan(log.events["rating"])
+    rated = log.labelled
     journalled = log.journalled
     categories = empty(CATEGORY)
     parts: list[Inputs] = []

@@ -3,8 +3,9 @@
 A bundle keeps how its features and its predictions were spread over its newest rows, and its error
 there. Rows that came after its window are set beside them:
 
-- the population stability index of each feature and of the predictions, Σ (a − e) ln(a / e) over
-  tenths of the expected rows and the missing (Siddiqi 2006, "Credit Risk Scorecards", chapter 9);
+- the population stability index of each feature and of the predictions of what was rated,
+  Σ (a − e) ln(a / e) over tenths of the expected rows and the missing (Siddiqi 2006, "Credit Risk
+  Scorecards", chapter 9);
 - the RMSE of ratings that came after their predictions. A rating comes late: of an event's own
   prediction and those that its user's earlier events with the item got, the newest before it
   counts.
@@ -53,7 +54,7 @@ class Drift(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    rows: int  # events since its window
+    rows: int  # reviews with stars since its window
     rated: int  # predictions among them whose rating is known
     features: dict[str, float]  # stability index of those beyond the bound, largest first
     predictions: float | None  # stability index
@@ -103,8 +104,8 @@ def measure(
     }
     moved = {name: index for name, index in indices.items() if index > config.largest_index}
     moved = dict(sorted(moved.items(), key=lambda each: -each[1]))
-    told = joined["predicted"].to_numpy()
     rated = joined.drop_nulls("rating")
+    told = rated["predicted"].to_numpy()
     predictions = stability(kept.predictions, told) if len(told) else None
     error = None
     if rated.height >= config.least_rows:
@@ -171,11 +172,12 @@ def since(
     version: str,
     window_end: datetime,
 ) -> tuple[NDArray[np.float32], pl.DataFrame]:
-    """Feature rows (n, F) of a log's events after a model's window, and its joined predictions."""
+    """Feature rows (n, F) of reviews with stars after a window; a model's joined predictions."""
     begin = int(window_end.timestamp() * 1_000)
     features = np.empty((0, len(NAMES)), np.float32)
     if log.journalled is not None:
-        newer = (log.events["time"] > begin) & log.journalled.usable
+        # What a bundle keeps is of reviews with stars, by which it was judged; views are otherwise.
+        newer = log.labelled & (log.events["time"] > begin) & log.journalled.usable
         features = log.journalled.features[newer]
     predictions = (
         archive.read(url, "predicted-ratings", options)

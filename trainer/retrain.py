@@ -76,7 +76,7 @@ def retrain_once(
     if on_drift and served is not None:
         changed = _drift(log, served, archive_url, archive_options, config or TrainerConfig())
         if changed is not None and not changed.reasons:
-            reason = f"nothing has changed in the {changed.rows:,} events since it was fitted"
+            reason = f"nothing has changed in the {changed.rows:,} ratings since it was fitted"
             return Retrained(None, False, previous, reason, changed)
     result = train(
         log,

@@ -6,9 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+from model.events import EVENT, REVIEW, VIEW, blank
 from model.features import NAMES
+from trainer import drift
+from trainer.clean import REVIEW_COLUMNS
 from trainer.config import DriftConfig
-from trainer.drift import Spread, join, measure, reference, spread, stability
+from trainer.data import Journalled, Log
+from trainer.drift import Spread, join, measure, reference, since, spread, stability
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 CONFIG = DriftConfig(least_rows=50)
@@ -66,6 +70,41 @@ def test_few_rows_tell_nothing() -> None:
     found = measure(kept, rows(9.0)[:20], joined(-1.0)[:20], CONFIG)
     assert found.reasons == ()
     assert found.rmse is None
+
+
+def test_predictions_of_what_was_not_rated_are_not_what_a_model_was_judged_by() -> None:
+    known = joined(0.5)
+    kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
+    views = pl.DataFrame({"predicted": [1.0] * 900, "rating": pl.Series([None] * 900, dtype=float)})
+    found = measure(kept, rows(seed=2), pl.concat([joined(0.5, 3), views]), CONFIG)
+    assert found.reasons == ()
+    assert found.rated == 400
+
+
+def test_features_are_those_of_reviews_with_stars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shop of views and reviews, of which the newest half came after the model's window."""
+    told = pl.LazyFrame(
+        schema={
+            "event_id": pl.String,
+            "user_id": pl.String,
+            "item_id": pl.String,
+            "kind": pl.String,
+            "model_version": pl.String,
+            "event_time": pl.Datetime("ms", "UTC"),
+            "rating": pl.Float32,
+        }
+    )
+    monkeypatch.setattr(drift.archive, "read", lambda *place: told)
+    events = blank(EVENT, 8)
+    events["time"] = int(NOON.timestamp() * 1_000) + np.arange(-3, 5)
+    events["action"] = [REVIEW, VIEW, REVIEW, VIEW, REVIEW, VIEW, REVIEW, REVIEW]
+    events["rating"] = [5, np.nan, 4, np.nan, 3, np.nan, np.nan, 2]  # one is a text without stars
+    seen = np.arange(8, dtype=np.float32)[:, None].repeat(len(NAMES), 1)
+    journalled = Journalled(seen, np.ones(8, bool), np.full(8, ""))
+    log = Log(events, pl.DataFrame(schema=REVIEW_COLUMNS), [], [], journalled)
+    features, known = since(log, "", None, "v1", NOON)
+    assert features[:, 0].tolist() == [4, 7]
+    assert known.is_empty()
 
 
 def test_a_rating_finds_the_newest_prediction_before_it() -> None:
