@@ -30,6 +30,7 @@ from trainer.calibrate import fit_calibration
 from trainer.clean import Cleaned
 from trainer.config import TrainerConfig
 from trainer.data import Log
+from trainer.exceptions import TrainerError
 from trainer.fit import Fitted
 from trainer.gate import Verdict
 from trainer.metrics import Floats
@@ -106,11 +107,12 @@ def train(
         source: words that name the data in the model card.
 
     Raises:
-        TrainerError: too few rated rows.
+        TrainerError: too few rated rows; `evaluated` is of one model alone.
         EncoderError: the encoder cannot be loaded.
     """
     begun = time.monotonic()
     config = config or TrainerConfig()
+    told = _evaluated(evaluated or {})
     if config.threads:
         torch.set_num_threads(config.threads)
     found = cleaned(log, config)
@@ -167,7 +169,7 @@ def train(
             data.window(),
             source,
             stable,
-            evaluated or {},
+            told,
             drift.reference(
                 data.examples.inputs.features[data.split.test],
                 compared.ours.rating,
@@ -428,7 +430,7 @@ def _write(
                 "Calibration error": compared.calibration.ece,
                 "Share of ratings in 80% intervals": compared.calibration.coverage,
             },
-            **_evaluated(evaluated),
+            **evaluated,
             limits=list(_LIMITS),
             notes=f"Gate: {verdict.reason}",
         ),
@@ -441,7 +443,12 @@ def _evaluated(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a model card tells of an evaluation: `peers` and `ablations`."""
     if not document:
         return {}
-    prequential = document["rating"]["prequential"]
+    prequential = document.get("rating", {}).get("prequential")
+    if prequential is None:
+        raise TrainerError(
+            "the evaluation compares no models: "
+            "give what `starcast evaluate --json` writes without --model"
+        )
     return {
         "peers": {
             name: {measure.upper(): each[measure] for measure in ("rmse", "mse", "mae")}

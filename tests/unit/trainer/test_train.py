@@ -126,6 +126,16 @@ def test_too_few_ratings_are_an_error_that_says_so(tmp_path: Path) -> None:
         train(from_file(path), str(tmp_path), CONFIG, encoder="none")
 
 
+def test_an_evaluation_of_one_model_alone_is_refused_before_anything_is_fitted(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "few.jsonl"
+    write_records(path, shop()[:300])  # too few to learn from, which would be said next
+    alone = {"model": "v1", "rating": {"model": {}}}
+    with pytest.raises(TrainerError, match="without --model"):
+        train(from_file(path), str(tmp_path), CONFIG, encoder="none", evaluated=alone)
+
+
 def test_retraining_promotes_what_passes_and_judges_it_against_stable(
     tmp_path: Path, encoder_folder: Path
 ) -> None:
@@ -157,7 +167,7 @@ def test_retraining_promotes_what_passes_and_judges_it_against_stable(
     assert kept.encoder_hash == bundles.load(models, first.result.version).encoder_hash
     third = retrain_once(archive, models, CONFIG, on_drift=True)
     assert (third.result, third.promoted) == (None, False)
-    assert third.reason == "nothing has changed in the 0 events since it was fitted"
+    assert third.reason == "nothing has changed in the 0 ratings since it was fitted"
 
 
 def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Path) -> None:
