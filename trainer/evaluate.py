@@ -25,10 +25,8 @@ from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
-from model.bundle import FORMAT
+from model import encoder as encoders
 from model.encoder import TextEncoder
-from model.features import FEATURE_HASH
-from model.state import LAYOUT_HASH
 from trainer import ablations, evaluate_texts, leaks
 from trainer.clean import Step
 from trainer.config import TrainerConfig
@@ -180,10 +178,14 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
 
 
 def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
-    """Where the parts of an evaluation are kept: one for each file, settings and model's code."""
+    """Where the parts of an evaluation are kept: one for each file, settings, encoder and code."""
     digest = hashlib.sha256(path.read_bytes())
-    code = [FEATURE_HASH, LAYOUT_HASH, FORMAT]
-    digest.update(orjson.dumps([config.model_dump(mode="json"), encoder, ties, *code]))
+    place = encoders.locate(encoder)
+    read = encoders.folder_hash(place) if place else ""
+    digest.update(orjson.dumps([config.model_dump(mode="json"), read, ties]))
+    for package in (Path(encoders.__file__).parent, Path(__file__).parent):
+        for source in sorted(package.rglob("*.py")):  # another release may say otherwise
+            digest.update(source.read_bytes())
     return root / digest.hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """The whole evaluation on a small shop."""
 
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import orjson
@@ -9,7 +10,7 @@ import pytest
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
-from trainer.evaluate import evaluate, summary
+from trainer.evaluate import evaluate, folder_of, summary
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
 from trainer.leaks import Leak
@@ -93,3 +94,21 @@ def test_an_alarm_stops_it_unless_told_otherwise(
         evaluate(log, tmp_path, SMALL, encoder="none", peers=())
     found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
+
+
+def test_another_encoder_or_file_has_a_folder_of_its_own(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    """Weights that are replaced in their directory are another encoder."""
+    encoder = copytree(encoder_folder, tmp_path / "encoder")
+
+    def folder(events: Path = shop_file) -> Path:
+        return folder_of(events, SMALL, str(encoder), "instant", tmp_path)
+
+    first = folder()
+    assert folder() == first
+    (tmp_path / "other").write_bytes(b"")
+    assert folder(tmp_path / "other") != first
+    settings = encoder / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    assert folder() != first
