@@ -2,14 +2,15 @@
 
 Tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for Hyper-Parameter
 Optimization", section 4); a trial of the network whose validation error lies above the median of
-earlier trials at the same epoch is cut short. Trials stand in a journal file, so a search goes on
-where it was left, and several processes share one. The defaults are the first trial: what is found
-is never worse than they are, on validation. The newest rows, which judge a model, are not looked
-at.
+earlier trials at the same epoch is cut short. Trials stand in a journal file, so a search of the
+same data, settings and encoder goes on where it was left, and several processes share one. The
+settings in force are the first trial: what is found is never worse than they are, on validation.
+The newest rows, which judge a model, are not looked at.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -28,7 +29,7 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from model import encoder as encoders
 from trainer import fit, text
@@ -45,6 +46,7 @@ What = Literal["rating", "text"]
 
 _DRAWN = 10  # trials by chance, before the sampler learns from them
 _EPOCHS_SPARED = 3  # no trial is cut short before
+_IN_FORCE = "in force"  # an attribute of the trial of the settings that are there already
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,19 @@ SPACES: Mapping[What, tuple[Range, ...]] = {
 class Searched:
     """What a search found."""
 
-    settings: Mapping[str, float | int]  # by path below `trainer`; empty: the defaults are best
+    settings: Mapping[str, float | int]  # by path below `trainer`; empty: those in force are best
     rmse: float  # on validation
-    default_rmse: float
+    default_rmse: float  # of the settings in force
     trials: int
     importance: Mapping[str, float]  # shares of the error's variance; empty with few trials
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where trials stand."""
+
+    journal: Path
+    name: str  # of the study
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class _Rating:
     def __call__(self, config: TrainerConfig, trial: Trial) -> float:
         def watched(epoch: int, error: float) -> None:
             trial.report(error, epoch)
-            if trial.should_prune():
+            if trial.should_prune() and _IN_FORCE not in trial.user_attrs:
                 raise optuna.TrialPruned
 
         fitted, _ = fit_network(self.data, config, None, watched)
@@ -156,7 +166,7 @@ def search(
         log: the history.
         what: the model.
         config: the settings to start from.
-        study: the journal file; a search that was cut short goes on there.
+        study: the journal file; a search of the same that was cut short goes on there.
         trials: how many there shall be in all.
         encoder: as `models.encoder`.
         workers: processes that try at the same time.
@@ -165,22 +175,31 @@ def search(
         TrainerError: too few rated rows or texts; no method to tune.
     """
     judge = _judge(log, what, config, encoder)
-    opened = _open(study, what, config.seed)
-    if not opened.trials:
-        opened.enqueue_trial({each.name: _value(config, each.name) for each in SPACES[what]})
+    place = _Place(study, f"{what} {_digest(log, config, encoder)}")
+    opened = _open(place, config.seed)
     left = trials - sum(each.state.is_finished() for each in opened.trials)
+    if not _in_force(opened):
+        values = {each.name: _value(config, each.name) for each in space(what, config)}
+        opened.enqueue_trial(values, {_IN_FORCE: True})
+        left = max(left, 1)
+    seed = config.seed + len(opened.trials)  # the same one would draw the same trials again
     if workers > 1 and left > 1:
         shares = [left // workers + (number < left % workers) for number in range(workers)]
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             jobs = [
-                pool.submit(_work, judge, what, config, study, share, config.seed + number)
+                pool.submit(_work, judge, what, config, place, share, seed + number)
                 for number, share in enumerate(shares)
             ]
             for job in jobs:
                 job.result()
     elif left > 0:
-        _work(judge, what, config, study, left, config.seed)
-    return _found(_open(study, what, config.seed))
+        _work(judge, what, config, place, left, seed)
+    return _found(_open(place, seed))
+
+
+def space(what: What, config: TrainerConfig) -> Sequence[Range]:
+    """What is searched for: a zero, which switches something off, has no place on a log scale."""
+    return [each for each in SPACES[what] if not each.log or _value(config, each.name) > 0]
 
 
 def write_settings(found: Searched, path: Path) -> None:
@@ -190,7 +209,7 @@ def write_settings(found: Searched, path: Path) -> None:
         table, _, setting = f"trainer.{name}".rpartition(".")
         tables.setdefault(table, []).append(f"{setting} = {json.dumps(value)}")
     head = (
-        f"# Validation RMSE {found.rmse:.4f}, of the defaults {found.default_rmse:.4f}, "
+        f"# Validation RMSE {found.rmse:.4f}, of the settings in force {found.default_rmse:.4f}, "
         f"{found.trials} trials.\n"
     )
     body = "".join(f"\n[{table}]\n" + "\n".join(rows) + "\n" for table, rows in tables.items())
@@ -230,12 +249,21 @@ def _judge(log: Log, what: What, config: TrainerConfig, encoder: str) -> Judge:
     return _Text(texts, base.folder)
 
 
-def _open(study: Path, what: What, seed: int) -> optuna.Study:
+def _digest(log: Log, config: TrainerConfig, encoder: str) -> str:
+    """Of all that a trial's error hangs on: trials of another shop say nothing of this one."""
+    place = encoders.locate(encoder)
+    read = encoders.folder_hash(place) if place else ""
+    digest = hashlib.sha256(np.ascontiguousarray(log.events).data)
+    digest.update(f"{config.model_dump_json()} {read}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _open(place: _Place, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study.parent.mkdir(parents=True, exist_ok=True)
+    place.journal.parent.mkdir(parents=True, exist_ok=True)
     return optuna.create_study(
-        study_name=what,
-        storage=JournalStorage(JournalFileBackend(str(study))),
+        study_name=place.name,
+        storage=JournalStorage(JournalFileBackend(str(place.journal))),
         sampler=TPESampler(n_startup_trials=_DRAWN, seed=seed, constant_liar=True),
         pruner=MedianPruner(n_startup_trials=_DRAWN, n_warmup_steps=_EPOCHS_SPARED),
         load_if_exists=True,
@@ -243,14 +271,14 @@ def _open(study: Path, what: What, seed: int) -> optuna.Study:
 
 
 def _work(
-    judge: Judge, what: What, config: TrainerConfig, study: Path, trials: int, seed: int
+    judge: Judge, what: What, config: TrainerConfig, place: _Place, trials: int, seed: int
 ) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
-    opened = _open(study, what, seed)
+    opened = _open(place, seed)
 
     def objective(trial: Trial) -> float:
-        values = {each.name: each.suggest(trial) for each in SPACES[what]}
+        values = {each.name: each.suggest(trial) for each in space(what, config)}
         return judge(with_settings(config, values), trial)
 
     opened.optimize(objective, n_trials=trials)
@@ -275,17 +303,23 @@ def _value(config: TrainerConfig, name: str) -> Any:
     return found
 
 
+def _in_force(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials of the settings in force that came to their end: one, unless a search was killed."""
+    done = study.get_trials(states=(TrialState.COMPLETE,))
+    return [each for each in done if _IN_FORCE in each.user_attrs]
+
+
 def _found(study: optuna.Study) -> Searched:
     done = study.get_trials(states=(TrialState.COMPLETE,))
     if not done:
         raise TrainerError("no trial came to its end: see what was logged above")
-    first = min(done, key=lambda each: each.number)
+    first = _in_force(study)[0]
     best = min(done, key=lambda each: each.value or np.inf)
     importance: Mapping[str, float] = {}
     if len(done) > _DRAWN:
         importance = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return Searched(
-        {} if best.number == first.number else best.params,
+        {} if _IN_FORCE in best.user_attrs else best.params,
         float(best.value or np.nan),
         float(first.value or np.nan),
         len(study.trials),

@@ -1,12 +1,17 @@
 """The search for settings, on a shop and an encoder that are tiny."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from starcast.settings import load
+from trainer import search as module
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.exceptions import TrainerError
@@ -51,6 +56,52 @@ def test_a_search_goes_on_where_it_was_left_and_is_no_worse_than_the_defaults(
     assert again.default_rmse == first.default_rmse
     assert again.rmse <= first.rmse <= first.default_rmse
     assert search(log, "rating", SMALL, study, 4, encoder="none") == again
+
+
+def test_a_search_of_other_data_or_settings_is_another(shop_file: Path, tmp_path: Path) -> None:
+    log, study = from_file(shop_file), tmp_path / "study"
+    first = search(log, "rating", SMALL, study, 1, encoder="none")
+    other = SMALL.model_copy(update={"seed": 1})
+    assert search(log, "rating", other, study, 1, encoder="none").rmse != first.rmse
+    newer = replace(log, events=log.events.copy())
+    newer.events["time"] += 1
+    assert search(newer, "rating", SMALL, study, 2, encoder="none").trials == 2
+
+
+def test_a_search_killed_in_its_first_trial_tries_the_settings_in_force(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, study = from_file(shop_file), tmp_path / "study"
+    judge = module._Rating.__call__
+
+    def killed(self: Any, config: TrainerConfig, trial: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Rating, "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(log, "rating", SMALL, study, 2, encoder="none")
+    monkeypatch.setattr(module._Rating, "__call__", judge)
+    found = search(log, "rating", SMALL, study, 2, encoder="none")
+    alone = search(log, "rating", SMALL, tmp_path / "alone", 1, encoder="none")
+    assert found.default_rmse == alone.default_rmse
+
+
+def test_a_search_that_goes_on_draws_other_trials(shop_file: Path, tmp_path: Path) -> None:
+    log, study = from_file(shop_file), tmp_path / "study"
+    for trials in (2, 3, 4):
+        search(log, "rating", SMALL, study, trials, encoder="none")
+    storage = JournalStorage(JournalFileBackend(str(study)))
+    (opened,) = optuna.get_all_study_names(storage)
+    done = optuna.load_study(study_name=opened, storage=storage).trials
+    assert len({each.params["fit.learning_rate"] for each in done}) == 4
+
+
+def test_what_is_switched_off_is_not_searched_for(shop_file: Path, tmp_path: Path) -> None:
+    sizes = SMALL.fit.sizes.model_copy(update={"identity": 0})
+    config = SMALL.model_copy(update={"fit": SMALL.fit.model_copy(update={"sizes": sizes})})
+    found = search(from_file(shop_file), "rating", config, tmp_path / "s", 2, encoder="none")
+    assert found.trials == 2
+    assert "fit.sizes.identity" not in found.settings
 
 
 def test_processes_share_a_study(shop_file: Path, tmp_path: Path) -> None:
