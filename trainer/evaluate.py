@@ -115,7 +115,7 @@ def evaluate(
     base = base_encoder(encoder, None, config)
     worded, copies = evaluate_texts.texts_of(found.reviews, split, config)
     steps = (*found.steps, copies)
-    alarms = [*leaks.known_later(log), *evaluate_texts.alarms(worded)]
+    alarms = leaks.known_later(log)
     _stop_at(alarms, allow_leaks)
     unrated = unrated_texts(log, config.text, int(rows[split.test].min()))
     read, used = evaluate_texts.ours(worded, unrated, base, config, kept, progress)

@@ -1,9 +1,9 @@
 """Alarms: what would let a model know the answer before it is asked.
 
-Each names the rows, since a figure measured beside a leak is worth nothing.
+Each names the rows, since a figure measured beside a leak is worth nothing. Test texts that repeat
+older ones are no alarm: `evaluate_texts.texts_of` leaves them out and names them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from model import features
 from model.ids import hash_ids
-from trainer.copies import copies
 from trainer.data import Log
 from trainer.metrics import Floats
 
@@ -31,13 +30,6 @@ class Leak:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.rows} rows, as {', '.join(self.examples)}"
-
-
-def copied_texts(older: Sequence[str], newer: Sequence[str], names: Sequence[str]) -> list[Leak]:
-    """The alarm for `copies`; `names` (n) are those of the newer texts."""
-    rows = [names[number] for number in np.flatnonzero(copies(older, newer)).tolist()]
-    kind = "a text of the test rows stands in older rows, or nearly"
-    return [Leak(kind, len(rows), tuple(rows[:_NAMED]))] if rows else []
 
 
 def telling_features(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
