@@ -3,6 +3,7 @@
 Everybody is fitted to whole reviews, and asked for these, for titles alone and for texts alone.
 """
 
+import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from rich.progress import Progress
 
 from model import encoder as encoders
 from model.encoder import TextEncoder, review_text
-from trainer import leaks, text
+from trainer import text
 from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
 from trainer.copies import copies
@@ -26,6 +27,8 @@ from trainer.metrics import Floats, TextScores, class_scores
 from trainer.prepare import tracker
 from trainer.split import Split
 from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("text", "text_title", "text_body")  # whole reviews, titles alone, texts alone
 
@@ -72,17 +75,6 @@ def texts_of(
     )
     titles, bodies = ([each or "" for each in table[name]] for name in ("title", "text"))
     return Worded(whole, titles, bodies, table["event_id"].to_list()), step
-
-
-def alarms(worded: Worded | None) -> list[leaks.Leak]:
-    """Alarms of test texts that repeat an older one."""
-    if worded is None:
-        return []
-    tested = worded.whole.span == TEST
-    texts, names = np.array(worded.whole.texts, object), np.array(worded.names, object)
-    return leaks.copied_texts(
-        texts[~tested].tolist(), texts[tested].tolist(), names[tested].tolist()
-    )
 
 
 def ours(
@@ -136,13 +128,15 @@ def peers(
     kept: Kept,
     progress: Progress | None,
 ) -> dict[str, Arrays]:
-    """The peers' answers for the test texts."""
+    """The peers' answers for the test texts; of those that can be fitted to these texts."""
     from trainer.peers import texts  # an extra
 
     chosen = {name: peer for name, peer in texts.TEXT_PEERS.items() if name in wanted}
     if not chosen and texts.PLAIN not in wanted:
         return {}
     whole, spans = worded.whole, worded.whole.span
+    if len(np.unique(spans)) < 3:  # nothing to fit to, to be tuned by, or to be asked
+        return {}
     test = np.flatnonzero(spans == TEST).tolist()
     vectors = {
         part: kept.get(
@@ -178,10 +172,12 @@ def peers(
             answers[part], answers[f"{part} stars"] = read(words, encoded)
         return answers
 
-    found = {
-        name: kept.get(f"text peer {name}", lambda peer=peer: make(peer))
-        for name, peer in chosen.items()
-    }
+    found: dict[str, Arrays] = {}
+    for name, peer in chosen.items():
+        try:
+            found[name] = kept.get(f"text peer {name}", lambda peer=peer: make(peer))
+        except ValueError as error:  # all stars are alike, or no word occurs twice
+            logger.warning("peer %s is left out, for it takes no such texts: %s", name, error)
     if texts.PLAIN not in wanted:
         return found
     checkpoints = kept.folder / "plain"

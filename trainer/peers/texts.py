@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from optuna.trial import Trial
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -167,8 +168,11 @@ def finetune_plain(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=5, local_files_only=True
+        folder, num_labels=5, local_files_only=True, dtype=torch.float32
     )
+    if tokenizer.pad_token is None:  # many decoders have none
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
 
     def rows(words: Sequence[str], stars: NDArray[np.int64] | None = None) -> list[dict[str, Any]]:
         tokens = tokenizer(list(words), truncation=True, max_length=longest_tokens)

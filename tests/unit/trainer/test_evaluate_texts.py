@@ -1,10 +1,15 @@
 """What readers of review texts are measured by."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from trainer.evaluate_texts import Worded, blocks
-from trainer.text import TEST, TRAIN, ReviewTexts
+from model import encoder as encoders
+from trainer.config import TrainerConfig
+from trainer.evaluate_texts import Worded, blocks, peers
+from trainer.kept import Kept
+from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
 
 TEXTS = ["good", "bad", "fine"]
 RATINGS = np.array([5.0, 1.0, 4.0])
@@ -33,3 +38,25 @@ def test_a_part_that_no_review_has_is_not_measured() -> None:
     found = blocks(worded(["", "", ""]), {"model": ANSWERS})
     assert found["text_title"] == {}
     assert found["text"] == found["text_body"] != {}
+
+
+def test_peers_that_cannot_be_fitted_are_left_out(
+    encoder_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All stars are alike: a ridge says so, a classifier knows of no second class."""
+    base = encoders.load(encoder_folder, "cpu")
+    span = np.repeat([TRAIN, VALIDATION, TEST], [30, 8, 8]).astype(np.int8)
+    texts = ["good thing"] * 46
+    known = Worded(ReviewTexts(texts, np.full(46, 5.0), span), texts, texts, texts)
+    wanted = ("tfidf_ridge", "tfidf_logistic", "frozen_logistic")
+    found = peers(wanted, known, base, TrainerConfig(), Kept(tmp_path), None)
+    assert found.keys() == {"tfidf_ridge"}
+    assert "tfidf_logistic is left out" in caplog.text
+
+
+def test_without_test_texts_nobody_is_asked(encoder_folder: Path, tmp_path: Path) -> None:
+    base = encoders.load(encoder_folder, "cpu")
+    span = np.repeat([TRAIN, VALIDATION], [30, 8]).astype(np.int8)
+    texts = ["good thing"] * 38
+    known = Worded(ReviewTexts(texts, np.full(38, 5.0), span), texts, texts, texts)
+    assert peers(("tfidf_ridge",), known, base, TrainerConfig(), Kept(tmp_path), None) == {}

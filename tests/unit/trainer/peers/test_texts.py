@@ -5,7 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import Trainer
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast, Trainer
 
 from tests.unit.trainer.shop import WORDS
 from trainer.metrics import class_scores
@@ -72,3 +76,22 @@ def test_a_plain_fine_tune_that_was_cut_short_comes_to_the_same(
     (tmp_path / "cut" / "checkpoint-8").mkdir()  # as a kill while one is written leaves it
     assert np.array_equal(fitted("cut"), whole)
     assert steps == 9 + 10  # from the sixth on
+
+
+def test_a_decoder_without_a_padding_token_is_fitted_plainly(tmp_path: Path) -> None:
+    folder = tmp_path / "decoder"
+    vocabulary = {word: k for k, word in enumerate(["<end>", *WORDS, "thing"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<end>", eos_token="<end>"
+    ).save_pretrained(folder)
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    GPT2Model(GPT2Config(vocab_size=len(vocabulary), **size)).to(torch.bfloat16).save_pretrained(
+        folder
+    )
+    known = worded(32, 1)
+    ((expected, _),) = finetune_plain(
+        folder, known.texts, known.rating, [known.texts[:5]], 16, 1, tmp_path / "scratch"
+    )
+    assert ((expected >= 1) & (expected <= 5)).all()
