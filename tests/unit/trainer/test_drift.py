@@ -75,7 +75,9 @@ def test_few_rows_tell_nothing() -> None:
 def test_predictions_of_what_was_not_rated_are_not_what_a_model_was_judged_by() -> None:
     known = joined(0.5)
     kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
-    views = pl.DataFrame({"predicted": [1.0] * 900, "rating": pl.Series([None] * 900, dtype=float)})
+    views = pl.DataFrame(
+        {"predicted": [1.0] * 900, "rating": pl.Series([None] * 900, dtype=pl.Float64)}
+    )
     found = measure(kept, rows(seed=2), pl.concat([joined(0.5, 3), views]), CONFIG)
     assert found.reasons == ()
     assert found.rated == 400

@@ -86,10 +86,9 @@ def test_a_decoder_without_a_padding_token_is_fitted_plainly(tmp_path: Path) -> 
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<end>", eos_token="<end>"
     ).save_pretrained(folder)
-    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    GPT2Model(GPT2Config(vocab_size=len(vocabulary), **size)).to(torch.bfloat16).save_pretrained(
-        folder
-    )
+    config = GPT2Config(vocab_size=len(vocabulary), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    decoder: Any = GPT2Model(config)
+    decoder.to(torch.bfloat16).save_pretrained(folder)
     known = worded(32, 1)
     ((expected, _),) = finetune_plain(
         folder, known.texts, known.rating, [known.texts[:5]], 16, 1, tmp_path / "scratch"
