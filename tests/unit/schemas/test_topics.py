@@ -1,3 +1,5 @@
+import pytest
+
 from schemas.topics import BY_NAME, LARGEST_MESSAGE, TOPICS, USUAL_MESSAGE
 
 
@@ -15,8 +17,13 @@ def test_configuration_is_as_kafka_names_it() -> None:
     items = BY_NAME["items"].config()
     assert items["cleanup.policy"] == "compact"
     assert items["retention.ms"] == "-1"
-    assert BY_NAME["reviews"].config()["message.timestamp.type"] == "LogAppendTime"
     assert BY_NAME["score-requests"].config()["retention.ms"] == "86400000"
+
+
+@pytest.mark.parametrize("name", ["reviews", "behavior", "score-requests", "text-features"])
+def test_what_is_scored_is_dated_by_the_broker(name: str) -> None:
+    """Deadlines, events from the future and the order among topics hang on one clock."""
+    assert BY_NAME[name].config()["message.timestamp.type"] == "LogAppendTime"
 
 
 def test_a_dead_letter_holds_the_largest_message_in_base64() -> None:

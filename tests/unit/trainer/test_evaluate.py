@@ -1,12 +1,17 @@
 """The whole evaluation on a small shop."""
 
+from datetime import timedelta
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import numpy as np
 import orjson
 import pytest
+from numpy.typing import NDArray
 
+from schemas.files import write_records
+from tests.unit.trainer.shop import REVIEWS, START, Entries, shop
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
@@ -21,6 +26,8 @@ SMALL = TrainerConfig(
     text=TextConfig(method="frozen", l2=1e-4),
     fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)),
 )
+
+LAST_DAY = START + timedelta(days=(REVIEWS - 1) // 24)
 
 
 @pytest.fixture
@@ -59,6 +66,41 @@ def test_every_model_is_measured_on_the_same_rows_and_goes_on_where_it_stopped(
     again = evaluate(log, tmp_path, SMALL, encoder=str(encoder_folder)).document
     assert orjson.dumps(again) == orjson.dumps(found)  # which has numbers that are none
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """But for rounding: a forest adds up its trees in the order in which threads end."""
+    if one.dtype.kind == "f":
+        return np.allclose(one, other, rtol=1e-9, atol=1e-12)
+    return np.array_equal(one, other)
+
+
+def test_stars_of_the_newest_day_change_no_prediction(
+    encoder_folder: Path, tmp_path: Path, few: None
+) -> None:
+    """Reviews dated by the day: those of the newest see nothing of each other, nor does a fit."""
+
+    def predictions(name: str, turned: bool) -> dict[str, Any]:
+        entries: Entries = []
+        for topic, record in shop():
+            day = record.event_time.replace(hour=0, minute=0)
+            last = topic == "reviews" and day == LAST_DAY
+            stars = {"rating": 6 - record.rating} if turned and last else {}
+            entries.append((topic, record.model_copy(update={"event_time": day, **stars})))
+        write_records(tmp_path / f"{name}.jsonl", entries)
+        log = from_file(tmp_path / f"{name}.jsonl")
+        evaluate(log, tmp_path / name, SMALL, encoder=str(encoder_folder))
+        return {
+            f"{path.stem}: {part}": array
+            for path in sorted((tmp_path / name).glob("*.npz"))
+            for part, array in np.load(path).items()
+        }
+
+    first, second = predictions("first", False), predictions("second", True)
+    assert first.keys() == second.keys()
+    moved = {name for name in first if not same(first[name], second[name])}
+    assert {name.split(": ")[0] for name in moved} >= {"model", "peer bias_running"}
+    assert all(": arrival" in name for name in moved), moved
 
 
 def test_without_peers_our_model_alone_is_measured(shop_file: Path, tmp_path: Path) -> None:

@@ -64,6 +64,19 @@ def test_a_model_slightly_worse_within_the_noise_passes_and_beyond_it_does_not()
     assert failed(run(MIDDLE + 0.5 * NOISE)) == ["not worse than the running bias"]
 
 
+def test_a_model_that_errs_much_more_on_few_rows_is_refused_within_the_noise() -> None:
+    """One row in 400 errs by four stars in place of two: RMSE +0.75%, and chance may do that."""
+    worse = MIDDLE.copy()
+    worse[np.flatnonzero(RATING == 5)[0]] = 1.0
+    assert failed(run(worse)) == ["not worse than the running bias"]
+
+
+def test_a_model_that_errs_a_little_more_on_all_rows_is_refused_below_the_bound() -> None:
+    assert CONFIG.worse_allowed > 0.003
+    worse = RATING + 1.003 * (MIDDLE - RATING)
+    assert failed(run(worse)) == ["not worse than the running bias"]
+
+
 def test_a_claim_that_does_not_hold_is_refused() -> None:
     assert failed(run(MIDDLE, claimed=("lightgbm",))) == ["better than lightgbm"]
 

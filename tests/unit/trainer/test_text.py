@@ -9,12 +9,14 @@ import pytest
 from model import encoder as encoders
 from model.encoder import TextEncoder
 from tests.unit.trainer.shop import WORDS
-from trainer.config import AdaptConfig, FineTuneConfig, TextConfig
+from trainer.config import AdaptConfig, FineTuneConfig, Method, TextConfig
+from trainer.metrics import Floats
 from trainer.text import (
     TEST,
     TRAIN,
     VALIDATION,
     ReviewTexts,
+    TextModel,
     fit,
     fit_star_head,
     settled,
@@ -108,6 +110,26 @@ def test_texts_without_stars_are_learnt_from_where_the_head_is_sure(
     found = fit(reviews, encoder, config, tmp_path / "new", 0, lambda done, total: None)
     assert found.cost.steps == 20  # 216 and 100 texts, 16 a step
     assert found.scores.accuracy == 1
+
+
+@pytest.mark.parametrize("method", ["frozen", "full"])
+def test_stars_of_the_newest_texts_are_not_learnt_before_they_are_judged(
+    method: Method, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    tuning = FineTuneConfig(epochs=1, batch_texts=16)
+    config = TextConfig(method=method, l2=1e-4, fine_tune=tuning)
+    known = texts()
+    turned = np.where(known.span == TEST, 6 - known.rating, known.rating)
+
+    def fitted(rating: Floats, name: str) -> TextModel:
+        reviews = replace(known, rating=rating)
+        return fit(reviews, encoder, config, tmp_path / name, 0, lambda done, total: None)
+
+    first, second = fitted(known.rating, "first"), fitted(turned, "second")
+    assert first.encoder.hash == second.encoder.hash
+    assert (first.judged.weight == second.judged.weight).all()
+    assert (first.judged.bias == second.judged.bias).all()
+    assert first.scores.accuracy > second.scores.accuracy
 
 
 def test_an_encoder_in_service_stays_as_it_is() -> None:

@@ -1,8 +1,12 @@
 """From a small generated shop to a promoted bundle."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -12,6 +16,7 @@ from model.predict import predictor
 from schemas.files import write_records
 from tests.unit.trainer.shop import shop
 from tests.unit.trainer.test_data import write_archive
+from trainer import train as module
 from trainer.assess import assess, summary
 from trainer.config import TrainerConfig
 from trainer.data import from_file
@@ -86,6 +91,32 @@ def test_the_same_settings_give_the_same_model(
     again = train(from_file(shop_file), str(tmp_path), CONFIG, encoder=str(encoder_folder))
     assert again.evaluations == result.evaluations
     assert again.calibration == result.calibration
+
+
+def test_what_is_judged_was_fitted_without_the_newest_rows(
+    result: TrainResult, shop_file: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    once = CONFIG.model_copy(update={"fit": CONFIG.fit.model_copy(update={"refit": False})})
+    found = train(from_file(shop_file), str(tmp_path), once, encoder=str(encoder_folder))
+    assert CONFIG.fit.refit
+    assert found.evaluations == result.evaluations
+    assert found.verdict == result.verdict
+    assert found.sha256 != result.sha256
+
+
+@pytest.mark.parametrize(("ended", "started"), [(2, True), (3, False), (9, False)])
+def test_a_fit_starts_from_stable_where_it_has_not_seen_what_chooses(
+    ended: int, started: bool
+) -> None:
+    """Validation rows begin at second 3."""
+    time = np.arange(10) * 1_000
+    data: Any = SimpleNamespace(
+        examples=SimpleNamespace(events={"time": time}),
+        split=SimpleNamespace(validation=np.array([3, 4])),
+    )
+    window = [datetime.fromtimestamp(each, UTC).isoformat() for each in (0, ended)]
+    stable: Any = SimpleNamespace(metrics={"window": window}, network="of stable")
+    assert (module._start(stable, None, data) is not None) is started
 
 
 def test_assessing_the_bundle_and_the_ladder(
