@@ -17,7 +17,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import decode
-from schemas.records import DeadLetter, format_time
+from schemas.records import EARLIEST_TIME, LATEST_TIME, DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
 from streams.admin import client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
@@ -32,6 +32,7 @@ FIRST_FAILED_HEADER = "starcast-first-failed-at"
 REDRIVEN_HEADER = "starcast-redriven-from"  # of a record sent again: its letter's position
 MARK_HEADER = "starcast-redriven"  # of a mark: the position of the letter that was sent
 
+MOST_DIGITS = 9  # of a count of attempts; a header comes from outside
 BUNCH_LETTERS = 500  # letters in one transaction
 BUNCH_CHARACTERS = 16 * 1024 * 1024  # of their values: bounds the memory that a bunch takes
 OVERHEAD_BYTES = 128  # of a record in its batch, at most
@@ -90,7 +91,7 @@ def _present(**fields: Any) -> dict[str, Any]:
 
 def _count(value: bytes | str | None) -> int:
     text = value.decode(errors="replace") if isinstance(value, bytes) else (value or "")
-    return int(text) if text.isdecimal() else 0
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else 0
 
 
 def _time(value: bytes | str | None) -> datetime | None:
@@ -99,7 +100,8 @@ def _time(value: bytes | str | None) -> datetime | None:
         time = datetime.fromisoformat(text)
     except ValueError:
         return None
-    return time if time.tzinfo else None
+    # Another time would make a letter that breaks its own contract.
+    return time if time.tzinfo and EARLIEST_TIME <= time <= LATEST_TIME else None
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,9 @@ def test_a_record_that_fails_again_keeps_its_history() -> None:
         (None, None),
         (b"", b""),
         ("²".encode(), b"0"),
+        (b"99999999999999999999", b"1970-01-01T00:00:00Z"),
+        (b"9" * 5_000, b"0001-01-01T00:00:00+23:00"),
+        (b"1000000000", b"9999-12-31T23:59:59-23:00"),
     ],
 )
 def test_headers_that_make_no_sense_begin_a_new_history(
