@@ -174,7 +174,7 @@ class Steps:
 
 
 def make_steps(insights: InsightsConfig, closed: int | None = None) -> Steps:
-    """No digests yet; `closed` is where an earlier run stopped."""
+    """No digests yet; `closed` is where an earlier run, perhaps of other steps, stopped."""
     step_ms = max(round(insights.step_seconds * 1_000), 1)
     count = max(round(insights.window_seconds * 1_000 / step_ms), 1)
     return Steps(
@@ -182,7 +182,7 @@ def make_steps(insights: InsightsConfig, closed: int | None = None) -> Steps:
         window_ms=count * step_ms,
         grace_ms=round(insights.grace_seconds * 1_000),
         keep_ms=insights.keep_windows * step_ms,
-        closed=closed,
+        closed=None if closed is None else closed // step_ms * step_ms,
     )
 
 

@@ -139,6 +139,17 @@ def test_a_digest_of_steps_gone_by_is_late() -> None:
     assert add(steps, digest(at(80.001), [(3.0, 3.0)]), ms(120)) == ("counted", ms(90))
 
 
+@pytest.mark.parametrize(("closed", "end"), [(95, 100), (100, 110), (100.001, 110), (109.999, 110)])
+def test_a_run_with_other_steps_goes_on_where_windows_ended(closed: float, end: int) -> None:
+    steps = make_steps(INSIGHTS, ms(closed))
+    assert add(steps, digest(at(end - 1), [(3.0, 3.0)]), ms(112)) == ("counted", ms(end))
+    first = due(steps, ms(112), quiet=True)[0]
+    assert ms(closed) < first  # the store takes no end that is not greater than the last
+    window = close(steps, first, INSIGHTS)
+    assert window is not None
+    assert window.kinds["interaction"].per_second > 0
+
+
 def test_a_first_run_skips_what_the_store_would_not_keep() -> None:
     steps = make_steps(INSIGHTS)
     assert add(steps, digest(at(0), [(3.0, 3.0)]), ms(1_010))[0] == "late"
