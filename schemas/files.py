@@ -5,10 +5,12 @@ struct). Which of these a file is shows in its first bytes. Files are read as st
 """
 
 import gzip
+import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -68,11 +70,15 @@ def read_values(
     A line that names no topic of the contract, or is no JSON, goes to `on_error`, or raises
     ContractError where there is none; so does a file that cannot be read.
     """
-    for line, topic, value in _entries(path, on_error or _fail):
+    report = on_error or _fail
+    for line, topic, value in _entries(path, report):
         key = value.get(BY_NAME[topic].key) if isinstance(value, dict) else None
-        yield FileValue(
-            line, topic, key.encode() if isinstance(key, str) else None, orjson.dumps(value)
-        )
+        try:
+            written = orjson.dumps(value)
+        except orjson.JSONEncodeError as error:  # a struct of Parquet may hold anything
+            report(LineError(path, line, f"no JSON can be made of its value: {error}"))
+            continue
+        yield FileValue(line, topic, key.encode() if isinstance(key, str) else None, written)
 
 
 def read_records(
@@ -161,7 +167,7 @@ def _lines(path: Path) -> Iterator[bytes | dict[str, Any]]:
                     yield from unzipped
             else:
                 yield from file
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise ContractError(f"{path} cannot be read: {error}") from error
 
 
@@ -184,9 +190,21 @@ def _parquet_entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _present(value: Any) -> Any:
-    """A struct without its null fields: all topics share one struct, so most of them are null."""
+    """A struct without its null fields: all topics share one struct, so most of them are null.
+
+    Decimals become floats and binary text a string, for which JSON has no types.
+    """
     if isinstance(value, dict):
         return {name: _present(cell) for name, cell in value.items() if cell is not None}
+    if isinstance(value, list):
+        return [_present(cell) for cell in value]
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # told as a bad line
     return value
 
 

@@ -1,9 +1,13 @@
 import gzip
 import json
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from schemas.examples import EXAMPLES
@@ -64,6 +68,32 @@ def test_parquet_may_hold_structs(tmp_path: Path) -> None:
     assert json.loads(item.value) == EXAMPLES["items"]
 
 
+def parquet(path: Path, *values: Any) -> Path:
+    table = pa.table({"topic": ["behavior"] * len(values), "value": pa.array(values)})
+    pq.write_table(table, path)
+    return path
+
+
+def test_structs_may_hold_decimals_and_binary_text(tmp_path: Path) -> None:
+    odd = {**EVENT, "user_id": EVENT["user_id"].encode(), "price": Decimal("19.90")}
+    (found,) = read_records(parquet(tmp_path / "a.parquet", odd))
+    assert found.record == Behavior.model_validate({**EVENT, "price": 19.9})
+    (value,) = read_values(tmp_path / "a.parquet")
+    assert value.key == EVENT["user_id"].encode()
+    lists = parquet(tmp_path / "b.parquet", {"user_id": "u", "path": [b"a", b"b"]})
+    assert json.loads(next(read_values(lists)).value)["path"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("odd", [timedelta(seconds=1), b"\xff"])
+def test_a_struct_that_has_no_json_is_a_bad_line(tmp_path: Path, odd: Any) -> None:
+    path = parquet(tmp_path / "a.parquet", {"user_id": "u"}, {"user_id": "u", "price": odd})
+    with pytest.raises(ContractError, match=r"a\.parquet line 2: .*no JSON"):
+        list(read_values(path))
+    errors: list[LineError] = []
+    assert [each.line for each in read_values(path, errors.append)] == [1]
+    assert [error.line for error in errors] == [2]
+
+
 BAD = {
     "{": "not JSON",
     "[]": "expected a line such as",
@@ -97,6 +127,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     cut.write_bytes(gzip.compress(b"x" * 10_000)[:-20])
     with pytest.raises(ContractError, match=r"cut\.gz cannot be read"):
         list(read_values(cut))
+    flipped = tmp_path / "flipped.gz"
+    packed = bytearray(gzip.compress(line("reviews", REVIEW).encode()))
+    packed[10] |= 0b110  # no block is of such a type
+    flipped.write_bytes(packed)
+    with pytest.raises(ContractError, match=r"flipped\.gz cannot be read"):
+        list(read_values(flipped))
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 and nothing of Parquet")
     with pytest.raises(ContractError, match=r"broken\.parquet cannot be read"):
