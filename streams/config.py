@@ -22,7 +22,10 @@ class KafkaConfig(BaseModel):
         description="classic, or consumer (KIP-848)",
     )
     session_timeout_ms: int = Field(
-        default=6_000, ge=1_000, description="a silent worker loses its partitions after this"
+        default=6_000,
+        ge=1_000,
+        le=300_000,  # librdkafka's max.poll.interval.ms, which may not be shorter
+        description="a silent worker loses its partitions after this",
     )
     options: dict[str, str] = Field(
         default_factory=dict[str, str],
@@ -97,6 +100,7 @@ class ScorerConfig(BaseModel):
     linger_ms: int = Field(
         default=20,
         ge=0,
+        le=600_000,  # brokers wait for the half: librdkafka's longest fetch.wait.max.ms
         description="longest wait for a fuller batch when no transaction is under way",
     )
     latency_target_ms: int = Field(

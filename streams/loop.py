@@ -37,7 +37,7 @@ from confluent_kafka import (
 )
 
 from schemas.exceptions import UnreachableError
-from streams.admin import client_config, error_of, group_name, topic_name
+from streams.admin import client_config, error_of, group_name, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreError
@@ -94,6 +94,7 @@ class Loop:
         stop: threading.Event,
         slot: int = 0,
     ) -> None:
+        """Raises KafkaOptionError for options that do not go with the loop's own."""
         self._processor = processor
         self._config = config
         self._metrics = metrics
@@ -112,7 +113,10 @@ class Loop:
         self._flight: _Flight | None = None
         self._overlap = Overlap()
         self._commits = ThreadPoolExecutor(1, processor.name + COMMITS)
-        self._consumer = Consumer(self._consumer_config())
+        try:
+            self._consumer = Consumer(self._consumer_config())
+        except KafkaException as problem:
+            raise refused_option(problem) from None
         self._sender = Sender(config, processor.name, slot, self._exactly_once, stop)
 
     @property

@@ -16,7 +16,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from schemas.topics import LARGEST_MESSAGE
-from streams.admin import client_config, error_of, group_name, topic_name
+from streams.admin import client_config, error_of, group_name, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, StoreError
@@ -46,7 +46,10 @@ class Sender:
         exactly_once: bool,
         stop: threading.Event,
     ) -> None:
-        """`slot` tells a host's workers apart; without `exactly_once` there are no transactions."""
+        """`slot` tells a host's workers apart; without `exactly_once` there are no transactions.
+
+        Raises KafkaOptionError for options that do not go with ours.
+        """
         self._config = config
         self._group = group_name(config, processor)
         self._transactional_id = f"{config.topic_prefix}{self._group}-{gethostname()}-{slot}"
@@ -56,7 +59,10 @@ class Sender:
         self._given_up = False
         self._begun_at = 0.0
         self._fenced_at = -TWICE_SECONDS
-        self._producer = Producer(self._options())
+        try:
+            self._producer = Producer(self._options())
+        except KafkaException as problem:
+            raise refused_option(problem) from None
 
     def start(self) -> None:
         """Wait for transactions, and end what a producer of the same id has left open.

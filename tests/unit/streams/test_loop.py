@@ -17,13 +17,17 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
+from streams.admin import KafkaOptionError
+from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.loop import Loop
+from streams.metrics import make_metrics
 from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Position
 from tests.unit.streams.looped import (
     ABORTS,
@@ -474,6 +478,12 @@ def test_a_consumer_is_set_up_for_exactly_once(world: World) -> None:
     consumer = world.consumer.config
     assert (consumer["group.protocol"], consumer["group.remote.assignor"]) == ("consumer", "range")
     assert "session.timeout.ms" not in consumer
+
+
+def test_options_that_do_not_go_together_are_named() -> None:
+    kafka = KafkaConfig(options={"max.poll.interval.ms": "5000"})
+    with pytest.raises(KafkaOptionError, match=r"max\.poll\.interval\.ms"):
+        Loop(Counting(), kafka, make_metrics(CollectorRegistry()), threading.Event())
 
 
 def test_brokers_gather_for_half_of_the_wait(world: World) -> None:

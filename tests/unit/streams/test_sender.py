@@ -8,8 +8,11 @@ from structlog.testing import capture_logs
 
 from schemas.topics import LARGEST_MESSAGE
 from streams import sender as senders
+from streams.admin import KafkaOptionError
+from streams.config import KafkaConfig
 from streams.exceptions import BrokerError
 from streams.processor import Outcome, OutputBatch
+from streams.sender import Sender
 from tests.unit.streams.looped import (
     ABORTS,
     Counting,
@@ -219,6 +222,15 @@ def test_a_run_that_was_fenced_for_good_says_so(world: World) -> None:
     world.broker.fail("flush", fenced())
     with pytest.raises(BrokerError, match="Another worker uses"):
         loop.run()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"acks": "1"}, {"message.timeout.ms": "300000"}, {"max.in.flight": "10"}, {"retries": "0"}],
+)
+def test_options_that_exactly_once_forbids_are_named(options: dict[str, str]) -> None:
+    with pytest.raises(KafkaOptionError, match=next(iter(options))):
+        Sender(KafkaConfig(options=options), "scorer", 0, True, threading.Event())
 
 
 def test_a_producer_is_set_up_for_exactly_once(world: World) -> None:
