@@ -21,7 +21,7 @@ from schemas.records import EARLIEST_TIME, LATEST_TIME, DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
 from streams.admin import client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
-from streams.exceptions import BrokerError
+from streams.exceptions import BrokerError, LetterError
 from streams.processor import Output
 from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent, existing_topic
 from streams.tail import read_topic
@@ -31,7 +31,10 @@ ATTEMPTS_HEADER = "starcast-attempts"
 FIRST_FAILED_HEADER = "starcast-first-failed-at"
 REDRIVEN_HEADER = "starcast-redriven-from"  # of a record sent again: its letter's position
 MARK_HEADER = "starcast-redriven"  # of a mark: the position of the letter that was sent
+LEFT_OUT_HEADER = "starcast-left-out"  # in a letter: what of its record was too large for it
 
+LARGEST_LETTER = LARGEST_MESSAGE - 64 * 1024  # bytes: Kafka and vain compression add to them
+LONGEST_REASON = 1_000  # characters, in a letter that was too large
 MOST_DIGITS = 9  # of a count of attempts; a header comes from outside
 BUNCH_LETTERS = 500  # letters in one transaction
 BUNCH_CHARACTERS = 16 * 1024 * 1024  # of their values: bounds the memory that a bunch takes
@@ -58,10 +61,12 @@ def dead_letter(
 ) -> Output:
     """The record for `dead-letters` that tells why a message could not be used.
 
-    `topic` is the message's topic without the prefix in settings.
+    `topic` is the message's topic without the prefix in settings. What is too large is left out,
+    since Kafka would refuse the letter, and its transaction, each time anew.
     """
     found = message.headers() or []
     headers = list(found.items()) if isinstance(found, dict) else found
+    headers = [each for each in headers if each[0] != LEFT_OUT_HEADER]  # that is ours to say
     history = dict(headers)
     attempts = history.get(ATTEMPTS_HEADER)
     first = history.get(FIRST_FAILED_HEADER)
@@ -82,7 +87,27 @@ def dead_letter(
         "first_failed_at": format_time(failed_at),
         "attempts": _count(attempts) + 1,
     }
-    return Output("dead-letters", topic.encode(), orjson.dumps(_present(**letter)))
+    value = orjson.dumps(_present(**letter))
+    if len(value) > LARGEST_LETTER:
+        value = orjson.dumps(_present(**_shortened(letter)))
+    return Output("dead-letters", topic.encode(), value)
+
+
+def _shortened(letter: dict[str, Any]) -> dict[str, Any]:
+    """A letter without each part of its record that takes more than a third of the room."""
+    shortened = letter | {"reason": letter["reason"][:LONGEST_REASON]}
+    left_out = [
+        part
+        for part in ("key", "value", "headers")
+        if len(orjson.dumps(letter[part])) > LARGEST_LETTER // 3
+    ]
+    if left_out:
+        parts = ", ".join(left_out)
+        mark = {"key": LEFT_OUT_HEADER, "value": _text(parts)}
+        shortened |= dict.fromkeys(left_out)
+        shortened["headers"] = [*(shortened["headers"] or []), mark]
+        shortened["reason"] += f" ({parts} left out: too large for a dead letter)"
+    return shortened
 
 
 def _present(**fields: Any) -> dict[str, Any]:
@@ -117,6 +142,12 @@ class Letter:
     def position(self) -> str:
         """As the command line takes it and a redriven record's header tells it."""
         return f"{self.partition}/{self.offset}"
+
+    @property
+    def left_out(self) -> str:
+        """What of its record was too large for it, as "value, headers"; empty for nothing."""
+        found = dict(_headers(self.letter)).get(LEFT_OUT_HEADER)
+        return (found or b"").decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -182,7 +213,8 @@ def redrive(kafka: KafkaConfig, wanted: Wanted | None = None, again: bool = Fals
     their order, so the records of one key keep theirs. A second redrive fences the first before
     it reads which letters are marked. Where Kafka has no transactions (`exactly_once` is off),
     marks are written once the records are acknowledged: what is cut off in between is sent again
-    by the next call. A record that is too large is counted as failed and left unmarked.
+    by the next call. A record that is too large, or that a letter has in part, is counted as failed
+    and its letter left unmarked.
 
     Raises UnreachableError, TopicError for a source topic that is missing, and BrokerError when
     Kafka ends a transaction: for the one of two redrives that was fenced, above all.
@@ -229,7 +261,11 @@ class _Redriver:
         """Send the records of some letters and mark them."""
         lot: list[tuple[Letter, Outgoing, str]] = []
         for letter in letters:
-            record = redriven(letter)
+            try:
+                record = redriven(letter)
+            except LetterError as problem:
+                self.report.failed[str(problem)] += 1
+                continue
             name = existing_topic(self._kafka, record.topic, self._present)
             self.report.sent[record.topic] += 1
             if _size(record) > BY_NAME[record.topic].largest_message:
@@ -340,8 +376,18 @@ def _mark(letter: Letter) -> Outgoing:
 
 
 def redriven(letter: Letter) -> Outgoing:
-    """The record of a letter as it was, with headers that tell its history."""
+    """The record of a letter as it was, with headers that tell its history.
+
+    Raises LetterError when the letter left a part of it out.
+    """
     about = letter.letter
+    if letter.left_out:
+        source = about.source
+        where = f"{source.topic} partition {source.partition} offset {source.offset}"
+        raise LetterError(
+            f"Dead letter {letter.position} has no {letter.left_out} of {where}: too large for it. "
+            f"Take the record from there while {source.topic} keeps it, and produce it anew."
+        )
     kept = [header for header in _headers(about) if not header[0].startswith(HEADER_PREFIX)]
     history = [
         (ATTEMPTS_HEADER, str(about.attempts).encode()),

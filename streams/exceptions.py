@@ -7,6 +7,10 @@ class BrokerError(StarcastError):
     """Kafka refused something in a way that retrying does not mend."""
 
 
+class LetterError(StarcastError):
+    """A dead letter that cannot be sent again: it lacks a part of its record."""
+
+
 class StoreError(StarcastError):
     """The store does not answer, or answers with an error; the loop pauses and tries again."""
 

@@ -1,5 +1,6 @@
 import base64
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,19 +10,28 @@ from hypothesis import strategies as st
 
 from schemas.codec import encode
 from schemas.records import DeadLetter
+from schemas.topics import LARGEST_MESSAGE
+from streams import dead_letters
+from streams.config import KafkaConfig
 from streams.dead_letters import (
     ATTEMPTS_HEADER,
     BUNCH_LETTERS,
     FIRST_FAILED_HEADER,
     HEADER_PREFIX,
+    LARGEST_LETTER,
+    LEFT_OUT_HEADER,
+    OVERHEAD_BYTES,
     REDRIVEN_HEADER,
     Letter,
     _bunches,
     dead_letter,
+    redrive,
     redriven,
 )
+from streams.exceptions import LetterError
 from streams.producer import Outgoing
 from tests.unit.streams.messages import message
+from tests.unit.streams.scripted_kafka import Broker
 
 contents = st.none() | st.binary(max_size=50)
 headers = st.lists(st.tuples(st.text(max_size=10), contents), max_size=4)
@@ -112,6 +122,78 @@ def test_a_null_value_is_not_an_empty_one() -> None:
     assert (null.value, null.key) == (None, None)
     empty = letter_of(message("reviews", b"", key=b""))
     assert (empty.value, empty.key) == ("", "")
+
+
+LARGE = bytes(LARGEST_MESSAGE * 3 // 4)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "changes"),
+    [
+        ("value", {"value": LARGE}),
+        ("key", {"key": LARGE}),
+        ("headers", {"headers": [("trace", b"1"), ("blob", LARGE)]}),
+        ("key, value, headers", {"key": LARGE, "value": LARGE, "headers": [("blob", LARGE)]}),
+    ],
+)
+def test_a_letter_leaves_out_what_is_too_large_for_it(
+    left_out: str, changes: dict[str, Any]
+) -> None:
+    record: dict[str, Any] = {"value": b"{", "key": b"u", "headers": [("trace", b"1")]}
+    found = letter_of(message("reviews", partition=3, offset=17, **record | changes))
+    assert Letter(0, 5, found).left_out == left_out
+    assert found.reason == f"not JSON ({left_out} left out: too large for a dead letter)"
+    assert (found.source.topic, found.source.partition, found.source.offset) == ("reviews", 3, 17)
+    assert (found.value is None, found.key is None) == ("value" in left_out, "key" in left_out)
+    assert len(found.headers) == (1 if "headers" in left_out else 2)
+
+
+def test_a_reason_that_is_too_large_is_cut() -> None:
+    found = letter_of(message("reviews", b"{"), reason="\x01" * LARGEST_MESSAGE)
+    assert (Letter(0, 5, found).left_out, found.value) == ("", base64.b64encode(b"{").decode())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_largest_letters_have_room_in_a_message(parts: int) -> None:
+    most = bytes((LARGEST_LETTER // parts - 800) // 4 * 3)  # in base64 they fill a letter
+    record: dict[str, Any] = {"value": most, "key": b"", "headers": []}
+    record |= {"key": most} if parts > 1 else {}
+    record |= {"headers": [("a", most)]} if parts > 2 else {}
+    output = dead_letter(message("reviews", **record), "reviews", "scorer", "\x01" * 1_000)
+    # lz4 adds a 255th to what it cannot compress.
+    assert len(output.value or b"") * 256 / 255 + OVERHEAD_BYTES < LARGEST_MESSAGE
+
+
+def test_a_letter_that_left_something_out_is_not_sent_again() -> None:
+    found = letter_of(message("reviews", bytes(LARGEST_MESSAGE), 3, 17))
+    with pytest.raises(LetterError, match=r"0/5 .*value .*reviews partition 3 offset 17"):
+        redriven(Letter(0, 5, found))
+
+
+def test_a_header_from_outside_leaves_nothing_out() -> None:
+    record = message("reviews", b"{", headers=[(LEFT_OUT_HEADER, b"value")])
+    letter = Letter(0, 5, letter_of(record))
+    assert letter.left_out == ""
+    assert redriven(letter).value == b"{"
+
+
+def test_redrive_says_which_letters_it_cannot_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Broker()
+    topics = SimpleNamespace(topics=["reviews", "dead-letters"])
+    reached = SimpleNamespace(list_topics=lambda timeout: topics)
+    monkeypatch.setattr(dead_letters, "reach", lambda _: reached)
+    monkeypatch.setattr(dead_letters, "Producer", broker.producer)
+    values = [b"first", bytes(LARGEST_MESSAGE), b"last"]
+    letters = [
+        Letter(0, at, letter_of(message("reviews", value))) for at, value in enumerate(values)
+    ]
+    monkeypatch.setattr(dead_letters, "read_letters", lambda *_: letters)
+    sent = redrive(KafkaConfig())
+    assert [value for topic, value in broker.outputs if topic == "reviews"] == [b"first", b"last"]
+    assert sum(topic == "dead-letters" for topic, _ in broker.outputs) == 2  # marks
+    ((reason, count),) = sent.failed.items()
+    assert (count, sent.delivered.total()) == (1, 2)
+    assert "0/1" in reason
 
 
 def test_bunches_are_bounded_by_letters_and_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
