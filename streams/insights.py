@@ -27,7 +27,7 @@ from faust.auth import SASLCredentials, SSLCredentials
 from schemas.codec import decode, encode
 from schemas.exceptions import ContractError, StarcastError, UnreachableError
 from schemas.records import Alert, ScoreDigest
-from schemas.topics import BY_NAME
+from schemas.topics import BY_NAME, LARGEST_MESSAGE
 from streams import windows
 from streams.admin import REPEAT_SECONDS, KafkaOptionError, option_name, reach, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
@@ -121,6 +121,7 @@ def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
         broker_heartbeat_interval=kafka.session_timeout_ms / 3_000,
         broker_commit_interval=COMMIT_SECONDS,
         consumer_auto_offset_reset="earliest",
+        producer_max_request_size=LARGEST_MESSAGE,  # of a dead letter; Faust's own is 1 MB
         store="memory://",
         datadir=folder,
         autodiscover=False,

@@ -5,6 +5,7 @@ import certifi
 import pytest
 from faust.auth import SASLCredentials, SSLCredentials
 
+from schemas.topics import LARGEST_MESSAGE
 from streams.admin import KafkaOptionError
 from streams.config import KafkaConfig
 from streams.insights import broker_credentials, make_app
@@ -92,3 +93,4 @@ def test_the_app_keeps_to_itself(tmp_path: Path) -> None:
     assert app.conf.topic_disable_leader
     assert str(app.conf.store) == "memory:"
     assert app.conf.broker_session_timeout == 3.0
+    assert app.conf.producer_max_request_size == LARGEST_MESSAGE  # a dead letter may have it
