@@ -3,7 +3,7 @@
 import base64
 from collections import Counter
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 import orjson
 import typer
@@ -95,9 +95,9 @@ def show(
         ("first failed", format_time(about.first_failed_at)),
         ("attempts", str(about.attempts)),
         ("sent again", "yes" if letter.redriven else "no"),
-        ("key", _readable(about.key)),
+        ("key", _part(letter, "key")),
         *((f"header {header.key}", _readable(header.value)) for header in about.headers),
-        ("value", _readable(about.value)),
+        ("value", _part(letter, "value")),
     ):
         output.print(Text(f"{name:<14}", style="bold") + Text(value), soft_wrap=True)
 
@@ -127,9 +127,15 @@ def redrive_(
     kafka = settings_of(context).kafka
     wanted = Wanted(reason, topic, processor, since, until, frozenset(positions or ()))
     if dry_run:
-        letters = read_letters(kafka, wanted, again)
-        counts = Counter(letter.letter.source.topic for letter in letters)
+        counts, lacking = Counter[str](), 0
+        for letter in read_letters(kafka, wanted, again):
+            if letter.left_out:
+                lacking += 1
+            else:
+                counts[letter.letter.source.topic] += 1
         output.print(f"Would send {_counted(counts)}.")
+        if lacking:
+            notes.print(f"{lacking} letters lack a part of their record and cannot be sent.")
         return
     sent = redrive(kafka, wanted, again)
     output.print(f"Sent {_counted(sent.delivered)}.")
@@ -144,7 +150,7 @@ def _counted(counts: Counter[str]) -> str:
 
 def _row(letter: Letter) -> tuple[str, ...]:
     about = letter.letter
-    value = _readable(about.value)
+    value = _part(letter, "value")
     return (
         letter.position,
         f"{about.source.topic} {about.source.partition}/{about.source.offset}",
@@ -162,6 +168,10 @@ def _print_line(letter: Letter) -> None:
         **orjson.loads(encode(letter.letter)),
     }
     output.print(orjson.dumps(line).decode(), markup=False, soft_wrap=True)
+
+
+def _part(letter: Letter, part: Literal["key", "value"]) -> str:
+    return "(left out)" if part in letter.left_out else _readable(getattr(letter.letter, part))
 
 
 def _readable(encoded: str | None) -> str:
