@@ -53,8 +53,6 @@ class Items:
         """
         found = self._claims.claim(ITEM_STATE, committed)
         starts = {partition: {TOPIC: start} for partition, start in found.items()}
-        if not self._kafka.exactly_once:  # the embedded broker has no retention, nor tells of it
-            return starts
         until = time.monotonic() + CLAIM_SECONDS
         for partition, (low, high) in bounds(self._kafka, TOPIC, committed).items():
             start = found[partition]

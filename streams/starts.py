@@ -45,12 +45,6 @@ def claim(
             raise
         committed = moved
         starts = processor.claim(committed)
-    if not config.exactly_once:  # the embedded broker does not tell a partition's ends
-        return {
-            (topic, partition): Start(OFFSET_BEGINNING if at < 0 else at)
-            for partition, topics in starts.items()
-            for topic, at in topics.items()
-        }
     ends = _ends(config, starts)
     # Retention may have passed a start meanwhile, and what left Kafka is in the archive.
     while passed := _passed(starts, ends):
@@ -60,9 +54,7 @@ def claim(
         starts = {each: starts[each] for each in starts if each not in passed} | again
         ends = _ends(config, starts)
     return {
-        (topic, partition): _start(
-            processor, topic_name(config, topic), partition, at, *ends[topic, partition]
-        )
+        (topic, partition): _start(processor, config, topic, partition, at, *ends[topic, partition])
         for partition, topics in starts.items()
         for topic, at in topics.items()
     }
@@ -125,15 +117,22 @@ def _passed(starts: Offsets, ends: Mapping[Position, tuple[int, int]]) -> list[i
 
 
 def _start(
-    processor: Processor, topic: str, partition: int, offset: int, low: int, high: int
+    processor: Processor,
+    config: KafkaConfig,
+    topic: str,
+    partition: int,
+    offset: int,
+    low: int,
+    high: int,
 ) -> Start:
     """At `offset`, or at the first record where that is gone."""
     if offset < 0:
         return Start(OFFSET_BEGINNING)
-    if offset > high:
+    # The embedded broker tells of an end that is too low, and rightly where a partition begins.
+    if offset > high and config.exactly_once:
         raise StoreAheadError(
-            f"The {processor.name} has done with {topic} partition {partition} up to "
-            f"offset {offset}, but it ends at {high}: the topic was made anew. Take another "
+            f"The {processor.name} has done with {topic_name(config, topic)} partition {partition} "
+            f"up to offset {offset}, but it ends at {high}: the topic was made anew. Take another "
             "STARCAST_KAFKA__TOPIC_PREFIX, STARCAST_REDIS__KEY_PREFIX and STARCAST_ARCHIVE__URL "
             "for the new topics, or bring the old ones back."
         )

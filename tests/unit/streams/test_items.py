@@ -47,9 +47,11 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
     return bounds
 
 
-def make(url: str, prefix: str = "shop", archived_at: str = "nowhere") -> Items:
+def make(
+    url: str, prefix: str = "shop", archived_at: str = "nowhere", exactly_once: bool = True
+) -> Items:
     store = Store(RedisConfig(url=SecretStr(url), key_prefix=prefix), LAYOUT_HASH, PARTITIONS)
-    kafka = KafkaConfig(topic_prefix=PREFIX)
+    kafka = KafkaConfig(topic_prefix=PREFIX, exactly_once=exactly_once)
     archived = ArchiveConfig(url=archived_at)
     return Items(store, kafka, archived, make_metrics(CollectorRegistry()))
 
@@ -176,12 +178,13 @@ def of_partition_0(count: int) -> list[str]:
     return [name for name in names if partition_of(name) == 0][:count]
 
 
+@pytest.mark.parametrize("exactly_once", [True, False])
 def test_what_retention_has_taken_comes_from_the_archive(
-    store: str, kept: dict[int, tuple[int, int]], tmp_path: Path
+    store: str, kept: dict[int, tuple[int, int]], tmp_path: Path, exactly_once: bool
 ) -> None:
     a, b = of_partition_0(2)
     log = [update(a), update(b), update(a), update(a)]
-    items = make(store, archived_at=archived(tmp_path, log))
+    items = make(store, archived_at=archived(tmp_path, log), exactly_once=exactly_once)
     items.claim({0: {}})
     work(items, [message("item-updates", log[0], 0, 0)])
     kept[0] = 3, 99
