@@ -9,6 +9,7 @@ commit, and rows below it are left out. Two archivers that own the same partitio
 finds its rows there.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.memory import give_back
 from streams.metrics import Metrics
-from streams.processor import Offsets, Outcome
+from streams.processor import CLAIM_SECONDS, Offsets, Outcome
 
 BATCH = 5_000  # records in one turn
 LINGER_SECONDS = 0.5  # decoding costs a call a topic; well under the wait for a flush
@@ -67,16 +68,26 @@ class Archive:
         # Tables as our last commits left them: opening one and its transactions costs far more.
         self._left: dict[str, DeltaTable] = {}
 
-    def position(self, topic: str, partition: int) -> int | None:
-        """The offset after the last archived row of a partition, as recorded; none if none is.
+    def positions(
+        self, topic: str, partitions: Iterable[int], until: float = math.inf
+    ) -> dict[int, int | None]:
+        """The offset after the last archived row of partitions, as recorded; none if none is.
 
-        Rows below it are left out from now on; rows taken but not committed are dropped.
+        Rows below it are left out from now on; rows taken but not committed are dropped. What is
+        not read by `until` (of the monotonic clock) is left out, but for the first partition.
+        Raises UnreachableError when storage does not answer.
         """
-        self.drop(topic, partition)
-        table = archive.open_table(self.url, topic, self._options)
-        recorded = None if table is None else _recorded(table, topic, partition)
-        self._recorded[topic, partition] = self._next[topic, partition] = recorded or 0
-        return recorded
+        found: dict[int, int | None] = {}
+        with archive.reached(archive.table_url(self.url, topic)):
+            table = archive.open_table(self.url, topic, self._options)
+            for partition in partitions:  # delta-rs (1.6) reads of the log for each
+                if found and time.monotonic() > until:
+                    break
+                self.drop(topic, partition)
+                recorded = None if table is None else _recorded(table, topic, partition)
+                self._recorded[topic, partition] = self._next[topic, partition] = recorded or 0
+                found[partition] = recorded
+        return found
 
     def append(self, topic: str, rows: Iterable[Row]) -> int:
         """Takes rows of a topic in offset order for the next commit; how many were new.
@@ -89,7 +100,7 @@ class Archive:
         for row in rows:
             place = (topic, row.partition)
             if place not in self._next:
-                self.position(topic, row.partition)
+                self.positions(topic, [row.partition])
             if row.offset >= self._next[place]:
                 taken.append(row)
                 self._next[place] = row.offset + 1
@@ -214,17 +225,25 @@ class Archiver:
         self.lag = 0
 
     def claim(self, committed: Offsets) -> Offsets:
-        """Where to read each topic on: after its last archived row."""
-        return {
-            partition: {topic: self._position(topic, partition) for topic in topics}
-            for partition, topics in committed.items()
-        }
+        """Where to read each topic on: after its last archived row.
 
-    def _position(self, topic: str, partition: int) -> int:
-        with _pausing():
-            at = self._archive.position(topic, partition)
-        self._held.add((topic, partition))
-        return -1 if at is None else at
+        What is not looked up after `CLAIM_SECONDS` is left out.
+        """
+        wanted: dict[str, list[int]] = {}
+        for partition, topics in committed.items():
+            for topic in topics:
+                wanted.setdefault(topic, []).append(partition)
+        starts: Offsets = {}
+        until = time.monotonic() + CLAIM_SECONDS
+        for topic, partitions in wanted.items():
+            if starts and time.monotonic() > until:
+                break
+            with _pausing():
+                found = self._archive.positions(topic, partitions, until)
+            for partition, at in found.items():
+                self._held.add((topic, partition))
+                starts.setdefault(partition, {})[topic] = -1 if at is None else at
+        return starts
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget what waits of these partitions; their next owner reads it again."""

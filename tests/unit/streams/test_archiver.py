@@ -1,8 +1,10 @@
 import json
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from confluent_kafka import Message
@@ -20,6 +22,7 @@ from streams.archiver import Archive, Archiver
 from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.metrics import make_metrics
+from streams.processor import Offsets
 
 VALUE = json.dumps(EXAMPLES["behavior"]).encode()
 
@@ -40,16 +43,15 @@ def message(topic: str, partition: int, offset: int, **changes: Any) -> Message:
 
 def test_rows_and_their_position_are_committed_together(tmp_path: Path) -> None:
     written = Archive(str(tmp_path))
-    assert written.position("behavior", 0) is None
+    assert written.positions("behavior", [0]) == {0: None}
     assert written.append("behavior", rows(0, 4, 5, 9)) == 3
     assert written.append("behavior", rows(1, 0)) == 1
     assert archived(tmp_path) == []
-    assert Archive(str(tmp_path)).position("behavior", 0) is None
+    assert Archive(str(tmp_path)).positions("behavior", [0]) == {0: None}
     assert written.commit() == 4
     assert written.commit() == 0
     assert archived(tmp_path) == [(0, 4), (0, 5), (0, 9), (1, 0)]
-    again = Archive(str(tmp_path))
-    assert [again.position("behavior", partition) for partition in (0, 1, 2)] == [10, 1, None]
+    assert Archive(str(tmp_path)).positions("behavior", [0, 1, 2]) == {0: 10, 1: 1, 2: None}
 
 
 def test_rows_below_the_position_are_left_out(tmp_path: Path) -> None:
@@ -99,10 +101,8 @@ def test_a_table_that_went_back_is_an_error(tmp_path: Path) -> None:
         written.commit()
 
 
-def test_a_table_is_kept_open_for_some_commits_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(archiver, "HELD_COMMITS", 4)
+def count_opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The topic of each table that is opened from now on."""
     opened: list[str] = []
     open_table = archive.open_table
 
@@ -111,6 +111,14 @@ def test_a_table_is_kept_open_for_some_commits_only(
         return open_table(url, topic, *options)
 
     monkeypatch.setattr(archive, "open_table", counted)
+    return opened
+
+
+def test_a_table_is_kept_open_for_some_commits_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver, "HELD_COMMITS", 4)
+    opened = count_opens(monkeypatch)
     written = Archive(str(tmp_path))
     for offset in range(9):
         written.append("behavior", rows(0, offset))
@@ -150,7 +158,7 @@ def test_small_files_are_merged_and_nothing_else_changes(tmp_path: Path) -> None
     table.create_checkpoint()
     table.cleanup_metadata()
     assert archived(tmp_path) == [(part, offset) for part in (0, 1) for offset in range(8)]
-    assert Archive(str(tmp_path)).position("behavior", 1) == 8
+    assert Archive(str(tmp_path)).positions("behavior", [1]) == {1: 8}
 
 
 def test_archivers_side_by_side_write_each_row_once(tmp_path: Path) -> None:
@@ -203,7 +211,7 @@ def test_crashes_neither_lose_nor_double(
             written.commit()
         else:
             written = Archive(str(url))
-            read = {part: written.position("behavior", part) or 0 for part in read}
+            read = {part: at or 0 for part, at in written.positions("behavior", read).items()}
     for partition, end in furthest.items():
         written.append("behavior", rows(partition, *range(read[partition], end)))
     written.commit()
@@ -238,6 +246,55 @@ def test_messages_of_a_poll_go_to_their_tables(tmp_path: Path) -> None:
         "behavior": 9,
         "items": 4,
     }
+
+
+def test_a_claim_opens_each_table_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = Archive(str(tmp_path))
+    written.append("behavior", [*rows(0, 3), *rows(5, 7)])
+    written.commit()
+    opened = count_opens(monkeypatch)
+    starts = taking(tmp_path).claim({each: {"behavior": -1, "items": -1} for each in range(8)})
+    assert opened == ["behavior", "items"]
+    ends = {0: 4, 5: 8}
+    assert starts == {each: {"behavior": ends.get(each, -1), "items": -1} for each in range(8)}
+
+
+def test_a_claim_that_takes_long_leaves_out_what_it_has_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop polls and asks for the rest again, so each claim has to do something."""
+    monkeypatch.setattr(archiver, "CLAIM_SECONDS", -1)
+    slow = taking(tmp_path, flush_rows=1)
+    left = {(topic, partition) for topic in ("behavior", "items") for partition in range(2)}
+    for _ in range(4):
+        wanted: Offsets = {}
+        for topic, partition in left:
+            wanted.setdefault(partition, {})[topic] = -1
+        ((partition, topics),) = slow.claim(wanted).items()
+        assert [*topics.values()] == [-1]
+        left -= {(topic, partition) for topic in topics}
+    assert not left
+    slow.process([message("eu.behavior", 1, 0)])
+    slow.idle()
+    assert archived(tmp_path) == [(1, 0)]
+
+
+def test_a_log_that_cannot_be_read_pauses_the_loop(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path))
+    written.append("behavior", rows(0, 3))
+    written.commit()
+
+    def vanish(url: str, topic: str, *_: Any) -> DeltaTable | None:
+        table = open_table(url, topic)
+        shutil.rmtree(tmp_path / "behavior")
+        return table
+
+    open_table = archive.open_table
+    with (
+        patch.object(archive, "open_table", vanish),
+        pytest.raises(StoreError, match="behavior cannot be used"),
+    ):
+        taking(tmp_path).claim({0: {"behavior": -1}})
 
 
 def test_a_commit_is_due_after_a_while_or_many_bytes(
