@@ -45,6 +45,13 @@ _KAFKA_FIELDS = [
 ]
 _JOURNAL_FIELDS = [pa.field(name, pa.int64()) for name in ("rows", "first_step", "last_step")]
 _ORDER = ["kafka_partition", "kafka_offset"]
+_UNREADABLE = (
+    DeltaError,
+    OSError,
+    pa.ArrowException,
+    pl.exceptions.PolarsError,
+    pl.exceptions.PanicException,  # Polars 2.1 panics at a file that is cut short
+)
 
 
 class Row(NamedTuple):
@@ -124,6 +131,7 @@ def read(
     """The archived rows of a topic by (partition, offset), no rows when nothing is archived.
 
     `since` keeps rows with a Kafka timestamp from then on; filters reach the files' statistics.
+    Files are read by `collect`.
     """
     found = open_table(url, topic, options)
     if found is None:
@@ -145,15 +153,20 @@ def _scan(found: DeltaTable) -> pl.LazyFrame:
     return pl.scan_delta(found)
 
 
+def collect(frame: pl.LazyFrame, where: str) -> pl.DataFrame:
+    """The rows of what was made of a table at `where` by `read`, whose files are read only now.
+
+    Raises UnreachableError when one of them cannot be read.
+    """
+    with reached(where):
+        return frame.collect()
+
+
 def positions(url: str, topic: str, options: Mapping[str, str] | None = None) -> dict[int, int]:
     """The offset after the last archived row of each partition that has one."""
-    last = (
-        read(url, topic, options)
-        .group_by("kafka_partition")
-        .agg(pl.col("kafka_offset").max())
-        .collect()
-    )
-    return {partition: offset + 1 for partition, offset in last.iter_rows()}
+    last = read(url, topic, options).group_by("kafka_partition").agg(pl.col("kafka_offset").max())
+    rows = collect(last, table_url(url, topic)).iter_rows()
+    return {partition: offset + 1 for partition, offset in rows}
 
 
 def journal(
@@ -161,32 +174,34 @@ def journal(
 ) -> Iterator[Transaction]:
     """The archived journal of a user partition, from offset `start`, which begins a transaction.
 
-    Raises ContractError when part of a transaction is missing.
+    Raises ContractError when part of a transaction is missing, UnreachableError when a file of the
+    table cannot be read.
     """
+    where = table_url(url, "journal")
     frame = read(url, "journal", options, partitions=[partition])
-    offsets = frame.select("kafka_offset").filter(pl.col("kafka_offset") >= start).collect()
+    later = frame.filter(pl.col("kafka_offset") >= start)
+    offsets = collect(later.select("kafka_offset"), where)
 
     def values() -> Iterator[tuple[int, bytes]]:
         for at in range(0, len(offsets), JOURNAL_CHUNK):
             chunk = offsets["kafka_offset"][at : at + JOURNAL_CHUNK]
             span = pl.col("kafka_offset").is_between(chunk[0], chunk[-1])
-            yield from (
-                frame.filter(span).select("kafka_offset", "kafka_value").collect().iter_rows()
-            )
+            rows = frame.filter(span).select("kafka_offset", "kafka_value")
+            yield from collect(rows, where).iter_rows()
 
     return decode_all(values())
 
 
 @contextmanager
 def reached(where: str) -> Generator[None]:
-    """Turns what Delta Lake raises when storage does not answer into one clear error."""
+    """Turns what is raised when storage does not answer, or holds no good file, into one error."""
     try:
         yield
-    except (DeltaError, OSError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(_DECORATION.sub("", str(error)).split())[:300]
         raise UnreachableError(
             f"the archive at {where} cannot be used: {reason}; "
-            "check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
+            "check STARCAST_ARCHIVE__URL, its rights and files, and STARCAST_ARCHIVE__OPTIONS__…"
         ) from error
 
 

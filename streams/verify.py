@@ -155,18 +155,19 @@ class _Replay:
         self, topic: str, partition: int | None = None
     ) -> Iterator[tuple[int, int, bytes | None, Any]]:
         """Partition, offset, key and record (None for a tombstone) of all good archived rows."""
-        frame = archive.read(
+        rows = archive.read(
             self.url,
             topic,
             self.options,
             columns=["kafka_partition", "kafka_offset", "kafka_key", "kafka_value"],
             partitions=None if partition is None else [partition],
-        ).collect()
+        )
+        frame = archive.collect(rows, archive.table_url(self.url, topic))
         places = list(zip(frame["kafka_partition"], frame["kafka_offset"], strict=True))
         decoded = decode(BY_NAME[topic], frame["kafka_value"].to_list(), places)
         bad = {rejection.index for rejection in decoded.rejections}
-        rows = zip(places, frame["kafka_key"], decoded.records, strict=True)
-        for at, ((part, offset), key, record) in enumerate(rows):
+        found = zip(places, frame["kafka_key"], decoded.records, strict=True)
+        for at, ((part, offset), key, record) in enumerate(found):
             if at not in bad:
                 yield part, offset, key, record
 

@@ -1,4 +1,6 @@
 import json
+import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,13 @@ def test_what_is_not_archived_yet_is_empty(tmp_path: Path) -> None:
     assert archive.positions(str(tmp_path / "none"), "journal") == {}
 
 
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-30]),
+    "overwritten": lambda file: file.write_bytes(
+        file.read_bytes()[:4] + b"\xff" * 600 + file.read_bytes()[604:]
+    ),
+}
 NOWHERE = {  # a store whose port nothing listens on, asked once
     "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
     "AWS_ALLOW_HTTP": "true",
@@ -118,6 +127,31 @@ def test_storage_that_does_not_answer_is_named() -> None:
     assert "STARCAST_ARCHIVE__URL" in message
     assert "\n" not in message
     assert "\x1b" not in message
+
+
+@pytest.mark.parametrize("folder", ["plain", "with space"])  # either way of reading
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_data_file_that_cannot_be_read_is_told_with_its_table(
+    tmp_path: Path, folder: str, damage: str
+) -> None:
+    url = tmp_path / folder
+    write(url, "journal", [row(0, encode(make(3))[0])])
+    for each in (url / "journal").glob("*.parquet"):
+        DAMAGES[damage](each)
+    where = re.escape(f"the archive at {url}/journal cannot be used: ")
+    with pytest.raises(UnreachableError, match=where):
+        archive.positions(str(url), "journal")
+    with pytest.raises(UnreachableError, match=where):
+        archive.journal(str(url), 0)
+
+
+def test_a_journal_that_is_lost_while_it_is_read_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "journal", [row(0, encode(make(3))[0])])
+    transactions = archive.journal(str(tmp_path), 0)
+    for each in (tmp_path / "journal").glob("*.parquet"):
+        each.unlink()
+    with pytest.raises(UnreachableError, match="journal cannot be used"):
+        next(transactions)
 
 
 def test_the_journal_is_read_back_as_arrays(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from schemas import archive
 from schemas.archive import Row
+from schemas.exceptions import UnreachableError
 from streams import tail
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.tail import archived_end, read_archived, read_log
@@ -56,6 +57,20 @@ def test_archived_rows_come_as_messages_in_chunks(
     assert archived_end(where, "item-updates", 1) == 10
     assert archived_end(where, "item-updates", 2) == 0
     assert list(read_archived(KAFKA, where, "users", 1)) == []
+
+
+def test_archived_rows_that_cannot_be_read_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "ARCHIVED_ROWS", 2)
+    where = archived(tmp_path, "item-updates", range(4))
+    batches = read_archived(KAFKA, where, "item-updates", 1)
+    next(batches)
+    for each in (tmp_path / "item-updates").glob("*.parquet"):
+        each.unlink()
+    for unread in (batches, read_archived(KAFKA, where, "item-updates", 1)):
+        with pytest.raises(UnreachableError, match="item-updates cannot be used"):
+            next(unread)
 
 
 def test_a_log_is_the_archive_and_then_what_retention_has_left(

@@ -3,9 +3,12 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from deltalake import write_deltalake
 from pydantic import SecretStr
 
-from schemas.exceptions import StarcastError
+from schemas import archive
+from schemas.archive import Row
+from schemas.exceptions import StarcastError, UnreachableError
 from streams.config import ArchiveConfig, ModelsConfig, RedisConfig
 from streams.store import Store
 from streams.verify import EXAMPLES, Verification, verify_replay
@@ -27,6 +30,16 @@ def test_differences_are_counted_and_some_told_in_full() -> None:
     assert figures["compared"] == {"state": 9, "feature row": 100}
     assert figures["differences"] == {"state": 2, "feature row": 100}
     assert len(figures["examples"]) == EXAMPLES
+
+
+def test_archived_rows_that_cannot_be_read_are_told(store: str, tmp_path: Path) -> None:
+    where = tmp_path / "items"
+    write_deltalake(str(where), archive.table("items", [Row(0, 0, 0, b"k", b"{}")]))
+    for each in where.glob("*.parquet"):
+        each.unlink()
+    kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 2)
+    with pytest.raises(UnreachableError, match="items cannot be used"):
+        verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
 
 
 def test_without_a_journal_there_is_nothing_to_verify(store: str, tmp_path: Path) -> None:
