@@ -205,7 +205,7 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
             "kafka_offset": np.concatenate([journal.offsets for _, journal in parts]),
         }
     ).filter(pl.col("topic") == TOPICS.index("reviews"))
-    reviews = (
+    reviews = archive.collect(
         archive.read(url, "reviews", options)
         .select(
             "kafka_partition",
@@ -220,8 +220,8 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
         )
         .join(applied.lazy(), on=["kafka_partition", "kafka_offset"])
         .sort("row")
-        .select(pl.col(name).cast(kind) for name, kind in REVIEW_COLUMNS.items())
-        .collect()
+        .select(pl.col(name).cast(kind) for name, kind in REVIEW_COLUMNS.items()),
+        archive.table_url(url, "reviews"),
     )
     return Log(
         events[order],
@@ -260,9 +260,10 @@ def _records(
     url: str, topic: str, options: Mapping[str, str] | None, kind: type[Kind]
 ) -> list[Kind]:
     """The records of a compacted topic, oldest first; deleted ones are left out."""
-    rows = archive.read(
+    frame = archive.read(
         url, topic, options, columns=["kafka_partition", "kafka_offset", "kafka_value"]
-    ).collect()
+    )
+    rows = archive.collect(frame, archive.table_url(url, topic))
     positions = list(zip(rows["kafka_partition"], rows["kafka_offset"], strict=True))
     decoded = codec.decode(BY_NAME[topic], rows["kafka_value"].to_list(), positions)
     return [record for record in decoded.records if isinstance(record, kind)]

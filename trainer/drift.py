@@ -179,7 +179,7 @@ def since(
         # What a bundle keeps is of reviews with stars, by which it was judged; views are otherwise.
         newer = log.labelled & (log.events["time"] > begin) & log.journalled.usable
         features = log.journalled.features[newer]
-    predictions = (
+    predictions = archive.collect(
         archive.read(url, "predicted-ratings", options)
         .filter(
             (pl.col("kind") == "interaction")
@@ -192,8 +192,8 @@ def since(
             "item_id",
             pl.col("event_time").alias("time"),
             pl.col("rating").cast(pl.Float64).alias("predicted"),
-        )
-        .collect()
+        ),
+        archive.table_url(url, "predicted-ratings"),
     )
     ratings = log.reviews.filter(pl.col("rating").is_not_null() & (pl.col("time") > window_end))
     chosen = ratings.select(

@@ -16,6 +16,7 @@ from model.replay import History
 from model.state import LAYOUT_HASH, PARTITION
 from schemas import codec, journal
 from schemas.archive import Row
+from schemas.exceptions import UnreachableError
 from schemas.files import write_records
 from schemas.journal import Journal
 from schemas.records import Record
@@ -225,6 +226,15 @@ def test_a_history_is_put_in_the_order_of_time(tmp_path: Path) -> None:
     assert [count for count, _ in log.items] == [3]
     known = replay(log, None, "", 0, lambda done, total: None, ties="instant")
     assert not np.nan_to_num(known.inputs.features[:, features.INDEX["item_known"]]).any()
+
+
+@pytest.mark.parametrize("topic", ["reviews", "items"])
+def test_a_file_of_an_archive_that_cannot_be_read_is_told(tmp_path: Path, topic: str) -> None:
+    write_archive(str(tmp_path), shop())
+    for file in (tmp_path / topic).glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(UnreachableError, match=f"{topic} cannot be used"):
+        from_archive(str(tmp_path))
 
 
 def test_an_empty_archive_says_what_to_run(tmp_path: Path) -> None:
