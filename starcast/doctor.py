@@ -3,13 +3,13 @@
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import confluent_kafka
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
-import redis
 from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
@@ -17,7 +17,7 @@ from schemas.exceptions import StarcastError
 from starcast.settings import Settings, hide_password
 from streams.admin import reach, show_topics
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
-from streams.store import connect
+from streams.store import STORE_ERRORS, connect
 
 PROBE = "starcast-doctor"  # the file that shows that a folder can be written
 OLDEST_STORE = (7, 0)  # the first Redis with functions
@@ -84,11 +84,10 @@ def _broker(kafka: KafkaConfig) -> Iterator[Finding]:
 
 def _store(config: RedisConfig) -> Iterator[Finding]:
     url = hide_password(config.url.get_secret_value())
-    client = connect(config)
     try:
-        with client:
+        with closing(connect(config)) as client:
             about = _one_node(client.info("server")) | _one_node(client.info("memory"))
-    except (redis.RedisError, OSError) as problem:
+    except STORE_ERRORS as problem:
         yield Finding(
             "store",
             "wrong",

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import redis as redis_client
 import structlog
 from confluent_kafka import (
     Consumer,
@@ -38,7 +37,7 @@ from streams.catalog import title_of
 from streams.config import KafkaConfig, RedisConfig
 from streams.exceptions import StoreError
 from streams.reader import ITEM_KIND, store_keys
-from streams.store import Store
+from streams.store import STORE_ERRORS, Store
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window
 
 KAFKA_SECONDS = 1.5  # between two looks at the ends of the topics
@@ -187,7 +186,7 @@ def _follow_store(feed: Feed, store: Store, key: str, wait: Wait) -> None:
             else:
                 rows = store.client.xrange(key, min=b"(" + last, count=MOST_WINDOWS)
             feed.link("store", None)
-        except (redis_client.RedisError, OSError) as error:
+        except STORE_ERRORS as error:
             rows = []
             feed.link(
                 "store", f"{str(error).rstrip('.')}. Start the store, or set STARCAST_REDIS__URL."

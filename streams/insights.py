@@ -34,7 +34,7 @@ from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.dead_letters import dead_letter
 from streams.metrics import Metrics, make_metrics
 from streams.processor import Output
-from streams.store import connect
+from streams.store import STORE_ERRORS, connect
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Steps, Window
 
 REACH_SECONDS = 3.0  # a broker that is down must not hold back the end
@@ -375,7 +375,7 @@ async def _resume(run: _Run) -> None:
     """Take up where the last window in the store ends; try again later if it does not answer."""
     try:
         rows: Any = await asyncio.to_thread(run.client.xrevrange, run.key, count=1)
-    except (redis_client.RedisError, OSError) as error:
+    except STORE_ERRORS as error:
         _LOG.warning("insights waits for the store", reason=str(error))
         await asyncio.sleep(FIRST_PAUSE_SECONDS)
         return
@@ -421,7 +421,7 @@ async def _write(run: _Run, metrics: Metrics) -> bool:
             # A newer window is there: another process has taken over, or a clock went back.
             metrics.state_writes.labels("insights", "fenced").inc()
             _LOG.warning("the store has a newer window", end_ms=window.end_ms)
-        except (redis_client.RedisError, OSError) as error:
+        except STORE_ERRORS as error:
             metrics.state_writes.labels("insights", "failed").inc()
             _LOG.warning("insights waits for the store", reason=str(error))
             await asyncio.sleep(FIRST_PAUSE_SECONDS)

@@ -7,10 +7,10 @@ over without the last of them.
 """
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from importlib.resources import files
 from itertools import accumulate, chain, pairwise
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import redis
 from redis.cluster import RedisCluster
+from redis.connection import parse_url
 from redis.exceptions import RedisClusterException
 from redis.sentinel import Sentinel
 
@@ -35,6 +36,8 @@ CONNECT_SECONDS = 3.0  # a host that drops packets is told from one that is slow
 Keys = Sequence[Sequence[bytes]]  # in groups or parts
 SENTINEL = "redis+sentinel"  # a URL's scheme: sentinels are asked which server is the primary
 SENTINEL_PORT = 26379
+# What a client raises where no server answers; a cluster of which no node does, an error apart.
+STORE_ERRORS = (redis.RedisError, RedisClusterException, OSError)
 
 
 @dataclass
@@ -78,11 +81,11 @@ def connect(config: RedisConfig) -> Any:
     url = config.url.get_secret_value()
     try:
         if config.cluster:
-            return RedisCluster.from_url(url, **options)
+            return _Cluster(url, options)
         if url.startswith(f"{SENTINEL}://"):
             return _primary(url, options)
         return redis.Redis.from_url(url, **options)
-    except (redis.RedisError, RedisClusterException, ValueError, OSError) as error:
+    except (*STORE_ERRORS, ValueError) as error:
         raise UnreachableError(
             f"The store's address is no good: {error}. Set STARCAST_REDIS__URL."
         ) from error
@@ -104,6 +107,34 @@ def _primary(url: str, options: dict[str, Any]) -> Any:
     return found.master_for(
         name, db=int(database or 0), username=user or None, password=password or None
     )
+
+
+class _Cluster:
+    """The methods of a cluster's client, which connects as it is made: so it is made by a call.
+
+    Threads that call at once may each make one, of which the last stays: a lock would have each
+    wait for all others while no node answers.
+    """
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        address = parse_url(url)
+        if "path" in address or address.get("db"):
+            raise ValueError("a cluster has no Unix socket, and no database but 0")
+        self._make = partial(RedisCluster.from_url, url, **options)
+        self._made: RedisCluster | None = None
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self._made is None:
+                self._made = self._make()
+            return getattr(self._made, method)(*arguments, **options)
+
+        return call
+
+    def close(self) -> None:
+        """Give the connections back, if there are any."""
+        if self._made is not None:
+            self._made.close()
 
 
 class Store:
@@ -341,7 +372,7 @@ def _answering() -> Generator[None]:
             f"The store is full and, as it must, evicts nothing: {error}. Give it more memory "
             "(maxmemory) or set STARCAST_STATES__EXPIRE_AFTER_DAYS."
         ) from error
-    except (redis.RedisError, RedisClusterException, OSError) as error:
+    except STORE_ERRORS as error:
         raise StoreError(
             f"The store does not answer: {error}. Check that Redis or Valkey runs where "
             "STARCAST_REDIS__URL says; work goes on when it is back."

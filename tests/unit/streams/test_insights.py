@@ -1,14 +1,20 @@
+import asyncio
 import ssl
 from pathlib import Path
 
 import certifi
 import pytest
 from faust.auth import SASLCredentials, SSLCredentials
+from pydantic import SecretStr
 
 from schemas.topics import LARGEST_MESSAGE
 from streams.admin import KafkaOptionError
-from streams.config import KafkaConfig
-from streams.insights import broker_credentials, make_app
+from streams.config import InsightsConfig, KafkaConfig, RedisConfig
+from streams.embedded import HOST, free_port
+from streams.insights import _resume, _Run, _write, broker_credentials, make_app
+from streams.metrics import make_metrics
+from streams.store import connect
+from streams.windows import Window
 
 
 def credentials(**options: str) -> SASLCredentials | SSLCredentials | None:
@@ -94,3 +100,15 @@ def test_the_app_keeps_to_itself(tmp_path: Path) -> None:
     assert str(app.conf.store) == "memory:"
     assert app.conf.broker_session_timeout == 3.0
     assert app.conf.producer_max_request_size == LARGEST_MESSAGE  # a dead letter may have it
+
+
+def test_a_cluster_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.insights.FIRST_PAUSE_SECONDS", 0.0)
+    url = SecretStr(f"redis://{HOST}:{free_port()}")
+    run = _Run(InsightsConfig(), connect(RedisConfig(url=url, cluster=True)), "windows")
+    asyncio.run(_resume(run))
+    assert run.steps is None
+    window = Window(start_ms=0, end_ms=60_000, step_ms=60_000, kinds={})
+    run.unwritten.append(window)
+    assert not asyncio.run(_write(run, make_metrics()))
+    assert list(run.unwritten) == [window]

@@ -21,7 +21,7 @@ from streams.config import RedisConfig
 from streams.embedded import HOST, Child, free_port, start_child, start_store
 from streams.exceptions import FencedError, StoreError
 from streams.partitions import SLOTS, hash_tags
-from streams.store import Call, Claim, Keys, Store, Writing
+from streams.store import STORE_ERRORS, Call, Claim, Keys, Store, Writing
 
 KIND = b"u"
 
@@ -379,8 +379,8 @@ def test_an_address_that_is_none() -> None:
 
 
 @contextmanager
-def one_node_cluster(folder: Path) -> Generator[Child]:
-    port = free_port()
+def one_node_cluster(folder: Path, port: int | None = None) -> Generator[Child]:
+    port = port or free_port()
     command = [embedded._store_binary(), "--port", str(port), "--bind", HOST, "--save", ""]
     command += ["--cluster-enabled", "yes", "--dir", str(folder)]
     command += ["--cluster-port", str(free_port())]
@@ -415,6 +415,33 @@ def test_a_cluster_takes_the_same(tmp_path: Path) -> None:
         assert set(mine.scan(KIND, 3)) == set(keys)
         mine.ping()
         mine.close()
+
+
+def test_a_cluster_that_is_down_is_waited_for(tmp_path: Path) -> None:
+    port = free_port()
+    mine = make(f"redis://{HOST}:{port}", cluster=True)  # connects when first used
+
+    def is_down() -> None:
+        for act in ACTS:
+            with pytest.raises(StoreError, match=r"does not answer.*STARCAST_REDIS__URL"):
+                act(mine)
+
+    is_down()
+    for _ in range(2):
+        with one_node_cluster(tmp_path, port):
+            mine.ping()
+            assert mine.claim(KIND, 3).partition == 3
+        is_down()
+        with pytest.raises(STORE_ERRORS):
+            mine.client.xrevrange("windows")
+    mine.close()
+
+
+@pytest.mark.parametrize("url", [f"http://{HOST}", f"redis://{HOST}/1", "unix:///store.sock"])
+def test_a_cluster_address_that_is_none(url: str) -> None:
+    with pytest.raises(UnreachableError, match="STARCAST_REDIS__URL"):
+        make(url, cluster=True)
+    make(f"redis://{HOST}/0", cluster=True).close()
 
 
 @given(st.integers(1, 512))
