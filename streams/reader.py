@@ -1,7 +1,7 @@
 """What a batch reads from the store beside its users' states, with short-lived copies at hand."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,11 @@ def partition_keys(store: Store, kind: bytes, partition: int, hashes: Hashes) ->
     """The keys of hashed ids that lie in one partition, whatever their hash says of it."""
     prefix, data = store.prefix(kind, partition), hashes.astype("<u8").tobytes()
     return [prefix + data[at : at + 8] for at in range(0, len(data), 8)]
+
+
+def hashes_of(keys: Iterable[bytes]) -> Hashes:
+    """The hashed ids (n) of such keys."""
+    return np.frombuffer(b"".join(key[-8:] for key in keys), "<u8").astype(np.uint64)
 
 
 def vector_keys(store: Store, encoder: str, texts: Hashes) -> list[bytes]:

@@ -36,7 +36,7 @@ from streams.claims import header_offset
 from streams.exceptions import JournalGapError
 from streams.inputs import Inputs, split
 from streams.journal import read_journal
-from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE, partition_keys
+from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE, hashes_of, partition_keys
 from streams.rebuild import Shop, require_updates
 from streams.store import Store
 from streams.tail import read_log
@@ -204,7 +204,7 @@ def _check_attributes(
     store, whose = shop.store, "item" if kind == ITEM_KIND else "user"
     by_hash = dict(zip(hash_ids(list(expected)).tolist(), expected.values(), strict=True))
     hashes = np.union1d(
-        np.array(list(by_hash), np.uint64), _scanned(store, kind, partition)
+        np.array(list(by_hash), np.uint64), hashes_of(store.scan(kind, partition))
     ).tolist()
     keys = partition_keys(store, kind, partition, np.array(hashes, np.uint64))
     stored = [value or b"" for value in store.read(keys)]
@@ -252,15 +252,8 @@ def _stored(
     store: Store, kind: bytes, partition: int, dtype: np.dtype[Any], known: Hashes
 ) -> tuple[Hashes, Rows]:
     """Hashes that are known or stored, and the stored rows; blank where there is none."""
-    hashes = np.union1d(known, _scanned(store, kind, partition))
+    hashes = np.union1d(known, hashes_of(store.scan(kind, partition)))
     return hashes, from_bytes(store.read(partition_keys(store, kind, partition, hashes)), dtype)
-
-
-def _scanned(store: Store, kind: bytes, partition: int) -> Hashes:
-    width = np.dtype(np.uint64).itemsize
-    return np.frombuffer(
-        b"".join(key[-width:] for key in store.scan(kind, partition)), "<u8"
-    ).astype(np.uint64)
 
 
 def _rows(known: Rowstore, hashes: Hashes) -> Rows:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import structlog
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
@@ -61,7 +60,6 @@ from streams.user_states import Taken, UserStates
 
 LATEST_MS = time_ms(LATEST_TIME) + 1  # above all event times
 LATE_MS = 86_400_000  # an event that Kafka took so long after it happened counts as late
-SWEEP_SECONDS = 600.0  # expired states are looked for this often: it walks the whole store
 
 _ROWS: dict[str, Callable[[Columns], Rows]] = {
     "reviews": review_rows,
@@ -144,9 +142,7 @@ class Scorer:
         self._digests = Digests(worker, "interaction", config.digest_seconds)
         self._owned: set[int] = set()
         self._watermark = 0
-        self._sweep_at = time.monotonic() + SWEEP_SECONDS
         self.lag = 0
-        self._log = structlog.get_logger(__name__)
 
     @property
     def batch_size(self) -> int:
@@ -218,13 +214,9 @@ class Scorer:
         )
 
     def idle(self) -> Outcome | None:
-        """Digests that are due; now and then, a look at the claims and for expired states."""
+        """Digests that are due; now and then, a look at the claims and at some states' age."""
         self._states.check()
-        if time.monotonic() > self._sweep_at:
-            self._sweep_at = time.monotonic() + SWEEP_SECONDS
-            gone = sum(self._states.expire(each, self._watermark) for each in self._owned)
-            if gone:
-                self._log.info("expired", users=gone)
+        self._states.expire(self._owned, self._watermark)
         digests = self._digests.due(self.lag)
         return Outcome(outputs=digests) if digests else None
 

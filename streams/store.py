@@ -7,6 +7,7 @@ over without the last of them.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from streams.partitions import hash_tags
 
 WRITE_KEYS = 500  # keys in one guarded write: 2,000 block the server for 8 ms
 READ_KEYS = 2_000  # keys in one MGET
+SCAN_KEYS = 1_000  # keys that one SCAN looks at
 CALLS_AT_ONCE = 32  # reads or writes in one round trip: few megabytes wait in memory
 ANSWER_SECONDS = 5.0  # a store that hangs must not hold a worker past its session
 CONNECT_SECONDS = 3.0  # a host that drops packets is told from one that is slow
@@ -151,6 +153,7 @@ class Store:
         self._stem = f"{config.key_prefix}:{layout}:".encode()
         self._plain = config.key_prefix.encode()
         self._tags = hash_tags(partitions)
+        self._numbers = {tag: partition for partition, tag in enumerate(self._tags)}
 
     def key(self, kind: bytes, partition: int, id: bytes) -> bytes:
         """The key of one state, attributes row or title."""
@@ -291,9 +294,39 @@ class Store:
 
     def scan(self, kind: bytes, partition: int) -> Iterator[bytes]:
         """All keys of a kind and partition; walks the whole store, so for checks only."""
-        pattern = re.sub(rb"([\\*?[])", rb"\\\1", self.prefix(kind, partition)) + b"*"
+        return chain.from_iterable(self._scanned(self.prefix(kind, partition)))
+
+    def walk(self, kind: bytes) -> Iterator[dict[int, list[bytes]]]:
+        """All keys of a kind, by partition; each step looks at some `SCAN_KEYS` keys of the store.
+
+        Steps may be far apart: a key that is there all the while comes, perhaps twice.
+        """
+        begin = b"%b%b:{" % (self._stem, kind)
+        for keys in self._scanned(begin):
+            found = defaultdict[int, list[bytes]](list)
+            for key in keys:
+                tag, _, _ = key.removeprefix(begin).partition(b"}")
+                if (partition := self._numbers.get(tag)) is not None:
+                    found[partition].append(key)
+            yield found
+
+    def _scanned(self, prefix: bytes) -> Iterator[list[bytes]]:
+        """All keys that begin so, of one server after the other."""
+        options: dict[str, Any] = {
+            "match": re.sub(rb"([\\*?[])", rb"\\\1", prefix) + b"*",
+            "count": SCAN_KEYS,
+        }
         with _answering():
-            yield from self.client.scan_iter(match=pattern, count=1_000)
+            nodes = self.client.get_primaries() if self._cluster else [None]
+        for node in nodes:
+            where = {} if node is None else {"target_nodes": node}
+            cursor: Any = None
+            while cursor != 0:
+                with _answering():
+                    cursor, keys = self.client.scan(cursor or 0, **options, **where)
+                if node is not None:
+                    cursor = cursor[node.name]
+                yield keys
 
     def close(self) -> None:
         """Give the connections back."""

@@ -10,8 +10,9 @@ states, for the batch after it to go on from, and `write` stores that once it is
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,17 @@ from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.journal import read_journals
 from streams.processor import CLAIM_SECONDS, Offsets
-from streams.reader import USER_STATE, partition_keys
+from streams.reader import USER_STATE, hashes_of, partition_keys
 from streams.store import Claim, Keys, Store, Writing
 
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
 MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
 MARKER_PAUSE_SECONDS = 0.05
 CHECK_SECONDS = 5.0  # a store that lost what it had is noticed this soon though nothing happens
+SWEEP_SECONDS = 600.0  # walks for expired states begin this far apart: each sees the whole store
+# A walk goes on in slices: who takes minutes over one does not poll, and leaves its group.
+SLICE_SECONDS = 0.1
+SLICE_STEPS = 50  # of the store's walk, each with a read of what it found and perhaps a write
 MILLISECONDS_A_DAY = 86_400_000
 
 HEADER = np.dtype(
@@ -84,6 +89,9 @@ class UserStates:
         self._config = config
         self._held: dict[int, Held] = {}
         self._check_at = 0.0
+        self._sweep_at = time.monotonic() + SWEEP_SECONDS
+        self._walk: Iterator[Mapping[int, Sequence[bytes]]] | None = None
+        self._expired = 0  # by this walk
         self._log = structlog.get_logger(__name__)
 
     def __getitem__(self, partition: int) -> Held:
@@ -195,27 +203,48 @@ class UserStates:
             ]
         )
 
-    def expire(self, partition: int, watermark: int) -> int:
-        """Delete states whose last event is too old; how many.
+    def expire(self, partitions: Collection[int], watermark: int) -> None:
+        """Look for states of recovered partitions whose last event is too old, and delete them.
 
-        Age is told by event time alone, against `watermark` (ms), the latest event seen.
+        A call goes on, for a short while, with a walk through the store; one that has come to its
+        end, or failed, begins anew when it is due. No write may be under way. Age is told by event
+        time alone, against `watermark` (ms), the latest event seen.
         """
         days = self._config.expire_after_days
-        if not days or not watermark:
-            return 0
-        held = self._held[partition]
+        if not days or not watermark or not partitions:
+            return
+        started = time.monotonic()
+        if self._walk is None:
+            if started < self._sweep_at:
+                return
+            self._sweep_at = started + SWEEP_SECONDS
+            self._walk, self._expired = self._store.walk(USER_STATE), 0
         oldest = watermark - int(days * MILLISECONDS_A_DAY)
-        keys = list(self._store.scan(USER_STATE, partition))
-        rows = from_bytes(self._store.read(keys), USER)
-        old = [
-            key
-            for key, last in zip(keys, rows["last_time"].tolist(), strict=True)
-            if 0 < last < oldest
-        ]
-        if old:
-            self._store.write(held.claim, old, [b""] * len(old), held.header.tobytes())
-            held.users, held.last = Rowstore(USER), None
-        return len(old)
+        for _ in range(SLICE_STEPS):
+            found = next(self._walk, None)
+            if found is None:
+                self._walk = None
+                if self._expired:
+                    self._log.info("expired", users=self._expired)
+                return
+            self._delete_old({each: found[each] for each in partitions if each in found}, oldest)
+            if time.monotonic() > started + SLICE_SECONDS:
+                return
+
+    def _delete_old(self, found: Mapping[int, Sequence[bytes]], oldest: int) -> None:
+        """Delete the states, of keys by partition, whose last event was before `oldest` (ms)."""
+        times = from_bytes(self._store.read(list(chain(*found.values()))), USER)["last_time"]
+        is_old = iter(((times > 0) & (times < oldest)).tolist())
+        writings: list[Writing] = []
+        for partition, keys in found.items():
+            if old := [key for key in keys if next(is_old)]:
+                held = self._held[partition]
+                cached = np.isin(held.users.hashes, hashes_of(old))
+                opaque(held.users.rows)[cached] = opaque(blank(USER, 1))
+                held.last = None  # the store has it
+                writings.append(Writing(held.claim, old, [b""] * len(old), held.header.tobytes()))
+                self._expired += len(old)
+        self._store.write_all(writings)
 
     def _recover(self, partitions: Iterable[int]) -> Offsets:
         """Apply journals up to their stable ends; the next offset of each input topic.

@@ -298,6 +298,31 @@ def test_a_scan_finds_one_kind_of_one_partition(store: str) -> None:
         assert set(each.scan(KIND, 3)) == set(keys_of(each, 5))
 
 
+def walked(store: Store) -> dict[int, set[bytes]]:
+    found = {partition: set[bytes]() for partition in range(8)}
+    for step in store.walk(KIND):
+        for partition, keys in step.items():
+            found[partition].update(keys)
+    return found
+
+
+def test_a_walk_finds_one_kind_of_all_partitions(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SCAN_KEYS", 10)
+    shops = [make(store, key_prefix=prefix) for prefix in ("shop", "s*")]
+    for each in shops:
+        for partition in range(1, 8):
+            each.put(keys_of(each, 5 * partition, partition), [b"x"] * 5 * partition)
+        each.put(keys_of(each, 5, 3, b"i"), [b"x"] * 5)
+        each.write(each.claim(KIND, 3), [], [], b"header")
+    for each in shops:
+        assert walked(each) == {at: set(keys_of(each, 5 * at, at)) for at in range(8)}
+        steps = [sum(map(len, step.values())) for step in each.walk(KIND)]
+        assert len(steps) > 5
+        assert max(steps) < 50
+
+
 def test_layouts_stand_side_by_side(store: str) -> None:
     old, new = make(store), make(store, layout="ef01")
     old.write(old.claim(KIND, 3), keys_of(old, 1), [b"old"], b"old header")
@@ -345,6 +370,7 @@ ACTS: Sequence[Callable[[Store], object]] = (
     lambda store: store.read_owned(Claim(KIND, 3, 1, None), keys_of(store, 1)),
     lambda store: store.put(keys_of(store, 1), [b"x"]),
     lambda store: list(store.scan(KIND, 3)),
+    lambda store: list(store.walk(KIND)),
     lambda store: store.ping(),
 )
 
@@ -413,6 +439,8 @@ def test_a_cluster_takes_the_same(tmp_path: Path) -> None:
         assert mine.read([*others, *keys]) == [b"a", b"b", b"c"] + [b"x"] * 1_100
         assert mine.header(KIND, 3) == b"header"
         assert set(mine.scan(KIND, 3)) == set(keys)
+        everything = {at: set[bytes]() for at in range(8)} | {3: set(keys), 6: set(others)}
+        assert walked(mine) == everything
         mine.ping()
         mine.close()
 

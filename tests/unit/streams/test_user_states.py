@@ -1,6 +1,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
+from unittest.mock import Mock
 from uuid import uuid4
 
 import numpy as np
@@ -10,16 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from model.events import Rows
+from model.events import Rows, blank
 from model.exceptions import GapError, LayoutError
 from model.ids import Hashes
-from model.state import LAYOUT_HASH
+from model.state import LAYOUT_HASH, USER
 from model.state_bytes import to_bytes
 from schemas.journal import TOPICS, Transaction
+from streams import store as stores
 from streams import user_states
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
-from streams.exceptions import FencedError, JournalGapError, StoreAheadError
-from streams.reader import USER_STATE, partition_keys
+from streams.exceptions import FencedError, JournalGapError, StoreAheadError, StoreError
+from streams.reader import USER_STATE, hashes_of, partition_keys
 from streams.store import Store
 from streams.user_states import HEADER, Taken, UserStates, decode_header
 from tests.unit.streams.journals import USERS, Partition, events, told
@@ -346,16 +349,173 @@ def test_states_expire_by_the_time_of_events(
     states.claim({PARTITION: partition.ends()})
     kept = expected(partition)
     latest = int(made["time"].max())
-    assert states.expire(PARTITION, 0) == 0
-    assert states.expire(PARTITION, latest - 5 * DAY_MS) == 0
-    assert states.expire(PARTITION, latest) == 1
+    read(states, USERS)  # into the cache
+    for watermark in (0, latest - 5 * DAY_MS):
+        sweep(states, watermark)
+        assert stored(states) == kept
+    sweep(states, latest)
     assert stored(states) == [None, *kept[1:]]
-    assert not read(states, USERS[:1])["step"].any()
-    assert states.expire(PARTITION, latest) == 0
+    assert to_bytes(read(states, USERS)) == [b"", *(value or b"" for value in kept[1:])]
+    sweep(states, latest)
+    assert stored(states) == [None, *kept[1:]]
     assert decode_header(states._store.header(USER_STATE, PARTITION)) == partition.steps[0].header
     forever = make(store)
     forever.claim({PARTITION: partition.ends()})
-    assert forever.expire(PARTITION, latest + 999 * DAY_MS) == 0
+    sweep(forever, latest + 999 * DAY_MS)
+    assert stored(forever) == [None, *kept[1:]]
+
+
+NOW = 1_700_000_000_000
+PARTITIONS = (0, 1, 2)
+
+
+@pytest.fixture
+def aged(store: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], UserStates]:
+    """Makes states whose users, numbered from 1, are so many days old and lie in `PARTITIONS`."""
+
+    def read(
+        _: KafkaConfig, __: ArchiveConfig, starts: Mapping[int, int]
+    ) -> Iterator[tuple[int, Transaction | None]]:
+        return chain(*(told(partition, []) for partition in starts))
+
+    def make_aged(days: list[int]) -> UserStates:
+        states = make(store, prefix=uuid4().hex, expire_after_days=6)
+        nothing: dict[str, int] = dict.fromkeys(TOPICS, -1)
+        states.claim(dict.fromkeys(PARTITIONS, nothing))
+        for partition in PARTITIONS:
+            users = np.arange(1 + partition, 1 + len(days), 3).astype(np.uint64)
+            rows = blank(USER, len(users))
+            rows["last_time"] = NOW - np.array(days[partition::3], np.int64) * DAY_MS
+            taken = Taken(partition, users, rows, states[partition].header)
+            states.take(taken)
+            states.write([taken])
+        return states
+
+    monkeypatch.setattr(user_states, "read_journals", read)
+    return make_aged
+
+
+def left(states: UserStates) -> set[int]:
+    """The users in the store."""
+    return {
+        int(user)
+        for partition in PARTITIONS
+        for user in hashes_of(states._store.scan(USER_STATE, partition))
+    }
+
+
+def begin_sweep(states: UserStates, watermark: int = NOW) -> None:
+    states._sweep_at = 0.0
+    states.expire(PARTITIONS, watermark)
+
+
+def sweep(states: UserStates, watermark: int) -> None:
+    """A whole walk."""
+    states._sweep_at = 0.0
+    states.expire([*states._held], watermark)
+    while states._walk is not None:
+        states.expire([*states._held], watermark)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(days=st.lists(st.integers(0, 12), max_size=200), steps=st.integers(1, 5))
+def test_a_sweep_in_slices_deletes_what_a_whole_one_does(
+    aged: Callable[[list[int]], UserStates], days: list[int], steps: int
+) -> None:
+    whole, sliced = aged(days), aged(days)
+    sweep(whole, NOW)
+    asked: list[int] = []
+    ask = sliced._store._answered
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(len(arguments))
+        return ask(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "SCAN_KEYS", 5)
+        patch.setattr(user_states, "SLICE_STEPS", steps)
+        patch.setattr(sliced._store, "_answered", counted)
+        begin_sweep(sliced)
+        while sliced._walk is not None:
+            asked.clear()
+            sliced.expire(PARTITIONS, NOW)
+            assert len(asked) <= 2 * steps  # a read and a write each
+        assert time.monotonic() < sliced._sweep_at  # the next is not due yet
+        sliced.expire(PARTITIONS, NOW)
+        assert sliced._walk is None
+    kept = {user for user, age in enumerate(days, 1) if age <= 6}
+    assert left(whole) == left(sliced) == kept
+
+
+def test_a_slice_ends_in_time(
+    aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
+    monkeypatch.setattr(user_states, "SLICE_SECONDS", 0.0)
+    states = aged([9] * 300)
+    begin_sweep(states)
+    assert len(left(states)) > 200
+
+
+def test_a_sweep_leaves_a_partition_that_went(
+    aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
+    monkeypatch.setattr(user_states, "SLICE_STEPS", 1)
+    states = aged([9] * 300)
+    begin_sweep(states)
+    before = left(states)
+    states.drop([1])
+    while states._walk is not None:
+        states.expire([0, 2], NOW)
+    assert left(states) == {user for user in before if user % 3 == 2}
+    assert before
+
+
+def test_a_user_who_came_back_between_slices_stays(
+    aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
+    monkeypatch.setattr(user_states, "SLICE_STEPS", 1)
+    states = aged([9] * 300)
+    begin_sweep(states)
+    back = np.array([user for user in left(states) if user % 3 == 1], np.uint64)
+    (rows,), _ = states.read({0: back})
+    rows["last_time"] = NOW
+    taken = Taken(0, back, rows, states[0].header)
+    states.take(taken)
+    states.write([taken])
+    while states._walk is not None:
+        states.expire(PARTITIONS, NOW)
+    assert left(states) == set(back.tolist())
+    assert (states.read({0: back})[0][0]["last_time"] == NOW).all()
+
+
+def test_a_sweep_that_failed_begins_anew(
+    aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
+    monkeypatch.setattr(user_states, "SLICE_STEPS", 1)
+    states = aged([9] * 300)
+    begin_sweep(states)
+    with monkeypatch.context() as patch:
+        patch.setattr(states._store.client, "scan", Mock(side_effect=redis.ConnectionError))
+        with pytest.raises(StoreError):
+            states.expire(PARTITIONS, NOW)
+    states.expire(PARTITIONS, NOW)
+    assert states._walk is None
+    assert left(states)
+    sweep(states, NOW)
+    assert not left(states)
+
+
+def test_a_sweep_by_an_old_owner_deletes_nothing(aged: Callable[[list[int]], UserStates]) -> None:
+    states = aged([9] * 300)
+    for partition in PARTITIONS:
+        states._store.claim(USER_STATE, partition)
+    with pytest.raises(FencedError):
+        begin_sweep(states)
+    assert len(left(states)) == 300
 
 
 @given(
