@@ -105,7 +105,7 @@ def stages(snapshot: Snapshot, kafka: KafkaConfig) -> list[Stage]:
             stable is not None,
             "A model is in service",
             "Predictions come from running means (cold start) until a first model is trained.",
-            "starcast train",
+            "starcast retrain",
         ),
     ]
 

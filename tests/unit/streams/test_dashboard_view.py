@@ -60,6 +60,10 @@ def test_each_thing_that_is_missing_is_told_apart() -> None:
     assert all(stage.done for stage in stages(snapshot, KAFKA))
 
 
+def test_a_model_is_asked_for_by_the_command_that_puts_it_in_service() -> None:
+    assert stages(Snapshot(), KAFKA)[-1].command == "starcast retrain"  # `train` promotes none
+
+
 def test_the_reason_of_a_broker_that_is_gone_is_told() -> None:
     stage = stages(Snapshot(broker=Link(False, "connection refused at broker:9092")), KAFKA)[0]
     assert stage.text == "connection refused at broker:9092"
