@@ -105,7 +105,7 @@ def rollback(url: str, by: str, reason: str) -> Registry:
 
 
 def set_canary(url: str, version: str, sha256: str, share: float, by: str, reason: str) -> Registry:
-    """Try a bundle on a share of users (0: as a shadow)."""
+    """Note a bundle for a share of users (0: as a shadow); workers do not serve it."""
 
     def change(old: Registry) -> Registry:
         entry = _entry(version, sha256, by, reason)
