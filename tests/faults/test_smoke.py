@@ -14,6 +14,7 @@ SEED = 20_261_124
 KINDS = (
     "killed while scoring",
     "killed inside commit",
+    "killed with offsets noted",
     "killed after commit",
     "killed inside state write",
     "zombie before state write",

@@ -172,6 +172,29 @@ def test_amazon_2018_with_items(tmp_path: Path) -> None:
     assert never["price"] == 5.0
 
 
+@pytest.mark.parametrize(
+    ("told", "category"),
+    [
+        ("'categories': [['Home', 'Kitchen'], ['Sale']]", ["Home", "Kitchen"]),
+        ("'categories': [None]", None),
+        ("'categories': {'a': 1}", None),
+        ("'category': 5", None),
+    ],
+)
+def test_amazon_items_of_2014_are_written_as_python_has_them(
+    told: str, category: list[str] | None, tmp_path: Path
+) -> None:
+    files = [
+        packed(tmp_path / "meta.json", f"{{'asin': 'A1', 'title': \"Ox's salt\", {told}}}\n{{'a\n"),
+        packed(tmp_path / "reviews.csv", AMAZON_2014),
+    ]
+    report = import_amazon(files, tmp_path / "out.jsonl")
+    assert [count for count, _ in report.skipped.values()] == [1]
+    (found,) = values(read(tmp_path / "out.jsonl"), "items")
+    assert found["title"] == "Ox's salt"
+    assert found.get("category") == category
+
+
 def test_rees46_with_items_as_they_change(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     report = import_rees46([packed(tmp_path / "log.csv.gz", REES46)], out)

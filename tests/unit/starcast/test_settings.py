@@ -182,3 +182,21 @@ def test_settings_from_parts_read_no_source(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert settings.kafka.partitions == 3
     assert Settings().kafka.partitions == 8
+
+
+def test_one_underscore_for_two_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STARCAST_KAFKA_PORT", "tcp://10.0.0.1:9092")  # as Kubernetes makes them
+    assert load(folder=tmp_path) == load(folder=tmp_path)
+    monkeypatch.setenv("STARCAST_KAFKA_TOPIC_PREFIX", "trial.")
+    with pytest.raises(SettingsError, match="Did you mean STARCAST_KAFKA__TOPIC_PREFIX"):
+        load(folder=tmp_path)
+    monkeypatch.delenv("STARCAST_KAFKA_TOPIC_PREFIX")
+    (tmp_path / ".env").write_text("STARCAST_REDIS_URL=redis://store\n")
+    with pytest.raises(SettingsError, match=r"\.env: STARCAST_REDIS_URL.* STARCAST_REDIS__URL"):
+        load(folder=tmp_path)
+
+
+def test_the_settings_file_is_not_named_in_dotenv(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("STARCAST_CONFIG=prod.toml\n")
+    with pytest.raises(SettingsError, match="of the environment alone"):
+        load(folder=tmp_path)
