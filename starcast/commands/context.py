@@ -1,5 +1,6 @@
 """What all commands share: settings, consoles, and a clean end on a signal."""
 
+import os
 import signal
 import sys
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import cast
 
@@ -82,6 +84,30 @@ def progress_bar() -> Progress:
         console=notes,
         disable=not notes.is_terminal,
     )
+
+
+def check_output(out: Path | None, *inputs: Path | None) -> None:
+    """Refuse a file that cannot be written or is an input, before work is done for it.
+
+    The folder it goes to is made.
+    """
+    if out is None:
+        return
+    try:
+        if out.exists():
+            if not out.is_file():
+                raise typer.BadParameter(f"{out} is not a file; name one to write")
+            if any(each is not None and out.samefile(each) for each in inputs):
+                raise typer.BadParameter(f"{out} is read as well; name another to write")
+            if not os.access(out, os.W_OK):
+                raise typer.BadParameter(f"{out} may not be written; name another")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):  # rights alone do not tell, as in /proc
+            pass
+    except OSError as problem:
+        raise typer.BadParameter(
+            f"{out} cannot be written: {problem.strerror}; name another"
+        ) from None
 
 
 def fail(message: str, code: int = 1) -> typer.Exit:

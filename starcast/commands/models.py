@@ -16,7 +16,15 @@ from rich.table import Table
 
 from schemas.exceptions import StarcastError
 from schemas.records import ModelUpdate, Stage
-from starcast.commands.context import fail, notes, output, progress_bar, settings_of, stopping
+from starcast.commands.context import (
+    check_output,
+    fail,
+    notes,
+    output,
+    progress_bar,
+    settings_of,
+    stopping,
+)
 from starcast.settings import Settings
 from streams.config import KafkaConfig
 from streams.producer import outgoing, play
@@ -205,6 +213,7 @@ def evaluate(
     ] = Path(".starcast/evaluate"),
 ) -> None:
     """Measure a model beside its peers on the newest rows of a record file."""
+    check_output(json_out, events)
     from trainer import data
     from trainer import evaluate as evaluation
     from trainer.assess import assess, summary
@@ -241,7 +250,6 @@ def evaluate(
             }
     output.print(shown)
     if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         whole = {"events": str(events), **document}
         json_out.write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
         json_out.with_suffix(".svg").write_text(plot, encoding="utf-8")
@@ -261,6 +269,7 @@ def search(
     ),
 ) -> None:
     """Look for better settings of a model, on validation rows."""
+    check_output(out, events)
     from trainer import search as searching
 
     settings = settings_of(context)
@@ -303,6 +312,7 @@ def compress(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     """Make the text encoder smaller and faster, and train a model with the one chosen."""
+    check_output(json_out, events)
     from model import registry
     from trainer import compress as compressing
     from trainer.prepare import cleaned, review_texts, tracker

@@ -16,6 +16,7 @@ from schemas.topics import BY_NAME
 from starcast import importers, shop
 from starcast.commands.context import (
     INTERRUPTED,
+    check_output,
     fail,
     notes,
     output,
@@ -54,6 +55,7 @@ def movielens(files: Files, out: Out) -> None:
 def _import(
     read: Callable[[Sequence[Path], Path], importers.ImportReport], files: list[Path], out: Path
 ) -> None:
+    check_output(out, *files)
     with progress_bar() as progress:
         progress.add_task(f"Reading {', '.join(file.name for file in files)}", total=None)
         report = read(files, out)
@@ -76,6 +78,7 @@ def sample(
     ] = None,
 ) -> None:
     """Write the record file of a generated shop: invented users, items, behaviour and reviews."""
+    check_output(out)
     counts = write_records(out, shop.shop(seed, users, items, events, end))
     for topic, count in sorted(counts.items()):
         output.print(f"{count:>10,} {topic}", markup=False)

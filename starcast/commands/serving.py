@@ -18,6 +18,7 @@ from rich.text import Text
 from schemas.exceptions import UnreachableError
 from starcast.commands.context import (
     INTERRUPTED,
+    check_output,
     fail,
     notes,
     output,
@@ -53,6 +54,7 @@ def demo(
     """Show everything at work on this machine alone: broker, store, a shop, training, dashboard."""
     if once != (events is not None):
         raise typer.BadParameter("--once and --events FILE go together")
+    check_output(json_out, events)
     settings = settings_of(context)
     if port is not None:
         settings.web.port = port

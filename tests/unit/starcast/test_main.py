@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast import __version__
+from starcast.commands.context import check_output
 from starcast.main import app, main
 from streams.embedded import HOST, free_port
 
@@ -145,6 +146,49 @@ def test_sample_writes_a_record_file(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "shop.jsonl").read_text().splitlines()]
     assert len(lines) == 59
     assert {line["topic"] for line in lines} == {"users", "items", "reviews", "behavior"}
+
+
+READERS = [
+    ["import", "amazon", "in.jsonl", "--out"],
+    ["evaluate", "--events", "in.jsonl", "--json"],
+    ["search", "rating", "in.jsonl", "--out"],
+    ["compress", "in.jsonl", "--json"],
+    ["demo", "--once", "--events", "in.jsonl", "--json"],
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        (command, out)
+        for command in (["sample", "--out"], ["asyncapi", "--out"], *READERS)
+        for out in ("folder", "in.jsonl/out", "/proc/out")
+    ]
+    + [(command, out) for command in READERS for out in ("in.jsonl", "link")],
+)
+def test_what_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], out: str
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("worked")
+
+    for name in (
+        "starcast.commands.models.settings_of",
+        "starcast.commands.serving.settings_of",
+        "starcast.importers.import_amazon",
+        "starcast.shop.shop",
+    ):
+        monkeypatch.setattr(name, work)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "in.jsonl").write_text("kept")
+    (tmp_path / "link").symlink_to("in.jsonl")
+    assert run_main(monkeypatch, *command, out) == 2
+    assert (tmp_path / "in.jsonl").read_text() == "kept"
+
+
+def test_the_folder_of_an_output_is_made(tmp_path: Path) -> None:
+    check_output(tmp_path / "deep" / "out.json", tmp_path / "missing.jsonl")
+    assert list((tmp_path / "deep").iterdir()) == []
 
 
 def test_no_broker_is_told_in_a_line_with_1(
