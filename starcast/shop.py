@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from schemas.exceptions import StarcastError
-from schemas.records import Action, Behavior, Item, Record, Review, User
+from schemas.records import EARLIEST_TIME, LATEST_TIME, Action, Behavior, Item, Record, Review, User
 
 SPAN = timedelta(days=21)  # from the first record to the last
 
@@ -138,6 +138,11 @@ def shop(
     if min(users, items, events) < 1:
         raise StarcastError("A generated shop needs at least one user, one item and one event.")
     end = end or datetime.now(UTC)
+    if not EARLIEST_TIME + SPAN <= end <= LATEST_TIME:
+        raise StarcastError(
+            f"A generated shop cannot end at {end.date()}: its records would not keep the "
+            f"contract. Choose from {(EARLIEST_TIME + SPAN).date()} to {LATEST_TIME.date()}."
+        )
     start = end - SPAN
     random = np.random.default_rng(seed)
     text = files("starcast").joinpath("shop.toml").read_text(encoding="utf-8")

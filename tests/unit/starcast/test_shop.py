@@ -57,6 +57,12 @@ def test_small_shops(users: int, items: int, events: int) -> None:
     assert len(made) == users + items + events
 
 
+@pytest.mark.parametrize("year", [1, 1000, 1990, 2101])
+def test_no_shop_of_times_outside_the_contract(year: int) -> None:
+    with pytest.raises(StarcastError, match=rf"cannot end at 0*{year}-01-01.*1990-01-22"):
+        next(shop(end=datetime(year, 1, 1, tzinfo=UTC)))
+
+
 def test_no_shop_of_nothing() -> None:
     with pytest.raises(StarcastError, match="at least one"):
         next(shop(users=0))
