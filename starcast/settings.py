@@ -166,9 +166,12 @@ def _given(config: Path | None, folder: Path) -> dict[Path_, _Given]:
     """Every value that is given somewhere, by the source that wins."""
     given: dict[Path_, _Given] = {}
     given |= _from_toml(config, folder)
-    given |= _from_variables(
-        DotEnvSettingsSource(Settings, env_file=folder / ".env"), f"{folder / '.env'}: "
-    )
+    dotenv = folder / ".env"
+    try:
+        variables = DotEnvSettingsSource(Settings, env_file=dotenv)
+    except UnicodeDecodeError as problem:
+        raise SettingsError(f"{dotenv} is not in UTF-8: {problem}. Save it as UTF-8.") from None
+    given |= _from_variables(variables, f"{dotenv}: ")
     given |= _from_variables(EnvSettingsSource(Settings), "environment variable ")
     return given
 

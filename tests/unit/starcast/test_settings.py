@@ -56,6 +56,12 @@ def test_environment_wins_over_dotenv_over_toml(
     assert sources["kafka.replication"] == "default"
 
 
+def test_a_dotenv_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("STARCAST_KAFKA__GROUP_ID=Straße\n".encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"\.env is not in UTF-8"):
+        load(folder=tmp_path)
+
+
 def test_config_variable_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "other.toml"
     file.write_text("[web]\nport = 1\n")
