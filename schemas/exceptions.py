@@ -1,7 +1,7 @@
 """Every error that Starcast raises on purpose has `StarcastError` as its base.
 
-A message says what happened, where, and what to do. The command line prints the message alone;
-any other exception is a bug and keeps its stack trace.
+A message says what happened, where, and what to do. The command line prints the message alone,
+and that of an OSError; any other exception is a bug and keeps its stack trace.
 """
 
 

@@ -72,8 +72,16 @@ def choose(
 
 
 def main() -> None:
-    """Runs the command line. Errors raised on purpose are told in one message, without a trace."""
+    """Runs the command line. Errors raised on purpose are told in one message, without a trace.
+
+    So are those of the system, as of a full disk: they are no bugs either.
+    """
     try:
         app()
     except StarcastError as problem:
         sys.exit(fail(str(problem)).exit_code)
+    except OSError as problem:
+        said = problem.strerror or str(problem) or type(problem).__name__
+        where = "" if problem.filename is None else f": {problem.filename}"
+        advice = "Check that it is there, that you may use it, and that its disk has room."
+        sys.exit(fail(f"{said}{where}. {advice}").exit_code)

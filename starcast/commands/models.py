@@ -8,7 +8,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import orjson
 import typer
@@ -93,6 +93,7 @@ def train(
     from trainer.fine_tune import is_first
     from trainer.train import train as fit
 
+    evaluated = None if evaluation is None else _evaluation(evaluation)
     settings = settings_of(context)
     models = settings.models
     before = registry.read(models.url).stable
@@ -105,7 +106,7 @@ def train(
             encoder=models.encoder,
             stable=_bundle(models.url, before),
             other=None if start is None else bundle.open_folder(start),
-            evaluated=None if evaluation is None else orjson.loads(evaluation.read_bytes()),
+            evaluated=evaluated,
             progress=progress,
             source=f"the archive at {settings.archive.url}" if file is None else file.name,
         )
@@ -122,6 +123,19 @@ def train(
     after = registry.promote(models.url, result.version, result.sha256, _who(), reason, expected)
     _announce(settings.kafka, before, after)
     output.print(f"{result.version} is stable.")
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """The document of an evaluation."""
+    try:
+        document = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise fail(
+            f"{path} is not JSON: {error}; give what `starcast evaluate --json` wrote."
+        ) from None
+    if not isinstance(document, dict):
+        raise fail(f"{path} is no evaluation; give what `starcast evaluate --json` wrote.")
+    return cast(dict[str, Any], document)
 
 
 def retrain(

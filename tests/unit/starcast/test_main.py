@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,30 @@ def test_an_expected_error_is_one_message_and_1(
     assert "STARCAST_KAFKA__PARTITIONS" in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
+
+
+def test_an_error_of_the_system_is_one_message_and_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(ENOSPC, "No space left on device", "/data/out")
+
+    monkeypatch.setattr("starcast.commands.contract.asyncapi_document", full)
+    assert run_main(monkeypatch, "asyncapi") == 1
+    assert capsys.readouterr().err.startswith("No space left on device: /data/out. Check ")
+
+
+@pytest.mark.parametrize("written", ["not JSON", "[]"])
+def test_what_is_no_evaluation_is_refused_before_a_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    written: str,
+) -> None:
+    (tmp_path / "shop.jsonl").touch()
+    (tmp_path / "bad.json").write_text(written)
+    assert run_main(monkeypatch, "train", "shop.jsonl", "--evaluation", "bad.json") == 1
+    assert capsys.readouterr().err.startswith("bad.json is no")
 
 
 def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
