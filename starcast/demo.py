@@ -32,7 +32,7 @@ from model.ladder import VERSION as LADDER
 from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.files import read_values
-from starcast.settings import Settings
+from starcast.settings import CONFIG_VARIABLE, Settings
 from starcast.shop import shop
 from streams.admin import apply_topics
 from streams.embedded import Child, embedded, free_port, start_child
@@ -43,6 +43,7 @@ from trainer.baselines import running_baselines
 EVENTS = ("reviews", "behavior")
 TRAIN_SHARE = 0.8  # of the events of a file are in when the model is trained
 RATE = 600.0  # events a second of a played file: item states stay within a moment of their events
+SEED = 7  # of the generated shop
 SHOP_RATE = 40.0  # events a second of the generated shop, once its history is in
 SHOP_HISTORY = 6_000  # events played fast at the start, so that there is something to learn from
 SHOP_USERS, SHOP_ITEMS, SHOP_EVENTS = 600, 400, 200_000
@@ -98,8 +99,13 @@ class Cluster:
 
 
 @contextmanager
-def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[Cluster]:
-    """Broker, store and workers in a folder of their own, which is removed at the end."""
+def cluster(
+    settings: Settings, console: Console, dashboard: bool, config: Path | None = None
+) -> Generator[Cluster]:
+    """Broker, store and workers in a folder of their own, which is removed at the end.
+
+    `config` is the file that `settings` came from, where one was named.
+    """
     folder = Path(tempfile.mkdtemp(prefix="starcast-demo-"))
     with ExitStack() as stack:
         with console.status("starting the embedded broker and store"):
@@ -112,6 +118,8 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
         own.archive.url = str(folder / "archive")
         own.models.url = str(folder / "models")
         environment = {
+            **({} if config is None else {CONFIG_VARIABLE: str(config.absolute())}),
+            "STARCAST_LOG__LEVEL": own.log.level,
             "STARCAST_KAFKA__BOOTSTRAP_SERVERS": endpoints.bootstrap_servers,
             "STARCAST_KAFKA__EXACTLY_ONCE": "false",
             "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
@@ -148,9 +156,15 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_demo(settings: Settings, console: Console, stop: threading.Event, seed: int = 7) -> None:
+def run_demo(
+    settings: Settings,
+    console: Console,
+    stop: threading.Event,
+    seed: int = SEED,
+    config: Path | None = None,
+) -> None:
     """Play the generated shop, train, retrain once, and serve the dashboard until `stop`."""
-    with cluster(settings, console, dashboard=True) as running:
+    with cluster(settings, console, dashboard=True, config=config) as running:
         console.print(f"dashboard: http://{settings.web.host}:{settings.web.port}")
         console.print(f"logs: {running.folder}")
         player = _ShopPlayer(running, seed, stop)
@@ -174,14 +188,19 @@ def run_demo(settings: Settings, console: Console, stop: threading.Event, seed: 
 
 
 def run_once(
-    settings: Settings, console: Console, stop: threading.Event, events: Path, rate: float = RATE
+    settings: Settings,
+    console: Console,
+    stop: threading.Event,
+    events: Path,
+    rate: float = RATE,
+    config: Path | None = None,
 ) -> Summary:
     """Play a record file, train once when 80% of its events are in, and count what came back."""
     started = time.monotonic()
     records = [Outgoing(each.topic, each.key, each.value) for each in read_values(events)]
     places = [at for at, each in enumerate(records) if each.topic in EVENTS]
     cut = places[int(len(places) * TRAIN_SHARE)] if places else len(records)
-    with cluster(settings, console, dashboard=False) as running:
+    with cluster(settings, console, dashboard=False, config=config) as running:
         sender = Sender(running.settings.kafka)
         with (
             console.status("playing events") as status,

@@ -45,9 +45,14 @@ class Chosen:
     log_level: log.Level | None = None
 
 
+def chosen_of(context: typer.Context) -> Chosen:
+    """What was chosen before the command's name."""
+    return cast(Chosen, context.obj)
+
+
 def settings_of(context: typer.Context) -> Settings:
     """The settings in force, with the log set up as they say."""
-    chosen = cast(Chosen, context.obj)
+    chosen = chosen_of(context)
     settings = load(chosen.config)
     if chosen.log_level is not None:
         settings.log.level = chosen.log_level

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import orjson
 import typer
@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from schemas.export import asyncapi as asyncapi_document
 from schemas.export import json_schema
 from schemas.topics import TOPICS
-from starcast.commands.context import Chosen, check_output, notes, output
+from starcast.commands.context import check_output, chosen_of, notes, output
 from starcast.settings import load_with_sources
 
 Out = Annotated[Path | None, typer.Option("--out", help="Write to this file.")]
@@ -45,7 +45,7 @@ def config(
     changed: Annotated[bool, typer.Option("--changed", help="Only what is not default.")] = False,
 ) -> None:
     """Print every setting with its value, where the value comes from, and what it means."""
-    _, rows = load_with_sources(cast(Chosen, context.obj).config)
+    _, rows = load_with_sources(chosen_of(context).config)
     rows = [row for row in rows if not changed or row.source != "default"]
     if as_json:
         _print_json([asdict(row) for row in rows], None)

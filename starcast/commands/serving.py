@@ -19,6 +19,7 @@ from schemas.exceptions import UnreachableError
 from starcast.commands.context import (
     INTERRUPTED,
     check_output,
+    chosen_of,
     fail,
     notes,
     output,
@@ -48,23 +49,33 @@ def demo(
         Path | None, typer.Option("--json", help="Write what came of it, with --once.")
     ] = None,
     rate: Annotated[float | None, typer.Option(min=1, help="Events a second, with --once.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65_535, help="Of the dashboard.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the generated shop.")] = 7,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65_535, help="Of the dashboard, without --once.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the generated shop, without --once; else 7.")
+    ] = None,
 ) -> None:
     """Show everything at work on this machine alone: broker, store, a shop, training, dashboard."""
     if once != (events is not None):
         raise typer.BadParameter("--once and --events FILE go together")
+    if not once and (json_out is not None or rate is not None):
+        raise typer.BadParameter("--json and --rate are of --once")
+    if once and (port is not None or seed is not None):
+        raise typer.BadParameter("--port and --seed are not of --once")
     check_output(json_out, events)
     settings = settings_of(context)
     if port is not None:
         settings.web.port = port
-    from starcast.demo import RATE, run_demo, run_once, write_summary
+    from starcast.demo import RATE, SEED, run_demo, run_once, write_summary
+
+    config = chosen_of(context).config
 
     with stopping() as stop:
         if events is None:
-            run_demo(settings, notes, stop, seed)
+            run_demo(settings, notes, stop, SEED if seed is None else seed, config)
             return
-        summary = run_once(settings, notes, stop, events, rate or RATE)
+        summary = run_once(settings, notes, stop, events, rate or RATE, config)
     output.print(orjson.dumps(asdict(summary)).decode(), markup=False, soft_wrap=True)
     if json_out is not None:
         write_summary(summary, json_out)

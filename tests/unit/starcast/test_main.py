@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from schemas.topics import TOPICS
 from starcast import __version__
 from starcast.commands.context import check_output
 from starcast.main import app, main
-from streams.embedded import HOST, free_port
+from starcast.settings import load
+from streams.embedded import HOST, Endpoints, free_port
 
 RUNNER = CliRunner()
 
@@ -232,6 +234,48 @@ def test_no_broker_is_told_in_a_line_with_1(
 def test_produce_takes_one_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f.jsonl").write_text("")
     assert run_main(monkeypatch, "produce", "f.jsonl", "--rate", "1", "--speed", "1") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rate", "9"],
+        ["--json", "out.json"],
+        ["--once", "--events", "f.jsonl", "--port", "9"],
+        ["--once", "--events", "f.jsonl", "--seed", "0"],
+    ],
+)
+def test_a_demo_refuses_options_of_the_other_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr("starcast.demo.embedded", lambda folder: pytest.fail("started"))
+    (tmp_path / "f.jsonl").touch()
+    assert run_main(monkeypatch, "demo", *arguments) == 2
+
+
+@pytest.mark.parametrize("mode", [[], ["--once", "--events", "f.jsonl"]])
+def test_a_demos_children_have_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str]
+) -> None:
+    def start_child(*_: object, environment: dict[str, str], **__: object) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir("/")
+        found = load()
+        assert (found.kafka.topic_prefix, found.log.level) == ("mine.", "error")
+        raise StarcastError("asked")
+
+    monkeypatch.setattr(
+        "starcast.demo.embedded", lambda folder: nullcontext(Endpoints("127.0.0.1:1", "redis://r"))
+    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # a demo that fails leaves its folder
+    monkeypatch.setattr("starcast.demo.apply_topics", lambda kafka: None)
+    monkeypatch.setattr("starcast.demo.start_child", start_child)
+    (tmp_path / "f.jsonl").touch()
+    (tmp_path / "my.toml").write_text("[kafka]\ntopic_prefix = 'mine.'\n")
+    arguments = ["--config", "my.toml", "--log-level", "error", "demo", *mode]
+    result = RUNNER.invoke(app, arguments)
+    assert str(result.exception) == "asked"
 
 
 def test_models_of_an_empty_folder(
