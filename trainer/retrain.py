@@ -25,6 +25,8 @@ from trainer.train import TrainResult, train
 
 logger = logging.getLogger(__name__)
 
+FIRST_RETRY = timedelta(minutes=1)  # of a new shop, whose archive is empty when the trainer starts
+
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -129,22 +131,42 @@ def retrain_every(
     once: Callable[[], object],
     stop: threading.Event,
     on_error: Callable[[StarcastError], None] | None = None,
+    is_served: Callable[[], bool] = lambda: True,
+    first_retry: timedelta = FIRST_RETRY,
 ) -> None:
     """Call `once` now and then every so often until `stop` is set.
 
     A run that is due while another is going on is left out. A StarcastError of a run goes to
     `on_error`, or to the log, and the schedule goes on; a run that is going on at the stop is
-    waited for.
+    waited for. While no model `is_served`, the next run follows after `first_retry`, doubled by
+    each run without an error: a model that the gate refuses took work and keeps its space.
     """
+    wait = min(first_retry, every)
 
-    def run() -> None:
+    def tell(error: StarcastError) -> None:
+        if on_error is not None:
+            on_error(error)
+        else:
+            logger.error("retraining failed: %s", error)
+
+    def try_once() -> bool:
+        """Whether the schedule is soon enough for the next run."""
+        nonlocal wait
         try:
             once()
+            wait = min(2 * wait, every)
         except StarcastError as error:
-            if on_error is not None:
-                on_error(error)
-            else:
-                logger.error("retraining failed: %s", error)
+            tell(error)
+        try:
+            return wait >= every or is_served()
+        except StarcastError as error:
+            tell(error)
+            return True
+
+    def run() -> None:
+        # Waits here: a job that changes its own schedule can hang a scheduler that shuts down.
+        while not try_once() and not stop.wait(wait.total_seconds()):
+            pass
 
     scheduler = BackgroundScheduler(timezone=UTC)
     scheduler.add_job(

@@ -152,6 +152,7 @@ def retrain(
     """Fit a model from the archive and let it serve if it passes the gate."""
     if once and every:
         raise typer.BadParameter("take --once or --every, not both")
+    from model import registry
     from trainer.retrain import parse_every, retrain_every
 
     settings = settings_of(context)
@@ -160,7 +161,12 @@ def retrain(
         return
     span = parse_every(every)
     with stopping() as stop:
-        retrain_every(span, lambda: _retrain_once(settings, on_drift), stop)
+        retrain_every(
+            span,
+            lambda: _retrain_once(settings, on_drift),
+            stop,
+            is_served=lambda: registry.read(settings.models.url).stable is not None,
+        )
 
 
 def _retrain_once(settings: Settings, on_drift: bool = False) -> None:

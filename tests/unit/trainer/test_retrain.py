@@ -1,7 +1,9 @@
 """The schedule of retraining."""
 
 import threading
+import time
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 
@@ -48,3 +50,43 @@ def test_it_runs_at_once_and_again_after_an_error_until_it_is_stopped() -> None:
     assert not thread.is_alive()
     assert runs[0] >= 2
     assert errors == ["not yet"]
+
+
+def test_it_tries_again_soon_while_nothing_is_served_and_later_after_each_model_refused() -> None:
+    stop, served, times = threading.Event(), threading.Event(), list[float]()
+
+    def once() -> None:
+        times.append(time.monotonic())
+        if len(times) < 3:
+            raise StarcastError("the archive is empty")
+        if len(times) == 5:
+            served.set()
+
+    thread = threading.Thread(
+        target=retrain_every,
+        args=(timedelta(hours=6), once, stop, lambda _: None, served.is_set),
+        kwargs={"first_retry": timedelta(seconds=0.1)},
+    )
+    thread.start()
+    assert served.wait(20)
+    time.sleep(0.6)  # another would have come by now
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(times) == 5
+    waits = [later - earlier for earlier, later in pairwise(times)]
+    assert waits[0] >= 0.1
+    assert waits[2] >= 0.2
+    assert waits[3] >= 0.4
+
+
+def test_a_stop_ends_the_wait_for_another_try() -> None:
+    stop, ran = threading.Event(), threading.Event()
+    thread = threading.Thread(
+        target=retrain_every, args=(timedelta(hours=6), ran.set, stop, None, lambda: False)
+    )
+    thread.start()
+    assert ran.wait(10)
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
