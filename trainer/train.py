@@ -443,7 +443,8 @@ def _evaluated(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a model card tells of an evaluation: `peers` and `ablations`."""
     if not document:
         return {}
-    prequential = document.get("rating", {}).get("prequential")
+    rating = document.get("rating")
+    prequential = cast(Any, rating).get("prequential") if isinstance(rating, dict) else None
     if prequential is None:
         raise TrainerError(
             "the evaluation compares no models: "

@@ -157,12 +157,13 @@ def test_too_few_ratings_are_an_error_that_says_so(tmp_path: Path) -> None:
         train(from_file(path), str(tmp_path), CONFIG, encoder="none")
 
 
+@pytest.mark.parametrize("rating", [{"model": {}}, 3])
 def test_an_evaluation_of_one_model_alone_is_refused_before_anything_is_fitted(
-    tmp_path: Path,
+    rating: object, tmp_path: Path
 ) -> None:
     path = tmp_path / "few.jsonl"
     write_records(path, shop()[:300])  # too few to learn from, which would be said next
-    alone = {"model": "v1", "rating": {"model": {}}}
+    alone = {"model": "v1", "rating": rating}
     with pytest.raises(TrainerError, match="without --model"):
         train(from_file(path), str(tmp_path), CONFIG, encoder="none", evaluated=alone)
 
