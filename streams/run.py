@@ -74,17 +74,22 @@ class _Shared:
     metrics: Metrics
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises StarcastError when there is no such processor."""
+    unknown = [name for name in names if name not in PROCESSORS]
+    if unknown:
+        raise StarcastError(
+            f"There is no processor {', '.join(unknown)}. Choose from {', '.join(PROCESSORS)}."
+        )
+
+
 def run_processors(names: Sequence[str], settings: Settings, stop: threading.Event) -> None:
     """Run processors until `stop` is set or one of them fails; its error is raised.
 
     Raises `UnreachableError` when the broker does not answer at the start. A store that is gone
     is waited for.
     """
-    unknown = [name for name in names if name not in PROCESSORS]
-    if unknown:
-        raise StarcastError(
-            f"There is no processor {', '.join(unknown)}. Choose from {', '.join(PROCESSORS)}."
-        )
+    check_names(names)
     if set(names) - {"dashboard"}:
         reach(settings.kafka)
     metrics = make_metrics()

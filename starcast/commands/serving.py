@@ -99,10 +99,11 @@ def run(
 ) -> None:
     """Run processors, several in one process if you like, until Ctrl-C or SIGTERM."""
     settings = settings_of(context)
+    from streams.run import check_names, run_processors
+
+    check_names(processors)
     if set(processors) - {"dashboard"}:  # the dashboard waits by itself, and says so on its page
         _wait_for_broker(settings.kafka, wait)
-    from streams.run import run_processors
-
     with stopping() as stop:
         run_processors(processors, settings, stop)
 

@@ -231,6 +231,14 @@ def test_no_broker_is_told_in_a_line_with_1(
         assert "Traceback" not in printed
 
 
+def test_a_processor_that_does_not_exist_is_told_before_the_broker_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", f"{HOST}:{free_port()}")
+    assert run_main(monkeypatch, "run", "scorer", "nosuch") == 1
+    assert "There is no processor nosuch." in capsys.readouterr().err
+
+
 def test_produce_takes_one_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f.jsonl").write_text("")
     assert run_main(monkeypatch, "produce", "f.jsonl", "--rate", "1", "--speed", "1") == 2
