@@ -82,7 +82,8 @@ def test_stars_of_the_newest_day_change_no_prediction(
 
     def predictions(name: str, turned: bool) -> dict[str, Any]:
         entries: Entries = []
-        for topic, record in shop():
+        sold: list[tuple[str, Any]] = [*shop()]
+        for topic, record in sold:
             day = record.event_time.replace(hour=0, minute=0)
             last = topic == "reviews" and day == LAST_DAY
             stars = {"rating": 6 - record.rating} if turned and last else {}
