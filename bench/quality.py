@@ -169,7 +169,7 @@ def method(place: Place, name: Method) -> dict[str, Any]:
 
 def fitted_by(place: Place, name: Method) -> dict[str, Any]:
     """What a way to fine-tune costs and gives on the newest texts."""
-    config = TrainerConfig(text=TextConfig(method=name, text_limit=0))
+    config = TrainerConfig(text=TextConfig(method=name))
     log = from_file(place.events(TEXT_SET))
     reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
     base = base_encoder("auto", None, config)

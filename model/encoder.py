@@ -311,6 +311,12 @@ def files(folder: Path) -> list[str]:
     return sorted(kept + nested)
 
 
+def setting_hash(setting: str) -> str:
+    """The `folder_hash` of what the setting `models.encoder` names; "" for none."""
+    folder = locate(setting)
+    return "" if folder is None else folder_hash(folder)
+
+
 def folder_hash(folder: Path) -> str:
     """16 hexadecimal digits of the sha256 of an encoder's files, without loading it."""
     digest = hashlib.sha256()

@@ -103,7 +103,7 @@ class Models:
 
     def _ladder(self) -> Serving:
         folder = encoder.locate(self._config.encoder)
-        hash_ = encoder.folder_hash(folder) if folder else ""
+        hash_ = encoder.setting_hash(self._config.encoder)
         return self._warmed(Serving(predictor(None), None, folder, None, hash_))
 
     def _serve(self, loaded: Bundle) -> Serving:

@@ -1,5 +1,6 @@
 """Settings of the trainer; `starcast config` prints them."""
 
+import sys
 from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -210,9 +211,9 @@ class TextConfig(BaseModel):
     fine_tune: FineTuneConfig = Field(default_factory=FineTuneConfig)
 
     @property
-    def limit(self) -> int | None:
-        """Newest texts that the method takes; None: all. A head has few weights to learn."""
-        return (self.head_limit if self.method == "frozen" else self.text_limit) or None
+    def limit(self) -> int:
+        """Newest texts that the method takes at most: a head alone has few weights to learn."""
+        return (self.head_limit if self.method == "frozen" else self.text_limit) or sys.maxsize
 
 
 class SizesConfig(BaseModel):

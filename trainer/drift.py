@@ -109,7 +109,7 @@ def measure(
     predictions = stability(kept.predictions, told) if len(told) else None
     error = None
     if rated.height >= config.least_rows:
-        gaps = rated["predicted"].to_numpy().clip(1, 5) - rated["rating"].to_numpy()
+        gaps = told.clip(1, 5) - rated["rating"].to_numpy()
         error = float(np.sqrt(np.mean(gaps**2)))
     reasons: list[str] = []
     if len(features) >= config.least_rows:

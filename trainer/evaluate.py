@@ -180,8 +180,7 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
 def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
     """Where the parts of an evaluation are kept: one for each file, settings, encoder and code."""
     digest = hashlib.sha256(path.read_bytes())
-    place = encoders.locate(encoder)
-    read = encoders.folder_hash(place) if place else ""
+    read = encoders.setting_hash(encoder)
     digest.update(orjson.dumps([config.model_dump(mode="json"), read, ties]))
     for package in (Path(encoders.__file__).parent, Path(__file__).parent):
         for source in sorted(package.rglob("*.py")):  # another release may say otherwise

@@ -91,7 +91,7 @@ def ours(
     whole = worded.whole
     test = np.flatnonzero(whole.span == TEST)
     known = np.flatnonzero(whole.span != TEST)
-    rows = np.concatenate([known[-(config.text.limit or len(known)) :], test])
+    rows = np.concatenate([known[-config.text.limit :], test])
     used = ReviewTexts(taken(whole.texts, rows), whole.rating[rows], whole.span[rows], unrated)
     bar = tracker(progress, "reading review texts")
 

@@ -51,7 +51,7 @@ def review_texts(
     """The newest texts of cleaned reviews, split by time among themselves; None when too few."""
     worded = reviews.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
     worded = worded.sort("time", maintain_order=True)
-    worded = worded.tail(config.limit or worded.height)
+    worded = worded.tail(config.limit)
     if worded.height < config.least_texts:
         return None
     spans = by_time(np.arange(worded.height), split)
@@ -69,7 +69,7 @@ def unrated_texts(log: Log, config: TextConfig, before: int | None = None) -> li
         table = table.filter(pl.col("row") < before)
     texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
     found = [each for each in texts if each]
-    return found[-(config.limit or len(found)) :]
+    return found[-config.limit :]
 
 
 def item_vectors(

@@ -251,10 +251,8 @@ def _judge(log: Log, what: What, config: TrainerConfig, encoder: str) -> Judge:
 
 def _digest(log: Log, config: TrainerConfig, encoder: str) -> str:
     """Of all that a trial's error hangs on: trials of another shop say nothing of this one."""
-    place = encoders.locate(encoder)
-    read = encoders.folder_hash(place) if place else ""
     digest = hashlib.sha256(np.ascontiguousarray(log.events).data)
-    digest.update(f"{config.model_dump_json()} {read}".encode())
+    digest.update(f"{config.model_dump_json()} {encoders.setting_hash(encoder)}".encode())
     return digest.hexdigest()[:16]
 
 

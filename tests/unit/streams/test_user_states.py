@@ -417,6 +417,16 @@ def sweep(states: UserStates, watermark: int) -> None:
         states.expire([*states._held], watermark)
 
 
+@pytest.fixture
+def begun(aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch) -> UserStates:
+    """States that are all too old, after the first slice of a sweep by single steps."""
+    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
+    monkeypatch.setattr(user_states, "SLICE_STEPS", 1)
+    states = aged([9] * 300)
+    begin_sweep(states)
+    return states
+
+
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(days=st.lists(st.integers(0, 12), max_size=200), steps=st.integers(1, 5))
 def test_a_sweep_in_slices_deletes_what_a_whole_one_does(
@@ -457,56 +467,40 @@ def test_a_slice_ends_in_time(
     assert len(left(states)) > 200
 
 
-def test_a_sweep_leaves_a_partition_that_went(
-    aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
-    monkeypatch.setattr(user_states, "SLICE_STEPS", 1)
-    states = aged([9] * 300)
-    begin_sweep(states)
-    before = left(states)
-    states.drop([1])
-    while states._walk is not None:
-        states.expire([0, 2], NOW)
-    assert left(states) == {user for user in before if user % 3 == 2}
+def test_a_sweep_leaves_a_partition_that_went(begun: UserStates) -> None:
+    before = left(begun)
+    begun.drop([1])
+    while begun._walk is not None:
+        begun.expire([0, 2], NOW)
+    assert left(begun) == {user for user in before if user % 3 == 2}
     assert before
 
 
-def test_a_user_who_came_back_between_slices_stays(
-    aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
-    monkeypatch.setattr(user_states, "SLICE_STEPS", 1)
-    states = aged([9] * 300)
-    begin_sweep(states)
-    back = np.array([user for user in left(states) if user % 3 == 1], np.uint64)
-    (rows,), _ = states.read({0: back})
+def test_a_user_who_came_back_between_slices_stays(begun: UserStates) -> None:
+    back = np.array([user for user in left(begun) if user % 3 == 1], np.uint64)
+    (rows,), _ = begun.read({0: back})
     rows["last_time"] = NOW
-    taken = Taken(0, back, rows, states[0].header)
-    states.take(taken)
-    states.write([taken])
-    while states._walk is not None:
-        states.expire(PARTITIONS, NOW)
-    assert left(states) == set(back.tolist())
-    assert (states.read({0: back})[0][0]["last_time"] == NOW).all()
+    taken = Taken(0, back, rows, begun[0].header)
+    begun.take(taken)
+    begun.write([taken])
+    while begun._walk is not None:
+        begun.expire(PARTITIONS, NOW)
+    assert left(begun) == set(back.tolist())
+    assert (begun.read({0: back})[0][0]["last_time"] == NOW).all()
 
 
 def test_a_sweep_that_failed_begins_anew(
-    aged: Callable[[list[int]], UserStates], monkeypatch: pytest.MonkeyPatch
+    begun: UserStates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "SCAN_KEYS", 5)
-    monkeypatch.setattr(user_states, "SLICE_STEPS", 1)
-    states = aged([9] * 300)
-    begin_sweep(states)
     with monkeypatch.context() as patch:
-        patch.setattr(states._store.client, "scan", Mock(side_effect=redis.ConnectionError))
+        patch.setattr(begun._store.client, "scan", Mock(side_effect=redis.ConnectionError))
         with pytest.raises(StoreError):
-            states.expire(PARTITIONS, NOW)
-    states.expire(PARTITIONS, NOW)
-    assert states._walk is None
-    assert left(states)
-    sweep(states, NOW)
-    assert not left(states)
+            begun.expire(PARTITIONS, NOW)
+    begun.expire(PARTITIONS, NOW)
+    assert begun._walk is None
+    assert left(begun)
+    sweep(begun, NOW)
+    assert not left(begun)
 
 
 def test_a_sweep_by_an_old_owner_deletes_nothing(aged: Callable[[list[int]], UserStates]) -> None:

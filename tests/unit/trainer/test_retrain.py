@@ -65,19 +65,19 @@ def test_it_tries_again_soon_while_nothing_is_served_and_later_after_each_model_
     thread = threading.Thread(
         target=retrain_every,
         args=(timedelta(hours=6), once, stop, lambda _: None, served.is_set),
-        kwargs={"first_retry": timedelta(seconds=0.1)},
+        kwargs={"first_retry": timedelta(seconds=0.02)},
     )
     thread.start()
     assert served.wait(20)
-    time.sleep(0.6)  # another would have come by now
+    time.sleep(0.6)  # another, due after 0.16 s, would have come by now
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
     assert len(times) == 5
     waits = [later - earlier for earlier, later in pairwise(times)]
-    assert waits[0] >= 0.1
-    assert waits[2] >= 0.2
-    assert waits[3] >= 0.4
+    assert waits[0] >= 0.02
+    assert waits[2] >= 0.04
+    assert waits[3] >= 0.08
 
 
 def test_a_stop_ends_the_wait_for_another_try() -> None:
