@@ -42,7 +42,7 @@ def suits(weight: Tensor) -> bool:
     """Whether `multiply` takes weights (out, in), and is the fastest way here."""
     out, width = weight.shape
     fits = out % _COLUMNS == 0 and width % _BLOCK == 0
-    return fits and lanes.fastest()
+    return fits and lanes.usable() and lanes.widest()
 
 
 def limit(weight: Tensor) -> Tensor:

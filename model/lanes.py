@@ -19,15 +19,18 @@ BYTES, SHORTS = ir.VectorType(BYTE, 32), ir.VectorType(SHORT, 16)
 WORDS, NUMBERS = ir.VectorType(WORD, 8), ir.VectorType(NUMBER, 8)
 LANES = 8
 SIZE = 32  # bytes of eight numbers
+_KNOWN = ("AVX2", "AVX512")  # PyTorch's names of processors that have AVX2
 ADDRESS: Any = types.intp
 
 
-def fastest() -> bool:
-    """Whether a processor works on eight numbers at once, not on sixteen, and on one thread.
+def usable() -> bool:
+    """Whether they run here, and on one thread: libraries share their work among several."""
+    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() in _KNOWN
 
-    Libraries know wider ones better, and share their work among threads.
-    """
-    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+def widest() -> bool:
+    """Whether the processor works on no more than eight numbers at once."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def same(kind: Any, value: float) -> Any:

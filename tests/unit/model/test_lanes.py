@@ -55,12 +55,19 @@ def test_one_value_in_all_lanes_is_of_their_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "threads", "fastest"),
-    [("AVX2", 1, True), ("AVX2", 2, False), ("AVX512", 1, False), ("DEFAULT", 1, False)],
+    ("capability", "threads", "usable", "widest"),
+    [
+        ("AVX2", 1, True, True),
+        ("AVX2", 2, False, True),
+        ("AVX512", 1, True, False),
+        ("AVX512", 2, False, False),
+        ("DEFAULT", 1, False, False),
+    ],
 )
-def test_who_works_best_on_eight_at_once(
-    monkeypatch: pytest.MonkeyPatch, capability: str, threads: int, fastest: bool
+def test_where_eight_at_once_run_and_are_all_that_there_is(
+    monkeypatch: pytest.MonkeyPatch, capability: str, threads: int, usable: bool, widest: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert lanes.fastest() is fastest
+    assert lanes.usable() is usable
+    assert lanes.widest() is widest
