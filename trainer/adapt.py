@@ -20,7 +20,8 @@ from model.encoder import TextEncoder
 from trainer import batches
 from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import OnStep, require_plain
+from trainer.fine_tune import require_plain
+from trainer.progress import OnProgress
 
 _CLIP = 1.0
 _WARM_UP = 0.06  # of the steps
@@ -32,7 +33,7 @@ def adapt(
     config: AdaptConfig,
     folder: Path,
     seed: int,
-    on_progress: OnStep,
+    on_progress: OnProgress,
 ) -> TextEncoder:
     """The encoder after `config.epochs` passes over `texts`, written to `folder`.
 

@@ -28,7 +28,8 @@ from trainer.metrics import (
     text_scores,
 )
 from trainer.models import Predicted, baselines, predict
-from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts, tracker
+from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts
+from trainer.progress import tracker
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from model.exceptions import EncoderError
 from trainer import batches, text
 from trainer.config import TrainerConfig
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import OnStep, taken
+from trainer.fine_tune import taken
 from trainer.metrics import TextScores
+from trainer.progress import OnProgress
 from trainer.text import TEST, ReviewTexts
 
 TIMED = 256  # texts by which speed is told
@@ -57,7 +58,7 @@ class Compressed:
     texts_per_second: float
 
 
-Make = Callable[[TextEncoder, ReviewTexts, Path, int, OnStep], None]
+Make = Callable[[TextEncoder, ReviewTexts, Path, int, OnProgress], None]
 """Writes an encoder's directory."""
 
 
@@ -66,7 +67,7 @@ def compress(
     parent: TextEncoder,
     config: TrainerConfig,
     folder: Path,
-    on_progress: OnStep,
+    on_progress: OnProgress,
 ) -> list[Compressed]:
     """The parent and each way to make it smaller, below `folder`.
 
@@ -113,7 +114,7 @@ def ways(parent: TextEncoder) -> Mapping[str, Make]:
 
 
 def _judged(
-    name: str, folder: Path, reviews: ReviewTexts, config: TrainerConfig, on_progress: OnStep
+    name: str, folder: Path, reviews: ReviewTexts, config: TrainerConfig, on_progress: OnProgress
 ) -> Compressed:
     encoder = encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
     settings = text.untouched(config.text)
@@ -144,7 +145,7 @@ def _keep(encoder: TextEncoder, rows: Sequence[int]) -> None:
 
 def _layers(number: int) -> Make:
     def make(
-        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
     ) -> None:
         shorter = _copy(parent)
         _keep(shorter, range(number))
@@ -155,7 +156,7 @@ def _layers(number: int) -> Make:
 
 def _heads(number: int) -> Make:
     def make(
-        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
     ) -> None:
         copy = _copy(parent)
         rows = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
@@ -210,7 +211,7 @@ def _importance(
 
 def _stored(dtype: torch.dtype) -> Make:
     def make(
-        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
     ) -> None:
         copy = _copy(parent)
         replace(copy, model=copy.model.to(dtype)).save(folder)
@@ -219,14 +220,14 @@ def _stored(dtype: torch.dtype) -> Make:
 
 
 def _int8(
-    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
 ) -> None:
     _copy(parent).save(folder)
     encoders.write_quantization(folder)
 
 
 def _int8_static(
-    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
 ) -> None:
     copy = _copy(parent)
     known = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
@@ -236,7 +237,7 @@ def _int8_static(
 
 
 def _student(
-    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnStep
+    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
 ) -> None:
     """Two layers that learn to give the parent's vectors of all but the newest texts."""
     torch.manual_seed(seed)

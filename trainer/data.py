@@ -9,7 +9,7 @@ item later is not labelled: which of the views that led to a rating should carry
 the states would have to share, and none is made yet.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,9 +43,7 @@ from schemas.topics import BY_NAME
 from trainer.clean import REVIEW_COLUMNS
 from trainer.exceptions import TrainerError
 from trainer.metrics import Floats
-
-OnRows = Callable[[int, int], None]
-"""Called with rows done and rows in all."""
+from trainer.progress import OnProgress
 
 Ties = Literal["instant", "arrival"]
 """What rows of one time know of each other.
@@ -301,7 +299,7 @@ def replay(
     vectors: Vectors | None,
     encoder: str,
     width: int,
-    on_rows: OnRows,
+    on_progress: OnProgress,
     ties: Ties = "arrival",
     still: int | None = None,
 ) -> Examples:
@@ -313,7 +311,7 @@ def replay(
         encoder: the hash of what made them, "" for none. Journalled features count where they
             were computed with the same.
         width: of the vectors that the network reads.
-        on_rows: called as events are replayed.
+        on_progress: called with events replayed and events in all.
         ties: what events of one time know of each other.
         still: from this event on nothing is learnt any more: states and attributes stand still.
 
@@ -344,18 +342,18 @@ def replay(
         if ties == "arrival":
             for batch in history.run(log.events[start:stop]):
                 observed(start + batch.rows.start, batch.result.observation, batch.lookups)
-                on_rows(start + batch.rows.stop, len(log))
+                on_progress(start + batch.rows.stop, len(log))
         else:
             for first, after in _instants(log.events["time"][start:stop]):
                 events = log.events[start + first : start + after]
                 if rated[start + first : start + after].any():
                     observed(start + first, *history.look(events))
                 history.apply(events)
-                on_rows(start + after, len(log))
+                on_progress(start + after, len(log))
     for start in range(end, len(log), _LARGEST_BATCH):
         events = log.events[start : start + _LARGEST_BATCH]
         observed(start, *history.look(events))
-        on_rows(start + len(events), len(log))
+        on_progress(start + len(events), len(log))
     row = np.flatnonzero(rated)
     inputs = concatenate(parts)
     if journalled is not None and ties == "arrival" and still is None:

@@ -50,9 +50,9 @@ from trainer.prepare import (
     cleaned,
     item_vectors,
     sampled,
-    tracker,
     unrated_texts,
 )
+from trainer.progress import tracker
 from trainer.report import reliability
 from trainer.split import Split, by_instant, by_time
 from trainer.train import base_encoder, fit_network, refit_network

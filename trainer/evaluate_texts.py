@@ -24,7 +24,7 @@ from trainer.copies import copies
 from trainer.fine_tune import taken
 from trainer.kept import Arrays, Kept
 from trainer.metrics import Floats, TextScores, class_scores
-from trainer.prepare import tracker
+from trainer.progress import tracker
 from trainer.split import Split
 from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
 

@@ -17,7 +17,7 @@ that `torchrun` or `accelerate launch` started share each batch and average grad
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,10 +36,8 @@ from trainer import batches
 from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
+from trainer.progress import OnProgress
 from trainer.tracking import Note, unnoted
-
-OnStep = Callable[[int, int], None]
-"""Called with steps done and steps in all."""
 
 STARS = 5
 CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
@@ -133,7 +131,7 @@ def fine_tune(
     config: TextConfig,
     folder: Path,
     seed: int,
-    on_progress: OnStep,
+    on_progress: OnProgress,
     checkpoint: Path | None = None,
     note: Note = unnoted,
 ) -> Tuned:
@@ -232,7 +230,7 @@ class _Fit:
         self,
         rows: Labelled,
         validation: Labelled,
-        on_progress: OnStep,
+        on_progress: OnProgress,
         checkpoint: Path | None,
         note: Note,
     ) -> None:

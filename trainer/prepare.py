@@ -1,12 +1,10 @@
 """From a log to what is fitted and tested: cleaned, split by time, replayed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
 import polars as pl
-from rich.progress import Progress
 
 from model.encoder import TextEncoder, review_text
 from model.lookups import Vectors, vectors_of
@@ -16,16 +14,9 @@ from trainer.clean import Cleaned, clean
 from trainer.config import SplitConfig, TextConfig, TrainerConfig
 from trainer.data import Examples, Log, item_texts, replay
 from trainer.exceptions import TrainerError
+from trainer.progress import OnProgress
 from trainer.split import Split, by_time, sample
 from trainer.text import ReviewTexts
-
-
-def tracker(progress: Progress | None, words: str) -> Callable[[int, int], None]:
-    """A bar of its own in `progress`, moved by calling it with work done and work in all."""
-    if progress is None:
-        return lambda done, total: None
-    task = progress.add_task(words, total=None)
-    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def cleaned(log: Log, config: TrainerConfig) -> Cleaned:
@@ -72,9 +63,7 @@ def unrated_texts(log: Log, config: TextConfig, before: int | None = None) -> li
     return found[-config.limit :]
 
 
-def item_vectors(
-    log: Log, encoder: TextEncoder | None, on_progress: Callable[[int, int], None]
-) -> Vectors | None:
+def item_vectors(log: Log, encoder: TextEncoder | None, on_progress: OnProgress) -> Vectors | None:
     """Projected vectors of a log's item texts by text hash; None without texts or encoder."""
     texts = item_texts(log)
     if encoder is None or not texts:
@@ -102,7 +91,7 @@ def prepared(
     vectors: Vectors | None,
     encoder: str,
     config: TrainerConfig,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> Prepared:
     """Replay a log and keep the rows of cleaned `reviews`, split by time."""
     width = 0 if vectors is None else vectors.rows.shape[1]

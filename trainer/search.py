@@ -38,6 +38,7 @@ from trainer.data import Log
 from trainer.exceptions import TrainerError
 from trainer.metrics import scores
 from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts
+from trainer.progress import unseen
 from trainer.text import ReviewTexts
 from trainer.train import base_encoder, fit_network
 
@@ -235,9 +236,9 @@ def _judge(log: Log, what: What, config: TrainerConfig, encoder: str) -> Judge:
     reviews = cleaned(log, config).reviews
     base = base_encoder(encoder, None, config)
     if what == "rating":
-        vectors = item_vectors(log, base, lambda done, total: None)
+        vectors = item_vectors(log, base, unseen)
         name = base.hash if base else ""
-        return _Rating(prepared(log, reviews, vectors, name, config, lambda done, total: None))
+        return _Rating(prepared(log, reviews, vectors, name, config, unseen))
     texts = review_texts(reviews, config.text, config.split)
     if texts is None or base is None:
         raise TrainerError("there are too few review texts, or no encoder, to search with")

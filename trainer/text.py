@@ -7,7 +7,7 @@ head is not fitted anew to the new vectors: they know the texts that they were f
 would be too sure of itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,10 @@ from trainer.adapt import adapt
 from trainer.config import AdaptConfig, TextConfig
 from trainer.fine_tune import STARS, Cost, Labelled, fine_tune, joined, taken
 from trainer.metrics import Floats, TextScores, text_scores
+from trainer.progress import OnProgress, unseen
 from trainer.tracking import Note, unnoted
 
 Vectors = NDArray[np.float32]
-OnProgress = Callable[[int, int], None]
-"""Called with work done and work in all."""
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 """Spans of time that a text belongs to."""
@@ -149,26 +148,22 @@ def validate(
     train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
     if config.adapt.epochs:
         place, known = folder / "adapted", [*train.texts, *reviews.unrated]
-        encoder = adapt(encoder, known, config.adapt, place, seed, _unseen)
+        encoder = adapt(encoder, known, config.adapt, place, seed, unseen)
     l2 = _L2_TRIED[len(_L2_TRIED) // 2] if config.l2 is None else config.l2
     head = _head_on(encoder, train, l2)
     if config.pseudo_labels and reviews.unrated:
         train = joined(train, _pseudo_labelled(reviews.unrated, encoder, head, config))
     none = Labelled([], np.empty((0, STARS), np.float32))
     watched = validation if config.fine_tune.patience else none
-    tuned = fine_tune(train, watched, encoder, head, config, folder, seed, _unseen)
+    tuned = fine_tune(train, watched, encoder, head, config, folder, seed, unseen)
     head = tuned.head or _head_on(tuned.encoder, train, l2)
-    shares = stars(head, encode(tuned.encoder, validation.texts, _unseen))
+    shares = stars(head, encode(tuned.encoder, validation.texts, unseen))
     return shares @ np.arange(1.0, STARS + 1)
 
 
 def _head_on(encoder: TextEncoder, rows: Labelled, l2: float) -> StarHead:
     """A head fitted to labelled texts as an encoder reads them."""
-    return fit_star_head(encode(encoder, rows.texts, _unseen), rows.labels, l2)
-
-
-def _unseen(done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+    return fit_star_head(encode(encoder, rows.texts, unseen), rows.labels, l2)
 
 
 def _pseudo_labelled(
@@ -178,7 +173,7 @@ def _pseudo_labelled(
 
     Lee 2013, "Pseudo-Label", section 2, with soft labels.
     """
-    shares = stars(head, encode(encoder, texts, _unseen)).astype(np.float32)
+    shares = stars(head, encode(encoder, texts, unseen)).astype(np.float32)
     sure = np.flatnonzero(shares.max(1, initial=0) >= config.pseudo_labels)
     return Labelled([texts[row] for row in sure.tolist()], shares[sure])
 

@@ -41,9 +41,9 @@ from trainer.prepare import (
     item_vectors,
     prepared,
     review_texts,
-    tracker,
     unrated_texts,
 )
+from trainer.progress import tracker
 from trainer.text import TextModel
 from trainer.tracking import Note, tracking
 

@@ -335,7 +335,8 @@ def compress(
     check_output(json_out, events)
     from model import registry
     from trainer import compress as compressing
-    from trainer.prepare import cleaned, review_texts, tracker
+    from trainer.prepare import cleaned, review_texts
+    from trainer.progress import tracker
     from trainer.text import untouched
     from trainer.train import base_encoder
     from trainer.train import train as fit
