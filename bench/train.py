@@ -42,12 +42,12 @@ from model.encoder import WIDTH, StarHead, TextEncoder
 from model.events import Rows, opaque
 from model.lookups import Store
 from model.replay import History
-from model.state import ITEM, USER
+from model.state import ITEM, STARS, USER
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.config import ModelsConfig, TextsConfig
 from trainer.config import FineTuneConfig, TextConfig
-from trainer.fine_tune import STARS, Labelled, fine_tune, loss_of, taken
+from trainer.fine_tune import Labelled, fine_tune, loss_of, taken
 from trainer.metrics import text_scores
 from trainer.text import TEST, ReviewTexts, encode, soft_labels, stars
 

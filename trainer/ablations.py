@@ -17,7 +17,7 @@ from model.network import Inputs
 from trainer.baselines import running_bias
 from trainer.config import FitConfig, TrainerConfig
 from trainer.gate import difference
-from trainer.metrics import Difference, Floats, scores
+from trainer.metrics import Difference, Floats, rmse
 from trainer.models import predict
 from trainer.prepare import Prepared
 from trainer.train import fit_network, refit_network
@@ -106,8 +106,8 @@ def compare(
     rating: Floats, whole: Floats, without: Mapping[str, Floats], config: TrainerConfig
 ) -> dict[str, Ablated]:
     """Each part beside the whole; ratings and predictions (n)."""
-    found = {"nothing": Ablated(scores(rating, np.clip(whole, 1, 5)).rmse, None)}
+    found = {"nothing": Ablated(rmse(rating, whole), None)}
     for name, predicted in without.items():
         cost = difference(rating, predicted, whole, config.gate, config.seed)
-        found[name] = Ablated(scores(rating, np.clip(predicted, 1, 5)).rmse, cost)
+        found[name] = Ablated(rmse(rating, predicted), cost)
     return found

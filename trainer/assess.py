@@ -17,6 +17,7 @@ from trainer import text
 from trainer.clean import Step
 from trainer.config import TrainerConfig
 from trainer.data import Log
+from trainer.fine_tune import taken
 from trainer.metrics import (
     HISTORY_BUCKETS,
     Calibration,
@@ -130,7 +131,7 @@ def _read_texts(
     if encoder is None or encoder.star_head is None or texts is None:
         return None
     test = texts.span == text.TEST
-    chosen = [words for words, wanted in zip(texts.texts, test, strict=True) if wanted]
+    chosen = taken(texts.texts, np.flatnonzero(test))
     bar = tracker(progress, "reading review texts")
     shares = text.stars(encoder.star_head, text.encode(encoder, chosen, bar))
     return text_scores(texts.rating[test], shares)

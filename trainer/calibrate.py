@@ -1,10 +1,9 @@
 """The corrections of a network's outputs, fitted on rows that it was not trained on."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model.calibration import Calibration, calibrate
-from trainer.metrics import Floats
+from trainer.metrics import Floats, log_loss
 from trainer.text import soft_labels
 
 COVERAGE = 0.8  # of the intervals
@@ -25,7 +24,7 @@ def fit_calibration(mean: Floats, logits: Floats, rating: Floats) -> Calibration
     """
     labels = soft_labels(rating)
     losses = [
-        _log_loss(calibrate(mean, logits, Calibration(temperature=float(tried)))[1], labels)
+        log_loss(calibrate(mean, logits, Calibration(temperature=float(tried)))[1], labels)
         for tried in _TEMPERATURES
     ]
     temperature = float(_TEMPERATURES[int(np.argmin(losses))])
@@ -36,7 +35,3 @@ def fit_calibration(mean: Floats, logits: Floats, rating: Floats) -> Calibration
     scores = np.sort(np.abs(rating - predicted) / deviation)
     place = min(int(np.ceil((len(scores) + 1) * COVERAGE)), len(scores)) - 1
     return Calibration(temperature=temperature, interval=float(scores[place]))
-
-
-def _log_loss(distribution: NDArray[np.float32], labels: NDArray[np.float32]) -> float:
-    return -float((labels * np.log(np.maximum(distribution, 1e-9))).sum(1).mean())

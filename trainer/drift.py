@@ -24,7 +24,7 @@ from model.features import NAMES
 from schemas import archive
 from trainer.config import DriftConfig
 from trainer.data import Log
-from trainer.metrics import Floats
+from trainer.metrics import Floats, rmse
 
 _TENTHS = np.linspace(0.1, 0.9, 9)
 _LEAST_SHARE = 1e-3  # an empty bin would make the index infinite
@@ -89,7 +89,7 @@ def reference(features: NDArray[np.float32], predicted: Floats, rating: Floats) 
     return Reference(
         features={name: spread(features[:, at]) for at, name in enumerate(NAMES)},
         predictions=spread(predicted),
-        rmse=float(np.sqrt(np.mean((np.clip(predicted, 1, 5) - rating) ** 2))),
+        rmse=rmse(rating, predicted),
     )
 
 
@@ -109,8 +109,7 @@ def measure(
     predictions = stability(kept.predictions, told) if len(told) else None
     error = None
     if rated.height >= config.least_rows:
-        gaps = told.clip(1, 5) - rated["rating"].to_numpy()
-        error = float(np.sqrt(np.mean(gaps**2)))
+        error = rmse(rated["rating"].to_numpy(), told)
     reasons: list[str] = []
     if len(features) >= config.least_rows:
         share = len(moved) / max(len(indices), 1)

@@ -60,8 +60,8 @@ def texts_of(
     texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
     tested = table["span"].to_numpy() == TEST
     newer = np.flatnonzero(tested)
-    older = [texts[row] for row in np.flatnonzero(~tested).tolist()]
-    copied = newer[copies(older, [texts[row] for row in newer.tolist()])]
+    older = taken(texts, np.flatnonzero(~tested))
+    copied = newer[copies(older, taken(texts, newer))]
     examples = tuple(table["event_id"][copied[:EXAMPLES].tolist()].to_list())
     step = Step("test text that repeats an older one: not asked for", True, len(copied), examples)
     good = np.setdiff1d(np.arange(len(texts)), copied)
@@ -69,7 +69,7 @@ def texts_of(
         return None, step
     table = table[good.tolist()]
     whole = ReviewTexts(
-        [texts[row] for row in good.tolist()],
+        taken(texts, good),
         table["rating"].to_numpy(),
         table["span"].to_numpy(),
     )
@@ -105,8 +105,7 @@ def ours(
             "trained": np.array(found.cost.trained),
         }
         for part in PARTS:
-            words = worded.part(part)
-            vectors = text.encode(found.encoder, [words[row] for row in test.tolist()], bar)
+            vectors = text.encode(found.encoder, taken(worded.part(part), test), bar)
             shares = text.stars(found.judged, vectors)
             answers[part] = shares @ np.arange(1.0, 6.0)
             answers[f"{part} stars"] = shares.argmax(1) + 1
@@ -137,16 +136,14 @@ def peers(
     whole, spans = worded.whole, worded.whole.span
     if len(np.unique(spans)) < 3:  # nothing to fit to, to be tuned by, or to be asked
         return {}
-    test = np.flatnonzero(spans == TEST).tolist()
+    test = np.flatnonzero(spans == TEST)
     vectors = {
         part: kept.get(
             f"vectors {part}",
             lambda part=part: {
                 "vectors": text.encode(
                     base,
-                    worded.part(part)
-                    if part == "text"
-                    else [worded.part(part)[row] for row in test],
+                    worded.part(part) if part == "text" else taken(worded.part(part), test),
                     tracker(progress, "encoding texts for the peers"),
                 )
             },
@@ -167,8 +164,8 @@ def peers(
         settings, read = texts.settle(peer, those(TRAIN), those(VALIDATION), config.seed)
         answers: Arrays = {"settings": np.array(orjson.dumps(settings).decode())}
         for part in PARTS:
-            words = [worded.part(part)[row] for row in test]
             encoded = vectors[part][test] if part == "text" else vectors[part]
+            words = taken(worded.part(part), test)
             answers[part], answers[f"{part} stars"] = read(words, encoded)
         return answers
 
@@ -188,7 +185,7 @@ def peers(
             base.folder,
             taken(whole.texts, known),
             whole.rating[known],
-            [[worded.part(part)[row] for row in test] for part in PARTS],
+            [taken(worded.part(part), test) for part in PARTS],
             config.text.longest_tokens,
             config.seed,
             checkpoints,

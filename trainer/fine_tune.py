@@ -32,6 +32,7 @@ from torch.optim import swa_utils
 from model import adapters
 from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
+from model.state import STARS
 from trainer import batches
 from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
@@ -39,7 +40,6 @@ from trainer.exceptions import TrainerError
 from trainer.progress import OnProgress
 from trainer.tracking import Note, unnoted
 
-STARS = 5
 CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

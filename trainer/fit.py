@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import cast
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from model.trees import Trees
 from trainer import boost, factors
 from trainer.boost import Grown
 from trainer.config import FitConfig
-from trainer.metrics import Floats
+from trainer.metrics import Floats, rmse
 from trainer.text import soft_labels
 
 Rows = NDArray[np.int64]  # row numbers
@@ -114,9 +113,9 @@ def fit(
     truth = rating[validation]
     carried = carry(start, network) if start else {}
     best, best_epoch = _copy(network), 0
-    errors: list[float] = [_rmse(mean(network, inputs, validation), truth)]
+    errors: list[float] = [rmse(truth, mean(network, inputs, validation))]
     for epoch in _epochs(network, inputs, rating, train, config, seed, device):
-        errors.append(_rmse(mean(network, inputs, validation), truth))
+        errors.append(rmse(truth, mean(network, inputs, validation)))
         on_epoch(epoch, errors[-1])
         if errors[-1] < min(errors[:-1]):
             best, best_epoch = _copy(network), epoch
@@ -262,16 +261,8 @@ def mean(network: FusedNetwork, inputs: Inputs, rows: Rows) -> Floats:
     return torch.cat(parts).cpu().numpy().astype(np.float64)
 
 
-def _members(network: FusedNetwork) -> list[Member]:
-    return [cast(Member, member) for member in network.members]
-
-
 def _copy(network: FusedNetwork) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def _rmse(predicted: Floats, rating: Floats) -> float:
-    return float(np.sqrt(np.mean((np.clip(predicted, 1, 5) - rating) ** 2)))
 
 
 @torch.no_grad()
@@ -355,7 +346,7 @@ def _fit_linear(
     design = _design(network, inputs, rows)
     weights, intercept = _ridge(design, _residual(network, inputs, rating, rows), penalty)
     with torch.no_grad():
-        for member in _members(network):
+        for member in network.networks:
             member.linear.weight.copy_(torch.from_numpy(weights[None].astype(np.float32)))
             member.last.bias[0] = intercept
     return intercept
@@ -373,7 +364,7 @@ def _epochs(
     """Train the members, all in step; yields the number of epochs done."""
     network.to(device).train()
     generator = np.random.default_rng(seed)
-    members = _members(network)
+    members = network.networks
     labels = torch.from_numpy(soft_labels(rating[rows])).to(device)
     truth = torch.from_numpy(rating[rows].astype(np.float32)).to(device)
     drawn = (
@@ -461,7 +452,7 @@ def _about(prior: Sequence[float], said: Floats, left: Floats) -> Floats:
 @torch.no_grad()
 def _keep(network: FusedNetwork, belief: float, intercept: float) -> None:
     """Scale the second stage's correction by `belief`."""
-    for member in _members(network):
+    for member in network.networks:
         member.last.weight[0] *= belief
         member.last.bias[0] = intercept + belief * (member.last.bias[0] - intercept)
 
@@ -481,7 +472,7 @@ def _shared(said: Floats, left: Floats) -> tuple[float, float]:
 def _plant(network: FusedNetwork, trees: Trees, shares: tuple[float, float]) -> None:
     """Give a network its trees, each side with its share of the correction."""
     ours, theirs = shares
-    for member in _members(network):
+    for member in network.networks:
         member.linear.weight *= ours
         member.last.weight[0] *= ours
         member.last.bias[0] *= ours

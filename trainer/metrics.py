@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
 
 HISTORY_BUCKETS: tuple[tuple[str, int, float], ...] = (
     ("0", 0, 0),
@@ -80,6 +81,16 @@ def scores(rating: Floats, predicted: Floats) -> Scores:
     error = predicted - rating
     mse = float(np.mean(error**2))
     return Scores(len(rating), mse**0.5, mse, float(np.mean(np.abs(error))))
+
+
+def rmse(rating: Floats, predicted: Floats) -> float:
+    """RMSE of predictions (n), clipped to 1..5, of true ratings (n); NaN when there are no rows."""
+    return scores(rating, np.clip(predicted, 1, 5)).rmse
+
+
+def log_loss(distribution: Floats | Singles, labels: Singles) -> float:
+    """Mean cross entropy of star distributions (n, 5) against those of true ratings (n, 5)."""
+    return -float((labels * np.log(np.maximum(distribution, 1e-9))).sum(1).mean())
 
 
 def evaluate(

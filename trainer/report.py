@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trainer.assess import Compared
 from trainer.clean import Step
 from trainer.gate import Verdict
-from trainer.metrics import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores
+from trainer.metrics import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores, rmse
 
 _WIDTH = 640
 _HEIGHT = 260
@@ -268,7 +268,7 @@ def _over_time(time: NDArray[np.int64], rating: Floats, predictions: Mapping[str
         [
             {
                 "time": int(time[span[-1]]),
-                "RMSE": float(np.sqrt(np.mean((np.clip(values[span], 1, 5) - rating[span]) ** 2))),
+                "RMSE": rmse(rating[span], values[span]),
                 "model": name,
             }
             for name, values in predictions.items()

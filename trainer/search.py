@@ -36,7 +36,7 @@ from trainer import fit, text
 from trainer.config import TrainerConfig
 from trainer.data import Log
 from trainer.exceptions import TrainerError
-from trainer.metrics import scores
+from trainer.metrics import rmse
 from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts
 from trainer.progress import unseen
 from trainer.text import ReviewTexts
@@ -128,7 +128,7 @@ class _Rating:
         fitted, _ = fit_network(self.data, config, None, watched)
         rows = self.data.split.validation
         predicted = fit.mean(fitted.network, self.data.examples.inputs, rows)
-        return scores(self.data.examples.rating[rows], np.clip(predicted, 1, 5)).rmse
+        return rmse(self.data.examples.rating[rows], predicted)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Text:
         with TemporaryDirectory(prefix="starcast-search-") as folder:
             place = Path(folder) / "encoder"
             told = text.validate(self.reviews, encoder, config.text, place, config.seed)
-        return scores(self.reviews.rating[self.reviews.span == text.VALIDATION], told).rmse
+        return rmse(self.reviews.rating[self.reviews.span == text.VALIDATION], told)
 
 
 Judge = Callable[[TrainerConfig, Trial], float]

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model.encoder import StarHead, TextEncoder
+from model.state import STARS
 from trainer.adapt import adapt
 from trainer.config import AdaptConfig, TextConfig
-from trainer.fine_tune import STARS, Cost, Labelled, fine_tune, joined, taken
-from trainer.metrics import Floats, TextScores, text_scores
+from trainer.fine_tune import Cost, Labelled, fine_tune, joined, taken
+from trainer.metrics import Floats, TextScores, log_loss, text_scores
 from trainer.progress import OnProgress, unseen
 from trainer.tracking import Note, unnoted
 
@@ -106,8 +107,7 @@ def fit(
     """
     config = settled(config, in_service=False)
     if config.adapt.epochs:
-        spans = zip(reviews.texts, reviews.span, strict=True)
-        known = [text for text, span in spans if span != TEST]
+        known = taken(reviews.texts, np.flatnonzero(reviews.span != TEST))
         place = folder / "adapted"
         encoder = adapt(encoder, [*known, *reviews.unrated], config.adapt, place, seed, on_progress)
     probed = reviews if config.method == "frozen" else _known(reviews, _PROBED)
@@ -127,7 +127,7 @@ def fit(
         train, validation, encoder, head, config, place, seed, on_progress, checkpoint, note
     )
     head = tuned.head or _head_on(tuned.encoder, joined(train, validation), l2)
-    newest = [words for words, wanted in zip(reviews.texts, test, strict=True) if wanted]
+    newest = taken(reviews.texts, np.flatnonzero(test))
     read = stars(head, encode(tuned.encoder, newest, on_progress))
     found = text_scores(reviews.rating[test], read)
     return TextModel(tuned.encoder, head, head, found, len(reviews.texts), l2, tuned.cost)
@@ -175,7 +175,7 @@ def _pseudo_labelled(
     """
     shares = stars(head, encode(encoder, texts, unseen)).astype(np.float32)
     sure = np.flatnonzero(shares.max(1, initial=0) >= config.pseudo_labels)
-    return Labelled([texts[row] for row in sure.tolist()], shares[sure])
+    return Labelled(taken(texts, sure), shares[sure])
 
 
 def _labelled(reviews: ReviewTexts, span: int) -> Labelled:
@@ -241,8 +241,7 @@ def _probe(vectors: Vectors, reviews: ReviewTexts, l2: float | None) -> tuple[St
         head = None
         for tried in _L2_TRIED:
             head = fit_star_head(vectors[train], labels[train], tried, head)
-            claimed = np.log(np.maximum(stars(head, vectors[validation]), 1e-9))
-            losses.append(-float((labels[validation] * claimed).sum(1).mean()))
+            losses.append(log_loss(stars(head, vectors[validation]), labels[validation]))
         l2 = _L2_TRIED[int(np.argmin(losses))]
     known = train | validation
     return fit_star_head(vectors[known], labels[known], l2), l2

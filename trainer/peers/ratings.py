@@ -24,7 +24,7 @@ from surprise import Dataset as SurpriseDataset
 from surprise import Reader as SurpriseReader
 
 from trainer.baselines import fit_damped_bias, predict_damped_bias, running_bias
-from trainer.metrics import Floats, scores
+from trainer.metrics import Floats, rmse
 from trainer.peers.tuning import Settings, Suggest, tune
 
 MOST_FOREST_TREES = 200
@@ -67,7 +67,7 @@ def settle(
 
     def error(settings: Settings) -> float:
         predicted = peer.fit(train, settings, seed)(validation, joined(train, validation))
-        return scores(validation.rating, np.clip(predicted, 1, 5)).rmse
+        return rmse(validation.rating, predicted)
 
     settings = tune(peer.suggest, error, seed) if peer.suggest else {}
     return settings, peer.fit(joined(train, validation), settings, seed)

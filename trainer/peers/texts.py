@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from trainer.metrics import Floats, scores
+from trainer.metrics import Floats, rmse
 from trainer.peers.tuning import Settings, Suggest, tune
 
 PLAIN = "finetune_plain"  # the name of what has nothing to tune
@@ -69,7 +69,7 @@ def settle(
 
     def error(settings: Settings) -> float:
         expected, _ = peer.fit(train, settings)(validation.texts, validation.vectors)
-        return scores(validation.rating, np.clip(expected, 1, 5)).rmse
+        return rmse(validation.rating, expected)
 
     settings = tune(peer.suggest, error, seed)
     both = Worded(
