@@ -32,7 +32,6 @@ from trainer.clean import Step
 from trainer.config import TrainerConfig
 from trainer.data import Examples, Log, Ties, replay, sorted_by_time
 from trainer.exceptions import TrainerError
-from trainer.fit import Fitted
 from trainer.gate import difference
 from trainer.kept import Arrays, Kept
 from trainer.metrics import (
@@ -225,7 +224,7 @@ def _ours(
         fitted, corrected = fit_network(data, config, progress)
         known = np.concatenate([data.split.train, split.validation])
         network = refit_network(fitted, data, known, config, progress)
-        made: Arrays = {"chosen": _chosen(fitted)}
+        made: Arrays = {}
         for way, examples in asked.items():
             told = predict(network, corrected, examples, split.test)
             made |= {f"{way} {name}": getattr(told, name) for name in names}
@@ -254,10 +253,6 @@ def ablated(
     rating = data.examples.rating[data.split.test]
     found = ablations.compare(rating, whole, without, config)
     return {part: asdict(each) for part, each in found.items()}
-
-
-def _chosen(fitted: Fitted) -> Floats:
-    return np.array([fitted.penalty, fitted.epochs, fitted.belief])
 
 
 def _peers(

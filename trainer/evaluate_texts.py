@@ -102,7 +102,6 @@ def ours(
         where = found.encoder.folder
         answers: Arrays = {
             "encoder": np.array(where.name if where.is_relative_to(folder) else ""),
-            "trained": np.array(found.cost.trained),
         }
         for part in PARTS:
             vectors = text.encode(found.encoder, taken(worded.part(part), test), bar)
