@@ -33,7 +33,7 @@ from model import adapters
 from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
 from model.state import STARS
-from trainer import batches
+from trainer import batches, methods
 from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
@@ -43,10 +43,7 @@ from trainer.tracking import Note, unnoted
 CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_IN_FULL: tuple[Method, ...] = ("full", "top_layers")
 _RANKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator
-_UNUSED = r".*pooler.*"  # a pooler, which many encoders have, is never used
-_MERGED: tuple[Method, ...] = ("lora", "adalora", "ia3")  # what they add goes into the weights
 
 
 @dataclass(frozen=True)
@@ -161,12 +158,12 @@ def fine_tune(
     torch.manual_seed(seed)
     with _processes(base.device) as (rank, count):
         steps = tuning.epochs * len(_epoch(rows, tuning, seed, 0))
-        model = _trainable(base, config.method, tuning, steps)
+        model = methods.trainable(base, config.method, tuning, steps)
         reader = _Reader(replace(base, model=model), head, tuning).to(base.device)
         fit = _Fit(reader, config, seed, steps, rank, count)
         fit.run(rows, validation, on_progress, checkpoint, note)
     trained = sum(each.numel() for each in reader.parameters() if each.requires_grad)
-    _write(replace(base, model=model), config.method, folder)
+    methods.write(replace(base, model=model), config.method, folder)
     found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
     taught = tuning.cross_entropy or tuning.squared_error
     return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))
@@ -417,7 +414,7 @@ def _epoch(rows: Labelled, config: FineTuneConfig, seed: int, epoch: int) -> lis
 def _groups(reader: _Reader, method: Method, config: FineTuneConfig) -> list[dict[str, Any]]:
     """The optimizer's groups: the head, what a method adds, or each layer with its own rate."""
     head = {"params": reader.added(), "lr": config.head_learning_rate, "weight_decay": 0.0}
-    if method not in _IN_FULL:
+    if method not in methods.IN_FULL:
         weights = [each for each in reader.model.parameters() if each.requires_grad]
         return [
             head,
@@ -442,88 +439,6 @@ def _groups(reader: _Reader, method: Method, config: FineTuneConfig) -> list[dic
         }
         for (layer, decays), weights in groups.items()
     ]
-
-
-def _trainable(
-    encoder: TextEncoder, method: Method, config: FineTuneConfig, steps: int
-) -> nn.Module:
-    """The encoder's model with only those weights requiring gradients that the method fits."""
-    model = encoder.model
-    if config.dropout is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = config.dropout
-    if config.checkpointing:
-        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-    model.requires_grad_(method == "full")
-    if method == "top_layers":
-        for layer in adapters.layers(model)[-config.top_layers :]:
-            layer.requires_grad_(True)
-    elif method == "adapters":
-        adapters.add(model, encoder.hidden, config.bottleneck)
-        for layer in adapters.layers(model):
-            cast(adapters.Adapted, layer).down.requires_grad_(True)
-            cast(adapters.Adapted, layer).up.requires_grad_(True)
-    elif method != "full":
-        model = _with_peft(model, method, config, steps)
-    return model.to(encoder.device)
-
-
-def _with_peft(model: nn.Module, method: Method, config: FineTuneConfig, steps: int) -> nn.Module:
-    import peft  # slow to import, and of use here alone
-
-    task: Any = peft.TaskType.FEATURE_EXTRACTION
-    linear: Any = {"target_modules": "all-linear", "exclude_modules": _UNUSED}
-    scale = 2 * config.rank
-    settings: Any
-    if method == "lora":
-        settings = peft.LoraConfig(
-            task, r=config.rank, lora_alpha=scale, lora_dropout=0.05, **linear
-        )
-    elif method == "adalora":
-        # Ranks are taken away between a tenth and seven tenths of the steps, to half of what they
-        # were at first (Zhang et al. 2023, "AdaLoRA", section 3.3 and table 7's schedule).
-        settings = peft.AdaLoraConfig(
-            task,
-            init_r=2 * config.rank,
-            target_r=config.rank,
-            lora_alpha=scale,
-            lora_dropout=0.05,
-            **linear,
-            total_step=max(steps, 3),
-            tinit=max(steps // 10, 1),
-            tfinal=max(3 * steps // 10, 1),
-        )
-    elif method == "ia3":
-        settings = peft.IA3Config(task)
-    elif method == "prefix":
-        settings = peft.PrefixTuningConfig(task, num_virtual_tokens=config.virtual_tokens)
-    else:
-        settings = peft.PromptTuningConfig(task, num_virtual_tokens=config.virtual_tokens)
-    try:
-        return cast(nn.Module, peft.get_peft_model(cast(Any, model), settings))
-    except (ValueError, AttributeError, KeyError) as error:
-        raise TrainerError(
-            f"{type(model).__name__} does not take {method}: {error}; choose another text.method"
-        ) from error
-
-
-def _write(encoder: TextEncoder, method: Method, folder: Path) -> None:
-    """The fitted encoder as a directory; what was added is merged, or stands beside the weights."""
-    model: Any = encoder.model
-    if method in _MERGED:
-        replace(encoder, model=model.merge_and_unload()).save(folder)
-    elif method == "adapters":
-        weights = adapters.remove(model)
-        encoder.save(folder)
-        adapters.write(folder, weights)
-    elif method in _IN_FULL:
-        encoder.save(folder)
-    else:
-        replace(encoder, model=model.get_base_model()).save(folder)
-        for settings in model.peft_config.values():
-            settings.base_model_name_or_path = ""  # it is the folder above, wherever that lies
-        model.save_pretrained(folder / encoders.PROMPT)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -296,12 +295,6 @@ def test_what_was_added_is_not_fitted_twice(encoder: TextEncoder, tmp_path: Path
     found, _ = tune(encoder, tmp_path / "new", method="adapters")
     with pytest.raises(TrainerError, match="not fitted again"):
         tune(found, tmp_path / "newer")
-
-
-def test_a_model_without_layers_takes_no_adapters(encoder: TextEncoder, tmp_path: Path) -> None:
-    bare = replace(encoder, model=torch.nn.Linear(2, 2))
-    with pytest.raises(encoders.EncoderError, match="no stack of layers"):
-        module._trainable(bare, "adapters", FineTuneConfig(), 1)
 
 
 SHARED = """
