@@ -3,9 +3,9 @@
 The columns of a taste (`model.taste`, `trainer.factors`) are told of each row by factors of older
 rows. All stages read them; the network that serves has the factors of all rows.
 
-1. A ridge regression of rating − bias on the standardised features. It has one answer, needs few
-   rows, and how much it is shrunk is chosen by forward chaining over time, so that it is hardly
-   ever worse than the bias. It becomes the network's linear path.
+1. A ridge regression of rating − bias on the standardised features (`trainer.ridge`). It has one
+   answer, needs few rows, and how much it is shrunk is chosen by forward chaining over time, so
+   that it is hardly ever worse than the bias. It becomes the network's linear path.
 2. The network on what is left: cross entropy and squared error of the mean, AdamW, early stopping
    on validation. How much of it is believed is fitted on validation too, from nothing to all. Where
    there are several members, they differ in their start and in the rows they weigh (bagging).
@@ -19,7 +19,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from model.distribution import tilt
 from model.network import FusedNetwork, Inputs, Member, NetworkConfig, Tensors, tensors
 from model.taste import ADDED, COLUMNS, RUNNING, Taste, believed
 from model.trees import Trees
-from trainer import boost, factors
+from trainer import boost, factors, ridge
 from trainer.boost import Grown
 from trainer.config import FitConfig
 from trainer.metrics import Floats, rmse
@@ -40,9 +39,7 @@ Rows = NDArray[np.int64]  # row numbers
 OnEpoch = Callable[[int, float], None]
 """Called with the epochs done and the validation RMSE (nan in a refit)."""
 
-_PENALTIES = (100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5, math.inf)  # rows' worth of "no correction"
 _CHAIN = (0.4, 0.55, 0.7, 0.85, 1.0)  # shares of the train rows at which a fold of the chain ends
-_DOUBT = 0.5  # standard errors: with few rows, the stronger penalty of two that are as good
 _LEAST_KNOWN = 0.005  # share of train rows in which a feature must be known to be used
 _TAIL = 0.005  # beyond these quantiles of the train rows a feature is clipped
 _LEAST_DEVIATION = 1e-4  # a feature that varies less is constant
@@ -107,7 +104,9 @@ def fit(
     torch.manual_seed(seed)
     taste, plain, inputs = _tasted(network_config, inputs, rating, train, validation, seed)
     network = _prepared(plain, inputs, rating, train)
-    penalty = _choose_penalty(network, inputs, rating, train)
+    ends = [int(len(train) * share) for share in _CHAIN]
+    target = _residual(network, inputs, rating, train)
+    penalty = ridge.choose(_design(network, inputs, train), target, ends)
     intercept = _fit_linear(network, inputs, rating, train, penalty)
     linear = mean(network, inputs, validation)
     truth = rating[validation]
@@ -127,8 +126,6 @@ def fit(
     network.eval()
     grown, shares = None, (1.0, 0.0)
     if config.trees:
-        target = _residual(network, inputs, rating, train)
-        ends = [int(len(train) * share) for share in _CHAIN]
         how = boost.choose(inputs.features[train], target, ends, seed, torch.get_num_threads())
         trees = boost.grow(inputs.features[train], target, how, seed, torch.get_num_threads())
         if trees is not None:
@@ -303,48 +300,12 @@ def _residual(network: FusedNetwork, inputs: Inputs, rating: Floats, rows: Rows)
     return rating[rows] - inputs.features[rows, network.config.bias_column]
 
 
-def _ridge(design: Floats, target: Floats, penalty: float) -> tuple[Floats, float]:
-    """Weights (2 F) and intercept; the intercept is not penalised."""
-    if math.isinf(penalty):
-        return np.zeros(design.shape[1]), 0.0
-    centre, level = design.mean(0), target.mean()
-    centred = design - centre
-    gram = centred.T @ centred + penalty * np.eye(design.shape[1])
-    weights = np.linalg.solve(gram, centred.T @ (target - level))
-    return weights, float(level - centre @ weights)
-
-
-def _choose_penalty(network: FusedNetwork, inputs: Inputs, rating: Floats, train: Rows) -> float:
-    """The penalty with the least squared error in a forward chain: fit on the past, test ahead.
-
-    Of penalties that are as good as the best within `_DOUBT` standard errors, the largest.
-    """
-    design = _design(network, inputs, train)
-    target = _residual(network, inputs, rating, train)
-    ends = [int(len(train) * share) for share in _CHAIN]
-    losses: list[Floats] = []
-    for penalty in _PENALTIES:
-        ahead: list[Floats] = []
-        for start, end in pairwise(ends):
-            weights, intercept = _ridge(design[:start], target[:start], penalty)
-            ahead.append((target[start:end] - design[start:end] @ weights - intercept) ** 2)
-        losses.append(np.concatenate(ahead))
-    best = min(losses, key=np.mean)
-    gaps = [loss - best for loss in losses]
-    doubt = [_DOUBT * gap.std() / math.sqrt(len(gap)) for gap in gaps]
-    return max(
-        penalty
-        for penalty, gap, allowed in zip(_PENALTIES, gaps, doubt, strict=True)
-        if gap.mean() <= allowed
-    )
-
-
 def _fit_linear(
     network: FusedNetwork, inputs: Inputs, rating: Floats, rows: Rows, penalty: float
 ) -> float:
     """Set the linear path of every member; returns the intercept, which is the last layer's."""
     design = _design(network, inputs, rows)
-    weights, intercept = _ridge(design, _residual(network, inputs, rating, rows), penalty)
+    weights, intercept = ridge.solve(design, _residual(network, inputs, rating, rows), penalty)
     with torch.no_grad():
         for member in network.networks:
             member.linear.weight.copy_(torch.from_numpy(weights[None].astype(np.float32)))

@@ -1,4 +1,4 @@
-"""The fit of the fused network, and its calibration."""
+"""The fit of the fused network."""
 
 from pathlib import Path
 from typing import cast
@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from model.calibration import calibrate
 from model.features import INDEX
 from model.network import FusedNetwork, default_config, tensors
 from model.taste import ADDED, COLUMNS
-from trainer.calibrate import COVERAGE, fit_calibration
 from trainer.config import FitConfig
 from trainer.data import Examples, from_file, replay
 from trainer.fit import (
@@ -150,7 +148,8 @@ def test_shares_by_hand_and_near_a_half_where_rows_say_little() -> None:
     left = random.normal(size=4_000)
     wrong = random.normal(size=4_000)
     assert _shared(np.stack([left, wrong]), left) == pytest.approx((1, 0), abs=0.05)
-    assert _shared(np.stack([left, -left])[:, :4], left[:4]) == pytest.approx((0.5, 0.5), abs=0.5)
+    few = np.array([1.0, -1.0, 1.0, -1.0])  # power 4; doubt is 1 over 1/16
+    assert _shared(np.stack([few, -few]), few) == pytest.approx((0.5 + 4 / 24, 0.5 - 4 / 24))
     assert _shared(np.stack([wrong, -left]), left)[1] == 0
     assert _shared(np.zeros((2, 4)), left[:4]) == (0.5, 0.5)
     assert _shared(np.zeros((2, 4)), np.full(4, 0.25)) == (0.5, 0.5)
@@ -197,29 +196,6 @@ def test_features_that_say_nothing_in_training_say_nothing_later(examples: Examp
     before = mean(network, later, np.arange(20))
     later.features[:, column] = 1.0
     assert (mean(network, later, np.arange(20)) == before).all()
-
-
-def test_intervals_hold_as_many_ratings_as_they_should() -> None:
-    random = np.random.default_rng(2)
-    centre = random.uniform(2.5, 3.5, 4_000)
-    rating = np.clip(centre + random.normal(0, 0.5, 4_000), 1, 5)
-    logits = np.zeros((4_000, 5))
-    found = fit_calibration(centre[:2_000], logits[:2_000], rating[:2_000])
-    predicted, shares, low, high = calibrate(centre[2_000:], logits[2_000:], found)
-    held = np.mean((rating[2_000:] >= low) & (rating[2_000:] <= high))
-    assert held == pytest.approx(COVERAGE, abs=0.03)
-    assert predicted == pytest.approx(centre[2_000:], abs=1e-4)
-    assert shares.sum(1) == pytest.approx(1, abs=1e-5)
-
-
-def test_the_temperature_undoes_logits_that_are_too_sure() -> None:
-    random = np.random.default_rng(3)
-    truth = np.array([0.1, 0.1, 0.1, 0.3, 0.4])
-    rating = random.choice(np.arange(1.0, 6.0), 3_000, p=truth)
-    logits = np.tile(2.0 * np.log(truth), (3_000, 1))
-    middle = np.full(3_000, float(truth @ np.arange(1, 6)))
-    found = fit_calibration(middle, logits, rating)
-    assert found.temperature == pytest.approx(2.0, rel=0.25)
 
 
 def test_belief_starts_at_three_quarters_and_follows_what_is_left() -> None:
