@@ -39,7 +39,7 @@ app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 
 app.command(rich_help_panel=LOOKING)(serving.doctor)
 app.add_typer(letters.app, name="dead-letters", rich_help_panel=LOOKING)
-app.command(rich_help_panel=LOOKING)(serving.verify_replay)
+app.command(rich_help_panel=LOOKING)(state.verify_replay)
 app.add_typer(state.app, name="state", rich_help_panel=LOOKING)
 app.command(rich_help_panel=LOOKING)(contract.config)
 app.command(rich_help_panel=LOOKING)(contract.asyncapi)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import FrameType
-from typing import cast
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -29,6 +29,8 @@ from starcast.settings import Settings, load
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 
 WIDTH = 120  # of tables that go to a file or a pipe
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 output = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 """Where what was asked for is printed."""

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from schemas.export import asyncapi as asyncapi_document
 from schemas.export import json_schema
 from schemas.topics import TOPICS
-from starcast.commands.context import check_output, chosen_of, notes, output
+from starcast.commands.context import AsJson, check_output, chosen_of, notes, output
 from starcast.settings import load_with_sources
 
 Out = Annotated[Path | None, typer.Option("--out", help="Write to this file.")]
@@ -41,7 +41,7 @@ def schema(
 
 def config(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     changed: Annotated[bool, typer.Option("--changed", help="Only what is not default.")] = False,
 ) -> None:
     """Print every setting with its value, where the value comes from, and what it means."""

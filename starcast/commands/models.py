@@ -17,6 +17,7 @@ from rich.table import Table
 from schemas.exceptions import StarcastError
 from schemas.records import ModelUpdate, Stage
 from starcast.commands.context import (
+    AsJson,
     check_output,
     fail,
     notes,
@@ -54,7 +55,6 @@ class TiesOption(StrEnum):
 
 
 Reason = Annotated[str, typer.Option(help="Why; it stands in the registry's history.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecordFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A record file.")]
 FileOrArchive = Annotated[
     Path | None,

@@ -1,7 +1,7 @@
 """Commands that run Starcast and look at what it runs on.
 
-`demo`, `run`, `backfill`, `topics`, `verify-replay`, `doctor`. What some of them call imports
-torch, which takes seconds, so they import it only when they run.
+`demo`, `run`, `backfill`, `topics`, `doctor`. What some of them call imports torch, which takes
+seconds, so they import it only when they run.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from rich.text import Text
 from schemas.exceptions import UnreachableError
 from starcast.commands.context import (
     INTERRUPTED,
+    AsJson,
     check_output,
     chosen_of,
     fail,
@@ -134,7 +135,7 @@ def apply_(context: typer.Context) -> None:
 @topics_app.command()
 def show(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the topics on the cluster beside what they should be; ends with 1 if they differ."""
     reports = show_topics(settings_of(context).kafka)
@@ -195,40 +196,6 @@ def backfill(
         output.print(f"{count:>10,} {topic}", markup=False)
     if stop.is_set():
         raise fail("Stopped before all of it was in; play it again.", INTERRUPTED)
-
-
-def verify_replay(
-    context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Compute again all that was archived and compare; ends with 1 when something differs."""
-    settings = settings_of(context)
-    from model.state import LAYOUT_HASH
-    from streams.store import Store
-    from streams.verify import verify_replay as verify
-
-    store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
-    with progress_bar() as progress:
-        task = progress.add_task("Replaying", total=None)
-        report = verify(
-            settings.archive,
-            settings.models,
-            store,
-            lambda rows: progress.update(task, advance=rows),
-        )
-    store.close()
-    if as_json:
-        output.print(orjson.dumps(report.figures()).decode(), markup=False, soft_wrap=True)
-    else:
-        for what, count in sorted(report.compared.items()):
-            wrong = report.differences[what]
-            mark = ("✗", "red") if wrong else ("✓", "green")
-            said = f"{wrong:,} of {count:,} differ" if wrong else f"{count:,} agree"
-            output.print(Text.assemble(mark, f" {what}: {said}"))
-        for line in (*report.notes, *report.examples):
-            notes.print(line, markup=False, soft_wrap=True)
-    if not report.clean:
-        raise fail("The replay differs from what was written.")
 
 
 def doctor(

@@ -1,4 +1,4 @@
-"""Commands about states in the store: `state rebuild | check`.
+"""Commands that prove and mend what is kept: `state rebuild | check`, `verify-replay`.
 
 What they call imports torch, which takes seconds, so they import it only when they run.
 """
@@ -9,12 +9,13 @@ import orjson
 import typer
 from rich.text import Text
 
-from starcast.commands.context import fail, notes, output, progress_bar, settings_of
+from starcast.commands.context import AsJson, fail, notes, output, progress_bar, settings_of
 from starcast.settings import Settings
 from streams.admin import reach
 
 if TYPE_CHECKING:
     from streams.rebuild import Shop
+    from streams.store import Store
     from streams.verify import Verification
 
 app = typer.Typer(help="States in the store: rebuild them, check them. Workers may run meanwhile.")
@@ -52,7 +53,7 @@ def rebuild(context: typer.Context, partition: Partition = None) -> None:
 def check(
     context: typer.Context,
     partition: Partition = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare states with a recount from archive and topics; ends with 1 when something differs."""
     settings = settings_of(context)
@@ -69,16 +70,36 @@ def check(
 
         report = check_states(shop, partitions, tell)
     shop.store.close()
-    if as_json:
-        output.print(orjson.dumps(report.figures()).decode(), markup=False, soft_wrap=True)
-    else:
-        _print(report)
+    _print(report, as_json)
     if report.differences:
         raise fail("States differ from the recount; `starcast state rebuild` computes them again.")
 
 
-def _print(report: "Verification") -> None:
-    """A line for each kind, then notes and examples."""
+def verify_replay(context: typer.Context, as_json: AsJson = False) -> None:
+    """Compute again all that was archived and compare; ends with 1 when something differs."""
+    settings = settings_of(context)
+    from streams.verify import verify_replay as verify
+
+    store = _store(settings)
+    with progress_bar() as progress:
+        task = progress.add_task("Replaying", total=None)
+        report = verify(
+            settings.archive,
+            settings.models,
+            store,
+            lambda rows: progress.update(task, advance=rows),
+        )
+    store.close()
+    _print(report, as_json)
+    if not report.clean:
+        raise fail("The replay differs from what was written.")
+
+
+def _print(report: "Verification", as_json: bool) -> None:
+    """JSON; or for people a line for each kind, then notes and examples."""
+    if as_json:
+        output.print(orjson.dumps(report.figures()).decode(), markup=False, soft_wrap=True)
+        return
     for what in sorted({*report.compared, *report.differences}):
         wrong, count = report.differences[what], report.compared[what]
         mark = ("✗", "red") if wrong else ("✓", "green")
@@ -97,10 +118,14 @@ def _chosen(settings: Settings, partition: int | None) -> list[int]:
     return [partition]
 
 
-def _shop(settings: Settings) -> "Shop":
+def _store(settings: Settings) -> "Store":
     from model.state import LAYOUT_HASH
-    from streams.rebuild import Shop
     from streams.store import Store
 
-    store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
-    return Shop(store, settings.kafka, settings.archive, settings.states)
+    return Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
+
+
+def _shop(settings: Settings) -> "Shop":
+    from streams.rebuild import Shop
+
+    return Shop(_store(settings), settings.kafka, settings.archive, settings.states)
