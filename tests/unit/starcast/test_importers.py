@@ -11,8 +11,14 @@ import pytest
 
 from schemas.exceptions import ContractError
 from schemas.files import read_records
-from starcast import importers
-from starcast.importers import ImportReport, import_amazon, import_movielens, import_rees46
+from starcast.importers import (
+    ImportReport,
+    import_amazon,
+    import_movielens,
+    import_rees46,
+    movielens,
+    writing,
+)
 
 Importer = Callable[[Sequence[Path], Path], ImportReport]
 
@@ -221,7 +227,7 @@ def test_rees46_with_items_as_they_change(tmp_path: Path) -> None:
 
 
 U_DATA = "1\t10\t3\t881250949\n2\t20\t5\t881250900\n1\t20\t4\t881250999\n"
-FLAGS = "|".join("1" if name in ("Comedy", "Drama") else "0" for name in importers.MOVIELENS_GENRES)
+FLAGS = "|".join("1" if name in ("Comedy", "Drama") else "0" for name in movielens.GENRES)
 U_ITEM = f"10|Caf\u00e9 (1995)|01-Jan-1995||url|{FLAGS}\n20|Void (1996)|||url|{'0|' * 18}0\n"
 U_USER = "1|24|M|technician|85711\n2|53|F|other|94043\n"
 MOVIELENS: dict[str, dict[str, str]] = {
@@ -317,7 +323,7 @@ def test_long_sets_are_sorted_in_runs(
     for importer, files in cases:
         importer(files, tmp_path / "whole.jsonl")
         with monkeypatch.context() as patch:
-            patch.setattr(importers, "RUN", run)
+            patch.setattr(writing, "RUN", run)
             importer(files, tmp_path / "runs.jsonl")
         assert (tmp_path / "runs.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob(".import-*"))

@@ -1,0 +1,97 @@
+"""Entries of a data set as a record file: in the order of time, those that keep the contract."""
+
+import heapq
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from itertools import islice
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from schemas.codec import decode
+from schemas.exceptions import ContractError
+from schemas.files import write_records
+from schemas.topics import BY_NAME
+from starcast.importers.reading import Skips
+
+RUN = 500_000  # entries sorted in memory at once, about a gigabyte of long reviews
+BATCH = 2_000  # records validated at once
+FIRST, THEN = 0, 1  # at the same time, items and users go before events
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """How many records of each topic were written, and what was left out and why."""
+
+    counts: Mapping[str, int]
+    skipped: Mapping[str, tuple[int, str]]  # by reason: how many, and where the first stands
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record to be written, and where it came from."""
+
+    order: tuple[str, int]  # RFC 3339 time, all of one format; then items and users first
+    topic: str
+    value: Mapping[str, Any]
+    place: str
+
+
+def in_order(entries: Iterator[Entry], out: Path) -> Iterator[Entry]:
+    """The entries by time; those of one time in the order given, items and users first."""
+    key = attrgetter("order")
+    run = sorted(islice(entries, RUN), key=key)
+    if len(run) < RUN:
+        yield from run
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=out.parent) as folder:
+        runs: list[Path] = []
+        while run:
+            runs.append(Path(folder, str(len(runs))))
+            with runs[-1].open("wb") as file:
+                for entry in run:
+                    file.write(orjson.dumps(astuple(entry)) + b"\n")
+            run = sorted(islice(entries, RUN), key=key)
+        yield from heapq.merge(*map(_read_run, runs), key=key)
+
+
+def _read_run(path: Path) -> Iterator[Entry]:
+    with path.open("rb") as file:
+        for line in file:
+            (when, rank), topic, value, place = orjson.loads(line)
+            yield Entry((when, rank), topic, value, place)
+
+
+def write(entries: Iterator[Entry], out: Path, skips: Skips) -> ImportReport:
+    """Write the entries that keep the contract. Raises ContractError when none does."""
+    counts = write_records(out, _good(entries, skips))
+    return ImportReport(dict(counts), skips.reasons)
+
+
+def _good(entries: Iterator[Entry], skips: Skips) -> Iterator[tuple[str, bytes]]:
+    """The values that keep the contract. Raises ContractError when none does."""
+    any_good = False
+    while batch := list(islice(entries, BATCH)):
+        values = [orjson.dumps(entry.value) for entry in batch]
+        bad: set[int] = set()
+        for topic in {entry.topic for entry in batch}:
+            of_topic = [index for index, entry in enumerate(batch) if entry.topic == topic]
+            decoded = decode(
+                BY_NAME[topic], [values[at] for at in of_topic], [(0, at) for at in of_topic]
+            )
+            for rejection in decoded.rejections:
+                bad.add(rejection.offset)
+                reason, _, _ = rejection.reason.partition(" (got ")
+                place = batch[rejection.offset].place
+                skips.add(f"{topic} {rejection.field or ''}: {reason}", place)
+        for index, entry in enumerate(batch):
+            if index not in bad:
+                any_good = True
+                yield entry.topic, values[index]
+    if not any_good:
+        reasons = "; ".join(f"{place}: {why}" for why, (_, place) in skips.reasons.items())
+        raise ContractError(f"no line gave a record ({reasons[:500] or 'the files are empty'})")
