@@ -5,9 +5,7 @@ the same moment behind a backlog, and sending takes no processor from scoring. P
 that of the worker processes, of Kafka and of the store from then until the last event is predicted.
 """
 
-import sys
 import time
-import urllib.request
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,17 +15,15 @@ from typing import Any
 import psutil
 from confluent_kafka import Producer
 
-from bench.soak import START_SECONDS, Worker
+from bench.processes import START_SECONDS, Worker, is_ready, start_worker
 from schemas.exceptions import StarcastError
 from streams.admin import client_config, topic_name
 from streams.config import KafkaConfig, RedisConfig
-from streams.embedded import HOST, Child, free_port, start_child
+from streams.embedded import Child
 from streams.producer import Outgoing
 
 SEND_SECONDS = 50.0  # a transaction that is open for longer is ended by the broker
 SCORE_SECONDS = 120.0  # workers that score nothing any more end the benchmark
-STOP_SECONDS = 15.0  # a worker that does not end is killed, and its partitions wait for its session
-ANSWER_SECONDS = 10.0  # a worker that hangs must not hang the benchmark
 READY_SECONDS = 3.0  # ready for so long, no rebalance is on its way
 LOOK_SECONDS = 0.1
 BASE = 1e6  # microseconds in a second
@@ -134,22 +130,11 @@ def start_fleet(
         # Else a few users would all be at hand, and an event would cost less than at any real size.
         "STARCAST_STATES__CACHE_USERS": "0",
     }
-    started: dict[str, Worker] = {}
     with ExitStack() as stack:
-        for number in range(workers):
-            name, port = f"scorer-{number}", free_port()
-            child = start_child(
-                name,
-                [sys.executable, "-m", "starcast", "run", "scorer"],
-                f"{HOST}:{port}",
-                servers.folder,
-                lambda port=port: is_ready(port),
-                timeout=START_SECONDS,
-                stop_timeout=STOP_SECONDS,
-                environment={**environment, "STARCAST_WEB__METRICS_PORT": str(port)},
-            )
-            stack.enter_context(child)
-            started[name] = Worker(child, port, psutil.Process(child.process.pid))
+        started = {
+            name: stack.enter_context(start_worker(name, ["scorer"], servers.folder, environment))
+            for name in (f"scorer-{number}" for number in range(workers))
+        }
         _settle(started)
         yield Fleet(servers, kafka, started)
 
@@ -174,15 +159,6 @@ def send(kafka: KafkaConfig, events: Iterable[Outgoing]) -> tuple[Producer, int]
     if producer.flush(SEND_SECONDS):
         raise StarcastError(f"Kafka did not take all events in {SEND_SECONDS:.0f} s.")
     return producer, count
-
-
-def is_ready(port: int) -> bool:
-    """Whether a worker has all its partitions."""
-    try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/ready", timeout=ANSWER_SECONDS) as found:
-            return found.status == 200
-    except OSError:
-        return False
 
 
 def log_bytes(folder: Path) -> int:

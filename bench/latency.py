@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -31,7 +30,6 @@ import polars as pl
 import vl_convert
 from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from rich import box
 from rich.console import Console
@@ -53,12 +51,13 @@ from bench.open_loop import (
     send,
     watch,
 )
+from bench.pool import Template, make_pool
+from bench.processes import samples_of, start_worker
 from bench.report import RESULTS, write
-from bench.soak import Template, make_pool, ready
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.config import KafkaConfig, RedisConfig, ScorerConfig
-from streams.embedded import HOST, Endpoints, free_port, start_child
+from streams.embedded import Endpoints
 from tests.servers import servers
 
 TRANSACTIONS = "transactions"
@@ -73,7 +72,6 @@ GIVE_UP_SECONDS = 6.0  # and one so late will not; more would only have to be wo
 GROWTH = 0.02  # seconds that a loop may fall behind in a second: more is no noise
 DRAIN_SECONDS = 120.0  # a loop that loses events would never end
 READY_SECONDS = 60.0  # a bare loop that is given no partitions would hang the benchmark
-START_SECONDS = 240.0  # a worker that does not become ready would hang the benchmark
 TABLE_WIDTH = 120  # Markdown whose lines are cut is none
 WARM_RATE = 5_000  # events a second while the broker's JVM compiles what runs often
 PACKAGES = ("confluent-kafka", "hdrhistogram", "numpy", "orjson", "redis", "torch")
@@ -198,16 +196,13 @@ class Course:
 
 def batch_seconds(port: int) -> dict[str, float]:
     """The worker's seconds by phase so far, and how many batches there were."""
-    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as answer:
-        text = answer.read().decode()
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            phase = sample.labels.get("phase", "")
-            if sample.name == "starcast_batch_seconds_sum":
-                found[phase] = sample.value
-            elif sample.name == "starcast_batch_seconds_count" and phase == "process":
-                found[TRANSACTIONS] = sample.value
+    for sample in samples_of(port):
+        phase = sample.labels.get("phase", "")
+        if sample.name == "starcast_batch_seconds_sum":
+            found[phase] = sample.value
+        elif sample.name == "starcast_batch_seconds_count" and phase == "process":
+            found[TRANSACTIONS] = sample.value
     return found
 
 
@@ -403,24 +398,15 @@ def plot(runs: Mapping[str, Mapping[int, Sequence[Measured]]], path: Path) -> No
 @contextmanager
 def scorer(folder: Path, endpoints: Endpoints, models: str, partitions: int) -> Generator[int]:
     """`starcast run scorer` with default settings, ready; the port of its metrics."""
-    port = free_port()
-    with start_child(
-        "scorer",
-        [sys.executable, "-m", "starcast", "run", "scorer"],
-        f"{HOST}:{port}",
-        folder,
-        lambda: ready(port),
-        timeout=START_SECONDS,
-        environment={
-            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": endpoints.bootstrap_servers,
-            "STARCAST_KAFKA__PARTITIONS": str(partitions),
-            "STARCAST_REDIS__URL": endpoints.redis_url,
-            "STARCAST_ARCHIVE__URL": str(folder / "archive"),
-            "STARCAST_MODELS__URL": models,
-            "STARCAST_WEB__METRICS_PORT": str(port),
-        },
-    ):
-        yield port
+    environment = {
+        "STARCAST_KAFKA__BOOTSTRAP_SERVERS": endpoints.bootstrap_servers,
+        "STARCAST_KAFKA__PARTITIONS": str(partitions),
+        "STARCAST_REDIS__URL": endpoints.redis_url,
+        "STARCAST_ARCHIVE__URL": str(folder / "archive"),
+        "STARCAST_MODELS__URL": models,
+    }
+    with start_worker("scorer", ["scorer"], folder, environment) as worker:
+        yield worker.port
 
 
 def measure_all(

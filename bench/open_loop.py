@@ -17,7 +17,7 @@ import numpy as np
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 from numpy.typing import NDArray
 
-from bench.soak import Template
+from bench.pool import Template
 from schemas.codec import format_times
 from schemas.exceptions import StarcastError
 from streams.admin import client_config, topic_name

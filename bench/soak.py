@@ -12,9 +12,8 @@ import base64
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle
@@ -27,7 +26,6 @@ import datasketches  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import orjson
 import polars as pl
-import psutil
 import vl_convert
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import (
@@ -36,15 +34,16 @@ from confluent_kafka.admin import (
     ConfigResource,  # pyright: ignore[reportPrivateImportUsage]
     ResourceType,  # pyright: ignore[reportPrivateImportUsage]
 )
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
-from bench.events import World, make_events, make_world
+from bench.events import make_world
 from bench.growth import Judged, judge
 from bench.loop import put_vectors
 from bench.model import default_models
+from bench.pool import Template, make_pool
+from bench.processes import ANSWER_SECONDS, Worker, start_worker
 from bench.report import write
 from model.state import LAYOUT_HASH
 from schemas.codec import format_times
@@ -54,7 +53,6 @@ from starcast.commands.context import stopping
 from starcast.log import LogConfig, configure
 from streams.admin import apply_topics, client_config, reach, topic_name
 from streams.config import KafkaConfig, RedisConfig
-from streams.embedded import HOST, Child, free_port, start_child
 from streams.producer import play
 from streams.store import Store
 from tests.servers import servers
@@ -66,8 +64,6 @@ WORKERS = {
     "insights": ("insights",),
 }
 POOL = 100_000  # events made once and sent again and again, with new ids and times
-EVENTS_A_REQUEST = 1_000  # so seldom, each answer is a transaction of its own
-ITEMS_A_REQUEST = 20
 RETENTION = timedelta(minutes=15)  # else an hour's records would fill the disk
 SEGMENT = timedelta(minutes=1)  # Kafka deletes whole segments only
 SEGMENT_BYTES = 16 * 1024 * 1024
@@ -75,18 +71,10 @@ BACKLOG = 40_000  # events waiting while the peak is measured
 PEAK_SECONDS = 180.0  # of a load that leaves no worker idle; compactions of the archive count too
 TICK_SECONDS = 0.02
 SAMPLE_SECONDS = 10.0
-START_SECONDS = 240.0  # two cores that start four processes with torch, and claim
 DRAIN_SECONDS = 240.0  # the archiver takes longest; under RETENTION, so that it loses nothing
 DRAINED_LAG = 1_000  # transactions' ends count as records that wait
-ANSWER_SECONDS = 10.0
 LEAST_DISK = 5 * 2**30  # bytes that are left to others
 MEGABYTE = 2**20
-COUNTED = {  # metrics of interest
-    "starcast_predictions_total": "predicted",
-    "starcast_lag": "lag",
-    "starcast_dead_letters_total": "dead_letters",
-    "starcast_lost_records_total": "lost",
-}
 _SKETCHES = cast(Any, datasketches)  # the wheel has no type information
 PACKAGES = ("confluent-kafka", "deltalake", "faust-streaming", "numpy", "polars", "redis", "torch")
 
@@ -102,49 +90,6 @@ class Options:
     partitions: int
     folder: Path
     json: bool
-
-
-@dataclass(frozen=True)
-class Template:
-    """A record to be sent again and again under another id and at another time."""
-
-    topic: str
-    key: bytes
-    head: bytes  # of the value, up to the id's 24 digits
-    middle: bytes
-    tail: bytes
-
-    def value(self, number: int, now: bytes) -> bytes:
-        """The record's bytes."""
-        return b"%b%024x%b%b%b" % (self.head, number, self.middle, now, self.tail)
-
-
-def make_pool(world: World, count: int = POOL) -> list[Template]:
-    """Events, and among them requests to rank items."""
-    random = np.random.default_rng(11)
-    pool: list[Template] = []
-    for number, event in enumerate(make_events(world, count)):
-        pool.append(_template(event.topic, event.key or b"", event.value or b"", "event_id"))
-        if number % EVENTS_A_REQUEST == 0:
-            chosen = random.choice(len(world.items), ITEMS_A_REQUEST, replace=False)
-            value = {
-                "request_id": f"{number:024x}",
-                "user_id": (event.key or b"").decode(),
-                "item_ids": [world.items[at].item_id for at in chosen.tolist()],
-                "event_time": orjson.loads(event.value or b"")["event_time"],
-            }
-            pool.append(
-                _template("score-requests", event.key or b"", orjson.dumps(value), "request_id")
-            )
-    return pool
-
-
-def _template(topic: str, key: bytes, value: bytes, id: str) -> Template:
-    head = b'{"%b":"' % id.encode()
-    mark = b'"event_time":"'
-    start = value.index(mark) + len(mark)
-    end = value.index(b'"', start)
-    return Template(topic, key, head, value[len(head) + 24 : start], value[end:])
 
 
 class Load:
@@ -240,76 +185,6 @@ class Latencies:
         if merged.is_empty():
             return {"p50": None, "p99": None}
         return {"p50": float(merged.get_quantile(0.5)), "p99": float(merged.get_quantile(0.99))}
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A process of `starcast run`."""
-
-    child: Child
-    port: int
-    process: psutil.Process
-
-    def metrics(self) -> dict[str, float]:
-        """Events predicted and records waiting, as it says itself."""
-        found = dict.fromkeys((*COUNTED.values(), "scorer_lag"), 0.0)
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics") as answer:
-            text = answer.read().decode()
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.labels.get("kind", "interaction") != "interaction":
-                    continue
-                if what := COUNTED.get(sample.name):
-                    found[what] += sample.value
-                    if what == "lag" and sample.labels["processor"] == "scorer":
-                        found["scorer_lag"] += sample.value
-        return found
-
-    def usage(self) -> dict[str, int]:
-        """Memory in bytes, its children's too; open file handles, threads."""
-        children = 0
-        for child in self.process.children():
-            with suppress(psutil.NoSuchProcess):  # a compaction that has just ended
-                children += child.memory_info().rss
-        with self.process.oneshot():
-            memory = self.process.memory_full_info()
-            return {
-                "rss": memory.rss,
-                "uss": memory.uss,
-                "children": children,
-                "handles": self.process.num_fds(),
-                "threads": self.process.num_threads(),
-            }
-
-
-@contextmanager
-def start_workers(folder: Path, environment: Mapping[str, str]) -> Generator[dict[str, Worker]]:
-    """All processes, ready."""
-    with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        for name, processors in WORKERS.items():
-            port = free_port()
-            child = start_child(
-                name,
-                [sys.executable, "-m", "starcast", "run", *processors],
-                f"{HOST}:{port}",
-                folder,
-                lambda port=port: ready(port),
-                timeout=START_SECONDS,
-                stop_timeout=15.0,
-                environment={**environment, "STARCAST_WEB__METRICS_PORT": str(port)},
-            )
-            stack.enter_context(child)
-            workers[name] = Worker(child, port, psutil.Process(child.process.pid))
-        yield workers
-
-
-def ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/ready", timeout=ANSWER_SECONDS) as found:
-            return found.status == 200
-    except OSError:
-        return False
 
 
 def shorten_retention(kafka: KafkaConfig) -> None:
@@ -452,23 +327,22 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
         put_vectors(store, world)
         play(world.records, kafka)
         console.print(f"Starting {len(WORKERS)} processes; their logs are in {folder} …")
-        workers = stack.enter_context(
-            start_workers(
-                folder,
-                {
-                    "STARCAST_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-                    "STARCAST_KAFKA__GROUP_ID": kafka.group_id,
-                    "STARCAST_KAFKA__PARTITIONS": str(kafka.partitions),
-                    "STARCAST_REDIS__URL": endpoints.redis_url,
-                    "STARCAST_ARCHIVE__URL": str((folder / "archive").resolve()),
-                    "STARCAST_MODELS__URL": str(models),
-                    "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
-                    # Two cores for all and Kafka: small transactions alone would take both.
-                    "STARCAST_SCORER__LINGER_MS": "1000",
-                },
-            )
-        )
-        load = Load(kafka, make_pool(world))
+        environment = {
+            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+            "STARCAST_KAFKA__GROUP_ID": kafka.group_id,
+            "STARCAST_KAFKA__PARTITIONS": str(kafka.partitions),
+            "STARCAST_REDIS__URL": endpoints.redis_url,
+            "STARCAST_ARCHIVE__URL": str((folder / "archive").resolve()),
+            "STARCAST_MODELS__URL": str(models),
+            "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
+            # Two cores for all and Kafka: small transactions alone would take both.
+            "STARCAST_SCORER__LINGER_MS": "1000",
+        }
+        workers = {
+            name: stack.enter_context(start_worker(name, processors, folder, environment))
+            for name, processors in WORKERS.items()
+        }
+        load = Load(kafka, make_pool(world, POOL))
         soak = Soak(workers, load, Latencies(kafka), store, folder, stop)
         console.print("Measuring the peak …")
         peak = soak.peak()
