@@ -1,7 +1,7 @@
 """BERT encoders on a GPU: kernels recorded once for each size of batch, as CUDA graphs.
 
 Texts of one batch lie end to end, as `packed` says. What is between products are kernels of our
-own (`fused`) where Triton can make them, else PyTorch's.
+own (`gpu_kernels`) where Triton can make them, else PyTorch's.
 """
 
 import importlib
@@ -170,7 +170,7 @@ class Graphs:
 
     def _steps(self, spans: Tensor, bounds: Tensor) -> Steps:
         if self.fused:  # imports Triton, which torch for a CPU comes without
-            return importlib.import_module("model.fused").steps(spans)
+            return importlib.import_module("model.gpu_kernels").steps(spans)
         on_gpu = self._device.type == "cuda"
         return Steps(_varlen(bounds, self._longest) if on_gpu else _looked_up(bounds))
 

@@ -115,17 +115,17 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model import fused
+from model import gpu_kernels
 
 half, whole = "*bf16", "*i64"
 attend = {"heads": 12, "width": 32, "block": 64, "keys": 64}
 normed = {"hidden": 384, "wide": 512, "block": 4}
 lying = {"given_rows": None, "other_rows": None}
 for kernel, given, fixed in [
-    (fused._attend, [half] * 3 + ["*i32", half, "i32", "i32", "fp32"], attend),
-    (fused._sum_normed, [half] * 2 + [whole] * 2 + [half] * 3 + ["fp32"], normed),
-    (fused._sum_normed, [half] * 2 + [None] * 2 + [half] * 3 + ["fp32"], lying | normed),
-    (fused._mean_normed, [half, "*i32", "*fp32"], normed),
+    (gpu_kernels._attend, [half] * 3 + ["*i32", half, "i32", "i32", "fp32"], attend),
+    (gpu_kernels._sum_normed, [half] * 2 + [whole] * 2 + [half] * 3 + ["fp32"], normed),
+    (gpu_kernels._sum_normed, [half] * 2 + [None] * 2 + [half] * 3 + ["fp32"], lying | normed),
+    (gpu_kernels._mean_normed, [half, "*i32", "*fp32"], normed),
 ]:
     names = kernel.arg_names
     types = dict(zip(names, given)) | dict.fromkeys(fixed, "constexpr")
