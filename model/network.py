@@ -24,12 +24,11 @@ from model.features import FEATURES, INDEX
 from model.ids import low_half
 from model.lookups import Lookups, Source
 from model.replay import Observation
-from model.state import RATING_STEPS
+from model.state import RATING_STEPS, RECENT
 from model.taste import COLUMNS, RUNNING, Taste
 from model.trees import Trees
 
-_RECENTS = 16  # recent items of a user that the item attends to
-_BITS = 8  # of a recent item's actions
+ACTION_BITS = 8  # of a recent item's actions: a byte
 
 
 class NetworkConfig(BaseModel):
@@ -276,8 +275,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.token = config.heads, config.token
         self.query = nn.Linear(config.vector + 3 * config.identity, config.heads * config.token)
-        self.recent = nn.Linear(config.vector + config.identity + 2 + _BITS, config.token)
-        self.position = nn.Parameter(torch.zeros(_RECENTS, config.token))
+        self.recent = nn.Linear(config.vector + config.identity + 2 + ACTION_BITS, config.token)
+        self.position = nn.Parameter(torch.zeros(RECENT, config.token))
         self.output = nn.Linear(config.heads * config.token, config.token, bias=False)
 
     def forward(self, item: Tensor, identities: Tensor, tensors: Tensors) -> Tensor:
@@ -287,7 +286,7 @@ class Attention(nn.Module):
         query = self.query(item).view(-1, self.heads, self.token) / self.token**0.5
         scores = query @ recents.transpose(1, 2)  # (n, heads, 16)
         scores = scores.masked_fill((tensors.recents == 0)[:, None], -torch.inf)
-        weights = torch.softmax(nn.functional.pad(scores, (0, 1)), -1)[..., :_RECENTS]
+        weights = torch.softmax(nn.functional.pad(scores, (0, 1)), -1)[..., :RECENT]
         return self.output((weights @ recents).flatten(1))
 
 

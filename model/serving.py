@@ -8,9 +8,10 @@ blocks of one size, the last one padded, since products of another size may add 
 and an event must score the same alone and in any batch. Members stand side by side as one network,
 whose layers between them hold zeros: few large products take less time than many small ones.
 
-Cost of a row of one member, with the default sizes: 32,000 products in the dense layers (10,000
-more each time a new vector is met), 3,400 in the attention; an average path of four questions for
-each tree. Of k members side by side, k times that, and as many zeros again for three.
+Cost of a row of one member, with the trainer's default sizes: 24,000 products in the dense layers
+(10,000 more each time a new vector is met), 2,600 in the attention; of each tree, as many questions
+as its deepest leaf lies below its root. Of k members side by side, k times that, and as many zeros
+again for three.
 """
 
 import math
@@ -27,7 +28,16 @@ from torch import Tensor
 
 from model.ids import low_half
 from model.lookups import Source
-from model.network import FusedNetwork, Inputs, Member, NetworkConfig, blocks, bucket, check
+from model.network import (
+    ACTION_BITS,
+    FusedNetwork,
+    Inputs,
+    Member,
+    NetworkConfig,
+    blocks,
+    bucket,
+    check,
+)
 from model.serving_loops import BLOCK, attend, climb, embed, fold_in, standardise
 from model.taste import COLUMNS, Taste
 from model.trees import Trees
@@ -39,7 +49,6 @@ Singles = NDArray[np.float32]
 _WIDTH = 8
 _CHUNK = 8 * BLOCK  # rows at a time, so that a long test fits in memory
 _NOTHING = np.empty((0, 0), np.float32)
-_BITS = 8  # of a recent item's actions
 _TOGETHER = 4  # members side by side: among more, zeros would cost more than calls
 
 
@@ -51,8 +60,9 @@ class _Dense:
     bias: Tensor  # (outputs,)
 
     def __call__(self, rows: Tensor, begun: Tensor | None = None) -> Tensor:
-        """Of rows (n, inputs), n a multiple of the block; `begun`, of first rows and outputs, is
-        added.
+        """Outputs (n, outputs) of rows (n, inputs), n a multiple of the block.
+
+        `begun` is added to as many first rows and first outputs as it has.
         """
         weight, bias = self._padded
         made = torch.empty((len(rows), len(bias)))
@@ -310,12 +320,12 @@ def _attention(members: Sequence[Member], config: NetworkConfig) -> _Attention:
     )
     recent = [_dense(each.recent) for each in attentions]
     by_vector, by_identity, by_rating, by_bit = zip(
-        *(layer.weight.split((config.vector, config.identity, 2, _BITS)) for layer in recent),
+        *(layer.weight.split((config.vector, config.identity, 2, ACTION_BITS)) for layer in recent),
         strict=True,
     )
     tables = [member.items.table.weight.detach().cpu() for member in members]
     by_item = [table @ weight for table, weight in zip(tables, by_identity, strict=True)]
-    actions = np.unpackbits(np.arange(2**_BITS, dtype=np.uint8)[:, None], axis=1)
+    actions = np.unpackbits(np.arange(2**ACTION_BITS, dtype=np.uint8)[:, None], axis=1)
     positions = [each.position.detach().cpu() for each in attentions]
     return _Attention(
         _Dense(torch.cat([*map(_diagonal, others)]), torch.cat([q.bias * scale for q in query])),

@@ -129,11 +129,7 @@ ITEM_ATTRIBUTES = np.dtype(
         ("first_time", "<i8"),  # ms; of the item's earliest record; 0: none
         ("text", "<u8"),  # hash of `catalog.item_text`; 0: no text
         ("brand", "<u4"),
-        (
-            "category",
-            "<u4",
-            LEVELS,
-        ),  # hash of each prefix of the category path, widest first; 0: none
+        ("category", "<u4", LEVELS),  # hashes of the path's prefixes, widest first; 0: none
         ("price", "<f4"),
         ("price_rank", "<f4"),  # 0 to 1 among the prices of its category
     ]

@@ -124,8 +124,7 @@ def encode_columns(columns: Mapping[str, Column]) -> list[bytes]:
 
     A column is a sequence of plain values (bytes are JSON already), an array of numbers or of times
     (`M8[ms]`, UTC), or, for objects inside the rows, columns again; one string is the same in all
-    rows. For hot paths:
-    each column is written as one JSON array and cut, and no row is ever a map.
+    rows. For hot paths: each column is written as one JSON array and cut, and no row is ever a map.
     Raises ValueError when columns differ in length.
     """
     template, cells = _template(columns)
