@@ -55,6 +55,7 @@ STOP_SECONDS = 12.0  # a worker ends within 10 s of SIGTERM
 STALL_SECONDS = 180.0  # without any progress for so long, what is missing is lost
 SWAP_SECONDS = 60.0  # a promoted model is fetched, checked and warmed within this
 POLL_SECONDS = 0.5
+STOP_LOOK_SECONDS = 0.05  # between two looks at whether the demo stops, while a record is not due
 TRAIN_SECONDS = 1_800.0  # a training that hangs must not keep the demo for ever
 
 
@@ -335,8 +336,7 @@ class _ShopPlayer:
                     continue
                 self._played += 1
                 due += 1 / (RATE if self._played < SHOP_HISTORY else SHOP_RATE)
-                while (wait := due - time.monotonic()) > 0 and not self._stop.is_set():
-                    sender.wait(min(wait, 0.05))
+                _wait_until(due, sender, self._stop)
             sender.finish()
         except StarcastError as error:
             self._failure = error
@@ -348,11 +348,16 @@ def _play(records: Sequence[Outgoing], sender: Sender, rate: float, stop: thread
         if stop.is_set() or not sender.send(record, stop):
             break
         due += 1 / rate
-        while (wait := due - time.monotonic()) > 0 and not stop.is_set():
-            sender.wait(min(wait, 0.05))
+        _wait_until(due, sender, stop)
     report = sender.finish()
     if report.failed:
         raise DemoError(f"The broker refused records: {dict(report.failed)}.")
+
+
+def _wait_until(due: float, sender: Sender, stop: threading.Event) -> None:
+    """Until the clock says so or the demo stops; what was sent is seen to meanwhile."""
+    while (wait := due - time.monotonic()) > 0 and not stop.is_set():
+        sender.wait(min(wait, STOP_LOOK_SECONDS))
 
 
 # -- reading back --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from schemas.exceptions import StarcastError
-from starcast.settings import Settings, hide_password
+from starcast.settings import Settings, hide_password, storage_options
 from streams.admin import reach, show_topics
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
 from streams.store import STORE_ERRORS, connect
@@ -136,8 +136,7 @@ def _archive(config: ArchiveConfig) -> Iterator[Finding]:
         if _is_local(url):
             yield _local_folder("archive", url)
             return
-        options = {name: value.get_secret_value() for name, value in config.options.items()}
-        storage = DeltaStorageHandler(url, options)
+        storage = DeltaStorageHandler(url, storage_options(config))
         stream = storage.open_output_stream(PROBE)
         stream.write(b"")
         stream.close()

@@ -26,7 +26,7 @@ from starcast.commands.context import (
     settings_of,
     stopping,
 )
-from starcast.settings import Settings
+from starcast.settings import Settings, storage_options
 from streams.config import KafkaConfig
 from streams.producer import outgoing, play
 
@@ -180,7 +180,7 @@ def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
             settings.archive.url,
             settings.models.url,
             settings.trainer,
-            archive_options=_archive_options(settings),
+            archive_options=storage_options(settings.archive),
             encoder=settings.models.encoder,
             by=_who(),
             on_drift=on_drift,
@@ -407,11 +407,7 @@ def _history(settings: Settings, file: Path | None) -> "Log":
 
     if file is not None:
         return data.from_file(file)
-    return data.from_archive(settings.archive.url, _archive_options(settings))
-
-
-def _archive_options(settings: Settings) -> dict[str, str]:
-    return {name: value.get_secret_value() for name, value in settings.archive.options.items()}
+    return data.from_archive(settings.archive.url, storage_options(settings.archive))
 
 
 def _bundle(url: str, entry: "Entry | None") -> "Bundle | None":
