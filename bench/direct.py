@@ -45,7 +45,7 @@ from streams.user_states import UserStates
 FIRST_EVENT = 100_000_000  # numbers above those of the events that the states have seen
 WARM_UP = 3  # batches that are not counted: code is loaded, connections are made
 WARMED_AT_ONCE = 20_000  # users or items read at once while copies are filled
-BASE = 1e6  # microseconds in a second
+MICROSECONDS = 1e6  # in a second
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Cost:
     @property
     def total(self) -> float:
         """Processor microseconds an event, of worker and store."""
-        return (self.worker + self.store) / self.events * BASE
+        return (self.worker + self.store) / self.events * MICROSECONDS
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class Scored:
 
         return {
             "cpu_us_per_event": typical(each.total for each in self.costs),
-            "worker_us": typical(each.worker / each.events * BASE for each in self.costs),
-            "store_us": typical(each.store / each.events * BASE for each in self.costs),
+            "worker_us": typical(each.worker / each.events * MICROSECONDS for each in self.costs),
+            "store_us": typical(each.store / each.events * MICROSECONDS for each in self.costs),
             "distinct_users_a_batch": typical(each.users for each in self.costs),
             "clock_us": {
-                name: typical(each.phases[name] / each.events * BASE for each in self.costs)
+                name: typical(each.phases[name] / each.events * MICROSECONDS for each in self.costs)
                 for name in self.costs[0].phases
             },
         }

@@ -26,7 +26,7 @@ SEND_SECONDS = 50.0  # a transaction that is open for longer is ended by the bro
 SCORE_SECONDS = 120.0  # workers that score nothing any more end the benchmark
 READY_SECONDS = 3.0  # ready for so long, no rebalance is on its way
 LOOK_SECONDS = 0.1
-BASE = 1e6  # microseconds in a second
+MICROSECONDS = 1e6  # in a second
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Played:
         """As JSON has it."""
         return {
             "events_per_second": round(self.events / self.seconds),
-            "worker_us": round(self.worker / self.events * BASE, 1),
-            "kafka_us": round(self.kafka / self.events * BASE, 1),
-            "store_us": round(self.store / self.events * BASE, 1),
+            "worker_us": round(self.worker / self.events * MICROSECONDS, 1),
+            "kafka_us": round(self.kafka / self.events * MICROSECONDS, 1),
+            "store_us": round(self.store / self.events * MICROSECONDS, 1),
             "kafka_bytes_per_event": round(self.log_bytes / self.events),
             "worker_mb": round(self.memory / 2**20),
         }

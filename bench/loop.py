@@ -30,12 +30,10 @@ from bench.events import World, make_events, make_world
 from bench.model import default_models
 from bench.peers import beside
 from bench.peers.launch import PEERS, Peer, run
+from bench.population import put_vectors
 from bench.report import write
 from bench.watch import PHASES, Run, Stopwatch, Transaction
 from bench.worker import Scored, score, work
-from model import encoder
-from model.catalog import item_text
-from model.ids import hash_ids
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
@@ -45,12 +43,10 @@ from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
 from streams.items import Items
 from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, play
-from streams.reader import VECTOR_DTYPE, vector_keys
 from streams.scorer import Scorer
 from streams.store import Store
 from tests.servers import servers
 
-ENCODED_TEXTS = 256  # item texts that the encoder sees; a vector's numbers cost nothing more
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
 MODELS = {"bundle": "", "ladder": "_ladder"}  # and the suffix of their ratios
 PACKAGES = ("confluent-kafka", "numpy", "orjson", "pyarrow", "pydantic", "redis", "torch")
@@ -179,18 +175,6 @@ class Bench:
             return worker.submit(
                 score, self._kafka, self._redis, self._models[model], config, events, flame
             ).result()
-
-
-def put_vectors(store: Store, world: World) -> None:
-    """Each item's text gets the vector of one of the texts that the encoder has seen."""
-    folder = encoder.locate("auto")
-    if folder is None:
-        raise StarcastError("The packaged text encoder is not installed; run: make setup")
-    texts = [item_text(item) for item in world.items]
-    loaded = encoder.load(folder)
-    vectors = loaded.project(loaded.encode(texts[:ENCODED_TEXTS])).astype(VECTOR_DTYPE)
-    keys = vector_keys(store, loaded.hash, hash_ids(texts))
-    store.put(keys, [vectors[at % len(vectors)].tobytes() for at in range(len(keys))])
 
 
 def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Transaction]) -> Run:

@@ -1,4 +1,7 @@
-"""The default bundle: what `trainer.train` writes on the generated shop, the encoder as it came."""
+"""What is served where nothing else is said: the packaged encoder, and the default bundle.
+
+That bundle is what `trainer.train` writes on the generated shop, the encoder as it came.
+"""
 
 from hashlib import sha256
 from pathlib import Path
@@ -6,13 +9,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from model import registry
+from model import encoder, registry
 from model.bundle import FORMAT
 from model.features import FEATURE_HASH
+from schemas.exceptions import StarcastError
 from schemas.files import write_records
 from starcast.shop import shop
 
 CACHE = Path(".cache/bench")
+
+
+def packaged_encoder() -> Path:
+    """The packaged text encoder's folder; raises StarcastError where it is not installed."""
+    folder = encoder.locate("auto")
+    if folder is None:
+        raise StarcastError("The packaged text encoder is not installed; run: make setup")
+    return folder
 
 
 def default_models(console: Console) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.events import World, make_events, make_world
+from bench.model import packaged_encoder
 from model import encoder
 from model.catalog import item_text
 from model.events import Rows, from_behavior, from_reviews, joined
@@ -23,7 +24,6 @@ from model.ids import Hashes, hash_ids, partitions_of
 from model.replay import History
 from model.state_bytes import to_bytes
 from schemas.codec import decode
-from schemas.exceptions import StarcastError
 from schemas.records import Item, User
 from schemas.topics import BY_NAME
 from streams.catalog import describe_log, item_value, price_table, user_value
@@ -101,13 +101,22 @@ class Filled:
 def make_sample() -> Sample:
     """Generated items and review texts, and vectors of some of the items."""
     shop = make_world(1_000, SAMPLE_ITEMS)
-    folder = encoder.locate("auto")
-    if folder is None:
-        raise StarcastError("The packaged text encoder is not installed; run: make setup")
-    loaded = encoder.load(folder)
-    texts = [item_text(item) for item in shop.items[:ENCODED_TEXTS]]
-    vectors = loaded.project(loaded.encode(texts)).astype(VECTOR_DTYPE)
-    return Sample(shop, [vector.tobytes() for vector in vectors], loaded.hash)
+    return Sample(shop, *_encoded([item_text(item) for item in shop.items]))
+
+
+def put_vectors(store: Store, world: World) -> None:
+    """Each item's text gets the vector of one of the texts that the encoder has seen."""
+    texts = [item_text(item) for item in world.items]
+    vectors, encoder_hash = _encoded(texts)
+    keys = vector_keys(store, encoder_hash, hash_ids(texts))
+    store.put(keys, [vectors[at % len(vectors)] for at in range(len(keys))])
+
+
+def _encoded(texts: Sequence[str]) -> tuple[list[bytes], str]:
+    """Vectors of the first texts as the store keeps them, and the hash of what made them."""
+    loaded = encoder.load(packaged_encoder())
+    vectors = loaded.project(loaded.encode(texts[:ENCODED_TEXTS])).astype(VECTOR_DTYPE)
+    return [vector.tobytes() for vector in vectors], loaded.hash
 
 
 def user_name(number: int) -> str:

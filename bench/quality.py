@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.report import RESULTS, machine, write
+from model.encoder import TextEncoder
 from model.events import EVENT, Rows, blank
 from model.ids import hash_ids
 from model.replay import History
@@ -170,11 +171,7 @@ def method(place: Place, name: Method) -> dict[str, Any]:
 def fitted_by(place: Place, name: Method) -> dict[str, Any]:
     """What a way to fine-tune costs and gives on the newest texts."""
     config = TrainerConfig(text=TextConfig(method=name))
-    log = from_file(place.events(TEXT_SET))
-    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
-    base = base_encoder("auto", None, config)
-    if reviews is None or base is None:
-        raise SystemExit("The packaged encoder is missing: make setup")
+    reviews, base = _read(place, config)
     before, began = psutil.Process().memory_info().rss, time.process_time()
     clock = time.monotonic()
     folder = place.folder / "methods" / name
@@ -211,16 +208,22 @@ def worded(place: Place, name: str) -> dict[str, Any]:
     """The text model fitted another way: its error, and expected ratings, on validation texts."""
     variant = WORDED[name]
     config = TrainerConfig(text=TextConfig.model_validate({"method": "full", **variant.changes}))
-    log = from_file(place.events(TEXT_SET))
-    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
-    base = base_encoder("auto", None, config)
-    if reviews is None or base is None:
-        raise SystemExit("The packaged encoder is missing: make setup")
+    reviews, base = _read(place, config)
     reviews = without_stars(reviews, variant.hidden, config.seed)
     folder = place.folder / "worded"
     expected = texts.validate(reviews, base, config.text, folder, config.seed)
     rating = reviews.rating[reviews.span == texts.VALIDATION]
     return {"rmse": scores(rating, expected).rmse, "rating": rating, "expected": expected}
+
+
+def _read(place: Place, config: TrainerConfig) -> tuple[ReviewTexts, TextEncoder]:
+    """The texts that ways to fine-tune are compared on, and the encoder that all start from."""
+    log = from_file(place.events(TEXT_SET))
+    reviews = review_texts(cleaned(log, config).reviews, config.text, config.split)
+    base = base_encoder("auto", None, config)
+    if reviews is None or base is None:
+        raise SystemExit("The packaged encoder is missing: make setup")
+    return reviews, base
 
 
 def without_stars(reviews: ReviewTexts, share: float, seed: int) -> ReviewTexts:

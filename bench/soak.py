@@ -40,9 +40,9 @@ from rich.table import Table
 
 from bench.events import make_world
 from bench.growth import Judged, judge
-from bench.loop import put_vectors
 from bench.model import default_models
 from bench.pool import Template, make_pool
+from bench.population import put_vectors
 from bench.processes import ANSWER_SECONDS, Worker, start_worker
 from bench.report import write
 from model.state import LAYOUT_HASH

@@ -45,6 +45,7 @@ from rich.table import Table
 from bench import ways
 from bench.clock import by_processor, seconds
 from bench.events import World, make_world
+from bench.model import packaged_encoder
 from bench.pairs import pair_rates
 from bench.report import write
 from bench.ways import (
@@ -65,7 +66,6 @@ from model import encoder as encoders
 from model import packed, recorded
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
-from schemas.exceptions import StarcastError
 from schemas.records import Review
 from starcast.log import LogConfig, configure
 from starcast.shop import shop
@@ -404,10 +404,9 @@ def _table(title: str, *headings: str) -> Table:
 
 def measure(settings: Settings, console: Console) -> dict[str, Any]:
     """All figures."""
-    folder = encoders.locate("auto")
-    if folder is None:
-        raise StarcastError("The packaged text encoder is not installed; run: make setup")
-    parent = encoders.load(folder, settings.device, longest_tokens=TextsConfig().longest_tokens)
+    parent = encoders.load(
+        packaged_encoder(), settings.device, longest_tokens=TextsConfig().longest_tokens
+    )
     texts = make_texts(make_world(USERS, ITEMS, settings.seed), settings.texts, settings.seed)
     reviews = make_reviews(settings.reviews, settings.seed)
     tokens = parent.count_tokens(texts)

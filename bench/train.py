@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import clock
+from bench.model import packaged_encoder
 from bench.report import write
 from bench.rows import make_item_tables, make_rows
 from bench.text import make_reviews
@@ -43,7 +44,6 @@ from model.events import Rows, opaque
 from model.lookups import Store
 from model.replay import History
 from model.state import ITEM, STARS, USER
-from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.config import ModelsConfig, TextsConfig
 from trainer.config import FineTuneConfig, TextConfig
@@ -340,11 +340,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def measure(settings: Settings, console: Console) -> dict[str, Any]:
     """All figures."""
-    folder = encoders.locate("auto")
-    if folder is None:
-        raise StarcastError("The packaged text encoder is not installed; run: make setup")
     longest = TextsConfig().longest_tokens
-    base = encoders.load(folder, settings.device, longest_tokens=longest)
+    base = encoders.load(packaged_encoder(), settings.device, longest_tokens=longest)
     config = TextConfig(
         method="full", longest_tokens=longest, fine_tune=FineTuneConfig(epochs=settings.epochs)
     )
