@@ -40,7 +40,6 @@ class Worded:
     whole: ReviewTexts
     titles: list[str]
     bodies: list[str]
-    names: list[str]  # event ids
 
     def part(self, name: str) -> list[str]:
         """The texts as one of `PARTS` has them."""
@@ -74,7 +73,7 @@ def texts_of(
         table["span"].to_numpy(),
     )
     titles, bodies = ([each or "" for each in table[name]] for name in ("title", "text"))
-    return Worded(whole, titles, bodies, table["event_id"].to_list()), step
+    return Worded(whole, titles, bodies), step
 
 
 def ours(
@@ -151,9 +150,9 @@ def peers(
         if chosen  # a plain fine-tune reads words
     }
 
-    def those(span: int) -> texts.Worded:
+    def those(span: int) -> texts.RatedTexts:
         chosen = np.flatnonzero(spans == span)
-        return texts.Worded(
+        return texts.RatedTexts(
             taken(whole.texts, chosen),
             whole.rating[chosen],
             vectors["text"][chosen],

@@ -37,7 +37,7 @@ Told = tuple[Floats, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
-class Worded:
+class RatedTexts:
     """n rated review texts in the order of time."""
 
     texts: Sequence[str]
@@ -58,12 +58,12 @@ Read = Callable[[Sequence[str], Vectors], Told]
 class TextPeer:
     """How a peer is tuned and fitted."""
 
-    fit: Callable[[Worded, Settings], Read]
+    fit: Callable[[RatedTexts, Settings], Read]
     suggest: Suggest
 
 
 def settle(
-    peer: TextPeer, train: Worded, validation: Worded, seed: int
+    peer: TextPeer, train: RatedTexts, validation: RatedTexts, seed: int
 ) -> tuple[dict[str, Any], Read]:
     """Tune a peer on validation, then fit it to both; its settings and how it reads."""
 
@@ -72,7 +72,7 @@ def settle(
         return rmse(validation.rating, expected)
 
     settings = tune(peer.suggest, error, seed)
-    both = Worded(
+    both = RatedTexts(
         [*train.texts, *validation.texts],
         np.concatenate([train.rating, validation.rating]),
         np.concatenate([train.vectors, validation.vectors]),
@@ -95,7 +95,7 @@ def _suggest_words(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _tfidf_ridge(known: Worded, settings: Settings) -> Read:
+def _tfidf_ridge(known: RatedTexts, settings: Settings) -> Read:
     model = make_pipeline(_words(settings), Ridge(settings["alpha"]))
     model.fit(known.texts, known.rating)
 
@@ -110,7 +110,7 @@ def _suggest_ridge(trial: Trial) -> dict[str, Any]:
     return {**_suggest_words(trial), "alpha": trial.suggest_float("alpha", 0.1, 100, log=True)}
 
 
-def _tfidf_logistic(known: Worded, settings: Settings) -> Read:
+def _tfidf_logistic(known: RatedTexts, settings: Settings) -> Read:
     """Told by the expected value of the stars' probabilities."""
     logistic = LogisticRegression(C=settings["C"], max_iter=_MOST_STEPS)
     model = make_pipeline(_words(settings), logistic)
@@ -118,7 +118,7 @@ def _tfidf_logistic(known: Worded, settings: Settings) -> Read:
     return lambda texts, vectors: _expected(model.predict_proba(texts), logistic.classes_)
 
 
-def _frozen_logistic(known: Worded, settings: Settings) -> Read:
+def _frozen_logistic(known: RatedTexts, settings: Settings) -> Read:
     """On the vectors of the encoder as it came."""
     model = LogisticRegression(C=settings["C"], max_iter=_MOST_STEPS)
     model.fit(known.vectors, known.stars)

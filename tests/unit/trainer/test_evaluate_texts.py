@@ -18,7 +18,7 @@ RATINGS = np.array([5.0, 1.0, 4.0])
 def worded(titles: list[str]) -> Worded:
     """Three reviews, of which the last two are test texts."""
     span = np.array([TRAIN, TEST, TEST], np.int8)
-    return Worded(ReviewTexts(TEXTS, RATINGS, span), titles, TEXTS, ["a", "b", "c"])
+    return Worded(ReviewTexts(TEXTS, RATINGS, span), titles, TEXTS)
 
 
 ANSWERS = {part: np.array([2.0, 4.0]) for part in ("text", "text_title", "text_body")} | {
@@ -47,7 +47,7 @@ def test_peers_that_cannot_be_fitted_are_left_out(
     base = encoders.load(encoder_folder, "cpu")
     span = np.repeat([TRAIN, VALIDATION, TEST], [30, 8, 8]).astype(np.int8)
     texts = ["good thing"] * 46
-    known = Worded(ReviewTexts(texts, np.full(46, 5.0), span), texts, texts, texts)
+    known = Worded(ReviewTexts(texts, np.full(46, 5.0), span), texts, texts)
     wanted = ("tfidf_ridge", "tfidf_logistic", "frozen_logistic")
     found = peers(wanted, known, base, TrainerConfig(), Kept(tmp_path), None)
     assert found.keys() == {"tfidf_ridge"}
@@ -58,5 +58,5 @@ def test_without_test_texts_nobody_is_asked(encoder_folder: Path, tmp_path: Path
     base = encoders.load(encoder_folder, "cpu")
     span = np.repeat([TRAIN, VALIDATION], [30, 8]).astype(np.int8)
     texts = ["good thing"] * 38
-    known = Worded(ReviewTexts(texts, np.full(38, 5.0), span), texts, texts, texts)
+    known = Worded(ReviewTexts(texts, np.full(38, 5.0), span), texts, texts)
     assert peers(("tfidf_ridge",), known, base, TrainerConfig(), Kept(tmp_path), None) == {}

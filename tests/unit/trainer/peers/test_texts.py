@@ -14,14 +14,14 @@ from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast, Trainer
 from tests.unit.trainer.shop import WORDS
 from trainer.metrics import class_scores
 from trainer.peers import tuning
-from trainer.peers.texts import TEXT_PEERS, Worded, finetune_plain, settle
+from trainer.peers.texts import TEXT_PEERS, RatedTexts, finetune_plain, settle
 
 
-def worded(count: int, seed: int) -> Worded:
+def worded(count: int, seed: int) -> RatedTexts:
     stars = np.random.default_rng(seed).integers(0, len(WORDS), count)
     texts = [f"{WORDS[star]} thing number {at}" for at, star in enumerate(stars.tolist())]
     vectors = np.eye(len(WORDS), 8, dtype=np.float32)[stars]
-    return Worded(texts, (stars + 1).astype(np.float64), vectors)
+    return RatedTexts(texts, (stars + 1).astype(np.float64), vectors)
 
 
 @pytest.mark.parametrize("name", [*TEXT_PEERS])
