@@ -17,16 +17,9 @@ from schemas.topics import TOPICS
 from starcast.main import app
 from streams.config import KafkaConfig
 from streams.producer import Outgoing, play
+from tests.commands import run
 
 TIME = datetime(2026, 1, 1, 12, 30, tzinfo=UTC)
-RUNNER = CliRunner()
-
-
-def run(*arguments: str) -> Result:
-    result = RUNNER.invoke(app, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture
@@ -221,6 +214,6 @@ def test_run_gives_up_without_a_broker(
 ) -> None:
     monkeypatch.setattr("streams.admin.REACH_SECONDS", 0.2)
     monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
-    result = RUNNER.invoke(app, ["run", "scorer", "--wait", "2"])
+    result = CliRunner().invoke(app, ["run", "scorer", "--wait", "2"])
     assert result.exit_code == 1
     assert "127.0.0.1:1" in str(result.exception)

@@ -5,22 +5,14 @@ import uuid
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from schemas.records import ModelUpdate
 from starcast.main import app
 from streams.admin import apply_topics
 from streams.config import KafkaConfig
 from streams.tail import read_topic
-
-RUNNER = CliRunner()
-
-
-def run(*arguments: str) -> Result:
-    result = RUNNER.invoke(app, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+from tests.commands import run
 
 
 @pytest.fixture
@@ -103,7 +95,7 @@ def test_a_model_from_training_to_rollback(kafka_config: KafkaConfig, tmp_path: 
 
 
 def test_nothing_is_archived_yet(kafka_config: KafkaConfig) -> None:
-    result = RUNNER.invoke(app, ["retrain"])
+    result = CliRunner().invoke(app, ["retrain"])
     assert result.exit_code == 1
     assert "archive" in str(result.exception)
 
@@ -114,6 +106,6 @@ def test_retrain_takes_one_schedule(kafka_config: KafkaConfig, arguments: list[s
 
 
 def test_a_span_that_is_none(kafka_config: KafkaConfig) -> None:
-    result = RUNNER.invoke(app, ["retrain", "--every", "often"])
+    result = CliRunner().invoke(app, ["retrain", "--every", "often"])
     assert result.exit_code == 1
     assert "often" in str(result.exception)
