@@ -24,8 +24,8 @@ from schemas.records import EARLIEST_TIME, LATEST_TIME, Action, Behavior, Item, 
 
 SPAN = timedelta(days=21)  # from the first record to the last
 
+MEAN = 3.5  # stars
 # Standard deviations of what stars are made of, in stars.
-MEAN = 3.5
 LENIENCY = 0.35  # of a user
 QUALITY = 0.45  # of an item
 DEPARTMENT_TASTE = 0.85  # of a user for a department
