@@ -1,4 +1,4 @@
-"""Which bundle serves: one small file beside the bundles, replaced atomically.
+"""Which bundles serve: one small file beside the bundles, replaced atomically.
 
 Writers on one machine take turns by a lock. On an object store, which has none, a writer looks
 again just before it writes and gives up when the file has changed.
@@ -71,14 +71,9 @@ def promote(
     """
 
     def change(old: Registry) -> Registry:
-        if expected is not None and (old.stable is None or old.stable.version != expected):
-            now = old.stable.version if old.stable else "none"
-            raise RegistryError(
-                f"{version} was judged against {expected}, but {now} is stable now; judge it again"
-            )
+        _check_stable(old, version, expected)
         entry = _entry(version, sha256, by, reason)
-        canary = None if old.canary and old.canary.version == version else old.canary
-        return _changed(old, "promote", entry, stable=entry, canary=canary)
+        return _changed(old, "promote", entry, stable=entry, canary=old.canary)
 
     return _update(url, change)
 
@@ -86,7 +81,7 @@ def promote(
 def rollback(url: str, by: str, reason: str) -> Registry:
     """Make the bundle stable again that was stable before the one that is.
 
-    Rolling back twice goes back two steps, not to and fro.
+    Rolling back twice goes back two steps, not to and fro. A canary of that version is done with.
     """
 
     def change(old: Registry) -> Registry:
@@ -104,10 +99,25 @@ def rollback(url: str, by: str, reason: str) -> Registry:
     return _update(url, change)
 
 
-def set_canary(url: str, version: str, sha256: str, share: float, by: str, reason: str) -> Registry:
-    """Note a bundle for a share of users (0: as a shadow); workers do not serve it."""
+def set_canary(
+    url: str,
+    version: str,
+    sha256: str,
+    share: float,
+    by: str,
+    reason: str,
+    expected: str | None = None,
+) -> Registry:
+    """Try a bundle on a share of users (0: as a shadow); in place of the canary that there is.
+
+    `expected`: the stable version beside which it can be served. Raises RegistryError when another
+    has become stable since, or when the bundle is stable itself.
+    """
 
     def change(old: Registry) -> Registry:
+        _check_stable(old, version, expected)
+        if old.stable is not None and old.stable.version == version:
+            raise RegistryError(f"{version} is stable already: it answers all users")
         entry = _entry(version, sha256, by, reason)
         canary = Canary(**dict(entry), share=share)
         return _changed(old, "canary", entry, stable=old.stable, canary=canary)
@@ -127,6 +137,14 @@ def clear_canary(url: str, by: str, reason: str) -> Registry:
     return _update(url, change)
 
 
+def _check_stable(now: Registry, version: str, expected: str | None) -> None:
+    if expected is not None and (now.stable is None or now.stable.version != expected):
+        stable = now.stable.version if now.stable else "none"
+        raise RegistryError(
+            f"{version} was judged against {expected}, but {stable} is stable now; judge it again"
+        )
+
+
 def _entry(version: str, sha256: str, by: str, reason: str) -> Entry:
     return Entry(version=version, sha256=sha256, at=datetime.now(UTC), by=by, reason=reason)
 
@@ -139,6 +157,8 @@ def _changed(
     canary: Canary | None,
 ) -> Registry:
     history = [*old.history, Change(**dict(entry), what=what)][-_LONGEST_HISTORY:]
+    if canary is not None and stable is not None and canary.version == stable.version:
+        canary = None
     return Registry(revision=old.revision + 1, stable=stable, canary=canary, history=history)
 
 

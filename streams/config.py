@@ -150,6 +150,12 @@ class InsightsConfig(BaseModel):
     largest_drift: float = Field(
         default=0.75, gt=0, description="alert when mean predicted and true rating differ by more"
     )
+    worse_canary: float = Field(
+        default=3.0,
+        gt=0,
+        description="alert when a canary's mean absolute error is this many standard errors "
+        "above stable's",
+    )
     clear_ratio: float = Field(
         default=0.9,
         gt=0,

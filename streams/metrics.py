@@ -31,6 +31,7 @@ class Metrics:
     lost: Counter  # processor, topic, partition
     newcomers: Gauge  # processor, partition
     model: Gauge  # version
+    canary: Gauge  # version
 
 
 def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
@@ -115,6 +116,12 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         model=Gauge(
             "starcast_model_info",
             "1 for the model version in service.",
+            ("version",),
+            registry=registry,
+        ),
+        canary=Gauge(
+            "starcast_canary_share",
+            "Share of users whom the version on trial answers; 0: a shadow, which answers nobody.",
             ("version",),
             registry=registry,
         ),

@@ -21,6 +21,7 @@ from confluent_kafka import Message
 from numpy.typing import NDArray
 
 from model import newcomers
+from model.canary import Part
 from model.events import (
     ACTIONS,
     EVENT,
@@ -179,10 +180,10 @@ class Scorer:
             events, observation = arrivals.events, observed
             if len(scored) < len(events):
                 events, observation = events.take(scored), observed.take(scored)
-            predictions = serving.predictor.predict(events, observation, lookups)
+            answers = serving.predict(events, observation, lookups)
         with self._phase("encode"):
             predicted_at = int(time.time() * 1_000)
-            ratings = _prediction_records(arrivals, parts, scored, predictions, predicted_at)
+            ratings = _prediction_records(arrivals, parts, scored, answers, predicted_at)
             updates = _item_updates(arrivals, parts)
         before = {part.partition: self._states[part.partition].header for part in parts}
         for part in parts:
@@ -201,8 +202,13 @@ class Scorer:
             took = time.monotonic() - began
 
         def finish(_: dict[Position, int]) -> None:
-            self._count_scored(arrivals, scored, predictions, predicted_at)
+            self._count_scored(arrivals, scored, answers, predicted_at)
             self._pace.took(len(messages), took)
+            if serving.shadow is not None and len(scored):
+                # After the commit: nobody waits for it, and no event is counted twice.
+                with self._phase("shadow"):
+                    said = serving.shadow.predict(events, observation, lookups)
+                self._count_shadow(said, events["rating"])
 
         return Outcome(
             batches=[ratings, updates],
@@ -301,12 +307,18 @@ class Scorer:
         self,
         arrivals: _Arrivals,
         scored: NDArray[np.intp],
-        predictions: Predictions,
+        answers: Sequence[Part],
         predicted_at: int,
     ) -> None:
-        events = arrivals.events.take(scored)
-        if not len(events):
-            return
+        for part in answers:
+            mine = scored[part.rows]
+            if len(mine):
+                self._count_part(arrivals, mine, part, predicted_at)
+
+    def _count_part(
+        self, arrivals: _Arrivals, scored: NDArray[np.intp], part: Part, predicted_at: int
+    ) -> None:
+        events, predictions = arrivals.events.take(scored), part.predictions
         self._watermark = max(self._watermark, int(events["time"].max()))
         codes, counts = np.unique(events["action"], return_counts=True)
         actions = Counter(
@@ -328,6 +340,22 @@ class Scorer:
                 items=list(map(arrivals.ids["item_id"].__getitem__, scored.tolist())),
                 actions=actions,
                 latencies_ms=(predicted_at - arrivals.timestamps[scored]).astype(np.float32),
+                role=part.role,
+            )
+        )
+
+    def _count_shadow(self, said: Predictions, truths: NDArray[np.float32]) -> None:
+        """Its errors alone: whatever else there is to count, the version that answered counts."""
+        self._digests.add(
+            Scored(
+                version=said.version,
+                ratings=said.rating,
+                truths=truths,
+                tiers=said.tier,
+                items=[],
+                actions=Counter(),
+                latencies_ms=np.zeros(0, np.float32),
+                role="shadow",
             )
         )
 
@@ -475,7 +503,7 @@ def _prediction_records(
     arrivals: _Arrivals,
     parts: list[_Part],
     scored: NDArray[np.intp],
-    predictions: Predictions,
+    answers: Sequence[Part],
     predicted_at: int,
 ) -> OutputBatch:
     every = len(scored) == len(arrivals.events)
@@ -488,7 +516,7 @@ def _prediction_records(
             "event_time": arrivals.events["time"][scored].astype("M8[ms]"),
             "predicted_at": format_times(np.array([predicted_at]))[0],
             "kind": "interaction",
-            **prediction_columns(predictions),
+            **prediction_columns(answers),
             "source": {
                 "topic": list(map(_TOPICS.__getitem__, arrivals.topics[scored].tolist())),
                 "partition": partitions,

@@ -20,6 +20,7 @@ from confluent_kafka import Message
 from numpy.typing import NDArray
 
 from model import encoder
+from model.bundle import Bundle
 from model.catalog import item_text
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
@@ -73,7 +74,7 @@ class Texts:
         self._models = models
         self._metrics = metrics
         self._digests = Digests(worker, "review", digest_seconds)
-        self._loaded: tuple[Serving, TextEncoder] | None = None
+        self._loaded: tuple[Bundle | None, TextEncoder] | None = None
         self._engine: Engine[str, NDArray[np.float32]] | None = None
         # By partition of `items`: under which encoder it is read, and how far its vectors reach.
         self._reached: dict[int, tuple[str, int]] = {}
@@ -172,10 +173,10 @@ class Texts:
         self._reached |= {partition: (used, end) for partition, end in mine.items()}
 
     def _encoder(self, serving: Serving) -> TextEncoder | None:
-        """The serving model's encoder, loaded when it has changed."""
+        """The stable model's encoder, loaded when that model has changed."""
         if serving.encoder_folder is None:
             return None
-        if self._loaded is None or self._loaded[0] is not serving:
+        if self._loaded is None or self._loaded[0] is not serving.bundle:
             loaded = encoder.load(
                 serving.encoder_folder,
                 self._device,
@@ -187,7 +188,7 @@ class Texts:
                 loaded.graphs.warm(self._config.token_budget)
             if self._engine is not None:
                 self._engine.close()
-            self._loaded = serving, loaded
+            self._loaded = serving.bundle, loaded
             self._engine = Engine(
                 lambda texts: list(loaded.encode(texts, self._config.token_budget)),
                 self._config.token_budget,
