@@ -35,6 +35,11 @@ class Canary(Entry):
 
     share: float = Field(ge=0, le=1, description="of users it serves; 0: a shadow, served to none")
 
+    @property
+    def role(self) -> str:
+        """What it is, for people: canary 10%, or shadow."""
+        return f"canary {100 * self.share:.3g}%" if self.share else "shadow"
+
 
 class Change(Entry):
     """One line of the history."""

@@ -32,7 +32,7 @@ from streams.producer import outgoing, play
 
 if TYPE_CHECKING:
     from model.bundle import Bundle
-    from model.registry import Canary, Entry, Registry
+    from model.registry import Entry, Registry
     from streams.windows import Trial
     from trainer.data import Log
 
@@ -444,15 +444,11 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
 
 def _place(now: "Registry", version: str) -> tuple[str, ...]:
     """Stage, time, who and why of a version; empty when it does not serve."""
-    trial = "" if now.canary is None else _trial_of(now.canary)
+    trial = now.canary.role if now.canary else ""
     for stage, entry in (("stable", now.stable), (trial, now.canary)):
         if entry is not None and entry.version == version:
             return stage, f"{entry.at:%Y-%m-%d %H:%M}", entry.by, entry.reason
     return "", "", "", ""
-
-
-def _trial_of(canary: "Canary") -> str:
-    return f"canary {canary.share:.3g}" if canary.share else "shadow"
 
 
 @app.command()
@@ -514,7 +510,7 @@ def canary(
     after = registry.set_canary(url, version, loaded.sha256, share, _who(), reason, expected)
     _announce(settings.kafka, before, after)
     if share:
-        output.print(f"{version} is the canary, for {share:.3g} of users.", soft_wrap=True)
+        output.print(f"{version} answers {100 * share:.3g}% of users.", soft_wrap=True)
     else:
         output.print(f"{version} is a shadow: it predicts, and answers nobody.", soft_wrap=True)
 
@@ -569,7 +565,7 @@ def compare(context: typer.Context, as_json: AsJson = False) -> None:
     table = Table("", "version", "predicted", "ratings", "RMSE", "MAE", "off by", box=None)
     for stage, version, scored in (
         ("stable", "", trial.stable),
-        (_trial_of(named), trial.version, trial.canary),
+        (named.role, trial.version, trial.canary),
     ):
         sums = scored.sums
         figures = [sums.rmse, sums.mae]

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from model import registry
 from model.bundle import Written
 from model.encoder import StarHead
+from model.predict import Predictor
 from schemas.exceptions import UnreachableError
 from streams import models as following
 from streams.config import ModelsConfig
@@ -29,6 +30,18 @@ def make(url: Path, **config: Any) -> Models:
 def promote(url: Path, written: Written) -> str:
     registry.promote(str(url), written.version, written.sha256, "a test", "to see")
     return written.version
+
+
+def try_out(url: Path, written: Written, share: float) -> str:
+    registry.set_canary(str(url), written.version, written.sha256, share, "a test", "to see")
+    return written.version
+
+
+def on_trial(models: Models) -> dict[str, float]:
+    (family,) = (
+        each for each in models._metrics.registry.collect() if each.name == "starcast_canary_share"
+    )
+    return {sample.labels["version"]: sample.value for sample in family.samples}
 
 
 def in_service(models: Models) -> dict[str, float]:
@@ -113,6 +126,116 @@ def test_a_damaged_bundle_is_refused_and_the_running_model_stays(
     later = promote(tmp_path, write(str(tmp_path), seed=2))
     models.refresh()
     assert models.serving.predictor.version == later
+
+
+def test_a_canary_comes_changes_its_share_and_goes(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    stable = promote(tmp_path, write(str(tmp_path)))
+    second = write(str(tmp_path), seed=1)
+    models.refresh()
+    before = models.serving
+    assert (before.canary, before.shadow, on_trial(models)) == (None, None, {})
+    other = try_out(tmp_path, second, 0.1)
+    models.refresh()
+    first = models.serving
+    assert before.canary is None  # whoever took it for a batch keeps it
+    assert first.canary is not None
+    assert (first.canary.predictor.version, first.canary.share) == (other, 0.1)
+    assert (first.predictor, first.bundle, first.shadow) == (before.predictor, before.bundle, None)
+    assert (in_service(models), on_trial(models)) == ({stable: 1}, {other: 0.1})
+    models.refresh()
+    assert models.serving is first
+    try_out(tmp_path, second, 0)
+    models.refresh()
+    assert models.serving.canary is not None
+    assert models.serving.canary.share == 0
+    assert models.serving.shadow is first.canary.predictor  # not loaded again
+    assert on_trial(models) == {other: 0}
+    registry.clear_canary(str(tmp_path), "a test", "enough")
+    models.refresh()
+    assert (models.serving.canary, on_trial(models)) == (None, {})
+    assert models.serving.predictor is before.predictor
+
+
+def test_a_canary_becomes_stable_or_outlives_it(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    promote(tmp_path, write(str(tmp_path)))
+    second, third = (write(str(tmp_path), seed=seed) for seed in (1, 2))
+    try_out(tmp_path, second, 0.5)
+    models.refresh()
+    kept = models.serving.canary
+    promote(tmp_path, third)  # as a retraining does
+    models.refresh()
+    assert models.serving.predictor.version == third.version
+    assert models.serving.canary is kept is not None
+    promote(tmp_path, second)
+    models.refresh()
+    assert models.serving.predictor.version == second.version
+    assert models.serving.canary is None
+    # Named at once as that was promoted: the one before serves on until this one is loaded.
+    try_out(tmp_path, third, 0.5)
+    models.refresh()
+    assert models.serving.canary is not None
+    assert models.serving.canary.predictor.version == third.version
+
+
+def test_a_canary_is_warm_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = make(tmp_path)
+    promote(tmp_path, write(str(tmp_path)))
+    models.refresh()
+    other = try_out(tmp_path, write(str(tmp_path), seed=1), 0.5)
+    warmed: list[str] = []
+
+    def warm(predictor: Predictor) -> None:
+        assert models.serving.canary is None
+        warmed.append(predictor.version)
+
+    monkeypatch.setattr(following, "warm", warm)
+    models.refresh()
+    assert warmed == [other]
+    assert models.serving.canary is not None
+
+
+def test_a_damaged_canary_is_refused_once_and_stable_answers_all(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    promote(tmp_path, write(str(tmp_path)))
+    good = try_out(tmp_path, write(str(tmp_path), seed=1), 0.5)
+    models.refresh()
+    assert on_trial(models) == {good: 0.5}
+    bad = write(str(tmp_path), seed=2)
+    cut(tmp_path / bad.version)
+    try_out(tmp_path, bad, 0.5)
+    with capture_logs() as logs:
+        models.refresh()
+        models.refresh()
+    assert (models.serving.canary, on_trial(models)) == (None, {})
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == ["bundle refused"]
+
+
+def test_a_canary_of_another_encoder_is_refused_until_stable_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bert(tmp_path / "encoder")
+    url = tmp_path / "models"
+    models = make(url)
+    promote(url, write(str(url)))
+    other = try_out(url, write(str(url), seed=1, encoder=tmp_path / "encoder"), 0.5)
+    with capture_logs() as logs:
+        models.refresh()
+    assert models.serving.canary is None
+    (refused,) = [line for line in logs if line["event"] == "bundle refused"]
+    assert f"{other} has another encoder" in refused["reason"]
+    with monkeypatch.context() as patched:
+        patched.setattr(following.bundle, "load", None)  # not read again and again
+        models.refresh()
+    promote(url, write(str(url), seed=2, encoder=tmp_path / "encoder"))
+    models.refresh()
+    assert on_trial(models) == {other: 0.5}
+    promote(url, write(str(url), seed=3))  # and without an encoder
+    models.refresh()
+    assert on_trial(models) == {}
 
 
 def test_a_registry_that_cannot_be_read_changes_nothing(

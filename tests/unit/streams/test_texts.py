@@ -281,6 +281,26 @@ def test_without_an_encoder_all_is_skipped_and_counted(store: str, tmp_path: Pat
     assert counts(texts) == {"skipped: no encoder": 2}
 
 
+def test_a_canary_changes_nothing_for_texts(store: str, bundles: Path, folder: Path) -> None:
+    """Its encoder is stable's, which is not loaded again."""
+    texts = make(store, bundles)
+    finish(texts.process(messages("items", [item("a")])))
+    loaded = texts._loaded
+    other = write(str(bundles), seed=1, encoder=folder)
+    registry.set_canary(str(bundles), other.version, other.sha256, 0.5, "a test", "")
+    try:
+        texts._models.refresh()
+        assert texts._models.serving.canary is not None
+        outcome = texts.process(messages("reviews", [review("r")]))
+        assert texts._loaded is loaded
+        (batch, _) = outcome.batches
+        predicted = PredictedRating.model_validate_json(batch.messages[0]["value"])
+        assert predicted.model_version == texts._models.serving.predictor.version
+    finally:
+        registry.clear_canary(str(bundles), "a test", "")
+    texts.close()
+
+
 def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) -> None:
     other = tmp_path / "other"
     bert(other)
