@@ -201,7 +201,8 @@ def on_trial(share: float, errors: int, name: str = SECOND) -> Snapshot:
         for error, version, role in ((0.5, FIRST, "stable"), (1.0, name, "shadow"))
     ]
     canary = Canary(**dict(entry(name, 20)), share=share)
-    registry = REGISTRY.model_copy(update={"canary": canary})
+    history = [*REGISTRY.history, Change(**dict(entry(name, 20)), what="canary")]
+    registry = REGISTRY.model_copy(update={"canary": canary, "history": history})
     return replace(LIVE, windows=windows_of(digests, 10), registry=registry)
 
 
