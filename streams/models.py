@@ -86,8 +86,10 @@ class Models:
         """Take up what the registry names, where it is another and can be loaded."""
         try:
             named = registry.read(self._config.url)
-            self._follow_stable(named.stable)
-            self._follow_canary(named.canary)
+            try:
+                self._follow_stable(named.stable)
+            finally:  # a trial ends, whatever keeps the new stable version from being read
+                self._follow_canary(named.canary)
         except (StarcastError, OSError) as error:
             self._log.warning("registry not read", reason=str(error))
 

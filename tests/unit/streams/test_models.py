@@ -214,6 +214,28 @@ def test_a_damaged_canary_is_refused_once_and_stable_answers_all(tmp_path: Path)
     assert [line["event"] for line in logs if line["log_level"] == "error"] == ["bundle refused"]
 
 
+def test_a_trial_ends_also_when_the_new_stable_version_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = make(tmp_path)
+    good = promote(tmp_path, write(str(tmp_path)))
+    try_out(tmp_path, write(str(tmp_path), seed=1), 0.5)
+    models.refresh()
+    promote(tmp_path, write(str(tmp_path), seed=2))
+    registry.clear_canary(str(tmp_path), "a test", "enough")
+
+    def gone(*_: str) -> None:
+        raise UnreachableError("no answer")
+
+    monkeypatch.setattr(following.bundle, "load", gone)
+    with capture_logs() as logs:
+        models.refresh()
+    assert (models.serving.predictor.version, models.serving.canary) == (good, None)
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == [
+        "registry not read"
+    ]
+
+
 def test_a_canary_of_another_encoder_is_refused_until_stable_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
