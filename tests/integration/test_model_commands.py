@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from model import registry
 from model.exceptions import RegistryError
-from schemas.records import ModelUpdate
+from schemas.records import ModelUpdate, Role
 from starcast.main import app
 from streams.admin import apply_topics
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
@@ -140,9 +140,12 @@ def test_a_version_is_tried_compared_and_promoted(
     assert "Nothing is counted" in early.stderr
 
     steps = make_steps(InsightsConfig(step_seconds=10))
-    for role, error, count in (("stable", 0.5, 400), ("shadow", 1.0, 400)):
-        errors = [(3.0 + sign * error, 3.0) for sign in (1, 0)] * (count // 2)
-        version = second.version if role == "shadow" else first.version
+    sides: tuple[tuple[Role, str, float], ...] = (
+        ("stable", first.version, 0.5),
+        ("shadow", second.version, 1.0),
+    )
+    for role, version, error in sides:
+        errors = [(3.0 + sign * error, 3.0) for sign in (1, 0)] * 200
         add(steps, digest(at(5), errors, version=version, role=role), ms(9))
     window = close(steps, ms(10), InsightsConfig(step_seconds=10))
     assert window is not None

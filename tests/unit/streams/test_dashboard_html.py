@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pytest
 
 from model.registry import Canary, Change, Entry, Registry
-from schemas.records import Alert
+from schemas.records import Alert, Role
 from streams import dashboard_html as html
 from streams.config import KafkaConfig
 from streams.dashboard_data import Link, Prediction, Snapshot, Topics
@@ -191,6 +191,7 @@ def test_model_table_marks_the_one_in_service() -> None:
 
 def on_trial(share: float, errors: int, name: str = SECOND) -> Snapshot:
     """Stable errs by half a star or not at all, the other by one or none."""
+    sides: tuple[tuple[float, str, Role], ...] = ((0.5, FIRST, "stable"), (1.0, name, "shadow"))
     digests = [
         digest(
             at(5),
@@ -198,7 +199,7 @@ def on_trial(share: float, errors: int, name: str = SECOND) -> Snapshot:
             version=version,
             role=role,
         )
-        for error, version, role in ((0.5, FIRST, "stable"), (1.0, name, "shadow"))
+        for error, version, role in sides
     ]
     canary = Canary(**dict(entry(name, 20)), share=share)
     history = [*REGISTRY.history, Change(**dict(entry(name, 20)), what="canary")]

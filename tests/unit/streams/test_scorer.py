@@ -16,12 +16,12 @@ from pydantic import SecretStr
 
 from model import bundle, registry
 from model.canary import is_chosen
-from model.events import EVENT
+from model.events import EVENT, blank
 from model.features import INDEX
 from model.ids import hash_ids
 from model.ladder import TIERS
-from model.state import LAYOUT_HASH, USER
-from model.state_bytes import from_bytes
+from model.state import ITEM_ATTRIBUTES, LAYOUT_HASH, USER
+from model.state_bytes import from_bytes, to_bytes
 from schemas import journal
 from schemas.records import (
     Behavior,
@@ -45,11 +45,21 @@ from streams.inputs import split_columns
 from streams.metrics import make_metrics
 from streams.models import Models
 from streams.processor import Outcome, Output
-from streams.reader import USER_STATE, Reader, partition_keys
+from streams.reader import (
+    ITEM_KIND,
+    USER_STATE,
+    VECTOR_DTYPE,
+    Reader,
+    partition_keys,
+    store_keys,
+    vector_keys,
+)
 from streams.scorer import Scorer, _arrange, _ends
 from streams.store import Store
 from streams.user_states import Held, UserStates, decode_header
+from tests.unit.model.shop import WIDTH
 from tests.unit.model.test_bundle import write
+from tests.unit.model.test_encoder import bert
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 PARTITIONS = 3
@@ -723,6 +733,53 @@ def test_a_shadow_predicts_after_the_commit_and_answers_nobody(make: Make, tmp_p
         ]
         known = [each for each in tiers if each is not None]
         assert (sum(known) or None) == count
+
+
+def describe(scorer: Scorer, items: list[str]) -> None:
+    """Attributes of items, and vectors of their texts."""
+    kept, found = scorer._states._store, scorer._models.serving.encoder_hash
+    rows, names = blank(ITEM_ATTRIBUTES, len(items)), hash_ids(items)
+    rows["version"], rows["text"] = 1, names
+    kept.put(store_keys(kept, ITEM_KIND, names), to_bytes(rows))
+    random = np.random.default_rng(5)
+    vectors = [random.normal(size=WIDTH).astype(VECTOR_DTYPE).tobytes() for _ in items]
+    kept.put(vector_keys(kept, found, names), vectors)
+
+
+def test_a_shadow_meets_what_its_batch_met_though_the_next_one_was_read(
+    make: Make, tmp_path: Path
+) -> None:
+    """The loop has processed the next batch, with vectors of its own, when one is finished."""
+    bert(tmp_path / "encoder")
+    url = str(tmp_path)
+    stable, other = (write(url, seed, encoder=tmp_path / "encoder") for seed in (0, 1))
+    registry.promote(url, stable.version, stable.sha256, "a test", "")
+    registry.set_canary(url, other.version, other.sha256, 0, "a test", "")
+    items = [f"item-{at}" for at in range(90)]
+    batches = [
+        log(
+            "reviews",
+            0,
+            [record("reviews", at, f"user-{at % 5}", items[at]) for at in part],
+            part[0],
+        )
+        for part in (range(10), range(10, 90))
+    ]
+    counted: list[ScoreDigest] = []
+    for version, role in ((other.version, "shadow"), (other.version, "stable")):
+        scorer = make()
+        describe(scorer, items)
+        outcomes = [scorer.process(batch) for batch in batches]
+        for outcome in outcomes:
+            finish(scorer, outcome)
+        counted.append(digests(scorer.idle())[version, role])
+        if role == "shadow":
+            registry.promote(url, other.version, other.sha256, "a test", "")
+    shadow, served = counted
+    assert shadow.errors == served.errors
+    assert shadow.stars == served.stars
+    assert shadow.tiers == served.tiers
+    assert "item_text" in shadow.tiers or "full" in shadow.tiers
 
 
 def _sha256(url: Path, version: str) -> str:
