@@ -75,7 +75,7 @@ def predict(
         ("canary", canary.predictor, np.flatnonzero(its)),
     ]
     return [
-        Part(role, rows, predictor.predict(events[rows], observation.take(rows), lookups))
+        Part(role, rows, predictor.predict(events.take(rows), observation.take(rows), lookups))
         for role, predictor, rows in sides
         if len(rows)
     ] or predict(stable, None, events, observation, lookups)

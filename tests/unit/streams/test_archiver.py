@@ -72,7 +72,7 @@ def test_a_table_may_be_of_a_release_with_other_fields(
     """One field was not in the contract then, or is not in it now; rows without it have none."""
     whole, topic = archive.schema("score-digests"), "score-digests"
     shorter = whole.remove(whole.get_field_index("role"))
-    value = json.dumps(EXAMPLES[topic] | {"role": "shadow"}).encode()
+    value = json.dumps({**EXAMPLES[topic], "role": "shadow"}).encode()
     schemas = {"now": (whole, shorter), "then": (shorter, whole)}[lacks]
     for offsets, schema in zip(((0, 1), (2, 3)), schemas, strict=True):
         monkeypatch.setattr(archive, "schema", lambda _, schema=schema: schema)
