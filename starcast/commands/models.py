@@ -595,7 +595,9 @@ def _trial(redis: RedisConfig) -> "Trial | None":
     try:
         window = last_window(client, f"{redis.key_prefix}:{WINDOWS_KEY}")
     except STORE_ERRORS as error:
-        raise fail(f"The store does not answer: {error}. Set STARCAST_REDIS__URL.") from error
+        raise fail(
+            f"The store does not answer: {str(error).rstrip('.')}. Set STARCAST_REDIS__URL."
+        ) from error
     finally:
         client.close()
     return window.trial if window else None
