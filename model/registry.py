@@ -57,6 +57,12 @@ class Registry(BaseModel):
     canary: Canary | None = None
     history: list[Change] = []  # oldest first
 
+    @property
+    def rolled_back(self) -> bool:
+        """Whether what is stable became so by a rollback."""
+        ways = (each.what for each in reversed(self.history))
+        return next((way == "rollback" for way in ways if way in ("promote", "rollback")), False)
+
 
 def read(url: str) -> Registry:
     """The registry in the models folder at `url`; an empty one when there is no file yet.
@@ -83,6 +89,17 @@ def promote(
     return _update(url, change)
 
 
+def before(registry: Registry) -> Entry | None:
+    """What was stable before what is, and is so again after a rollback; None: nothing was."""
+    stack: list[Change] = []
+    for past in registry.history:
+        if past.what == "promote" and (not stack or stack[-1].version != past.version):
+            stack.append(past)
+        elif past.what == "rollback" and stack:
+            stack.pop()
+    return stack[-2] if len(stack) > 1 else None
+
+
 def rollback(url: str, by: str, reason: str) -> Registry:
     """Make the bundle stable again that was stable before the one that is.
 
@@ -90,15 +107,10 @@ def rollback(url: str, by: str, reason: str) -> Registry:
     """
 
     def change(old: Registry) -> Registry:
-        stack: list[Change] = []
-        for past in old.history:
-            if past.what == "promote" and (not stack or stack[-1].version != past.version):
-                stack.append(past)
-            elif past.what == "rollback" and stack:
-                stack.pop()
-        if len(stack) < 2:
+        earlier = before(old)
+        if earlier is None:
             raise RegistryError(f"nothing to roll back to in {url}: no earlier stable version")
-        entry = _entry(stack[-2].version, stack[-2].sha256, by, reason)
+        entry = _entry(earlier.version, earlier.sha256, by, reason)
         return _changed(old, "rollback", entry, stable=entry, canary=old.canary)
 
     return _update(url, change)

@@ -73,6 +73,12 @@ class ModelsConfig(BaseModel):
     poll_seconds: float = Field(
         default=2.0, gt=0, description="how often the registry is looked at"
     )
+    encoder_wait_seconds: float = Field(
+        default=21_600,
+        ge=0,
+        description="a version with another encoder serves once that has read all items, or after "
+        "so long; 0: at once",
+    )
     threads: int = Field(
         default=1,
         ge=0,

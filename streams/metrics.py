@@ -32,6 +32,7 @@ class Metrics:
     newcomers: Gauge  # processor, partition
     model: Gauge  # version
     canary: Gauge  # version
+    covered: Gauge
 
 
 def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
@@ -123,6 +124,12 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             "starcast_canary_share",
             "Share of users whom the version on trial answers; 0: a shadow, which answers nobody.",
             ("version",),
+            registry=registry,
+        ),
+        covered=Gauge(
+            "starcast_encoder_covered",
+            "Of the items that the encoder in service has read, the share that the encoder of a "
+            "version that is to serve has read too; 1: no version waits.",
             registry=registry,
         ),
     )

@@ -3,9 +3,15 @@
 A thread looks at the registry; a new bundle is fetched, checked and warmed there, and processors
 take it up between two batches. A bundle that cannot be loaded is refused with its reason, and what
 runs stays. A canary must read the vectors of stable's encoder: a batch reads those of one alone.
+
+A stable version with another encoder than the one that runs waits until that has read the items'
+texts: before, it would predict them as items without words. Texts are read by it meanwhile.
 """
 
+import math
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +30,13 @@ from model.predict import Predictor, predictor, warm
 from model.replay import Observation
 from schemas.exceptions import StarcastError
 from streams.config import ModelsConfig
+from streams.exceptions import StoreError
 from streams.metrics import Metrics
 
+Coverage = Callable[[str, str], float]
+"""Of two encoders, how much of what the first has read the second has, as `coverage.share`."""
+
+TELL_SECONDS = 60.0  # between two lines that say how far a version that waits has come
 STOP_SECONDS = 5.0  # a bundle that is being fetched from a slow object store is left behind
 
 
@@ -50,12 +61,28 @@ class Serving:
         return trial.predict(self.predictor, self.canary, events, observation, lookups)
 
 
-class Models:
-    """Follows the registry. Reading its properties never waits."""
+@dataclass
+class _Coming:
+    """A stable version that waits for the vectors of its encoder."""
 
-    def __init__(self, config: ModelsConfig, metrics: Metrics) -> None:
+    serving: Serving
+    since: float  # of the monotonic clock, like the next
+    told: float
+
+
+class Models:
+    """Follows the registry. Reading its properties never waits.
+
+    `coverage` asks the store; without it no version waits for vectors.
+    """
+
+    def __init__(
+        self, config: ModelsConfig, metrics: Metrics, coverage: Coverage | None = None
+    ) -> None:
         self._config = config
         self._metrics = metrics
+        self._coverage = coverage
+        self._coming: _Coming | None = None
         self._log = structlog.get_logger(__name__)
         self._stop = threading.Event()
         self._refused = set[str]()  # what cannot be served, told once
@@ -82,31 +109,47 @@ class Models:
         """What runs now; take it once a batch."""
         return self._serving
 
+    @property
+    def reading(self) -> Serving:
+        """Whose encoder reads texts: stable's, also while it waits for vectors."""
+        coming = self._coming
+        return coming.serving if coming else self._serving
+
     def refresh(self) -> None:
         """Take up what the registry names, where it is another and can be loaded."""
         try:
             named = registry.read(self._config.url)
             try:
-                self._follow_stable(named.stable)
+                # Nobody waits to get away from a version: the vectors of before are there still.
+                before = None if named.rolled_back else registry.before(named)
+                self._follow_stable(named.stable, before)
             finally:  # a trial ends, whatever keeps the new stable version from being read
                 self._follow_canary(named.canary)
         except (StarcastError, OSError) as error:
             self._log.warning("registry not read", reason=str(error))
 
-    def _follow_stable(self, named: registry.Entry | None) -> None:
-        running = self._serving
+    def _follow_stable(self, named: registry.Entry | None, before: registry.Entry | None) -> None:
+        running, coming = self._serving, self._coming
+        if coming and (named is None or named.version != coming.serving.predictor.version):
+            coming = None
         if named is None:
-            if running.bundle is None:
-                return
-            serving = self._ladder()
-        elif running.bundle is not None and named.version == running.bundle.version:
-            return
-        else:
-            loaded = self._load(named)
-            if loaded is None:
-                return
-            serving = self._serve(loaded)
-        canary = running.canary
+            if running.bundle is not None:
+                self._take_up(self._ladder())
+        elif running.bundle is None or named.version != running.bundle.version:
+            loaded = None if coming else self._load(named)
+            if loaded is not None:
+                coming = _Coming(self._serve(loaded), time.monotonic(), -math.inf)
+                if running.bundle is None and before is not None:
+                    self._begin_with(before, coming.serving)
+            if coming and not (before and self._waits(coming)):
+                self._take_up(coming.serving)
+                coming = None
+        self._coming = coming
+        if coming is None:
+            self._metrics.covered.set(1)
+
+    def _take_up(self, serving: Serving) -> None:
+        running, canary = self._serving, self._serving.canary
         if canary is not None and (
             canary.predictor.version == serving.predictor.version
             or running.encoder_hash != serving.encoder_hash
@@ -114,6 +157,48 @@ class Models:
             canary = None
         self._serving = replace(serving, canary=canary)
         self._tell()
+
+    def _begin_with(self, before: registry.Entry, stable: Serving) -> None:
+        """A worker that starts while stable waits: serve what the others serve, if it is there."""
+        if self._coverage is None or not self._config.encoder_wait_seconds:
+            return
+        used = bundle.encoder_of(self._config.url, before.version)
+        if not used or used == stable.encoder_hash or self._covered(used, stable) == 1:
+            return
+        try:
+            earlier = bundle.load(self._config.url, before.version, before.sha256)
+        except BundleError:
+            return
+        self._take_up(self._serve(earlier))
+
+    def _waits(self, coming: _Coming) -> bool:
+        """Whether a version is to wait for the vectors of its encoder."""
+        used, now = self._serving.encoder_hash, time.monotonic()
+        if self._serving.bundle is None or used in ("", coming.serving.encoder_hash):
+            return False  # nothing serves, or nothing that reads other vectors
+        covered = self._covered(used, coming.serving)
+        self._metrics.covered.set(covered)
+        said = {"version": coming.serving.predictor.version, "covered": round(covered, 4)}
+        if covered == 1:
+            return False
+        if now - coming.since >= self._config.encoder_wait_seconds:
+            self._log.warning(
+                "not all items' vectors are there, and no version waits longer", **said
+            )
+            return False
+        if now - coming.told >= TELL_SECONDS:
+            coming.told = now
+            self._log.info("a version waits for the vectors of its encoder", **said)
+        return True
+
+    def _covered(self, used: str, serving: Serving) -> float:
+        if self._coverage is None or not serving.encoder_hash:
+            return 1.0
+        try:
+            return self._coverage(used, serving.encoder_hash)
+        except StoreError as error:
+            self._log.warning("vectors not looked for", reason=str(error))
+            return 0.0
 
     def _follow_canary(self, named: registry.Canary | None) -> None:
         stable, running = self._serving, self._serving.canary

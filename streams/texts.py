@@ -11,7 +11,7 @@ what has a vector already is not encoded again.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,7 +27,8 @@ from model.engine import Engine
 from model.ids import hash_ids
 from schemas.codec import Column, encode_columns, format_times, time_ms
 from schemas.records import Review
-from streams.claims import ends, header_data, header_offset
+from streams import coverage
+from streams.claims import ends
 from streams.config import ModelsConfig, TextsConfig
 from streams.digests import NO_TIER, Digests, Scored
 from streams.exceptions import StoreError
@@ -86,10 +87,12 @@ class Texts:
 
         Nothing is claimed in the store: a vector never changes under its key.
         """
-        used = self._models.serving.encoder_hash
+        used = self._models.reading.encoder_hash
         partitions = [partition for partition, topics in committed.items() if "items" in topics]
         starts = dict(committed)
-        for partition, reached in zip(partitions, self._headers(used, partitions), strict=True):
+        for partition, reached in zip(
+            partitions, coverage.reached(self._store, used, partitions), strict=True
+        ):
             self._reached[partition] = used, reached
             if used:
                 before = min(committed[partition]["items"], reached)
@@ -105,7 +108,7 @@ class Texts:
         """Digests that are due; now and then, a look at the vectors' headers."""
         if time.monotonic() > self._check_at:
             self._check_at = time.monotonic() + CHECK_SECONDS
-            self._check(self._models.serving, self._reached)
+            self._check(self._models.reading, self._reached)
         digests = self._digests.due(self.lag)
         return Outcome(outputs=digests) if digests else None
 
@@ -123,7 +126,7 @@ class Texts:
         encoder is another than at the claim: then the loop claims again.
         """
         inputs, _ = split(messages, self._prefix, self.name)
-        serving = self._models.serving
+        serving = self._models.reading
         reached = ends(messages, self._prefix + "items")
         self._check(serving, reached)
         text_encoder = self._encoder(serving)
@@ -147,29 +150,20 @@ class Texts:
 
         return Outcome(batches=batches, finish=finish)
 
-    def _headers(self, used: str, partitions: Sequence[int]) -> list[int]:
-        """The next offset of each partition of `items` whose vectors are not there yet."""
-        return [
-            header_offset(each) for each in self._store.read(self._header_keys(used, partitions))
-        ]
-
-    def _header_keys(self, used: str, partitions: Iterable[int]) -> list[bytes]:
-        return [self._store.plain_key(f"texts:{used}:{each}") for each in partitions]
-
     def _check(self, serving: Serving, partitions: Iterable[int]) -> None:
         """Raise `StoreError` when `items` has to be read again."""
         held = {each: self._reached[each] for each in partitions if each in self._reached}
         if any(used != serving.encoder_hash for used, _ in held.values()):
             raise StoreError("Another encoder serves: items are read again for its vectors.")
         if serving.encoder_hash and held:
-            found = self._headers(serving.encoder_hash, list(held))
+            found = coverage.reached(self._store, serving.encoder_hash, held)
             if any(now < known for now, (_, known) in zip(found, held.values(), strict=True)):
                 raise StoreError("The store has lost vectors: items are read again for them.")
 
     def _reach(self, used: str, reached: dict[int, int]) -> None:
         """Write the headers; their vectors are there by now."""
         mine = {partition: end for partition, end in reached.items() if partition in self._reached}
-        self._store.put(self._header_keys(used, mine), [header_data(end) for end in mine.values()])
+        coverage.reach(self._store, used, mine)
         self._reached |= {partition: (used, end) for partition, end in mine.items()}
 
     def _encoder(self, serving: Serving) -> TextEncoder | None:

@@ -1,6 +1,8 @@
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from model.predict import Predictor
 from schemas.exceptions import UnreachableError
 from streams import models as following
 from streams.config import ModelsConfig
+from streams.exceptions import StoreError
 from streams.metrics import make_metrics
 from streams.models import Models
 from tests.unit.model.test_bundle import write
@@ -317,3 +320,169 @@ def test_what_is_stable_already_serves_from_the_start(tmp_path: Path) -> None:
     models = make(tmp_path).start()
     models.close()
     assert models.serving.predictor.version == version
+
+
+# -- another encoder -------------------------------------------------------------------------------
+
+
+@dataclass
+class Vectors:
+    """How far the vectors of encoders reach, as the store would say."""
+
+    share: float = 0.0
+    asked: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    broken: bool = False
+
+    def __call__(self, before: str, after: str) -> float:
+        self.asked.append((before, after))
+        if self.broken:
+            raise StoreError("gone")
+        return self.share
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    made = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
+    bert(made[0])
+    bert(made[1])
+    return made
+
+
+def waiting(url: Path, vectors: Vectors, **config: Any) -> Models:
+    settings = {"url": str(url), "encoder": "none", "device": "cpu", **config}
+    metrics = make_metrics(CollectorRegistry())
+    return Models(ModelsConfig.model_validate(settings), metrics, vectors)
+
+
+def covered(models: Models) -> float | None:
+    return models._metrics.registry.get_sample_value("starcast_encoder_covered")
+
+
+def versions(models: Models) -> tuple[str, str]:
+    """Of what serves, and of what reads texts."""
+    return models.serving.predictor.version, models.reading.predictor.version
+
+
+def test_a_version_with_another_encoder_serves_once_that_has_read_all_items(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    assert versions(models) == (first, first)  # nothing served before that knew words
+    assert vectors.asked == []
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    running = models.serving
+    with capture_logs() as logs:
+        models.refresh()
+        vectors.share = 0.75
+        models.refresh()
+    assert models.serving is running
+    assert versions(models) == (first, second)
+    assert (in_service(models), covered(models)) == ({first: 1}, 0.75)
+    assert [line["event"] for line in logs] == ["a version waits for the vectors of its encoder"]
+    assert set(vectors.asked) == {(running.encoder_hash, models.reading.encoder_hash)}
+    loaded = models.reading
+    vectors.share = 1.0
+    models.refresh()
+    assert models.serving == loaded  # which was warm already
+    assert versions(models) == (second, second)
+    assert (in_service(models), covered(models)) == ({second: 1}, 1)
+
+
+def test_the_same_encoder_is_waited_for_by_nobody(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[0]))
+    models.refresh()
+    third = promote(tmp_path, write(str(tmp_path), seed=2))  # reads no texts
+    assert versions(models) == (second, second)
+    models.refresh()
+    assert versions(models) == (third, third)
+    fourth = promote(tmp_path, write(str(tmp_path), seed=3, encoder=encoders[0]))
+    models.refresh()
+    assert versions(models) == (fourth, fourth)
+    assert vectors.asked == []
+
+
+def test_a_rollback_waits_for_nothing(tmp_path: Path, encoders: tuple[Path, Path]) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    models.refresh()
+    assert versions(models) == (first, second)
+    registry.rollback(str(tmp_path), "a test", "to see")
+    models.refresh()  # while it waits
+    assert versions(models) == (first, first)
+    assert covered(models) == 1
+    promote(tmp_path, write(str(tmp_path), seed=2, encoder=encoders[1]))
+    vectors.share = 1.0
+    models.refresh()
+    vectors.share = 0.0
+    registry.rollback(str(tmp_path), "a test", "to see")
+    models.refresh()  # when it serves
+    assert versions(models) == (first, first)
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.01])
+def test_no_version_waits_for_ever(
+    tmp_path: Path, encoders: tuple[Path, Path], wait: float
+) -> None:
+    models = waiting(tmp_path, Vectors(broken=True), encoder_wait_seconds=wait)
+    promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    with capture_logs() as logs:
+        models.refresh()
+        time.sleep(wait)
+        models.refresh()
+    assert versions(models) == (second, second)
+    told = [line["event"] for line in logs]
+    assert "not all items' vectors are there, and no version waits longer" in told
+    assert "vectors not looked for" in told
+
+
+def test_a_worker_that_starts_meanwhile_serves_what_the_others_serve(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    vectors = Vectors(0.5)
+    models = waiting(tmp_path, vectors)
+    models.refresh()
+    assert versions(models) == (first, second)
+    vectors.share = 1.0
+    models.refresh()
+    assert versions(models) == (second, second)
+    models = waiting(tmp_path, vectors)
+    models.refresh()
+    assert versions(models) == (second, second)
+    shutil.rmtree(tmp_path / first)
+    vectors.share = 0.5
+    models = waiting(tmp_path, vectors)
+    models.refresh()
+    assert versions(models) == (second, second)  # better than none
+
+
+def test_another_version_takes_the_place_of_one_that_waits(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    models.refresh()
+    third = promote(tmp_path, write(str(tmp_path), seed=2, encoder=encoders[1]))
+    models.refresh()
+    assert versions(models) == (first, third)
+    fourth = promote(tmp_path, write(str(tmp_path), seed=3, encoder=encoders[0]))
+    models.refresh()
+    assert versions(models) == (fourth, fourth)

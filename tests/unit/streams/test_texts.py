@@ -195,7 +195,7 @@ def test_a_header_is_not_ahead_of_its_vectors(
     used = texts._models.serving.encoder_hash
     assert calls == [
         vector_keys(texts._store, used, hash_ids(["a good guitar"])),
-        texts._header_keys(used, [2]),
+        [texts._store.plain_key(f"texts:{used}:2")],
     ]
 
 
