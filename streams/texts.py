@@ -126,6 +126,7 @@ class Texts:
         encoder is another than at the claim: then the loop claims again.
         """
         inputs, _ = split(messages, self._prefix, self.name)
+        reviews, forgotten = _apart(inputs.get("reviews"))
         serving = self._models.reading
         reached = ends(messages, self._prefix + "items")
         self._check(serving, reached)
@@ -139,8 +140,10 @@ class Texts:
             vectors = self._encode_items(text_encoder, inputs.get("items"), counts)
             self._store.put(*vectors)
             self._reach(serving.encoder_hash, reached)
-            reviews = inputs.get("reviews")
             batches, scored = self._encode_reviews(serving, text_encoder, reviews, counts)
+        if forgotten:
+            counts["forget"] = len(forgotten)
+            batches = _after(batches, forgotten)
 
         def finish(_: dict[Position, int]) -> None:
             for kind, count in counts.items():
@@ -290,6 +293,29 @@ class Texts:
     def _oldest(self) -> float:
         days = self._config.age_limit_days
         return time.time() * 1_000 - days * MILLISECONDS_A_DAY if days else -np.inf
+
+
+def _apart(
+    reviews: Inputs[list[Any]] | None,
+) -> tuple[Inputs[list[Any]] | None, list[Message]]:
+    """Reviews without the null values among them, each of which erases a user."""
+    if reviews is None or None not in reviews.records:
+        return reviews, []
+    both = list(zip(reviews.messages, reviews.records, strict=True))
+    kept = [(message, record) for message, record in both if record is not None]
+    left = Inputs(reviews.topic, [each for each, _ in kept], [each for _, each in kept])
+    return left, [message for message, record in both if record is None]
+
+
+def _after(batches: list[OutputBatch], forgotten: list[Message]) -> list[OutputBatch]:
+    """The same, and after all texts of a batch the null values that erase users.
+
+    The features of what users wrote before they were erased would make new states of them.
+    """
+    nulls = [
+        {"key": each.key(), "value": None, "partition": each.partition() or 0} for each in forgotten
+    ]
+    return [*batches, OutputBatch("text-features", nulls)]
 
 
 def _keyed(users: list[str], values: list[bytes], partitions: list[int]) -> list[dict[str, Any]]:

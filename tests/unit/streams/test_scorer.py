@@ -210,6 +210,34 @@ def test_a_partitions_own_order_is_kept(
         )
 
 
+def test_a_null_value_erases_its_user_between_two_events(make: Make) -> None:
+    scorer = make()
+    first = log("reviews", 1, [record("reviews", at) for at in range(2)])
+    null = message("reviews", None, 1, 2, key=b"ann")
+    outcome = scorer.process(
+        [*first, message("behavior", record("behavior", 0, "bob"), 1, 0), null]
+    )
+    assert [(each.user_id, each.seq) for each in told(outcome)] == [
+        ("ann", 0),
+        ("ann", 1),
+        ("bob", 2),
+    ]
+    finish(scorer, outcome)
+    assert users(scorer, 1, "ann", "bob")["actions"].sum(1).tolist() == [0, 1]
+    keys = partition_keys(scorer._states._store, USER_STATE, 1, hash_ids(["ann"]))
+    assert scorer._states._store.read(keys) == [None]  # not even a blank one
+    (entry,) = [journal.decode(each).journal for each in values(outcome, "journal")]
+    assert entry.steps.tolist() == [0, 1, 2, 3]
+    assert entry.ends == (3, 1, -1)
+    # What comes next is of a new user, though it repeats what had come: from the worker's memory.
+    again = scorer.process([message("reviews", record("reviews", 0), 1, 3)])
+    (predicted,) = told(again)
+    assert predicted.tier not in ("user_state", "full")
+    finish(scorer, again)
+    assert users(scorer, 1, "ann")["rating_count"].tolist() == [1]
+    assert not letters(outcome)
+
+
 def test_topics_are_merged_by_the_time_of_their_append() -> None:
     clocks = {"reviews": [10, 40], "behavior": [5, 20, 50]}
     polled = [

@@ -320,3 +320,22 @@ def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) 
     texts.close()
     assert not texts._engine or not texts._engine._thread.is_alive()
     make(store, tmp_path).close()  # which has encoded nothing
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_what_erases_a_user_goes_on_after_what_they_wrote(
+    store: str, bundles: Path, tmp_path: Path, encoded: bool
+) -> None:
+    texts = make(store, bundles if encoded else tmp_path)
+    batch = messages("reviews", [review("a"), None, review("b")])
+    outcome = texts.process(batch)
+    finish(outcome)
+    sent = [
+        (each["key"], each["value"] is None, each["partition"])
+        for part in outcome.batches
+        if part.topic == "text-features"
+        for each in part.messages
+    ]
+    written = [(b"user of a", False, 2), (b"user of b", False, 2)] if encoded else []
+    assert sent == [*written, (b"k", True, 2)]
+    assert counts(texts)["forget"] == 1
