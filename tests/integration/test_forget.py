@@ -1,5 +1,6 @@
 """Erasing a user on a real Kafka, a real store and a real archive."""
 
+import base64
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
 from streams.admin import reach
+from streams.erasure import ErasureError
 from streams.producer import Outgoing
 from streams.recount import check_states
 from streams.verify import verify_replay
@@ -82,7 +84,7 @@ def cut(shop: Shop, *topics: str) -> None:
 
 def files_with(shop: Shop, user: str) -> list[Path]:
     """Files of the archive in which something is of a user, whatever version names them."""
-    id_, hash_ = user.encode(), hash_ids([user])[0]
+    hash_, told = hash_ids([user])[0], (user, base64.b64encode(user.encode()).decode())
     found: list[Path] = []
     for path in Path(shop.settings.archive.url).rglob("*.parquet"):
         if "_delta_log" in path.parts:
@@ -92,7 +94,7 @@ def files_with(shop: Shop, user: str) -> list[Path]:
             values = [journal.decode(each).journal for each in rows["kafka_value"].to_pylist()]
             theirs = any((each.events.view(EVENT)["user"] == hash_).any() for each in values)
         else:
-            theirs = any(id_ in str(each).encode() for each in rows.to_pylist())
+            theirs = any(name in str(each) for each in rows.to_pylist() for name in told)
         if theirs:
             found.append(path)
     return found
@@ -171,6 +173,7 @@ def test_forget_erases_a_user_everywhere_and_nothing_brings_them_back(
         before = from_archive(shop.settings.archive.url)
         result = run(shop, "forget", user, "--yes")
         assert result.exit_code == 0, result.output
+        print(result.output)
         shop.until_users_are_written()
         shop.until_items_are_applied()
         assert is_blank(shop, user)
@@ -204,3 +207,46 @@ def test_forget_erases_a_user_everywhere_and_nothing_brings_them_back(
     assert shop.states() == states
     checked = check_states(place(shop), list(range(PARTITIONS)))
     assert checked.differences == {}, checked.examples
+
+
+def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
+    kafka: str, store_server: str, tmp_path: Path
+) -> None:
+    shop = make_shop(kafka, store_server, tmp_path)
+    sent = generated()
+    user = busiest(sent)
+    other = busiest([(topic, r) for topic, r in sent if getattr(r, "user_id", user) != user])
+    early = run(shop, "forget", user, "--yes", "--wait", "0")
+    assert early.exit_code == 1
+    assert "✗ states: not yet: scorer has not read the null values" in early.stdout
+    assert "✓ archive: nothing at" in early.stdout
+    with shop.workers("scorer", "items", "catalog"):
+        with shop.workers("archiver"):
+            shop.play(sent)
+            shop.until_predicted(EVENTS)
+            shop.until_archived()
+        # Nobody archives: states are erased, the archive has to wait.
+        asked = [user, other, "o'hara; a user -- of none"]
+        half = run(shop, "forget", *asked, "--yes", "--wait", "5")
+        assert half.exit_code == 1
+        assert "✓ states: erased" in half.stdout
+        assert "✗ archive: not erased: the archiver is behind in" in half.stdout
+        assert is_blank(shop, user)
+        assert is_blank(shop, other)
+        assert files_with(shop, user)
+        with shop.workers("archiver"):
+            for _ in range(2):
+                done = run(shop, "forget", *asked, "--yes")
+                assert done.exit_code == 0, done.output
+                assert files_with(shop, user) == files_with(shop, other) == []
+            assert "✓ archive: reviews: 3 rows erased" in done.stdout  # its own null values
+            shop.until_items_are_applied()
+            shop.until_archived()
+    settings = shop.settings
+    report = verify_replay(settings.archive, settings.models, shop.store)
+    assert report.differences == {}, report.examples
+    refused = run(shop, "forget", "x" * 257, "--yes")
+    assert isinstance(refused.exception, ErasureError)
+    asked_first = CliRunner().invoke(app, ["forget", user], input="n\n")
+    assert asked_first.exit_code == 1
+    assert "Aborted" in asked_first.output
