@@ -1,14 +1,15 @@
 """Forgetting users: null values on their way, then an archive without what came before these.
 
-A null value in `reviews` and one in `behavior` erase a user's state, each in the order of its
-topic; `texts` sends a third to `text-features`, since it may still be reading what the user wrote.
-One in `users` deletes their attributes. The archive is erased once it holds all of these: then
-nothing that came before them is still to be archived.
+A null value in `users` deletes a user's attributes. When no worker has a copy of these any more,
+one in `reviews` and one in `behavior` erase the state, each in the order of its topic; `texts`
+sends one more to `text-features`, since it may still be reading what the user wrote. The archive is
+erased once it holds all of these: then nothing that came before them is still to be archived, and
+no row that comes after has read what is erased.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -38,15 +39,16 @@ from streams.erasure import (
 from streams.exceptions import BrokerError
 from streams.inputs import user_of
 from streams.producer import existing_topic
-from streams.reader import USER_KIND, USER_STATE
+from streams.reader import ATTRIBUTES_SECONDS, USER_KIND, USER_STATE
 from streams.rebuild import Shop
 from streams.tail import bounds, read_topic
 from streams.user_states import decode_header
 
-TOLD = ("reviews", "behavior", "users")  # topics that get a null value from here
+EVENTS, ATTRIBUTES = ("reviews", "behavior"), ("users",)  # topics that get null values from here
 HOLDING = (*OF_USERS, "journal", "dead-letters")  # topics that hold something of users
 DELIVERY_SECONDS = 60.0  # a broker that is gone for longer fails the command
 LOOK_SECONDS = 0.5  # between two looks at what workers have done
+COPIED_SECONDS = ATTRIBUTES_SECONDS + 1  # after which no worker predicts from deleted attributes
 
 Ends = Mapping[tuple[str, int], int]  # by topic and partition
 
@@ -78,24 +80,27 @@ def forget(
 ) -> list[Place]:
     """Forget users in the store, the topics and the archive; what became of them in each place.
 
-    Workers, and then the archiver, are waited for `seconds` each; `progress` is told of what is
-    waited for. Raises ErasureError for what is no user's id, TopicError, BrokerError and
-    UnreachableError for a Kafka, store or archive that does not do its part. It may be repeated.
+    The catalog, the scorer with `texts`, and the archiver are waited for `seconds` each; `progress`
+    is told of what is waited for. It may be repeated. Raises ErasureError for what is no user's id,
+    TopicError, BrokerError and UnreachableError for a Kafka, store or archive that does not do its
+    part.
     """
     if wrong := [user for user in users if user_of(user) is None]:
         raise ErasureError(f"{wrong[0]!r} is no user's id: 1 to 256 characters, none of them NUL.")
-    told = tell(shop.kafka, list(dict.fromkeys(users)))
-    waiting = _wait(lambda: unapplied(shop, told), seconds, progress)
-    states = sorted(waiting - {"catalog"})
-    places = [
-        _place("states", "erased", states),
-        _place("attributes", "deleted", sorted(waiting & {"catalog"})),
-    ]
+    told = tell(shop.kafka, _known(shop.kafka, list(dict.fromkeys(users))), ATTRIBUTES)
+    catalog = _wait(lambda: undeleted(shop, told), seconds, progress)
+    if not catalog and any(_has_attributes(shop, each.partition) for each in told):
+        progress("workers' copies of attributes to end")
+        time.sleep(COPIED_SECONDS)
+    told = tell(shop.kafka, told, EVENTS)
+    scorer = _wait(lambda: unapplied(shop, told), seconds, progress)
+    places = [_place("attributes", "deleted", catalog), _place("states", "erased", scorer)]
     if not archive.tables(shop.archive.url, _options(shop)):
         said = f"nothing at {shop.archive.url}; an archiver that starts takes what Kafka still has"
         return [*places, Place("archive", True, said)]
-    if states:
-        said = f"not erased: it has to hold what {' and '.join(states)} did; run the command again"
+    if waiting := sorted(catalog | scorer):
+        who = " and ".join(waiting)
+        said = f"not erased: it has to hold what {who} makes of the null values; run it again then"
         return [*places, Place("archive", False, said)]
     ends = _ends(shop, told)
     if behind := _wait(lambda: unarchived(shop, ends), seconds, progress):
@@ -105,12 +110,10 @@ def forget(
     return [*places, *_archive(shop, told, ends)]
 
 
-def tell(kafka: KafkaConfig, users: Sequence[str]) -> list[Told]:
-    """Send each user's null values; where they lie."""
-    hashes = hash_ids(users)
-    partitions = partitions_of(hashes, kafka.partitions).tolist()
+def tell(kafka: KafkaConfig, told: Sequence[Told], topics: Sequence[str]) -> list[Told]:
+    """Send each user's null values; where all are by now."""
     present = reach(kafka).list_topics(timeout=DELIVERY_SECONDS).topics
-    names = {topic: existing_topic(kafka, topic, set(present)) for topic in TOLD}
+    names = {topic: existing_topic(kafka, topic, set(present)) for topic in topics}
     offsets: dict[tuple[str, str], int] = {}
     failed: list[KafkaError] = []
     options = {"acks": "all", "enable_idempotence": True}
@@ -130,14 +133,14 @@ def tell(kafka: KafkaConfig, users: Sequence[str]) -> list[Told]:
 
         return settled
 
-    for user, partition in zip(users, partitions, strict=True):
+    for each in told:
         for topic, name in names.items():
             producer.produce(
                 name,
-                key=user.encode(),
+                key=each.user.encode(),
                 value=None,
-                partition=partition,
-                on_delivery=settle(topic, user),
+                partition=each.partition,
+                on_delivery=settle(topic, each.user),
             )
             producer.poll(0)
     left = producer.flush(DELIVERY_SECONDS)
@@ -145,27 +148,33 @@ def tell(kafka: KafkaConfig, users: Sequence[str]) -> list[Told]:
         reason = failed[0].str() if failed else f"no answer within {DELIVERY_SECONDS:.0f} s"
         raise BrokerError(f"Kafka did not take all null values: {reason}. Run the command again.")
     return [
-        Told(user, hash_, partition, {topic: offsets[topic, user] for topic in TOLD})
-        for user, hash_, partition in zip(users, hashes.tolist(), partitions, strict=True)
+        replace(
+            each, offsets={**each.offsets, **{topic: offsets[topic, each.user] for topic in topics}}
+        )
+        for each in told
     ]
 
 
-def unapplied(shop: Shop, told: Sequence[Told]) -> set[str]:
-    """The processors that have not done with what was told.
+def undeleted(shop: Shop, told: Sequence[Told]) -> set[str]:
+    """The catalog, where it has worked and not come to all null values in `users`."""
+    behind = any(
+        _has_attributes(shop, each.partition)
+        and header_offset(shop.store.header(USER_KIND, each.partition)) <= each.offsets["users"]
+        for each in told
+    )
+    return {"catalog"} if behind else set()
 
-    Of `texts` and `catalog` none is waited for where none has ever worked.
-    """
+
+def unapplied(shop: Shop, told: Sequence[Told]) -> set[str]:
+    """Of `scorer` and, where it has ever worked, `texts`: who has not done with the null values."""
     waiting: set[str] = set()
     read = committed(shop.kafka, group_name(shop.kafka, "texts")).get("reviews", {})
     for partition in sorted({each.partition for each in told}):
         mine = [each for each in told if each.partition == partition]
-        last = {topic: max(each.offsets[topic] for each in mine) for topic in TOLD}
+        last = {topic: max(each.offsets[topic] for each in mine) for topic in EVENTS}
         ends = _applied(shop, partition)
-        if min(ends["reviews"] - last["reviews"], ends["behavior"] - last["behavior"]) <= 0:
+        if any(ends[topic] <= last[topic] for topic in EVENTS):
             waiting.add("scorer")
-        kept = shop.store.header(USER_KIND, partition)
-        if kept is not None and header_offset(kept) <= last["users"]:
-            waiting.add("catalog")
         if partition not in read:
             continue
         if read[partition] <= last["reviews"]:
@@ -189,7 +198,7 @@ def unarchived(shop: Shop, ends: Ends) -> set[str]:
 
 
 def kept_by_kafka(kafka: KafkaConfig) -> dict[str, str]:
-    """For each topic that holds something of users, until when Kafka keeps what it has now."""
+    """For each topic that holds something of users, when Kafka lets go of what it has now."""
     names = {topic: topic_name(kafka, topic) for topic in HOLDING}
     configs = topic_configs(kafka, list(names.values()))
     now = datetime.now(UTC)
@@ -197,29 +206,40 @@ def kept_by_kafka(kafka: KafkaConfig) -> dict[str, str]:
 
 
 def _kept(config: Mapping[str, str], now: datetime) -> str:
-    segment = timedelta(milliseconds=int(config.get("segment.ms", 0)))
+    segment = int(config.get("segment.ms", 0))
     if "compact" in config.get("cleanup.policy", ""):
-        return f"until Kafka compacts the partition: from {_moment(now + segment)} on, or sooner"
-    kept = timedelta(milliseconds=int(config["retention.ms"]))
-    if kept < timedelta(0):
-        return "for good: its retention has no end"
-    return (
-        f"until {_moment(now + kept)}; what shares a segment with newer records, "
-        f"until {_moment(now + kept + segment)} at the latest"
-    )
+        return f"when Kafka compacts it; its segment is closed {_by(now, segment)}"
+    kept = int(config["retention.ms"])
+    if kept < 0:
+        return "never: its retention has no end"
+    return f"{_by(now, kept)}; what shares a segment with newer records, {_by(now, kept + segment)}"
 
 
-def _moment(time: datetime) -> str:
+def _by(now: datetime, milliseconds: int) -> str:
     try:
-        return f"{time:%Y-%m-%d %H:%M} UTC"
+        return f"by {now + timedelta(milliseconds=milliseconds):%Y-%m-%d %H:%M} UTC"
     except OverflowError:
-        return "for good"
+        return "never"
 
 
-def _place(name: str, done: str, waiting: Sequence[str]) -> Place:
+def _known(kafka: KafkaConfig, users: Sequence[str]) -> list[Told]:
+    """Users of whom nobody has been told."""
+    hashes = hash_ids(users)
+    partitions = partitions_of(hashes, kafka.partitions).tolist()
+    return [
+        Told(user, hash_, partition, {})
+        for user, hash_, partition in zip(users, hashes.tolist(), partitions, strict=True)
+    ]
+
+
+def _has_attributes(shop: Shop, partition: int) -> bool:
+    return shop.store.header(USER_KIND, partition) is not None
+
+
+def _place(name: str, done: str, waiting: set[str]) -> Place:
     if not waiting:
         return Place(name, True, done)
-    who = " and ".join(waiting)
+    who = " and ".join(sorted(waiting))
     said = f"not yet: {who} has not read the null values, and does so when it runs"
     return Place(name, False, said)
 
@@ -266,7 +286,7 @@ def _ends(shop: Shop, told: Sequence[Told]) -> Ends:
     for partition in partitions:
         applied = _applied(shop, partition)["text-features"]
         ends["text-features", partition] = max(applied, 0)
-        for topic in TOLD:
+        for topic in (*EVENTS, *ATTRIBUTES):
             mine = [each.offsets[topic] for each in told if each.partition == partition]
             ends[topic, partition] = max(mine) + 1
     return ends

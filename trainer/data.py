@@ -197,6 +197,8 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
     events = np.concatenate([journal.events.view(EVENT).reshape(-1) for _, journal in parts])
     partition = np.concatenate([np.full(len(journal), number) for number, journal in parts])
     kept = _kept(events)
+    if not kept.any():
+        raise TrainerError(f"all users in the archive at {url} were erased; nothing is left to fit")
     order = _merge(partition, events["time"])
     order = order[kept[order]]
     place = np.full(len(events), -1)

@@ -50,6 +50,6 @@ def forget(
     for said in (_ITEMS, _MODELS):
         output.print(Text.assemble(_STAYS, f" {said}"), soft_wrap=True)
     for topic, kept in kept_by_kafka(settings.kafka).items():
-        output.print(Text.assemble(_STAYS, f" Kafka: {topic} {kept}"), soft_wrap=True)
+        output.print(Text.assemble(_STAYS, f" Kafka: {topic}: gone {kept}"), soft_wrap=True)
     if not all(place.erased for place in places):
         raise fail("Not all is erased yet: run the command again once what it says is done.")
