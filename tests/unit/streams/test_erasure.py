@@ -1,6 +1,7 @@
 """Erasing users from Delta tables, in folders."""
 
 import base64
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -249,3 +250,34 @@ def test_a_journal_of_another_layout_is_refused(
     monkeypatch.setattr(erasure, "LAYOUT_HASH", "other")
     with pytest.raises(ErasureError, match="Erase with the version that wrote them"):
         erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])
+
+
+def test_an_archiver_that_writes_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path), compact_every=7)
+    users = ["ann", "bob", "cem"]
+    count = 60
+    failed: list[BaseException] = []
+
+    def write_on() -> None:
+        try:
+            for offset in range(count):
+                user = users[offset % 3]
+                written.append(
+                    "reviews", [Row(0, offset, 0, user.encode(), encode(review(user, 0)))]
+                )
+                written.commit()
+        except BaseException as error:  # noqa: BLE001  told below
+            failed.append(error)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    done = 0
+    while writer.is_alive():
+        done += erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=count)])
+    writer.join()
+    done += erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=count)])
+    assert not failed
+    assert done == count // 3
+    rows = archive.read(str(tmp_path), "reviews").collect()
+    assert rows["kafka_offset"].to_list() == list(range(count))
+    assert rows["user_id"].to_list() == [None, "bob", "cem"] * (count // 3)
