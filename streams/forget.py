@@ -1,10 +1,10 @@
 """Forgetting users: null values on their way, then an archive without what came before these.
 
 A null value in `users` deletes a user's attributes. When no worker has a copy of these any more,
-one in `reviews` and one in `behavior` erase the state, each in the order of its topic; `texts`
-sends one more to `text-features`, since it may still be reading what the user wrote. The archive is
-erased once it holds all of these: then nothing that came before them is still to be archived, and
-no row that comes after has read what is erased.
+one in each topic of events erases the state, in the order of that topic; `texts` sends one more to
+`text-features`, since it may still be reading what the user wrote. The archive is erased once it
+holds all of these: then nothing that came before them is still to be archived, and no row that
+comes after has read what is erased.
 """
 
 import time
@@ -44,7 +44,7 @@ from streams.rebuild import Shop
 from streams.tail import bounds, read_topic
 from streams.user_states import decode_header
 
-EVENTS, ATTRIBUTES = ("reviews", "behavior"), ("users",)  # topics that get null values from here
+ATTRIBUTES = ("users",)  # topics that get a null value from here, before those in TOPICS
 HOLDING = (*OF_USERS, "journal", "dead-letters")  # topics that hold something of users
 DELIVERY_SECONDS = 60.0  # a broker that is gone for longer fails the command
 LOOK_SECONDS = 0.5  # between two looks at what workers have done
@@ -92,7 +92,7 @@ def forget(
     if not catalog and any(_has_attributes(shop, each.partition) for each in told):
         progress("workers' copies of attributes to end")
         time.sleep(COPIED_SECONDS)
-    told = tell(shop.kafka, told, EVENTS)
+    told = tell(shop.kafka, told, TOPICS)
     scorer = _wait(lambda: unapplied(shop, told), seconds, progress)
     places = [_place("attributes", "deleted", catalog), _place("states", "erased", scorer)]
     if not archive.tables(shop.archive.url, _options(shop)):
@@ -171,9 +171,9 @@ def unapplied(shop: Shop, told: Sequence[Told]) -> set[str]:
     read = committed(shop.kafka, group_name(shop.kafka, "texts")).get("reviews", {})
     for partition in sorted({each.partition for each in told}):
         mine = [each for each in told if each.partition == partition]
-        last = {topic: max(each.offsets[topic] for each in mine) for topic in EVENTS}
+        last = {topic: max(each.offsets[topic] for each in mine) for topic in TOPICS}
         ends = _applied(shop, partition)
-        if any(ends[topic] <= last[topic] for topic in EVENTS):
+        if any(ends[topic] <= last[topic] for topic in TOPICS):
             waiting.add("scorer")
         if partition not in read:
             continue
@@ -209,7 +209,7 @@ def _kept(config: Mapping[str, str], now: datetime) -> str:
     segment = int(config.get("segment.ms", 0))
     if "compact" in config.get("cleanup.policy", ""):
         return f"when Kafka compacts it; its segment is closed {_by(now, segment)}"
-    kept = int(config["retention.ms"])
+    kept = int(config.get("retention.ms", -1))
     if kept < 0:
         return "never: its retention has no end"
     return f"{_by(now, kept)}; what shares a segment with newer records, {_by(now, kept + segment)}"
@@ -284,11 +284,9 @@ def _ends(shop: Shop, told: Sequence[Told]) -> Ends:
         found = bounds(shop.kafka, topic, partitions)
         ends |= {(topic, partition): found[partition][1] for partition in partitions}
     for partition in partitions:
-        applied = _applied(shop, partition)["text-features"]
-        ends["text-features", partition] = max(applied, 0)
-        for topic in (*EVENTS, *ATTRIBUTES):
-            mine = [each.offsets[topic] for each in told if each.partition == partition]
-            ends[topic, partition] = max(mine) + 1
+        ends |= {(topic, partition): end for topic, end in _applied(shop, partition).items()}
+        mine = [each.offsets["users"] for each in told if each.partition == partition]
+        ends["users", partition] = max(mine) + 1
     return ends
 
 

@@ -274,7 +274,10 @@ def _journalled(journals: Sequence[Journal], order: NDArray[np.intp]) -> Journal
 def _records(
     url: str, topic: str, options: Mapping[str, str] | None, kind: type[Kind]
 ) -> list[Kind]:
-    """The records of a compacted topic, oldest first, without those before their key's deletion."""
+    """The records of a compacted topic, oldest first; none of a user from before their deletion.
+
+    A deleted item is still what was known when its events came.
+    """
     frame = archive.read(
         url, topic, options, columns=["kafka_partition", "kafka_offset", "kafka_key", "kafka_value"]
     )
@@ -282,7 +285,7 @@ def _records(
     positions = list(zip(rows["kafka_partition"], rows["kafka_offset"], strict=True))
     decoded = codec.decode(BY_NAME[topic], rows["kafka_value"].to_list(), positions)
     keys = rows["kafka_key"].to_list()
-    deleted = {keys[at]: at for at in decoded.tombstones}
+    deleted = {keys[at]: at for at in decoded.tombstones} if kind is User else {}
     return [
         record
         for at, record in enumerate(decoded.records)

@@ -22,8 +22,8 @@ from tests.unit.streams.messages import message
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 TOLD = [
-    Told("ann", 7, 1, {"reviews": 10, "behavior": 20, "users": 30}),
-    Told("bob", 8, 1, {"reviews": 11, "behavior": 21, "users": 31}),
+    Told("ann", 7, 1, {"reviews": 10, "behavior": 20, "text-features": 2, "users": 30}),
+    Told("bob", 8, 1, {"reviews": 11, "behavior": 21, "text-features": 3, "users": 31}),
 ]
 
 
@@ -33,7 +33,7 @@ def shop(store: str) -> Shop:
     return Shop(kept, KafkaConfig(partitions=3), ArchiveConfig(), StatesConfig())
 
 
-def applied(shop: Shop, reviews: int, behavior: int, texts: int = -1) -> None:
+def applied(shop: Shop, reviews: int, behavior: int, texts: int) -> None:
     header = decode_header(None)
     header["ends"] = reviews, behavior, texts
     shop.store.write(shop.store.claim(USER_STATE, 1), [], [], header.tobytes())
@@ -64,8 +64,13 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_all_null_values_have_to_be_read(shop: Shop, kafka: Callable[..., None]) -> None:
     kafka(None)
     assert unapplied(shop, TOLD) == {"scorer"}  # which has never worked; nobody else has to
-    for reviews, behavior, waiting in ((11, 22, {"scorer"}), (12, 21, {"scorer"}), (12, 22, set())):
-        applied(shop, reviews, behavior)
+    for ends, waiting in (
+        ((11, 22, 4), {"scorer"}),
+        ((12, 21, 4), {"scorer"}),
+        ((12, 22, 3), {"scorer"}),
+        ((12, 22, 4), set[str]()),
+    ):
+        applied(shop, *ends)
         assert unapplied(shop, TOLD) == waiting
     assert not undeleted(shop, TOLD)
     kept(shop, 31)

@@ -170,7 +170,7 @@ def test_what_users_did_before_they_were_erased_is_left_out() -> None:
     assert data._kept(events).tolist() == [False, True, False, False, True, False, True, False]
 
 
-def test_a_deleted_key_is_known_only_by_what_came_after(tmp_path: Path) -> None:
+def test_a_deleted_user_is_known_only_by_what_came_after(tmp_path: Path) -> None:
     write_archive(str(tmp_path), shop())
     archive = Archive(str(tmp_path))
     first = archive.positions("users", [0])[0] or 0
