@@ -63,10 +63,11 @@ def erase_rows(url: str, options: Mapping[str, str], topic: str, users: Sequence
     chosen = " OR ".join(f"({_rows_of(topic, each)})" for each in users if topic in each.before)
     if not chosen or archive.open_table(url, topic, options) is None:
         return 0
-    fields = [each.name for each in archive.schema(topic)]
-    nulls = dict.fromkeys([name for name in fields if name not in archive.PLACE], "NULL")
 
     def rewrite(table: DeltaTable) -> int:
+        # The table's own fields: another release may have made it, with others.
+        fields = [each.name for each in table.schema().fields]
+        nulls = dict.fromkeys([name for name in fields if name not in archive.PLACE], "NULL")
         done = table.update(predicate=chosen, updates=nulls, writer_properties=WRITER)
         return int(done["num_updated_rows"])
 

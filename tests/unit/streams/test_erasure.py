@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
+from deltalake import DeltaTable, write_deltalake
 
 from model.events import EVENT
 from model.features import INDEX
@@ -88,6 +90,16 @@ def test_rows_of_a_user_are_emptied_and_positions_stay(tmp_path: Path) -> None:
         assert ODD not in pl.read_parquet(path)["user_id"].to_list()
     later = Archive(str(tmp_path))
     assert later.append("reviews", [Row(0, 6, None, b"k", None), Row(0, 7, None, b"k", None)]) == 1
+
+
+def test_a_table_of_another_release_is_emptied_too(tmp_path: Path) -> None:
+    """It has a field that this one does not know, and lacks one."""
+    rows = archive.table("reviews", [Row(0, 0, 0, b"ann", encode(review("ann", 0)))])
+    other = rows.drop(["title"]).append_column("colour", pa.array(["red"]))
+    write_deltalake(str(tmp_path / "reviews"), other)
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1
+    found = DeltaTable(str(tmp_path / "reviews")).to_pyarrow_table().to_pylist()
+    assert {name for name, value in found[0].items() if value is not None} == set(archive.PLACE)
 
 
 def test_several_users_are_erased_at_once_each_as_far_as_they_were_told(tmp_path: Path) -> None:
