@@ -9,7 +9,7 @@ from starcast.commands.context import fail, notes, output, settings_of
 from starcast.commands.state import shop_of
 from streams.admin import reach
 
-WAIT_SECONDS = 60.0  # workers read on within a second; the archiver commits within half a minute
+WAIT_SECONDS = 60.0  # workers read on within a second, the archiver commits within some
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "red")}
 _STAYS = ("–", "yellow")
@@ -19,11 +19,11 @@ _MODELS = "models: what they learnt stays until a model is fitted anew"
 
 def forget(
     context: typer.Context,
-    users: Annotated[list[str], typer.Argument(metavar="USER...", help="Their user_id.")],
+    users: Annotated[list[str], typer.Argument(metavar="USER", help="Their user_id.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     wait: Annotated[
         float,
-        typer.Option(min=0, help="Seconds to wait for workers, and then for the archiver."),
+        typer.Option(min=0, help="Seconds to wait for each: catalog, scorer, archiver."),
     ] = WAIT_SECONDS,
 ) -> None:
     """Erase users from states, attributes and archive, and say until when Kafka keeps the rest.
