@@ -177,6 +177,15 @@ def load(
     return open_folder(folder, sha256)
 
 
+def encoder_of(models_url: str, version: str) -> str | None:
+    """The hash of a version's encoder, as its manifest has it; None without one or a manifest."""
+    content = storage.locate(models_url).read(f"{version}/{MANIFEST}")
+    try:
+        return Manifest.model_validate_json(content).encoder_hash if content else None
+    except ValidationError:
+        return None  # of a release that wrote others
+
+
 def versions(models_url: str) -> list[str]:
     """Versions under `models_url` that are there whole, oldest first."""
     folder = storage.locate(models_url)

@@ -26,6 +26,8 @@ ACTIONS = (
 CODES = {name: code for code, name in enumerate(ACTIONS)}
 REVIEW, VIEW, CLICK, WISHLIST, SHARE, CART, REMOVE, PURCHASE, TEXT = range(len(ACTIONS))
 COUNTED = len(ACTIONS) - 1  # actions that states count: all but a text's features
+# No action: the user is erased, as if never seen. Codes below TEXT are what users do.
+FORGET = len(ACTIONS)
 
 EVENT = np.dtype(
     [
@@ -38,7 +40,7 @@ EVENT = np.dtype(
         ("price", "<f4"),  # nan: none
         ("quantity", "<f4"),  # nan: none
         ("text_stars", "<f4"),  # expected stars of a review's text; nan unless the action is text
-        ("action", "u1"),  # its position in ACTIONS
+        ("action", "u1"),  # its position in ACTIONS, or FORGET
     ]
 )
 
@@ -117,6 +119,14 @@ def text_rows(columns: Columns) -> Rows:
     rows = _identified(columns, TEXT_SEED)
     rows["action"] = TEXT
     rows["text_stars"] = columns["distribution"] @ np.arange(1.0, 6.0)
+    return rows
+
+
+def forget_rows(users: Sequence[str]) -> Rows:
+    """EVENT rows, shape (n,), that erase these users."""
+    rows = blank(EVENT, len(users))
+    rows["user"] = hash_ids(users)
+    rows["action"] = FORGET
     return rows
 
 

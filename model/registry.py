@@ -1,4 +1,4 @@
-"""Which bundle serves: one small file beside the bundles, replaced atomically.
+"""Which bundles serve: one small file beside the bundles, replaced atomically.
 
 Writers on one machine take turns by a lock. On an object store, which has none, a writer looks
 again just before it writes and gives up when the file has changed.
@@ -35,6 +35,11 @@ class Canary(Entry):
 
     share: float = Field(ge=0, le=1, description="of users it serves; 0: a shadow, served to none")
 
+    @property
+    def role(self) -> str:
+        """What it is, for people: canary 10%, or shadow."""
+        return f"canary {100 * self.share:.3g}%" if self.share else "shadow"
+
 
 class Change(Entry):
     """One line of the history."""
@@ -51,6 +56,12 @@ class Registry(BaseModel):
     stable: Entry | None = None
     canary: Canary | None = None
     history: list[Change] = []  # oldest first
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether what is stable became so by a rollback."""
+        ways = (each.what for each in reversed(self.history))
+        return next((way == "rollback" for way in ways if way in ("promote", "rollback")), False)
 
 
 def read(url: str) -> Registry:
@@ -71,43 +82,59 @@ def promote(
     """
 
     def change(old: Registry) -> Registry:
-        if expected is not None and (old.stable is None or old.stable.version != expected):
-            now = old.stable.version if old.stable else "none"
-            raise RegistryError(
-                f"{version} was judged against {expected}, but {now} is stable now; judge it again"
-            )
+        _check_stable(old, version, expected)
         entry = _entry(version, sha256, by, reason)
-        canary = None if old.canary and old.canary.version == version else old.canary
-        return _changed(old, "promote", entry, stable=entry, canary=canary)
+        return _changed(old, "promote", entry, stable=entry, canary=old.canary)
 
     return _update(url, change)
+
+
+def before(registry: Registry) -> Entry | None:
+    """What was stable before what is, and is so again after a rollback; None: nothing was."""
+    stack: list[Change] = []
+    for past in registry.history:
+        if past.what == "promote" and (not stack or stack[-1].version != past.version):
+            stack.append(past)
+        elif past.what == "rollback" and stack:
+            stack.pop()
+    return stack[-2] if len(stack) > 1 else None
 
 
 def rollback(url: str, by: str, reason: str) -> Registry:
     """Make the bundle stable again that was stable before the one that is.
 
-    Rolling back twice goes back two steps, not to and fro.
+    Rolling back twice goes back two steps, not to and fro. A canary of that version is done with.
     """
 
     def change(old: Registry) -> Registry:
-        stack: list[Change] = []
-        for past in old.history:
-            if past.what == "promote" and (not stack or stack[-1].version != past.version):
-                stack.append(past)
-            elif past.what == "rollback" and stack:
-                stack.pop()
-        if len(stack) < 2:
+        earlier = before(old)
+        if earlier is None:
             raise RegistryError(f"nothing to roll back to in {url}: no earlier stable version")
-        entry = _entry(stack[-2].version, stack[-2].sha256, by, reason)
+        entry = _entry(earlier.version, earlier.sha256, by, reason)
         return _changed(old, "rollback", entry, stable=entry, canary=old.canary)
 
     return _update(url, change)
 
 
-def set_canary(url: str, version: str, sha256: str, share: float, by: str, reason: str) -> Registry:
-    """Note a bundle for a share of users (0: as a shadow); workers do not serve it."""
+def set_canary(
+    url: str,
+    version: str,
+    sha256: str,
+    share: float,
+    by: str,
+    reason: str,
+    expected: str | None = None,
+) -> Registry:
+    """Try a bundle on a share of users (0: as a shadow); in place of the canary that there is.
+
+    `expected`: the stable version beside which it can be served. Raises RegistryError when another
+    has become stable since, or when the bundle is stable itself.
+    """
 
     def change(old: Registry) -> Registry:
+        _check_stable(old, version, expected)
+        if old.stable is not None and old.stable.version == version:
+            raise RegistryError(f"{version} is stable already: it answers all users")
         entry = _entry(version, sha256, by, reason)
         canary = Canary(**dict(entry), share=share)
         return _changed(old, "canary", entry, stable=old.stable, canary=canary)
@@ -127,6 +154,14 @@ def clear_canary(url: str, by: str, reason: str) -> Registry:
     return _update(url, change)
 
 
+def _check_stable(now: Registry, version: str, expected: str | None) -> None:
+    if expected is not None and (now.stable is None or now.stable.version != expected):
+        stable = now.stable.version if now.stable else "none"
+        raise RegistryError(
+            f"{version} was judged against {expected}, but {stable} is stable now; judge it again"
+        )
+
+
 def _entry(version: str, sha256: str, by: str, reason: str) -> Entry:
     return Entry(version=version, sha256=sha256, at=datetime.now(UTC), by=by, reason=reason)
 
@@ -139,6 +174,8 @@ def _changed(
     canary: Canary | None,
 ) -> Registry:
     history = [*old.history, Change(**dict(entry), what=what)][-_LONGEST_HISTORY:]
+    if canary is not None and stable is not None and canary.version == stable.version:
+        canary = None
     return Registry(revision=old.revision + 1, stable=stable, canary=canary, history=history)
 
 

@@ -12,7 +12,7 @@ from model import features, newcomers
 from model.compiled import compiled
 from model.events import TEXT, Rows, blank, joined, opaque
 from model.exceptions import GapError
-from model.ids import Hashes
+from model.ids import NONE, Hashes
 from model.lookups import Lookups, Store, Table, Vectors, empty, table
 from model.state import (
     ITEM,
@@ -73,7 +73,7 @@ class BatchResult:
     observation: Observation
     duplicate: NDArray[np.bool_]  # (n): repeated; predicted, not applied
     step: NDArray[np.uint64]  # (n): number of each journal row
-    seq: NDArray[np.uint64]  # (n): number of each prediction; 0 for text rows, which have none
+    seq: NDArray[np.uint64]  # (n): number of each prediction; 0 for what users did not do
     states: Rows  # USER (u)
     partition: Rows  # PARTITION, shape ()
     deltas: Rows  # ITEM_DELTA, one for each item and source topic
@@ -161,7 +161,7 @@ def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResu
     ]
     partitions, after = joined([run[:-1] for run in runs]), joined([run[-1:] for run in runs])
     step = partitions["step"].copy()
-    seq = np.where(events["action"] != TEXT, partitions["seq"], np.uint64(0))
+    seq = np.where(events["action"] < TEXT, partitions["seq"], np.uint64(0))
     global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
     change = advance(states, index, events, duplicate, item_bias, global_mean, step)
     ends = np.array([span.stop for span in rows], np.intp)
@@ -200,7 +200,8 @@ def recover(
 
     Bit for bit what `run_batch` gave when the rows were written. Feature `rows` (n, F),
     `duplicate` and `step` (n) as journalled, in the order of the journal; any number of batches
-    at once. Raises GapError when rows between the partition's and these are missing.
+    at once. Rows of nobody, erased since, count in the partition alone. Raises GapError when rows
+    between the partition's and these are missing.
     """
     new = step >= partition["step"]
     if not np.array_equal(step[new], partition["step"] + np.arange(new.sum(), dtype=np.uint64)):
@@ -209,7 +210,7 @@ def recover(
             " or out of order. Read the journal from the position in the partition's header, or"
             " rebuild the partition from the archive."
         )
-    fresh = step >= states["step"][user_index]
+    fresh = (step >= states["step"][user_index]) & (events["user"] != NONE)
     mean, item_bias, ratings = (
         rows[:, features.INDEX[name]] for name in ("global_mean", "item_bias", "user_ratings")
     )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.compiled import compiled
-from model.events import COUNTED, EVENT, PURCHASE, REVIEW, TEXT, Rows, duplicated
+from model.events import COUNTED, EVENT, FORGET, PURCHASE, REVIEW, TEXT, Rows, blank, duplicated
 
 RECENT = 16  # items, and event ids, that a user's state remembers
 OLDER = 64  # ratings that it remembers of items that are not recent any more
@@ -207,6 +207,9 @@ def advance(
     `duplicate` (n): as journalled, or as `duplicates` found; `item_bias` and `global_mean` float32
     (n): those features of each event; `step` (n): journal row numbers; `observed`: the states that
     events met are wanted. Nothing given is changed.
+
+    A FORGET leaves a blank state, which the store does not keep, and meets one: what had been
+    known of the user goes nowhere any more.
     """
     met = np.empty(len(events) if observed else 0, USER)
     after = duplicated(states)
@@ -214,7 +217,7 @@ def advance(
     touched = np.zeros(len(events), np.bool_)
     first = np.zeros(len(events), np.bool_)
     given = (user_index, events, duplicate, item_bias, global_mean, step)
-    _advance(after, *given, met, replaced, touched, first)
+    _advance(after, *given, blank(USER, 1), met, replaced, touched, first)
     return Change(met, after, duplicate, replaced, touched, first)
 
 
@@ -227,11 +230,11 @@ def run_partition(partition: Rows, events: Rows, duplicate: NDArray[np.bool_]) -
 
 
 def item_deltas(events: Rows, change: Change) -> Rows:
-    """What n events did to their items, but for duplicates and texts.
+    """What n events did to their items, but for duplicates and what users did not do.
 
     ITEM_DELTA rows, one for each item and source topic, sorted by both.
     """
-    rows = np.flatnonzero(~change.duplicate & (events["action"] != TEXT))
+    rows = np.flatnonzero(~change.duplicate & (events["action"] < TEXT))
     source = (events["action"][rows] != REVIEW).astype(np.uint8)
     order = np.lexsort((source, events["item"][rows]))
     deltas = np.zeros(len(rows), ITEM_DELTA)
@@ -259,6 +262,10 @@ def apply_items(
 def _find_duplicates(ids: Any, user_index: Any, events: Any, found: Any) -> None:
     for row in range(len(events)):
         ring, event_id = ids[user_index[row]], events[row].event_id
+        if events[row].action == FORGET:
+            ring[:] = 0
+            found[row] = False
+            continue
         found[row] = (ring == event_id).any()
         if not found[row]:
             for slot in range(RECENT - 1, 0, -1):
@@ -275,6 +282,7 @@ def _advance(
     item_bias: Any,
     global_mean: Any,
     step: Any,
+    nothing: Any,
     met: Any,
     replaced: Any,
     touched: Any,
@@ -283,6 +291,12 @@ def _advance(
     """Change `states` in place; fill the others (`met` unless it is empty)."""
     for row in range(len(events)):
         user, event = states[user_index[row]], events[row]
+        if event.action == FORGET:
+            states[user_index[row]] = nothing[0]
+            first[row] = True
+            if len(met):
+                met[row] = nothing[0]
+            continue
         if len(met):
             met[row] = user
         user.step = step[row] + np.uint64(1)
@@ -410,7 +424,7 @@ def _run_partition(rows: Any, events: Any, duplicate: Any) -> None:
         rows[row + 1] = rows[row]
         after, event = rows[row + 1], events[row]
         after.step += np.uint64(1)
-        if event.action != TEXT:
+        if event.action < TEXT:
             after.seq += np.uint64(1)
         stars = stars_of(event)
         if stars > 0 and not duplicate[row]:

@@ -44,7 +44,8 @@ _KAFKA_FIELDS = [
     pa.field("kafka_headers", pa.list_(pa.struct({"key": pa.string(), "value": pa.binary()}))),
 ]
 _JOURNAL_FIELDS = [pa.field(name, pa.int64()) for name in ("rows", "first_step", "last_step")]
-_ORDER = ["kafka_partition", "kafka_offset"]
+PLACE = ("kafka_partition", "kafka_offset")
+"""Columns that say which record of Kafka a row is."""
 _UNREADABLE = (
     DeltaError,
     OSError,
@@ -143,7 +144,7 @@ def read(
         frame = frame.filter(pl.col("kafka_partition").is_in(list(partitions)))
     if since is not None:
         frame = frame.filter(pl.col("kafka_timestamp") >= since)
-    frame = frame.sort(_ORDER)
+    frame = frame.sort(PLACE)
     return frame if columns is None else frame.select(columns)
 
 
@@ -177,6 +178,16 @@ def journal(
     Raises ContractError when part of a transaction is missing, UnreachableError when a file of the
     table cannot be read.
     """
+    return decode_all(journal_values(url, partition, options, start=start))
+
+
+def journal_values(
+    url: str, partition: int, options: Mapping[str, str] | None = None, *, start: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """The values of the archived journal of a user partition, each with its offset, in order.
+
+    Raises UnreachableError when a file of the table cannot be read.
+    """
     where = table_url(url, "journal")
     frame = read(url, "journal", options, partitions=[partition])
     later = frame.filter(pl.col("kafka_offset") >= start)
@@ -189,7 +200,7 @@ def journal(
             rows = frame.filter(span).select("kafka_offset", "kafka_value")
             yield from collect(rows, where).iter_rows()
 
-    return decode_all(values())
+    return values()
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def decode(
     """The records of a batch of one topic.
 
     `positions` holds partition and offset of each value; `name` is the topic's name with its
-    prefix, for messages. A null value is a tombstone in a compacted topic, a rejection elsewhere.
+    prefix, for messages. A null value is a tombstone where the topic takes one, else a rejection.
     Raises ContractError for the journal, whose values are Arrow (`schemas.journal`).
     """
     validate = _adapter(_record_type(topic)).validate_python
@@ -73,10 +73,10 @@ def decode(
         indices, parsed = [], []
         for index, value in enumerate(values):
             if value is None:
-                if topic.cleanup == "compact":
+                if topic.takes_null:
                     tombstones.append(index)
                 else:
-                    faults[index] = (None, "null value; only a compacted topic takes one")
+                    faults[index] = (None, "null value, which says nothing in this topic")
                 continue
             try:
                 parsed.append(loads(value))

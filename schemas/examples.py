@@ -88,6 +88,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "window_start": "2026-11-24T10:15:00Z",
         "window_end": "2026-11-24T10:15:01Z",
         "model_version": "20261124T060000-1a2b3c4d",
+        "role": "stable",
         "kinds": {"interaction": 1250},
         "tiers": {"full": 1100, "item_state": 150},
         "actions": {"view": 1100, "review": 150},

@@ -123,8 +123,9 @@ def _message(topic: Topic) -> dict[str, Any]:
             },
         }
     payload: dict[str, Any] = {"$ref": _REFERENCES.format(model=_message_name(topic))}
-    if topic.cleanup == "compact":
-        payload = {"oneOf": [payload, {"type": "null", "description": "Deletes the key."}]}
+    if topic.takes_null:
+        said = "Erases the user." if topic.forgets else "Deletes the key."
+        payload = {"oneOf": [payload, {"type": "null", "description": said}]}
     return message | {
         "contentType": "application/json",
         "payload": payload,

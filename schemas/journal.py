@@ -160,6 +160,18 @@ def decode(value: bytes) -> Piece:
         ) from error
 
 
+def encode_piece(piece: Piece) -> bytes:
+    """The Kafka value of a piece, which stays one however its rows have changed."""
+    journal = piece.journal
+    rows = _rows_of([journal]).replace_schema_metadata(_metadata(journal, piece.index, piece.count))
+    return _stream(rows, _recents_of([journal]))
+
+
+def part(journal: Journal, rows: slice) -> Journal:
+    """Some rows of a journal; what is said of all of them stays."""
+    return replace(journal, **{name: getattr(journal, name)[rows] for name in _ROW_ARRAYS})
+
+
 def join(pieces: Sequence[Journal]) -> Journal:
     """One journal of consecutive pieces of one transaction."""
     return replace(

@@ -90,6 +90,7 @@ Action = Literal["view", "click", "wishlist", "share", "cart", "remove_from_cart
 Kind = Literal["interaction", "review", "request"]
 Tier = Literal["global", "item_text", "item_state", "user_state", "full"]
 Stage = Literal["stable", "canary", "shadow", "retired"]
+Role = Literal["stable", "canary", "shadow"]
 
 
 class Record(BaseModel):
@@ -233,13 +234,14 @@ class ErrorSums(Record):
 
 
 class ScoreDigest(Record):
-    """What one worker scored in one window with one model."""
+    """What one worker scored in one window with one model in one role."""
 
     worker: str
     digest_id: str
     window_start: Time
     window_end: Time
     model_version: str
+    role: Role = "stable"  # a shadow's predictions were published nowhere
     kinds: dict[str, int]
     tiers: dict[str, int]
     actions: dict[str, int]

@@ -18,7 +18,8 @@ class Topic:
 
     `keyed` topics have `partitions` as set when the cluster was made (settings), all the same, so
     that all that is said of one user, or of one item, lies in one partition number. The others
-    have one partition. `journal` values are Arrow, all others JSON of `record`.
+    have one partition. `journal` values are Arrow, all others JSON of `record`. A null value
+    deletes what is known of its key in compacted topics and in those that say so.
     """
 
     name: str
@@ -30,6 +31,12 @@ class Topic:
     retention: timedelta = timedelta(days=7)
     timestamp: Literal["CreateTime", "LogAppendTime"] = "CreateTime"
     largest_message: int = USUAL_MESSAGE  # bytes
+    forgets: bool = False  # a null value erases its key's user from the states
+
+    @property
+    def takes_null(self) -> bool:
+        """Whether a null value says something."""
+        return self.forgets or self.cleanup == "compact"
 
     def partitions(self, keyed: int) -> int:
         """Its partitions, where keyed topics have `keyed`."""
@@ -50,15 +57,17 @@ TOPICS: tuple[Topic, ...] = (
         "reviews",
         "user_id",
         records.Review,
-        "Reviews, with stars, words or both.",
+        "Reviews, with stars, words or both; a null value erases the user.",
         timestamp="LogAppendTime",
+        forgets=True,
     ),
     Topic(
         "behavior",
         "user_id",
         records.Behavior,
-        "What shoppers do with items.",
+        "What shoppers do with items; a null value erases the user.",
         timestamp="LogAppendTime",
+        forgets=True,
     ),
     Topic(
         "score-requests",
@@ -95,8 +104,9 @@ TOPICS: tuple[Topic, ...] = (
         "text-features",
         "user_id",
         records.TextFeatures,
-        "What review texts say of their stars.",
+        "What review texts say of their stars; a null value erases the user.",
         timestamp="LogAppendTime",
+        forgets=True,
     ),
     Topic("item-updates", "item_id", records.ItemUpdate, "What one batch did to one item."),
     Topic("score-digests", "worker", records.ScoreDigest, "What workers scored.", keyed=False),

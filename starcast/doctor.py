@@ -166,7 +166,8 @@ def _models(config: ModelsConfig) -> Iterator[Finding]:
             "Check STARCAST_MODELS__URL, its rights, and the credentials in the environment.",
         )
         return
-    stable = registry.read(config.url).stable
+    named = registry.read(config.url)
+    stable = named.stable
     if stable is None:
         yield Finding(
             "model",
@@ -177,6 +178,17 @@ def _models(config: ModelsConfig) -> Iterator[Finding]:
         return
     loaded = bundle.load(config.url, stable.version, stable.sha256)
     yield Finding("model", "fine", f"{loaded.version} is stable, its checksums hold")
+    if named.canary is not None:
+        tried = bundle.load(config.url, named.canary.version, named.canary.sha256)
+        if tried.encoder_hash != loaded.encoder_hash:
+            yield Finding(
+                "canary",
+                "wrong",
+                f"{tried.version} has another encoder than stable: workers have refused it",
+                "End its trial by `starcast models end-canary`.",
+            )
+            return
+        yield Finding("canary", "fine", f"{tried.version} is on trial ({named.canary.role})")
 
 
 def _encoder(config: ModelsConfig) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ import typer
 
 from schemas.exceptions import StarcastError
 from starcast import __version__, log
-from starcast.commands import contract, letters, models, playing, serving, state
+from starcast.commands import contract, erasing, letters, models, playing, serving, state
 from starcast.commands.context import Chosen, fail
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.command(rich_help_panel=LOOKING)(serving.doctor)
 app.add_typer(letters.app, name="dead-letters", rich_help_panel=LOOKING)
 app.command(rich_help_panel=LOOKING)(state.verify_replay)
 app.add_typer(state.app, name="state", rich_help_panel=LOOKING)
+app.command(rich_help_panel=LOOKING)(erasing.forget)
 app.command(rich_help_panel=LOOKING)(contract.config)
 app.command(rich_help_panel=LOOKING)(contract.asyncapi)
 app.command(rich_help_panel=LOOKING)(contract.schema)

@@ -307,6 +307,11 @@ def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
     return places
 
 
+def topic_configs(kafka: KafkaConfig, names: list[str]) -> dict[str, dict[str, str]]:
+    """The configuration of topics by their names on the cluster, all of which exist."""
+    return _configs(kafka, reach(kafka), names)
+
+
 def _change(report: TopicReport) -> Change:
     if not report.partitions:
         return "created"

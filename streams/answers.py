@@ -19,10 +19,10 @@ import numpy as np
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
+from model.canary import Part, in_order
 from model.events import EVENT, Rows, blank, from_request, joined
 from model.ids import hash_ids, partitions_of
 from model.ladder import TIERS
-from model.predict import Predictions
 from model.replay import observe
 from model.state import USER
 from schemas.codec import Column, encode_columns, format_times, time_ms
@@ -116,7 +116,7 @@ class Answers:
                 stamps = asked.timestamps()[rows]
                 batch, scored = self._answer(requests, sources, stamps, expired)
                 batches.append(batch)
-                counted += [scored] if scored else []
+                counted += scored
 
         def finish(_: dict[Position, int]) -> None:
             self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
@@ -132,7 +132,7 @@ class Answers:
         sources: list[dict[str, Any]],
         stamps: NDArray[np.int64],
         expired: bool,
-    ) -> tuple[OutputBatch, Scored | None]:
+    ) -> tuple[OutputBatch, list[Scored]]:
         request = np.repeat(
             np.arange(len(requests)), [len(each.item_ids) for each in requests]
         )  # (m)
@@ -149,7 +149,7 @@ class Answers:
             "source": [sources[at] for at in request],
             "of": [len(requests[at].item_ids) for at in request],
         }
-        scored: Scored | None = None
+        scored: list[Scored] = []
         if expired:
             columns |= {
                 "status": "expired",
@@ -157,21 +157,26 @@ class Answers:
                 "model_version": self._models.serving.predictor.version,
             }
         else:
-            predictions = self._predict(requests, request, items)
-            columns |= prediction_columns(predictions)
+            parts = self._predict(requests, request, items)
+            columns |= prediction_columns(parts)
             columns |= {
                 "status": "ok",
-                "rank": _ranks(predictions.rating, request),
+                "rank": _ranks(in_order(parts, lambda each: each.rating), request),
             }
-            scored = Scored(
-                version=predictions.version,
-                ratings=predictions.rating,
-                truths=np.full(len(items), np.nan, np.float32),
-                tiers=predictions.tier,
-                items=items,
-                actions=Counter(),
-                latencies_ms=(time.time() * 1_000 - stamps[request]).astype(np.float32),
-            )
+            waited = (time.time() * 1_000 - stamps[request]).astype(np.float32)
+            scored = [
+                Scored(
+                    version=part.predictions.version,
+                    ratings=part.predictions.rating,
+                    truths=np.full(len(part.predictions.rating), np.nan, np.float32),
+                    tiers=part.predictions.tier,
+                    items=part.take(items),
+                    actions=Counter(),
+                    latencies_ms=waited[part.rows],
+                    role=part.role,
+                )
+                for part in parts
+            ]
         columns["predicted_at"] = format_times(np.array([int(time.time() * 1_000)]))[0]
         values = encode_columns(columns)
         return OutputBatch(
@@ -184,7 +189,7 @@ class Answers:
 
     def _predict(
         self, requests: list[ScoreRequest], request: NDArray[np.intp], items: list[str]
-    ) -> Predictions:
+    ) -> list[Part]:
         users = hash_ids([each.user_id for each in requests])
         hashes = hash_ids(items)
         events = blank(EVENT, len(items))
@@ -201,7 +206,7 @@ class Answers:
         headers = [self._header(partition)["partition"] for partition in owners.tolist()]
         running = joined([each.copy().reshape(1) for each in headers]).take(owner)
         observation = observe(states.take(index[request]), running, events, lookups)
-        return serving.predictor.predict(events, observation, lookups)
+        return serving.predict(events, observation, lookups)
 
     def _header(self, partition: int) -> Rows:
         until, header = self._headers.get(partition, (0.0, None))

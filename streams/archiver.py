@@ -160,6 +160,8 @@ class Archive:
             table,
             rows,
             mode="append",
+            # A release before or after this one knows other fields of the record.
+            schema_mode=None if _has_fields_of(table, rows.schema) else "merge",
             writer_properties=WRITER,
             commit_properties=CommitProperties(
                 app_transactions=[
@@ -321,6 +323,10 @@ def _still_newest(table: DeltaTable) -> bool:
     version = table.version()
     table.update_incremental()
     return table.version() == version and bool(table.history(1))
+
+
+def _has_fields_of(table: DeltaTable, schema: pa.Schema) -> bool:
+    return {field.name for field in table.schema().fields} == set(schema.names)
 
 
 def _recorded(table: DeltaTable, topic: str, partition: int) -> int | None:

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 import stamina
 import structlog
@@ -29,7 +30,7 @@ ROW_GROUP = 50_000
 WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
 # A reader that opened a version may go on reading it for this long after a compaction.
 VACUUM_HOURS = 24
-# A compaction that was killed blocks others for this long; none may take longer.
+# One that was killed blocks others for this long; none may take longer.
 COMPACTION_SECONDS = 3_600
 NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
 # Others commit to the same table in between, each a few times a second.
@@ -48,25 +49,14 @@ until_committed = stamina.retry(
 def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
     """Merges small files of a topic, and deletes those that no reader can still be reading.
 
-    delta-rs (1.6) lets two compactions of the same files both succeed, which doubles their rows.
-    So a compaction first claims the table by an application transaction of its own, for which a
-    second claim does conflict, and is left to another archiver that holds it. One that does not
-    get its commit in between those of archivers takes its claim back all the same.
-
-    Raises UnreachableError when storage does not answer.
+    One that does not get its commit in between those of archivers is given up; the next may do
+    better. Raises UnreachableError when storage does not answer.
     """
     where = archive.table_url(url, topic)
-    with archive.reached(where):
-        table = archive.open_table(url, topic, options)
-        if table is None or (table.transaction_version(_CLAIM) or 0) > time.time():
+    with archive.reached(where), claimed(url, topic, options) as table:
+        if table is None:
             return
         try:
-            _claim(table, int(time.time() + COMPACTION_SECONDS))
-        except CommitFailedError as error:
-            _log.info("compaction left to another archiver", table=where, reason=str(error))
-            return
-        try:
-            table.update_incremental()
             table.optimize.compact(
                 target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=WRITER
             )
@@ -74,10 +64,35 @@ def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
                 retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
             )
             table.cleanup_metadata()
-        except CommitFailedError as error:  # too many commits meanwhile; the next may do better
+        except CommitFailedError as error:
             _log.warning("compaction given up", table=where, reason=str(error))
-        finally:
-            _release(where, options)
+
+
+@contextmanager
+def claimed(url: str, topic: str, options: Mapping[str, str]) -> Generator[DeltaTable | None]:
+    """The newest version of a table, whose files nobody else rewrites for `COMPACTION_SECONDS`.
+
+    None where there is no table, or another holds it. delta-rs (1.6) lets two that rewrite the same
+    files both succeed, which doubles their rows. So who rewrites first claims the table by an
+    application transaction of its own, for which a second claim does conflict; the claim is taken
+    back in the end, and runs out by itself.
+    """
+    where = archive.table_url(url, topic)
+    table = archive.open_table(url, topic, options)
+    if table is None or (table.transaction_version(_CLAIM) or 0) > time.time():
+        yield None
+        return
+    try:
+        _claim(table, int(time.time() + COMPACTION_SECONDS))
+    except CommitFailedError as error:
+        _log.info("a table is left to who rewrites it", table=where, reason=str(error))
+        yield None
+        return
+    try:
+        table.update_incremental()
+        yield table
+    finally:
+        _release(where, options)
 
 
 @until_committed

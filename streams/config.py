@@ -73,6 +73,12 @@ class ModelsConfig(BaseModel):
     poll_seconds: float = Field(
         default=2.0, gt=0, description="how often the registry is looked at"
     )
+    encoder_wait_seconds: float = Field(
+        default=21_600,
+        ge=0,
+        description="a version with another encoder serves once that has read all items, or after "
+        "so long; 0: at once",
+    )
     threads: int = Field(
         default=1,
         ge=0,
@@ -149,6 +155,12 @@ class InsightsConfig(BaseModel):
     )
     largest_drift: float = Field(
         default=0.75, gt=0, description="alert when mean predicted and true rating differ by more"
+    )
+    worse_canary: float = Field(
+        default=3.0,
+        gt=0,
+        description="alert when a canary's mean absolute error is this many standard errors "
+        "above stable's",
     )
     clear_ratio: float = Field(
         default=0.9,

@@ -223,6 +223,7 @@ class _Page:
             everything = together(interactions.values()).sums
             _show(self._numbers, html.tiles(snapshot, everything, now_ms))
             _show(self._models, html.models(snapshot, found, known))
+            _show(self._trial, html.trial(snapshot))
             self._draw(snapshot, windows, found, known)
 
     def _draw(
@@ -300,6 +301,7 @@ class _Page:
             with _block("div", "card span-4 wide"):
                 _title("Model versions", "On what each predicted in this range.")
                 self._models = _text("div", "")
+                self._trial = _text("div", "")
 
     def _build_predictions(self) -> None:
         with _block("section", "grid"):

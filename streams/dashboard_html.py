@@ -17,6 +17,7 @@ from streams.dashboard_view import (
     silent,
     stages,
 )
+from streams.dashboard_view import trial as tried
 from streams.windows import Scored, Sums
 
 ROWS = 14  # newest predictions shown
@@ -52,6 +53,10 @@ _UP = (
 _DOWN = (
     '<svg viewBox="0 0 10 10" aria-hidden="true"><path stroke="currentColor" '
     'stroke-width="2.2" d="M1.5 1.5l7 7m0-7l-7 7"/></svg>'
+)
+_ERRORS = (
+    '<tr><th>Version</th><th class="num">Ratings</th><th class="num">RMSE</th>'
+    '<th class="num">MAE</th><th class="num">Off by</th></tr>'
 )
 _WAIT_TITLES = {
     "broker": "Waiting for Kafka",
@@ -251,19 +256,17 @@ def models(snapshot: Snapshot, found: Mapping[str, Scored], versions: Sequence[s
     if not rows:
         return '<p class="blank">No model version has predicted anything in this range.</p>'
     body = "".join(_model(row, versions) for row in rows)
-    return (
-        '<table><thead><tr><th>Version</th><th class="num">Ratings</th>'
-        '<th class="num">RMSE</th><th class="num">MAE</th><th class="num">Off by</th></tr>'
-        f"</thead><tbody>{body}</tbody></table>"
-    )
+    return f"<table><thead>{_ERRORS}</thead><tbody>{body}</tbody></table>"
 
 
 def _model(row: ModelRow, versions: Sequence[str]) -> str:
-    role = ""
+    role, stable = "", " stable" if row.role == "in service" else ""
     if row.role:
-        stable = " stable" if row.role == "in service" else ""
         role = f'<span class="role{stable}">{escape(row.role)}</span>'
-    since = f"promoted {_time(row.since_ms)}" if row.since_ms else "from running means"
+    since = "from running means"
+    if row.since_ms:
+        how = "on trial since" if row.role and not stable else "promoted"
+        since = f"{how} {_time(row.since_ms)}"
     if row.version != LADDER and row.by:
         since += f" by {escape(row.by)}"
     sums = row.sums
@@ -275,6 +278,33 @@ def _model(row: ModelRow, versions: Sequence[str]) -> str:
         f'<td class="num strong">{_number(sums.rmse)}</td>'
         f'<td class="num">{_number(sums.mae)}</td>'
         f'<td class="num">{_signed(sums)}</td></tr>'
+    )
+
+
+def trial(snapshot: Snapshot) -> str:
+    """The version on trial beside stable, over the same time; empty when there is none."""
+    found, named = tried(snapshot), snapshot.registry.canary
+    if found is None or named is None:
+        return ""
+    body = "".join(
+        f'<tr><td><div class="title">{escape(name)}</div></td>'
+        f'<td class="num">{compact(sums.rated)}</td>'
+        f'<td class="num strong">{_number(sums.rmse)}</td>'
+        f'<td class="num">{_number(sums.mae)}</td>'
+        f'<td class="num">{_signed(sums)}</td></tr>'
+        for name, sums in (
+            ("Stable", found.stable.sums),
+            (f"{short(found.version)}, {named.role}", found.canary.sums),
+        )
+    )
+    apart = "Too few ratings to tell them apart."
+    if found.standard_errors is not None:
+        number = f"{found.standard_errors:+.1f}".replace("-", "−")
+        apart = f"MAE of the version on trial: {number} standard errors from stable's."
+    return (
+        f'<p class="sub">On trial, since {_time(found.start_ms)}</p>'
+        f"<table><thead>{_ERRORS}</thead><tbody>{body}</tbody></table>"
+        f'<p class="sub">{apart}</p>'
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from schemas.records import Kind
 from streams.config import KafkaConfig
 from streams.dashboard_data import Snapshot
-from streams.windows import KindWindow, Scored, Sums, Window
+from streams.windows import KindWindow, Scored, Sums, Trial, Window
 
 LADDER = "ladder"  # the version that predictions name before there is a bundle
 SILENT_STEPS = 4  # steps without a window until the page says that nothing comes any more
@@ -170,7 +170,7 @@ def swaps(snapshot: Snapshot) -> list[Swap]:
         for change in snapshot.registry.history
         if change.what in ("promote", "rollback")
     ]
-    known = {swap.version for swap in told} | {LADDER}
+    known = {change.version for change in snapshot.registry.history} | {LADDER}
     seen: list[Swap] = []
     for index, window in enumerate(snapshot.windows):
         kind = window.kinds.get("interaction")
@@ -185,6 +185,8 @@ def swaps(snapshot: Snapshot) -> list[Swap]:
 def versions(snapshot: Snapshot) -> list[str]:
     """All model versions in the order of their coming; the ladder first."""
     order = dict.fromkeys([LADDER, *(swap.version for swap in swaps(snapshot))])
+    if snapshot.registry.canary is not None:
+        order[snapshot.registry.canary.version] = None
     for window in snapshot.windows:
         for kind in window.kinds.values():
             order |= dict.fromkeys(kind.step)
@@ -198,21 +200,28 @@ def short(version: str) -> str:
     return version.rpartition("-")[2][:8] or version
 
 
+def trial(snapshot: Snapshot) -> Trial | None:
+    """What is counted of the version that is on trial now."""
+    named = snapshot.registry.canary
+    found = snapshot.windows[-1].trial if snapshot.windows else None
+    return found if named and found and found.version == named.version else None
+
+
 def model_rows(snapshot: Snapshot, found: Mapping[str, Scored]) -> list[ModelRow]:
     """Versions with predictions among `found` (see `totals`) or a part to play, newest first."""
     registry = snapshot.registry
     stable = registry.stable.version if registry.stable else LADDER
-    canary = registry.canary.version if registry.canary else None
+    canary = registry.canary
     since = {swap.version: swap.at_ms for swap in swaps(snapshot)}
     told = {change.version: change for change in registry.history}
     rows: list[ModelRow] = []
     for version in reversed(versions(snapshot)):
         sums = found.get(version, Scored()).sums
-        role = ""
+        role, since_ms = "", since.get(version)
         if version == stable:
             role = "in service"
-        elif version == canary and registry.canary:
-            role = f"canary {registry.canary.share:.0%}" if registry.canary.share else "shadow"
+        elif canary is not None and version == canary.version:
+            role, since_ms = canary.role, round(canary.at.timestamp() * 1_000)
         if not (sums.count or role):
             continue
         change = told.get(version)
@@ -221,7 +230,7 @@ def model_rows(snapshot: Snapshot, found: Mapping[str, Scored]) -> list[ModelRow
                 version=version,
                 name=short(version),
                 role=role,
-                since_ms=since.get(version),
+                since_ms=since_ms,
                 by=change.by if change else "",
                 reason=change.reason if change else "",
                 sums=sums,
@@ -248,6 +257,7 @@ def summary(snapshot: Snapshot, kafka: KafkaConfig, now_ms: int) -> dict[str, An
         "predictions": snapshot.topics.predictions,
         "stable": registry.stable.model_dump(mode="json") if registry.stable else None,
         "canary": registry.canary.model_dump(mode="json") if registry.canary else None,
+        "trial": now_tried.model_dump(mode="json") if (now_tried := trial(snapshot)) else None,
         "swaps": [vars(swap) for swap in swaps(snapshot)],
         "last_window_ms": snapshot.windows[-1].end_ms if snapshot.windows else None,
         "silent": silent(snapshot, now_ms),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model.ladder import TIERS
 from schemas.codec import encode
-from schemas.records import ErrorSums, Kind, ScoreDigest
+from schemas.records import ErrorSums, Kind, Role, ScoreDigest
 from streams.processor import Output
 from streams.windows import encode_latency
 
@@ -35,10 +35,11 @@ class Scored:
     actions: Counter[str]
     latencies_ms: NDArray[np.float32]
     categories: Counter[str] = field(default_factory=Counter[str])
+    role: Role = "stable"  # of the version
 
 
 class Digests:
-    """Collects what was scored and gives one digest a window and model version."""
+    """Collects what was scored and gives one digest a window, model version and role of it."""
 
     def __init__(self, worker: str, kind: Kind, seconds: float) -> None:
         self._worker = worker
@@ -46,13 +47,14 @@ class Digests:
         self._seconds = seconds
         self._start = datetime.now(UTC)
         self._since = time.monotonic()
-        self._scored: dict[str, list[Scored]] = {}
+        self._scored: dict[tuple[str, Role], list[Scored]] = {}
         self._version = "ladder"
 
     def add(self, scored: Scored) -> None:
         """Count predictions in; call it only after their commit."""
-        self._scored.setdefault(scored.version, []).append(scored)
-        self._version = scored.version
+        self._scored.setdefault((scored.version, scored.role), []).append(scored)
+        if scored.role == "stable":
+            self._version = scored.version
 
     def due(self, lag: int) -> list[Output]:
         """The digests of the window that has ended, if it has."""
@@ -61,19 +63,21 @@ class Digests:
         if age < wait:
             return []
         end = datetime.now(UTC)
-        versions = self._scored or {self._version: []}
+        versions = self._scored or {(self._version, "stable"): []}
         outputs = [
             Output(
                 "score-digests",
                 self._worker.encode(),
-                encode(self._digest(version, parts, end, lag)),
+                encode(self._digest(version, role, parts, end, lag)),
             )
-            for version, parts in versions.items()
+            for (version, role), parts in versions.items()
         ]
         self._scored, self._start, self._since = {}, end, time.monotonic()
         return outputs
 
-    def _digest(self, version: str, parts: list[Scored], end: datetime, lag: int) -> ScoreDigest:
+    def _digest(
+        self, version: str, role: Role, parts: list[Scored], end: datetime, lag: int
+    ) -> ScoreDigest:
         empty = np.zeros(0, np.float32)
         ratings = np.concatenate([empty, *(part.ratings for part in parts)])
         truths = np.concatenate([empty, *(part.truths for part in parts)])
@@ -84,12 +88,14 @@ class Digests:
         actions = sum((part.actions for part in parts), Counter[str]())
         categories = sum((part.categories for part in parts), Counter[str]())
         present = np.unique(tiers[tiers != NO_TIER])
+        name = (self._worker, self._kind, str(int(end.timestamp() * 1000)), version)
         return ScoreDigest(
             worker=self._worker,
-            digest_id=f"{self._worker}-{self._kind}-{int(end.timestamp() * 1000)}-{version}",
+            digest_id="-".join([*name, *([] if role == "stable" else [role])]),
             window_start=self._start,
             window_end=end,
             model_version=version,
+            role=role,
             kinds={self._kind: len(ratings)},
             tiers={TIERS[tier]: int((tiers == tier).sum()) for tier in present},
             actions=dict(actions),

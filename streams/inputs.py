@@ -2,19 +2,23 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from confluent_kafka import Message
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
-from schemas.codec import decode
+from schemas.codec import Decoded, decode
 from schemas.columns import Columns, columns_of, decode_columns
+from schemas.records import Identifier, Record
 from schemas.topics import BY_NAME
 from streams.dead_letters import dead_letter
 from streams.processor import Output
+
+_IDENTIFIER = TypeAdapter[str](Identifier)
 
 Held = TypeVar("Held", list[Any], Columns)
 
@@ -23,12 +27,14 @@ Held = TypeVar("Held", list[Any], Columns)
 class Inputs(Generic[Held]):
     """The good records of one topic in a batch, in the order of the poll; n of them.
 
-    Tombstones (null values of compacted topics) have None as record and stay in `messages`.
+    Tombstones (null values) have None as record and stay in `messages`; columns have no place for
+    them, there they stand apart.
     """
 
     topic: str
     messages: list[Message]
     records: Held
+    tombstones: list[Message] = field(default_factory=list[Message])
 
     def partitions(self) -> NDArray[np.int64]:
         """Each record's partition, (n)."""
@@ -60,7 +66,7 @@ def split(
 def split_columns(
     messages: Sequence[Message], prefix: str, processor: str
 ) -> tuple[dict[str, Inputs[Columns]], list[Output]]:
-    """Columns by topic, none of which is compacted, and dead letters, as `split`."""
+    """Columns by topic, and dead letters, as `split`."""
     good: dict[str, Inputs[Columns]] = {}
     letters: list[Output] = []
     for name, mine in _by_topic(messages).items():
@@ -71,10 +77,28 @@ def split_columns(
         columns = decode_columns(record, values)
         if columns is None:
             inputs, bad = _by_pydantic(topic, name, mine, values, processor)
-            mine, columns = inputs.messages, columns_of(record, inputs.records)
             letters += bad
-        good[topic] = Inputs(topic, mine, columns)
+            good[topic] = _apart(inputs, record)
+        else:
+            good[topic] = Inputs(topic, mine, columns)
     return good, letters
+
+
+def user_of(key: str | bytes | None) -> str | None:
+    """The user whom a null value with this key erases; None where the key is no user's id."""
+    try:
+        return _IDENTIFIER.validate_python(key.decode() if isinstance(key, bytes) else key)
+    except (UnicodeDecodeError, ValidationError):
+        return None
+
+
+def _apart(inputs: Inputs[list[Any]], record: type[Record]) -> Inputs[Columns]:
+    """Records as columns, tombstones beside them."""
+    kinds: tuple[list[Message], list[Message]] = [], []
+    for message, each in zip(inputs.messages, inputs.records, strict=True):
+        kinds[each is None].append(message)
+    columns = columns_of(record, [each for each in inputs.records if each is not None])
+    return Inputs(inputs.topic, kinds[0], columns, kinds[1])
 
 
 def _by_topic(messages: Sequence[Message]) -> dict[str, list[Message]]:
@@ -98,9 +122,15 @@ def _by_pydantic(
         for bad in decoded.rejections
     ]
     records = decoded.records
-    if decoded.rejections:
-        gone = {bad.index for bad in decoded.rejections}
+    nobody = [at for at in _erasures(topic, decoded) if user_of(messages[at].key()) is None]
+    reason = "null value, which erases a user, but the key is no user's id"
+    letters += [dead_letter(messages[at], topic, processor, reason) for at in nobody]
+    if gone := {bad.index for bad in decoded.rejections}.union(nobody):
         kept = [at for at in range(len(messages)) if at not in gone]
         messages = [messages[at] for at in kept]
         records = [records[at] for at in kept]
     return Inputs(topic, messages, records), letters
+
+
+def _erasures(topic: str, decoded: Decoded) -> Sequence[int]:
+    return decoded.tombstones if BY_NAME[topic].forgets else ()

@@ -374,14 +374,15 @@ class _Source:
 async def _resume(run: _Run) -> None:
     """Take up where the last window in the store ends; try again later if it does not answer."""
     try:
-        rows: Any = await asyncio.to_thread(run.client.xrevrange, run.key, count=1)
+        last = await asyncio.to_thread(windows.last_window, run.client, run.key)
     except STORE_ERRORS as error:
         _LOG.warning("insights waits for the store", reason=str(error))
         await asyncio.sleep(FIRST_PAUSE_SECONDS)
         return
-    last = Window.model_validate_json(rows[0][1][WINDOW_FIELD]) if rows else None
     run.firing = last.firing if last else []
-    run.steps = windows.make_steps(run.config, last.end_ms if last else None)
+    run.steps = windows.make_steps(
+        run.config, last.end_ms if last else None, last.trial if last else None
+    )
     run.last_arrival = time.monotonic()
 
 

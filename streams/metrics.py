@@ -31,6 +31,8 @@ class Metrics:
     lost: Counter  # processor, topic, partition
     newcomers: Gauge  # processor, partition
     model: Gauge  # version
+    canary: Gauge  # version
+    covered: Gauge
 
 
 def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
@@ -116,6 +118,18 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             "starcast_model_info",
             "1 for the model version in service.",
             ("version",),
+            registry=registry,
+        ),
+        canary=Gauge(
+            "starcast_canary_share",
+            "Share of users whom the version on trial answers; 0: a shadow, which answers nobody.",
+            ("version",),
+            registry=registry,
+        ),
+        covered=Gauge(
+            "starcast_encoder_covered",
+            "Of the items that the encoder in service has read, the share that the encoder of a "
+            "version that is to serve has read too; 1: no version waits.",
             registry=registry,
         ),
     )

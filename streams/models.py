@@ -1,48 +1,91 @@
-"""The model in service: what the registry calls stable, loaded beside the one that runs.
+"""The models in service: what the registry calls stable and canary, loaded beside those that run.
 
 A thread looks at the registry; a new bundle is fetched, checked and warmed there, and processors
-take it up between two batches. A bundle that cannot be loaded is refused with its reason, and the
-running model stays.
+take it up between two batches. A bundle that cannot be loaded is refused with its reason, and what
+runs stays. A canary must read the vectors of stable's encoder: a batch reads those of one alone.
+
+A stable version with another encoder than the one that runs waits until that has read the items'
+texts: before, it would predict them as items without words. Texts are read by it meanwhile.
 """
 
+import math
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
 
 from model import bundle, encoder, registry
+from model import canary as trial
 from model.bundle import Bundle
+from model.canary import Canary, Part
+from model.events import Rows
 from model.exceptions import BundleError
+from model.lookups import Lookups
 from model.predict import Predictor, predictor, warm
+from model.replay import Observation
 from schemas.exceptions import StarcastError
 from streams.config import ModelsConfig
+from streams.exceptions import StoreError
 from streams.metrics import Metrics
 
+Coverage = Callable[[str, str], float]
+"""Of two encoders, how much of what the first has read the second has, as `coverage.share`."""
+
+TELL_SECONDS = 60.0  # between two lines that say how far a version that waits has come
 STOP_SECONDS = 5.0  # a bundle that is being fetched from a slow object store is left behind
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A predictor and the encoder whose vectors it reads."""
+    """A predictor, the encoder whose vectors it reads, and the version on trial beside it."""
 
     predictor: Predictor
     bundle: Bundle | None
     encoder_folder: Path | None
     star_head: Path | None
     encoder_hash: str  # "" for none
+    canary: Canary | None = None
+
+    @property
+    def shadow(self) -> Predictor | None:
+        """What is to predict beside stable and to answer nobody."""
+        return self.canary.predictor if self.canary and not self.canary.share else None
+
+    def predict(self, events: Rows, observation: Observation, lookups: Lookups) -> list[Part]:
+        """What answers EVENT rows (n): stable, and the canary for its users."""
+        return trial.predict(self.predictor, self.canary, events, observation, lookups)
+
+
+@dataclass
+class _Coming:
+    """A stable version that waits for the vectors of its encoder."""
+
+    serving: Serving
+    since: float  # of the monotonic clock, like the next
+    told: float
 
 
 class Models:
-    """Follows the registry. Reading its properties never waits."""
+    """Follows the registry. Reading its properties never waits.
 
-    def __init__(self, config: ModelsConfig, metrics: Metrics) -> None:
+    `coverage` asks the store; without it no version waits for vectors.
+    """
+
+    def __init__(
+        self, config: ModelsConfig, metrics: Metrics, coverage: Coverage | None = None
+    ) -> None:
         self._config = config
         self._metrics = metrics
+        self._coverage = coverage
+        self._coming: _Coming | None = None
         self._log = structlog.get_logger(__name__)
         self._stop = threading.Event()
-        self._refused = ""
+        self._refused = set[str]()  # what cannot be served, told once
         if config.threads:
             torch.set_num_threads(config.threads)
         self._serving = self._ladder()
@@ -66,40 +109,161 @@ class Models:
         """What runs now; take it once a batch."""
         return self._serving
 
+    @property
+    def reading(self) -> Serving:
+        """Whose encoder reads texts: stable's, also while it waits for vectors."""
+        coming = self._coming
+        return coming.serving if coming else self._serving
+
     def refresh(self) -> None:
-        """Take up the registry's stable version, if it is another and can be loaded."""
-        stable = None
+        """Take up what the registry names, where it is another and can be loaded."""
         try:
-            stable = registry.read(self._config.url).stable
-            version = stable.version if stable else None
-            running = self._serving.bundle.version if self._serving.bundle else None
-            if version == running:
-                return
-            if stable is None:
-                self._serving = self._ladder()
-            elif stable.version != self._refused:
-                loaded = bundle.load(self._config.url, stable.version, stable.sha256)
-                self._serving = self._serve(loaded)
-            else:
-                return
-            self._tell()
-        except BundleError as error:
-            self._refused = stable.version if stable else ""
-            self._log.error(
-                "bundle refused", reason=str(error), running=self._serving.predictor.version
-            )
+            named = registry.read(self._config.url)
+            try:
+                # Nobody waits to get away from a version: the vectors of before are there still.
+                before = None if named.rolled_back else registry.before(named)
+                self._follow_stable(named.stable, before)
+            finally:  # a trial ends, whatever keeps the new stable version from being read
+                self._follow_canary(named.canary)
         except (StarcastError, OSError) as error:
             self._log.warning("registry not read", reason=str(error))
+
+    def _follow_stable(self, named: registry.Entry | None, before: registry.Entry | None) -> None:
+        running, coming = self._serving, self._coming
+        if coming and (named is None or named.version != coming.serving.predictor.version):
+            coming = None
+        if named is None:
+            if running.bundle is not None:
+                self._take_up(self._ladder())
+        elif running.bundle is None or named.version != running.bundle.version:
+            loaded = None if coming else self._load(named)
+            if loaded is not None:
+                coming = _Coming(self._serve(loaded), time.monotonic(), -math.inf)
+                if running.bundle is None and before is not None:
+                    self._begin_with(before, coming.serving)
+            if coming and not (before and self._waits(coming)):
+                self._take_up(coming.serving)
+                coming = None
+        self._coming = coming
+        if coming is None:
+            self._metrics.covered.set(1)
+
+    def _take_up(self, serving: Serving) -> None:
+        running, canary = self._serving, self._serving.canary
+        if canary is not None and (
+            canary.predictor.version == serving.predictor.version
+            or running.encoder_hash != serving.encoder_hash
+        ):
+            canary = None
+        self._serving = replace(serving, canary=canary)
+        self._tell()
+
+    def _begin_with(self, before: registry.Entry, stable: Serving) -> None:
+        """A worker that starts while stable waits: serve what the others serve, if it is there."""
+        if self._coverage is None or not self._config.encoder_wait_seconds:
+            return
+        used = bundle.encoder_of(self._config.url, before.version)
+        if not used or used == stable.encoder_hash or self._covered(used, stable) == 1:
+            return
+        try:
+            earlier = bundle.load(self._config.url, before.version, before.sha256)
+        except BundleError:
+            return
+        self._take_up(self._serve(earlier))
+
+    def _waits(self, coming: _Coming) -> bool:
+        """Whether a version is to wait for the vectors of its encoder."""
+        used, now = self._serving.encoder_hash, time.monotonic()
+        if self._serving.bundle is None or used in ("", coming.serving.encoder_hash):
+            return False  # nothing serves, or nothing that reads other vectors
+        covered = self._covered(used, coming.serving)
+        self._metrics.covered.set(covered)
+        said = {"version": coming.serving.predictor.version, "covered": round(covered, 4)}
+        if covered == 1:
+            return False
+        if now - coming.since >= self._config.encoder_wait_seconds:
+            self._log.warning(
+                "not all items' vectors are there, and no version waits longer", **said
+            )
+            return False
+        if now - coming.told >= TELL_SECONDS:
+            coming.told = now
+            self._log.info("a version waits for the vectors of its encoder", **said)
+        return True
+
+    def _covered(self, used: str, serving: Serving) -> float:
+        if self._coverage is None or not serving.encoder_hash:
+            return 1.0
+        try:
+            return self._coverage(used, serving.encoder_hash)
+        except StoreError as error:
+            self._log.warning("vectors not looked for", reason=str(error))
+            return 0.0
+
+    def _follow_canary(self, named: registry.Canary | None) -> None:
+        stable, running = self._serving, self._serving.canary
+        if named is None or named.version == stable.predictor.version:
+            self._try(None)
+        elif running is not None and running.predictor.version == named.version:
+            self._try(replace(running, share=named.share))
+        else:
+            self._try(None)  # the one before has ended; stable answers until this one is warm
+            found = self._fitting(named)
+            self._try(None if found is None else Canary(found, named.share))
+
+    def _try(self, canary: Canary | None) -> None:
+        if canary != self._serving.canary:
+            self._serving = replace(self._serving, canary=canary)
+            self._tell()
+
+    def _fitting(self, named: registry.Canary) -> Predictor | None:
+        """A canary's predictor, warmed; None if it cannot be served beside what is stable now."""
+        stable, used = self._serving.predictor.version, self._serving.encoder_hash
+        pair = f"{named.version} beside {used}"
+        loaded = None if pair in self._refused else self._load(named)
+        if loaded is None:
+            return None
+        if (loaded.encoder_hash or "") != used:
+            reason = (
+                f"{named.version} has another encoder ({loaded.encoder_hash or 'none'}) than "
+                f"{stable} ({used or 'none'}), beside which it is to be tried: a batch reads the "
+                "vectors of one. Stable answers its users"
+            )
+            self._refuse(pair, reason)
+            return None
+        return self._serve(loaded).predictor
+
+    def _load(self, named: registry.Entry) -> Bundle | None:
+        """A bundle; None for one that is refused."""
+        if named.version in self._refused:
+            return None
+        try:
+            return bundle.load(self._config.url, named.version, named.sha256)
+        except BundleError as error:
+            self._refuse(named.version, str(error))
+            return None
+
+    def _refuse(self, what: str, reason: str) -> None:
+        if what not in self._refused:
+            self._refused.add(what)
+            self._log.error(
+                "bundle refused", reason=reason, running=self._serving.predictor.version
+            )
 
     def _follow(self) -> None:
         while not self._stop.wait(self._config.poll_seconds):
             self.refresh()
 
     def _tell(self) -> None:
-        version = self._serving.predictor.version
+        version, canary = self._serving.predictor.version, self._serving.canary
         self._metrics.model.clear()
         self._metrics.model.labels(version).set(1)
-        self._log.info("model in service", version=version)
+        self._metrics.canary.clear()
+        said: dict[str, Any] = {}
+        if canary is not None:
+            said = {"canary": canary.predictor.version, "share": canary.share}
+            self._metrics.canary.labels(canary.predictor.version).set(canary.share)
+        self._log.info("model in service", version=version, **said)
 
     def _ladder(self) -> Serving:
         folder = encoder.locate(self._config.encoder)

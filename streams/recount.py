@@ -80,6 +80,8 @@ def _check_users(report: Verification, shop: Shop, partition: int) -> None:
     hashes, stored = _stored(shop.store, USER_STATE, partition, USER, users.hashes)
     expected = _rows(users, hashes)
     kept = stored["step"] <= header["partition"]["step"]
+    if shop.store.header(USER_STATE, partition) != data:  # then who is gone may have been erased
+        kept &= (stored["step"] > 0) | (expected["step"] == 0)
     _tell_newer(report, "users", partition, int((~kept).sum()))
     if shop.states.expire_after_days:
         gone = np.isin(hashes, np.array(sorted(paused), np.uint64)) | (stored["step"] == 0)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +22,7 @@ import structlog
 
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
+from streams import coverage
 from streams.admin import reach
 from streams.config import (
     ArchiveConfig,
@@ -100,7 +101,9 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
         if set(names) & set(LOOPS):
             store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
             stack.callback(store.close)
-            shared = _Shared(settings, store, _loaded(settings.models, metrics, stack), metrics)
+            shared = _Shared(
+                settings, store, _loaded(settings.models, store, metrics, stack), metrics
+            )
             for name in names:
                 if name in LOOPS:
                     slot = stack.enter_context(worker_slot(settings.kafka, name))
@@ -176,14 +179,17 @@ def _where(thread: threading.Thread) -> str:
     return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
-def _loaded(config: ModelsConfig, metrics: Metrics, stack: ExitStack) -> "Callable[[], Models]":
+def _loaded(
+    config: ModelsConfig, store: Store, metrics: Metrics, stack: ExitStack
+) -> "Callable[[], Models]":
     """The models of one process, which `stack` is to close."""
 
     @cache
     def models() -> "Models":
         from streams.models import Models
 
-        return stack.enter_context(closing(Models(config, metrics).start()))
+        covered = partial(coverage.share, store)
+        return stack.enter_context(closing(Models(config, metrics, covered).start()))
 
     return models
 

@@ -1,8 +1,9 @@
 """The scorer: reviews, behaviour and text features to predicted ratings.
 
 For each event in order: predict what the user will rate the item from what was known before, then
-apply the event to the user's state. Predictions, item updates, the journal and the input offsets
-go out in one transaction; user states are written to the store after it.
+apply the event to the user's state. A null value is an event too: it erases its user's state.
+Predictions, item updates, the journal and the input offsets go out in one transaction; user states
+are written to the store after it.
 
 Events are applied in the order in which Kafka took them, whatever their own times say; what comes
 late, out of order or a second time is counted. An event from too far in the future is a dead
@@ -21,13 +22,16 @@ from confluent_kafka import Message
 from numpy.typing import NDArray
 
 from model import newcomers
+from model.canary import Part
 from model.events import (
     ACTIONS,
     EVENT,
+    FORGET,
     TEXT,
     Rows,
     behavior_rows,
     blank,
+    forget_rows,
     joined,
     review_rows,
     text_rows,
@@ -49,7 +53,7 @@ from streams.claims import ends
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
 from streams.digests import Digests, Scored
-from streams.inputs import Inputs, split_columns
+from streams.inputs import Inputs, split_columns, user_of
 from streams.metrics import Metrics
 from streams.models import Models
 from streams.pace import Pace
@@ -106,6 +110,7 @@ class _Part:
     result: BatchResult
     header: Rows  # after the batch, but for the journal's end
     disorder: Counter[str]  # applied events, by kind
+    forgotten: int  # events that erased a user
 
     @property
     def taken(self) -> Taken:
@@ -175,14 +180,14 @@ class Scorer:
         self._reader.use_encoder(serving.encoder_hash)
         parts, observed, lookups = self._run(messages, arrivals)
         with self._phase("predict"):
-            scored = np.flatnonzero(arrivals.events["action"] != TEXT)
+            scored = np.flatnonzero(arrivals.events["action"] < TEXT)
             events, observation = arrivals.events, observed
             if len(scored) < len(events):
                 events, observation = events.take(scored), observed.take(scored)
-            predictions = serving.predictor.predict(events, observation, lookups)
+            answers = serving.predict(events, observation, lookups)
         with self._phase("encode"):
             predicted_at = int(time.time() * 1_000)
-            ratings = _prediction_records(arrivals, parts, scored, predictions, predicted_at)
+            ratings = _prediction_records(arrivals, parts, scored, answers, predicted_at)
             updates = _item_updates(arrivals, parts)
         before = {part.partition: self._states[part.partition].header for part in parts}
         for part in parts:
@@ -201,8 +206,13 @@ class Scorer:
             took = time.monotonic() - began
 
         def finish(_: dict[Position, int]) -> None:
-            self._count_scored(arrivals, scored, predictions, predicted_at)
+            self._count_scored(arrivals, scored, answers, predicted_at)
             self._pace.took(len(messages), took)
+            if serving.shadow is not None and len(scored):
+                # After the commit: nobody waits for it, and no event is counted twice.
+                with self._phase("shadow"):
+                    said = serving.shadow.predict(events, observation, lookups)
+                self._count_shadow(said, events["rating"])
 
         return Outcome(
             batches=[ratings, updates],
@@ -275,7 +285,9 @@ class Scorer:
                 header["ends"] = np.where(read >= 0, read, header["ends"])
                 last_times = share.states["last_time"]
                 disorder = _disorder(arrivals, rows, share.user_index, last_times, result)
-                parts.append(_Part(partition, rows, users[partition], result, header, disorder))
+                forgotten = int((share.events["action"] == FORGET).sum())
+                mine = users[partition]
+                parts.append(_Part(partition, rows, mine, result, header, disorder, forgotten))
         return parts, observation, lookups
 
     def _write(self, delivered: dict[Position, int], parts: list[_Part]) -> None:
@@ -294,6 +306,8 @@ class Scorer:
             self._metrics.duplicates.labels(self.name).inc(int(part.result.duplicate.sum()))
             apart = newcomers.level(part.result.partition)
             self._metrics.newcomers.labels(self.name, str(part.partition)).set(float(apart))
+            if part.forgotten:
+                self._metrics.events.labels(self.name, "forget").inc(part.forgotten)
         for kind, count in disorder.items():
             self._metrics.disorder.labels(self.name, kind).inc(count)
 
@@ -301,12 +315,18 @@ class Scorer:
         self,
         arrivals: _Arrivals,
         scored: NDArray[np.intp],
-        predictions: Predictions,
+        answers: Sequence[Part],
         predicted_at: int,
     ) -> None:
-        events = arrivals.events.take(scored)
-        if not len(events):
-            return
+        for part in answers:
+            mine = scored[part.rows]
+            if len(mine):
+                self._count_part(arrivals, mine, part, predicted_at)
+
+    def _count_part(
+        self, arrivals: _Arrivals, scored: NDArray[np.intp], part: Part, predicted_at: int
+    ) -> None:
+        events, predictions = arrivals.events.take(scored), part.predictions
         self._watermark = max(self._watermark, int(events["time"].max()))
         codes, counts = np.unique(events["action"], return_counts=True)
         actions = Counter(
@@ -328,6 +348,22 @@ class Scorer:
                 items=list(map(arrivals.ids["item_id"].__getitem__, scored.tolist())),
                 actions=actions,
                 latencies_ms=(predicted_at - arrivals.timestamps[scored]).astype(np.float32),
+                role=part.role,
+            )
+        )
+
+    def _count_shadow(self, said: Predictions, truths: NDArray[np.float32]) -> None:
+        """Its errors alone: whatever else there is to count, the version that answered counts."""
+        self._digests.add(
+            Scored(
+                version=said.version,
+                ratings=said.rating,
+                truths=truths,
+                tiers=said.tier,
+                items=[],
+                actions=Counter(),
+                latencies_ms=np.zeros(0, np.float32),
+                role="shadow",
             )
         )
 
@@ -343,10 +379,16 @@ def _arrange(inputs: Mapping[str, Inputs[Columns]]) -> _Arrivals:
     """All good events of a batch by partition, topics merged by the time of their append."""
     used = [inputs[topic] for topic in journal.TOPICS if topic in inputs]
     none = np.zeros(0, np.int64)
+    events = [_ROWS[each.topic](each.records) for each in used]
+    ids = [each.records for each in used]
+    for each in [each for each in used if each.tombstones]:
+        users = [user_of(message.key()) or "" for message in each.tombstones]
+        nothing = [""] * len(users)
+        used.append(Inputs(each.topic, each.tombstones, {}))
+        events.append(forget_rows(users))
+        ids.append({"event_id": nothing, "user_id": users, "item_id": nothing})
     arrivals = _Arrivals(
-        events=np.concatenate(
-            [blank(EVENT, 0), *(_ROWS[each.topic](each.records) for each in used)]
-        ),
+        events=np.concatenate([blank(EVENT, 0), *events]),
         topics=np.repeat(
             np.array([journal.TOPICS.index(each.topic) for each in used], np.uint8),
             [len(each.messages) for each in used],
@@ -354,7 +396,7 @@ def _arrange(inputs: Mapping[str, Inputs[Columns]]) -> _Arrivals:
         partitions=np.concatenate([none, *(each.partitions() for each in used)]),
         offsets=np.concatenate([none, *(each.offsets() for each in used)]),
         timestamps=np.concatenate([none, *(each.timestamps() for each in used)]),
-        ids={name: [one for each in used for one in each.records[name]] for name in _IDS},
+        ids={name: [one for each in ids for one in each[name]] for name in _IDS},
         messages=[message for each in used for message in each.messages],
     )
     return arrivals.take(_order(arrivals))
@@ -384,7 +426,7 @@ def _disorder(
     `users` (n): each event's row in `last_times`, the users' latest event times so far.
     """
     events = arrivals.events[rows]
-    applied = ~result.duplicate & (events["action"] != TEXT)
+    applied = ~result.duplicate & (events["action"] < TEXT)
     late = arrivals.timestamps[rows] - events["time"] > LATE_MS
     order = np.argsort(users, kind="stable")
     order = order[applied[order]]
@@ -475,7 +517,7 @@ def _prediction_records(
     arrivals: _Arrivals,
     parts: list[_Part],
     scored: NDArray[np.intp],
-    predictions: Predictions,
+    answers: Sequence[Part],
     predicted_at: int,
 ) -> OutputBatch:
     every = len(scored) == len(arrivals.events)
@@ -488,7 +530,7 @@ def _prediction_records(
             "event_time": arrivals.events["time"][scored].astype("M8[ms]"),
             "predicted_at": format_times(np.array([predicted_at]))[0],
             "kind": "interaction",
-            **prediction_columns(predictions),
+            **prediction_columns(answers),
             "source": {
                 "topic": list(map(_TOPICS.__getitem__, arrivals.topics[scored].tolist())),
                 "partition": partitions,

@@ -11,7 +11,7 @@ what has a vector already is not encoded again.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,13 +20,15 @@ from confluent_kafka import Message
 from numpy.typing import NDArray
 
 from model import encoder
+from model.bundle import Bundle
 from model.catalog import item_text
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
 from model.ids import hash_ids
 from schemas.codec import Column, encode_columns, format_times, time_ms
 from schemas.records import Review
-from streams.claims import ends, header_data, header_offset
+from streams import coverage
+from streams.claims import ends
 from streams.config import ModelsConfig, TextsConfig
 from streams.digests import NO_TIER, Digests, Scored
 from streams.exceptions import StoreError
@@ -73,7 +75,7 @@ class Texts:
         self._models = models
         self._metrics = metrics
         self._digests = Digests(worker, "review", digest_seconds)
-        self._loaded: tuple[Serving, TextEncoder] | None = None
+        self._loaded: tuple[Bundle | None, TextEncoder] | None = None
         self._engine: Engine[str, NDArray[np.float32]] | None = None
         # By partition of `items`: under which encoder it is read, and how far its vectors reach.
         self._reached: dict[int, tuple[str, int]] = {}
@@ -85,10 +87,12 @@ class Texts:
 
         Nothing is claimed in the store: a vector never changes under its key.
         """
-        used = self._models.serving.encoder_hash
+        used = self._models.reading.encoder_hash
         partitions = [partition for partition, topics in committed.items() if "items" in topics]
         starts = dict(committed)
-        for partition, reached in zip(partitions, self._headers(used, partitions), strict=True):
+        for partition, reached in zip(
+            partitions, coverage.reached(self._store, used, partitions), strict=True
+        ):
             self._reached[partition] = used, reached
             if used:
                 before = min(committed[partition]["items"], reached)
@@ -104,7 +108,7 @@ class Texts:
         """Digests that are due; now and then, a look at the vectors' headers."""
         if time.monotonic() > self._check_at:
             self._check_at = time.monotonic() + CHECK_SECONDS
-            self._check(self._models.serving, self._reached)
+            self._check(self._models.reading, self._reached)
         digests = self._digests.due(self.lag)
         return Outcome(outputs=digests) if digests else None
 
@@ -122,7 +126,8 @@ class Texts:
         encoder is another than at the claim: then the loop claims again.
         """
         inputs, _ = split(messages, self._prefix, self.name)
-        serving = self._models.serving
+        reviews, forgotten = _apart(inputs.get("reviews"))
+        serving = self._models.reading
         reached = ends(messages, self._prefix + "items")
         self._check(serving, reached)
         text_encoder = self._encoder(serving)
@@ -135,8 +140,10 @@ class Texts:
             vectors = self._encode_items(text_encoder, inputs.get("items"), counts)
             self._store.put(*vectors)
             self._reach(serving.encoder_hash, reached)
-            reviews = inputs.get("reviews")
             batches, scored = self._encode_reviews(serving, text_encoder, reviews, counts)
+        if forgotten:
+            counts["forget"] = len(forgotten)
+            batches = _after(batches, forgotten)
 
         def finish(_: dict[Position, int]) -> None:
             for kind, count in counts.items():
@@ -146,36 +153,27 @@ class Texts:
 
         return Outcome(batches=batches, finish=finish)
 
-    def _headers(self, used: str, partitions: Sequence[int]) -> list[int]:
-        """The next offset of each partition of `items` whose vectors are not there yet."""
-        return [
-            header_offset(each) for each in self._store.read(self._header_keys(used, partitions))
-        ]
-
-    def _header_keys(self, used: str, partitions: Iterable[int]) -> list[bytes]:
-        return [self._store.plain_key(f"texts:{used}:{each}") for each in partitions]
-
     def _check(self, serving: Serving, partitions: Iterable[int]) -> None:
         """Raise `StoreError` when `items` has to be read again."""
         held = {each: self._reached[each] for each in partitions if each in self._reached}
         if any(used != serving.encoder_hash for used, _ in held.values()):
             raise StoreError("Another encoder serves: items are read again for its vectors.")
         if serving.encoder_hash and held:
-            found = self._headers(serving.encoder_hash, list(held))
+            found = coverage.reached(self._store, serving.encoder_hash, held)
             if any(now < known for now, (_, known) in zip(found, held.values(), strict=True)):
                 raise StoreError("The store has lost vectors: items are read again for them.")
 
     def _reach(self, used: str, reached: dict[int, int]) -> None:
         """Write the headers; their vectors are there by now."""
         mine = {partition: end for partition, end in reached.items() if partition in self._reached}
-        self._store.put(self._header_keys(used, mine), [header_data(end) for end in mine.values()])
+        coverage.reach(self._store, used, mine)
         self._reached |= {partition: (used, end) for partition, end in mine.items()}
 
     def _encoder(self, serving: Serving) -> TextEncoder | None:
-        """The serving model's encoder, loaded when it has changed."""
+        """The stable model's encoder, loaded when that model has changed."""
         if serving.encoder_folder is None:
             return None
-        if self._loaded is None or self._loaded[0] is not serving:
+        if self._loaded is None or self._loaded[0] is not serving.bundle:
             loaded = encoder.load(
                 serving.encoder_folder,
                 self._device,
@@ -187,7 +185,7 @@ class Texts:
                 loaded.graphs.warm(self._config.token_budget)
             if self._engine is not None:
                 self._engine.close()
-            self._loaded = serving, loaded
+            self._loaded = serving.bundle, loaded
             self._engine = Engine(
                 lambda texts: list(loaded.encode(texts, self._config.token_budget)),
                 self._config.token_budget,
@@ -295,6 +293,29 @@ class Texts:
     def _oldest(self) -> float:
         days = self._config.age_limit_days
         return time.time() * 1_000 - days * MILLISECONDS_A_DAY if days else -np.inf
+
+
+def _apart(
+    reviews: Inputs[list[Any]] | None,
+) -> tuple[Inputs[list[Any]] | None, list[Message]]:
+    """Reviews without the null values among them, each of which erases a user."""
+    if reviews is None or None not in reviews.records:
+        return reviews, []
+    both = list(zip(reviews.messages, reviews.records, strict=True))
+    kept = [(message, record) for message, record in both if record is not None]
+    left = Inputs(reviews.topic, [each for each, _ in kept], [each for _, each in kept])
+    return left, [message for message, record in both if record is None]
+
+
+def _after(batches: list[OutputBatch], forgotten: list[Message]) -> list[OutputBatch]:
+    """The same, and after all texts of a batch the null values that erase users.
+
+    The features of what users wrote before they were erased would make new states of them.
+    """
+    nulls = [
+        {"key": each.key(), "value": None, "partition": each.partition() or 0} for each in forgotten
+    ]
+    return [*batches, OutputBatch("text-features", nulls)]
 
 
 def _keyed(users: list[str], values: list[bytes], partitions: list[int]) -> list[dict[str, Any]]:

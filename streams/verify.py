@@ -4,11 +4,16 @@ Inputs come from the archived topics, item states from the archived item updates
 that was read then, attributes from the archived records of that version. What results is compared
 with what was written: the journal's feature rows, predicted ratings, item updates and the states
 in the store. The journal alone decides order and versions; it is never compared with itself.
+
+Rows of users who were erased from the archive name nobody and have no input any more. They count in
+the partition's sums as they are, and the item updates of their transactions are not compared: what
+came of other users' rows beside them is.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,14 +21,22 @@ from numpy.typing import NDArray
 
 from model import bundle, encoder, ladder
 from model.catalog import describe_users, item_text
-from model.events import EVENT, TEXT, Rows, from_behavior, from_reviews, from_text_features
+from model.events import (
+    EVENT,
+    TEXT,
+    Rows,
+    forget_rows,
+    from_behavior,
+    from_reviews,
+    from_text_features,
+)
 from model.exceptions import BundleError
 from model.features import FEATURES
-from model.ids import Hashes, hash_ids, partitions_of
+from model.ids import NONE, Hashes, hash_ids, partitions_of
 from model.lookups import Lookups, Table, Vectors, empty, table, vectors_of
 from model.lookups import Store as Rowstore
 from model.predict import Predictor, predictor
-from model.replay import BatchResult, Share, run_batch
+from model.replay import BatchResult, Share, recover, run_batch
 from model.state import (
     CATEGORY,
     ITEM,
@@ -39,10 +52,11 @@ from model.updates import from_updates
 from schemas import archive
 from schemas.codec import decode
 from schemas.exceptions import StarcastError
-from schemas.journal import TOPICS, Journal
+from schemas.journal import TOPICS, Journal, part
 from schemas.topics import BY_NAME
 from streams.catalog import Entry, describe_log, id_of
 from streams.config import ArchiveConfig, ModelsConfig
+from streams.inputs import user_of
 from streams.reader import (
     ITEM_STATE,
     USER_STATE,
@@ -72,6 +86,7 @@ class Verification:
     differences: Counter[str] = field(default_factory=Counter[str])
     examples: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
+    passed_over: int = 0  # journal rows of users who were erased
 
     @property
     def clean(self) -> bool:
@@ -130,6 +145,11 @@ def verify_replay(
             progress(len(transaction.journal))
         partition.compare_states()
     replay.compare_items()
+    if report.passed_over:
+        report.notes.append(
+            f"{report.passed_over} rows of users who were erased were passed over, and so were the "
+            "item updates of their transactions"
+        )
     return report
 
 
@@ -167,9 +187,9 @@ class _Replay:
         decoded = decode(BY_NAME[topic], frame["kafka_value"].to_list(), places)
         bad = {rejection.index for rejection in decoded.rejections}
         found = zip(places, frame["kafka_key"], decoded.records, strict=True)
-        for at, ((part, offset), key, record) in enumerate(found):
+        for at, ((where, offset), key, record) in enumerate(found):
             if at not in bad:
-                yield part, offset, key, record
+                yield where, offset, key, record
 
     def _items(self) -> tuple[dict[tuple[int, int], Rows], dict[int, str]]:
         """Attribute rows by item hash and version, and texts by hash."""
@@ -320,15 +340,39 @@ class _Partition:
         self._users = Rowstore(USER)
         self._items = Rowstore(ITEM)
         self._state = from_bytes([None], PARTITION)[0]
-        self._inputs: list[dict[int, Any]] = [
-            {offset: record for _, offset, _, record in shared.records(topic, partition)}
+        self._inputs: list[dict[int, Any]] = [  # the user's id in place of what erases one
+            {
+                offset: user_of(key) if record is None else record
+                for _, offset, key, record in shared.records(topic, partition)
+            }
             for topic in TOPICS
         ]
 
     def replay(self, entry: Journal) -> None:
         """Replay one transaction's rows and compare them."""
-        if not len(entry):
-            return
+        erased = entry.events.view(EVENT).reshape(-1)["user"] == NONE
+        whole = not erased.any()
+        for rows in _runs(erased):
+            if erased[rows.start]:
+                self._pass_over(part(entry, rows))
+            else:
+                self._replay(entry if whole else part(entry, rows), whole)
+
+    def _pass_over(self, entry: Journal) -> None:
+        """Count rows of nobody in the partition."""
+        self._report.passed_over += len(entry)
+        _, self._state = recover(
+            from_bytes([None], USER),
+            np.zeros(len(entry), np.intp),
+            self._state.copy(),
+            entry.events.view(EVENT).reshape(-1),
+            entry.features,
+            entry.duplicates,
+            entry.steps,
+        )
+
+    def _replay(self, entry: Journal, whole: bool) -> None:
+        """Replay rows of one transaction, perhaps all of it, and compare them."""
         events = self._events(entry)
         if events is None:
             return
@@ -340,6 +384,8 @@ class _Partition:
         self._users.rows[places] = result.states
         self._state = result.partition
         self._compare(entry, events, result, lookups)
+        if whole:
+            self._compare_updates(entry, result)
 
     def _events(self, entry: Journal) -> Rows | None:
         """The entry's events, from the archived inputs alone."""
@@ -356,12 +402,14 @@ class _Partition:
                 f"partition {self._partition}: a transaction was skipped, its inputs are missing"
             )
             return None
+        places = zip(entry.topics.tolist(), entry.offsets.tolist(), strict=True)
+        found = [self._inputs[topic][offset] for topic, offset in places]
+        forgets = np.array([isinstance(each, str) for each in found])
+        events[forgets] = forget_rows([each for each in found if isinstance(each, str)])
         for topic, read in enumerate(FROM_RECORDS):
-            rows = np.flatnonzero(entry.topics == topic)
+            rows = np.flatnonzero((entry.topics == topic) & ~forgets)
             if len(rows):
-                events[rows] = read(
-                    [self._inputs[topic][offset] for offset in entry.offsets[rows].tolist()]
-                )
+                events[rows] = read([found[row] for row in rows.tolist()])
         return events
 
     def _lookups(self, entry: Journal, events: Rows, users: NDArray[np.uint64]) -> Lookups:
@@ -400,12 +448,11 @@ class _Partition:
         report.check("seq", entry.seqs == result.seq, place)
         report.check("duplicate", entry.duplicates == result.duplicate, place)
         self._compare_predictions(entry, events, result, lookups)
-        self._compare_updates(entry, result)
 
     def _compare_predictions(
         self, entry: Journal, events: Rows, result: BatchResult, lookups: Lookups
     ) -> None:
-        rows = np.flatnonzero(events["action"] != TEXT)
+        rows = np.flatnonzero(events["action"] < TEXT)
         records = [
             self._shared.predictions.get(
                 (TOPICS[entry.topics[at]], self._partition, int(entry.offsets[at]))
@@ -469,20 +516,29 @@ class _Partition:
         keys = partition_keys(self._shared.store, USER_STATE, self._partition, users)
         stored = from_bytes(self._shared.store.read(keys), USER)
         replayed = self._users.rows
-        ahead = stored["step"] > self._state["step"]  # the archive is behind the store
+        header = decode_header(self._shared.store.header(USER_STATE, self._partition))
+        behind = header["partition"]["step"] > self._state["step"]  # the archive, the store
+        # A user who was erased has no step: where the archive is behind, it may lack that row.
+        ahead = (stored["step"] > self._state["step"]) | (behind & (stored["step"] == 0))
         if ahead.any():
             self._report.notes.append(
                 f"partition {self._partition}: {ahead.sum()} users are ahead of the archive"
             )
         self._report.check_states("user", users[~ahead], stored[~ahead], replayed[~ahead])
-        header = decode_header(self._shared.store.header(USER_STATE, self._partition))
-        if header["partition"]["step"] <= self._state["step"]:
+        if not behind:
             same = np.array([header["partition"] == self._state], bool)
             self._report.check("partition header", same, lambda _: f"partition {self._partition}")
 
     def _place(self, entry: Journal, at: int) -> str:
         topic = TOPICS[entry.topics[at]]
         return f"{topic} partition {self._partition} offset {entry.offsets[at]}"
+
+
+def _runs(flags: NDArray[np.bool_]) -> Iterator[slice]:
+    """Spans of equal neighbours among flags (n)."""
+    if len(flags):
+        edges = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
+        yield from (slice(begin, end) for begin, end in pairwise(edges))
 
 
 def _bits(rows: Rows) -> NDArray[np.void]:

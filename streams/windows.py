@@ -8,6 +8,7 @@ and predictions of one kind are never summed with those of another.
 
 import base64
 import binascii
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -115,6 +116,43 @@ class KindWindow(BaseModel):
         return sum(self.models.values(), Scored())
 
 
+class Trial(BaseModel):
+    """Interactions of a version on trial and, of the same steps, those of stable.
+
+    Times are milliseconds since the epoch. A shadow predicts the events that stable answers, a
+    canary those of other users.
+    """
+
+    version: str
+    start_ms: int
+    end_ms: int  # of the last step in which it predicted
+    canary: Scored = Scored()
+    stable: Scored = Scored()
+
+    @computed_field
+    @property
+    def standard_errors(self) -> float | None:
+        """By how many standard errors the canary's mean absolute error is above stable's.
+
+        None before both have ratings that differ in error. Errors are taken as if none had to do
+        with another: of a shadow, which errs with stable, the true number lies further from 0.
+        """
+        means, variances = zip(
+            *(_mean_and_variance(each.sums) for each in (self.canary, self.stable)), strict=True
+        )
+        if not sum(variances) > 0:
+            return None
+        return (means[0] - means[1]) / sum(variances) ** 0.5
+
+
+def _mean_and_variance(sums: Sums) -> tuple[float, float]:
+    """The mean absolute error, and the variance of this mean; nan without ratings."""
+    if not sums.rated:
+        return math.nan, math.nan
+    mean = sums.absolute / sums.rated
+    return mean, max(sums.squared / sums.rated - mean**2, 0.0) / sums.rated
+
+
 class Window(BaseModel):
     """A sliding window as the dashboard reads it. Times are milliseconds since the epoch."""
 
@@ -122,6 +160,7 @@ class Window(BaseModel):
     end_ms: int
     step_ms: int
     kinds: dict[Kind, KindWindow]
+    trial: Trial | None = None  # the newest one, also when it is over
     firing: list[str] = []  # rules beyond their thresholds, as rule/kind
 
 
@@ -144,6 +183,8 @@ class KindStep:
     """What the digests of one step and kind sum up to."""
 
     models: dict[str, Scored] = field(default_factory=dict[str, Scored])
+    stable: Scored = field(default_factory=Scored)
+    trials: dict[str, Scored] = field(default_factory=dict[str, Scored])  # canaries and shadows
     actions: Counter[str] = field(default_factory=Counter[str])
     items: Any = field(default_factory=lambda: _frequent())
     categories: Any = field(default_factory=lambda: _frequent())
@@ -171,10 +212,16 @@ class Steps:
     newest: int = 0  # latest end of a digest's window
     steps: dict[int, Step] = field(default_factory=dict[int, Step])
     idle: bool = True  # nothing happened in the last window written
+    trial: Trial | None = None  # up to the last step closed
 
 
-def make_steps(insights: InsightsConfig, closed: int | None = None) -> Steps:
-    """No digests yet; `closed` is where an earlier run, perhaps of other steps, stopped."""
+def make_steps(
+    insights: InsightsConfig, closed: int | None = None, trial: Trial | None = None
+) -> Steps:
+    """No digests yet; `closed` is where an earlier run, perhaps of other steps, stopped.
+
+    `trial`: of that run's last window.
+    """
     step_ms = max(round(insights.step_seconds * 1_000), 1)
     count = max(round(insights.window_seconds * 1_000 / step_ms), 1)
     return Steps(
@@ -183,6 +230,7 @@ def make_steps(insights: InsightsConfig, closed: int | None = None) -> Steps:
         grace_ms=round(insights.grace_seconds * 1_000),
         keep_ms=insights.keep_windows * step_ms,
         closed=None if closed is None else closed // step_ms * step_ms,
+        trial=trial,
     )
 
 
@@ -247,13 +295,17 @@ def close(steps: Steps, end_ms: int, insights: InsightsConfig) -> Window | None:
     for kind, step in last.kinds.items():
         kinds[kind].step = step.models
         kinds[kind].per_second = sum(worker.per_second() for worker in step.workers.values())
+    if "interaction" in last.kinds:
+        steps.trial = _continued(steps.trial, last.kinds["interaction"], end_ms, steps.step_ms)
     steps.closed = end_ms
     for place in [place for place in steps.steps if place <= start + steps.step_ms]:
         del steps.steps[place]
     was_idle, steps.idle = steps.idle, not any(_busy(kind) for kind in kinds.values())
     if was_idle and steps.idle:
         return None
-    return Window(start_ms=start, end_ms=end_ms, step_ms=steps.step_ms, kinds=kinds)
+    return Window(
+        start_ms=start, end_ms=end_ms, step_ms=steps.step_ms, kinds=kinds, trial=steps.trial
+    )
 
 
 def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> list[Alert]:
@@ -266,7 +318,10 @@ def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> l
     still = set(before)
     raised: list[Alert] = []
     for kind, summed in window.kinds.items():
-        for rule, value, threshold, text in _rules(kind, summed, insights):
+        rules = _rules(kind, summed, insights)
+        if kind == "interaction":
+            rules.append(_trial_rule(window, insights))
+        for rule, value, threshold, text in rules:
             name = f"{rule}/{kind}"
             fired = name in before
             if value <= threshold * (insights.clear_ratio if fired else 1.0):
@@ -289,6 +344,12 @@ def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> l
                 )
     window.firing = sorted(still)
     return raised
+
+
+def last_window(client: Any, key: str) -> Window | None:
+    """The newest window in the store's stream; raises the errors of the client."""
+    rows: Any = client.xrevrange(key, count=1)
+    return Window.model_validate_json(rows[0][1][WINDOW_FIELD]) if rows else None
 
 
 def encode_latency(milliseconds: NDArray[np.float32]) -> str | None:
@@ -321,7 +382,7 @@ def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
 
 
 def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) -> None:
-    count = sum(digest.kinds.values())
+    count, version = sum(digest.kinds.values()), digest.model_version
     if count:
         scored = Scored(
             sums=_sums(count, digest.errors, digest.predicted_sum),
@@ -331,8 +392,14 @@ def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) ->
             },
             stars=digest.stars,
         )
-        before = step.models.get(digest.model_version, Scored())
-        step.models[digest.model_version] = before + scored
+        if digest.role == "stable":
+            step.stable += scored
+        else:
+            step.trials[version] = step.trials.get(version, Scored()) + scored
+        if digest.role != "shadow":
+            step.models[version] = step.models.get(version, Scored()) + scored
+    if digest.role == "shadow":
+        return
     step.actions.update(digest.actions)
     for sketch, counts in (
         (step.items, digest.top_items),
@@ -417,6 +484,38 @@ def _rules(
         )
         rules.append(("drift", abs(predicted - true), insights.largest_drift, text))
     return rules
+
+
+def _trial_rule(window: Window, insights: InsightsConfig) -> tuple[str, float, float, str]:
+    """The same of a trial; nothing is wrong when none goes on."""
+    trial, limit = window.trial, insights.worse_canary
+    if trial is None or trial.end_ms <= window.start_ms:
+        return "canary", 0.0, limit, ""
+    canary, stable = trial.canary.sums, trial.stable.sums
+    if min(canary.rated, stable.rated) < insights.least_rated:
+        return "canary", 0.0, limit, ""
+    above = trial.standard_errors or 0.0
+    text = (
+        f"{trial.version} on trial: MAE {canary.mae or 0:.2f} over {canary.rated:,} ratings, that "
+        f"of stable {stable.mae or 0:.2f} over {stable.rated:,}: {above:.1f} standard errors "
+        f"above it, more than {limit:g}."
+    )
+    return "canary", above, limit, text
+
+
+def _continued(trial: Trial | None, step: KindStep, end: int, step_ms: int) -> Trial | None:
+    """A trial with one more step; one of another version takes its place."""
+    for version, scored in step.trials.items():
+        if trial is None or trial.version != version:
+            trial = Trial(version=version, start_ms=end - step_ms, end_ms=end)
+        trial = trial.model_copy(
+            update={
+                "end_ms": end,
+                "canary": trial.canary + scored,
+                "stable": trial.stable + step.stable,
+            }
+        )
+    return trial
 
 
 def _busy(summed: KindWindow) -> bool:

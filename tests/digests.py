@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from schemas.records import ErrorSums, Kind, ScoreDigest
+from schemas.records import ErrorSums, Kind, Role, ScoreDigest
 from streams.digests import error_sums
 from streams.windows import encode_latency
 
@@ -23,6 +23,7 @@ def digest(
     items: Mapping[str, int] | None = None,
     latencies_ms: Sequence[float] = (),
     name: str = "",
+    role: Role = "stable",
 ) -> ScoreDigest:
     """The digest of predictions given as pairs of predicted and true rating (None: not told)."""
     ratings = np.array([predicted for predicted, _ in pairs], np.float32)
@@ -33,10 +34,11 @@ def digest(
     errors: dict[str, ErrorSums] = {tier: sums} if tier and pairs else {}
     return ScoreDigest(
         worker=worker,
-        digest_id=name or f"{worker}-{kind}-{round(end.timestamp() * 1_000)}-{version}",
+        digest_id=name or f"{worker}-{kind}-{round(end.timestamp() * 1_000)}-{version}-{role}",
         window_start=end - timedelta(seconds=seconds),
         window_end=end,
         model_version=version,
+        role=role,
         kinds={kind: len(pairs)},
         tiers=tiers,
         actions={"review": sums.count} if sums.count else {},

@@ -24,6 +24,7 @@ from schemas import archive
 from schemas.records import Behavior, DeadLetter, PredictedRating, Record, Review
 from starcast.settings import Settings
 from streams.admin import apply_topics
+from streams.coverage import share
 from streams.loop import Loop
 from streams.metrics import make_metrics
 from streams.models import Models
@@ -130,7 +131,7 @@ class Shop:
             update={"kafka": self.settings.kafka.model_copy(update=kafka)}
         )
         stop, metrics = threading.Event(), make_metrics()
-        models = Models(settings.models, metrics).start()
+        models = Models(settings.models, metrics, partial(share, self.store)).start()
         shared = _Shared(settings, self.store, lambda: models, metrics)
         processors = {name: _make(name, shared, slot) for name in names}
         loops = {

@@ -23,6 +23,7 @@ from model import features
 from model.catalog import describe_items, describe_users, item_text
 from model.events import (
     EVENT,
+    FORGET,
     REVIEW,
     Rows,
     blank,
@@ -30,7 +31,7 @@ from model.events import (
     from_reviews,
     from_text_features,
 )
-from model.ids import hash_ids
+from model.ids import NONE, hash_ids
 from model.lookups import Lookups, Table, Vectors, empty, table
 from model.network import Inputs, concatenate, gather
 from model.replay import History, Observation
@@ -173,7 +174,8 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
     """The history in an archive: its journal, joined with its reviews, items and users.
 
     Partitions are merged by event time (a late event as of its arrival), each in its journal's
-    order. Items and users count as known from the start, as they are known now.
+    order. Items and users count as known from the start, as they are known now. What a user did
+    before they were erased is left out.
 
     Raises:
         TrainerError: the journal is empty, or of another layout of events.
@@ -192,8 +194,12 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
         )
     events = np.concatenate([journal.events.view(EVENT).reshape(-1) for _, journal in parts])
     partition = np.concatenate([np.full(len(journal), number) for number, journal in parts])
+    kept = _kept(events)
+    if not kept.any():
+        raise TrainerError(f"all users in the archive at {url} were erased; nothing is left to fit")
     order = _merge(partition, events["time"])
-    place = np.empty(len(order), np.int64)
+    order = order[kept[order]]
+    place = np.full(len(events), -1)
     place[order] = np.arange(len(order))
     applied = pl.DataFrame(
         {
@@ -202,7 +208,7 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
             "kafka_partition": partition.astype(np.int32),
             "kafka_offset": np.concatenate([journal.offsets for _, journal in parts]),
         }
-    ).filter(pl.col("topic") == TOPICS.index("reviews"))
+    ).filter((pl.col("topic") == TOPICS.index("reviews")) & (pl.col("row") >= 0))
     reviews = archive.collect(
         archive.read(url, "reviews", options)
         .select(
@@ -228,6 +234,15 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
         [(0, user) for user in _records(url, "users", options, User)],
         _journalled([journal for _, journal in parts], order),
     )
+
+
+def _kept(events: Rows) -> NDArray[np.bool_]:
+    """Which events (n), in the order of their journals, no erasure has made undone."""
+    users, index = np.unique(events["user"], return_inverse=True)
+    erased = np.full(len(users), -1)  # where each user was erased last
+    forgets = np.flatnonzero(events["action"] == FORGET)
+    np.maximum.at(erased, index[forgets], forgets)
+    return (np.arange(len(events)) > erased[index]) & (events["user"] != NONE)
 
 
 def _merge(partition: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -257,14 +272,23 @@ def _journalled(journals: Sequence[Journal], order: NDArray[np.intp]) -> Journal
 def _records(
     url: str, topic: str, options: Mapping[str, str] | None, kind: type[Kind]
 ) -> list[Kind]:
-    """The records of a compacted topic, oldest first; deleted ones are left out."""
+    """The records of a compacted topic, oldest first; none of a user from before their deletion.
+
+    A deleted item is still what was known when its events came.
+    """
     frame = archive.read(
-        url, topic, options, columns=["kafka_partition", "kafka_offset", "kafka_value"]
+        url, topic, options, columns=["kafka_partition", "kafka_offset", "kafka_key", "kafka_value"]
     )
     rows = archive.collect(frame, archive.table_url(url, topic))
     positions = list(zip(rows["kafka_partition"], rows["kafka_offset"], strict=True))
     decoded = codec.decode(BY_NAME[topic], rows["kafka_value"].to_list(), positions)
-    return [record for record in decoded.records if isinstance(record, kind)]
+    keys = rows["kafka_key"].to_list()
+    deleted = {keys[at]: at for at in decoded.tombstones} if kind is User else {}
+    return [
+        record
+        for at, record in enumerate(decoded.records)
+        if isinstance(record, kind) and at > deleted.get(keys[at], -1)
+    ]
 
 
 def item_texts(log: Log) -> dict[int, str]:

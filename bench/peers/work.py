@@ -25,6 +25,7 @@ import torch
 from pydantic import SecretStr
 
 from model import bundle, registry
+from model.canary import predict
 from model.events import EVENT, Rows, behavior_rows, blank, joined, opaque, review_rows
 from model.lookups import Lookups
 from model.predict import Predictor, predictor
@@ -281,7 +282,7 @@ class Work:
         lookups: Lookups,
         results: Sequence[BatchResult],
     ) -> list[Prediction]:
-        predictions = self._predictor.predict(events, observation, lookups)
+        predictions = predict(self._predictor, None, events, observation, lookups)
         now = np.array([int(time.time() * 1_000)])
         values = encode_columns(
             {

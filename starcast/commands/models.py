@@ -1,10 +1,11 @@
-"""Commands about models: `train`, `retrain`, `evaluate`, `search`, `models list | promote | …`.
+"""Commands about models: `train`, `retrain`, `evaluate`, `search`, `models list | canary | …`.
 
 What they call imports torch, which takes seconds, so they import it only when they run.
 """
 
 import getpass
 from dataclasses import asdict
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,12 +28,13 @@ from starcast.commands.context import (
     stopping,
 )
 from starcast.settings import Settings, storage_options
-from streams.config import KafkaConfig
+from streams.config import KafkaConfig, RedisConfig
 from streams.producer import outgoing, play
 
 if TYPE_CHECKING:
     from model.bundle import Bundle
     from model.registry import Entry, Registry
+    from streams.windows import Trial
     from trainer.data import Log
 
 app = typer.Typer(help="Which model serves.")
@@ -96,7 +98,8 @@ def train(
     evaluated = None if evaluation is None else _evaluation(evaluation)
     settings = settings_of(context)
     models = settings.models
-    before = registry.read(models.url).stable
+    registered = registry.read(models.url)
+    before = registered.stable
     with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
         log = _history(settings, file)
         result = fit(
@@ -121,7 +124,7 @@ def train(
     expected = before.version if before else None
     reason = result.verdict.reason
     after = registry.promote(models.url, result.version, result.sha256, _who(), reason, expected)
-    _announce(settings.kafka, before, after)
+    _announce(settings.kafka, registered, after)
     output.print(f"{result.version} is stable.")
 
 
@@ -174,7 +177,7 @@ def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
     from trainer.assess import summary
     from trainer.retrain import retrain_once
 
-    before = registry.read(settings.models.url).stable
+    before = registry.read(settings.models.url)
     with progress_bar() as progress:
         done = retrain_once(
             settings.archive.url,
@@ -438,7 +441,8 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
 
 def _place(now: "Registry", version: str) -> tuple[str, ...]:
     """Stage, time, who and why of a version; empty when it does not serve."""
-    for stage, entry in (("stable", now.stable), ("canary", now.canary)):
+    trial = now.canary.role if now.canary else ""
+    for stage, entry in (("stable", now.stable), (trial, now.canary)):
         if entry is not None and entry.version == version:
             return stage, f"{entry.at:%Y-%m-%d %H:%M}", entry.by, entry.reason
     return "", "", "", ""
@@ -450,13 +454,16 @@ def promote(
     version: Annotated[str, typer.Argument(help="As `models list` prints it.")],
     reason: Reason = "promoted by hand",
 ) -> None:
-    """Make a bundle the stable one, after its checksums are checked. Workers swap to it."""
+    """Make a bundle the stable one, after its checksums are checked. Workers swap to it.
+
+    A canary of this version has ended with that.
+    """
     from model import bundle, registry
 
     settings = settings_of(context)
     url = settings.models.url
     loaded = bundle.load(url, version)
-    before = registry.read(url).stable
+    before = registry.read(url)
     after = registry.promote(url, version, loaded.sha256, _who(), reason)
     _announce(settings.kafka, before, after)
     output.print(f"{version} is stable.")
@@ -468,29 +475,153 @@ def rollback(context: typer.Context, reason: Reason = "rolled back by hand") -> 
     from model import registry
 
     settings = settings_of(context)
-    before = registry.read(settings.models.url).stable
+    before = registry.read(settings.models.url)
     after = registry.rollback(settings.models.url, _who(), reason)
     _announce(settings.kafka, before, after)
     output.print(f"{after.stable.version if after.stable else 'The cold-start ladder'} is stable.")
 
 
-def _announce(kafka: KafkaConfig, before: "Entry | None", after: "Registry") -> None:
+@app.command()
+def canary(
+    context: typer.Context,
+    version: Annotated[str, typer.Argument(help="As `models list` prints it.")],
+    share: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Of users whom it answers; 0: a shadow, which answers nobody."
+        ),
+    ],
+    reason: Reason = "tried by hand",
+) -> None:
+    """Try a bundle beside the stable one, on a share of users; again with another share changes it.
+
+    It must have stable's encoder. `models compare` tells how both fare.
+    """
+    from model import bundle, registry
+
+    settings = settings_of(context)
+    url = settings.models.url
+    loaded, before = bundle.load(url, version), registry.read(url)
+    expected = before.stable.version if before.stable else None
+    _check_encoder(settings, loaded, before.stable)
+    after = registry.set_canary(url, version, loaded.sha256, share, _who(), reason, expected)
+    _announce(settings.kafka, before, after)
+    if share:
+        output.print(f"{version} answers {100 * share:.3g}% of users.", soft_wrap=True)
+    else:
+        output.print(f"{version} is a shadow: it predicts, and answers nobody.", soft_wrap=True)
+
+
+def _check_encoder(settings: Settings, loaded: "Bundle", stable: "Entry | None") -> None:
+    from model.encoder import setting_hash
+
+    served = _bundle(settings.models.url, stable)
+    hash_ = setting_hash(settings.models.encoder) if served is None else served.encoder_hash
+    if (loaded.encoder_hash or "") != (hash_ or ""):
+        name = "the cold-start ladder" if stable is None else stable.version
+        raise fail(
+            f"{loaded.version} cannot be tried beside {name}: it has another encoder, and a batch "
+            "reads the vectors of one. `starcast retrain` keeps the encoder unless told otherwise; "
+            f"`starcast models promote {loaded.version}` makes this one stable for all users."
+        )
+
+
+@app.command("end-canary")
+def end_canary(context: typer.Context, reason: Reason = "ended by hand") -> None:
+    """End the trial of a canary or shadow; stable answers all users."""
+    from model import registry
+
+    settings = settings_of(context)
+    before = registry.read(settings.models.url)
+    after = registry.clear_canary(settings.models.url, _who(), reason)
+    _announce(settings.kafka, before, after)
+    if before.canary is not None:
+        output.print(f"{before.canary.version} is not tried any more.", soft_wrap=True)
+
+
+@app.command()
+def compare(context: typer.Context, as_json: AsJson = False) -> None:
+    """Tell how the canary or shadow fares beside stable, as insights has counted it."""
+    from model import registry
+
+    settings = settings_of(context)
+    named = registry.read(settings.models.url).canary
+    if named is None:
+        raise fail(
+            "No version is on trial; `starcast models canary VERSION --share 0.05` sets one."
+        )
+    trial = _trial(settings.redis)
+    if trial is None or trial.version != named.version:
+        raise fail(
+            f"Nothing is counted of {named.version} yet: scorer and insights must run. A worker "
+            "that has refused the bundle says so in its log."
+        )
+    if as_json:
+        output.print(trial.model_dump_json(), markup=False, soft_wrap=True)
+        return
+    table = Table("", "version", "predicted", "ratings", "RMSE", "MAE", "off by", box=None)
+    for stage, version, scored in (
+        ("stable", "", trial.stable),
+        (named.role, trial.version, trial.canary),
+    ):
+        sums = scored.sums
+        figures = [sums.rmse, sums.mae]
+        off = "" if not sums.rated else f"{(sums.predicted - sums.rating) / sums.rated:+.3f}"
+        table.add_row(
+            stage,
+            version,
+            f"{sums.count:,}",
+            f"{sums.rated:,}",
+            *("" if each is None else f"{each:.3f}" for each in figures),
+            off,
+        )
+    output.print(table, markup=False)
+    since = f"{datetime.fromtimestamp(trial.start_ms / 1_000, UTC):%Y-%m-%d %H:%M}"
+    apart = "too few ratings to tell them apart"
+    if trial.standard_errors is not None:
+        apart = f"the canary's MAE is {trial.standard_errors:+.1f} standard errors from stable's"
+    output.print(f"Since {since} UTC; {apart}.", markup=False, soft_wrap=True)
+
+
+def _trial(redis: RedisConfig) -> "Trial | None":
+    """What the newest window says of the newest trial."""
+    from streams.store import STORE_ERRORS, connect
+    from streams.windows import WINDOWS_KEY, last_window
+
+    client = connect(redis)
+    try:
+        window = last_window(client, f"{redis.key_prefix}:{WINDOWS_KEY}")
+    except STORE_ERRORS as error:
+        raise fail(
+            f"The store does not answer: {str(error).rstrip('.')}. Set STARCAST_REDIS__URL."
+        ) from error
+    finally:
+        client.close()
+    return window.trial if window else None
+
+
+def _announce(kafka: KafkaConfig, before: "Registry", after: "Registry") -> None:
     """Nudges the workers through `model-updates`; they look at the registry anyway."""
-    changed: list[tuple[Stage, Entry | None]] = [("stable", after.stable)]
-    if before and after.stable and before.version != after.stable.version:
-        changed.append(("retired", before))
+    old, new = before.canary, after.canary
+    changed: list[tuple[Stage, float, Entry]] = []
+    if after.stable != before.stable and after.stable is not None:
+        changed.append(("stable", 1.0, after.stable))
+    if new is not None and new != old:
+        changed.append(("canary" if new.share else "shadow", new.share, new))
+    serve = {entry.version for entry in (after.stable, new) if entry is not None}
+    gone = (before.stable, old)
+    changed.extend(("retired", 0.0, each) for each in gone if each and each.version not in serve)
     updates = [
         ModelUpdate(
             version=entry.version,
             sha256=entry.sha256,
             stage=stage,
-            share=1.0 if stage == "stable" else 0.0,
-            at=after.stable.at if after.stable else entry.at,
+            share=share,
+            at=after.history[-1].at,
             by=entry.by,
             reason=entry.reason,
         )
-        for stage, entry in changed
-        if entry is not None
+        for stage, share, entry in changed
     ]
     try:
         sent = play(outgoing(("model-updates", update) for update in updates), kafka)

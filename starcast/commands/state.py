@@ -37,7 +37,7 @@ def rebuild(context: typer.Context, partition: Partition = None) -> None:
     from streams.rebuild import KINDS_OF_STATES
     from streams.rebuild import rebuild as compute
 
-    shop = _shop(settings)
+    shop = shop_of(settings)
     with progress_bar() as progress:
         task = progress.add_task("Rebuilding", total=len(partitions) * KINDS_OF_STATES)
         for each in partitions:
@@ -61,7 +61,7 @@ def check(
     reach(settings.kafka)
     from streams.recount import CHECKS, check_states
 
-    shop = _shop(settings)
+    shop = shop_of(settings)
     with progress_bar() as progress:
         task = progress.add_task("Checking", total=len(partitions) * len(CHECKS))
 
@@ -125,7 +125,8 @@ def _store(settings: Settings) -> "Store":
     return Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
 
 
-def _shop(settings: Settings) -> "Shop":
+def shop_of(settings: Settings) -> "Shop":
+    """Where the states of the shop in settings lie, and what they come from."""
     from streams.rebuild import Shop
 
     return Shop(_store(settings), settings.kafka, settings.archive, settings.states)

@@ -23,7 +23,7 @@ from playwright.sync_api import Page, Request, expect
 
 from model import registry
 from schemas.codec import encode
-from schemas.records import Behavior, Item, Kind, PredictedRating, Record, Review, Source
+from schemas.records import Behavior, Item, Kind, PredictedRating, Record, Review, Role, Source
 from streams import embedded
 from streams.admin import apply_topics, client_config
 from streams.config import KafkaConfig
@@ -36,7 +36,7 @@ START_SECONDS = 180  # a busy machine takes long to import all that `starcast` s
 STOP_SECONDS = 10
 TITLE = "Strings <script>document.title = 'taken over'</script> & picks"
 LONG_TITLE = "A boom microphone stand with a title that is far too long for any phone " * 2
-FIRST = "20260101T000000-1a2b3c4d"
+FIRST, SECOND = "20260101T000000-1a2b3c4d", "20260101T000100-9f8e7d6c"
 SCREENSHOTS = os.environ.get("STARCAST_SCREENSHOTS")  # a folder, to look at the page
 
 
@@ -132,7 +132,15 @@ class Shop:
             producer.produce(topic, encode(record), key)
         assert producer.flush(10) == 0
 
-    def score(self, kind: Kind, count: int, error: float, version: str, truth: bool = True) -> None:
+    def score(
+        self,
+        kind: Kind,
+        count: int,
+        error: float,
+        version: str,
+        truth: bool = True,
+        role: Role = "stable",
+    ) -> None:
         """What a worker sends for one second of predictions that are off by `error`."""
         self.sent += 1
         self.produce(
@@ -148,6 +156,7 @@ class Shop:
                 items={"i0": count, "i1": 1},
                 latencies_ms=[5.0, 6.0, 50.0],
                 name=f"{kind}-{self.sent}",
+                role=role,
             ),
         )
 
@@ -323,6 +332,18 @@ def test_from_nothing_to_a_model_swap_and_a_store_that_restarts(page: Page, shop
         expect(models.filter(has_text="1a2b3c4d")).to_contain_text("in service")
         expect(models.filter(has_text="1a2b3c4d")).to_contain_text("0.50")
         shoot(page, "swap")
+
+        # Another is tried as a shadow: it stands beside stable, and in no total.
+        registry.set_canary(shop.models, SECOND, "cd", 0, by="trainer", reason="is it better?")
+        for _ in range(3):
+            shop.score("interaction", 10, 0.5, FIRST)
+            shop.score("interaction", 10, 0.75, SECOND, role="shadow")
+            time.sleep(1)
+        expect(models.filter(has_text="9f8e7d6c, shadow")).to_contain_text("0.75")
+        expect(models.filter(has_text="Stable")).to_contain_text("0.50")
+        expect(page.get_by_text("On trial, since")).to_be_visible()
+        expect(swaps).to_have_count(3)
+        shoot(page, "trial")
 
         # At phone width nothing is cut off or scrolls sideways, in either theme.
         page.set_viewport_size({"width": 390, "height": 844})

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from tests.unit.streams.journals import Partition, events
 
 PARTITIONS = 2
 USERS, ITEMS = 6, 5
+ERASED = 11  # each so many records of users
 START = datetime(2026, 10, 1, tzinfo=UTC)
 TOO_DEEP = b'{"a":' * 5_000
 
@@ -33,7 +34,10 @@ def good(topic: str, count: int) -> list[Sent]:
     """`count` good records of a topic; what is of one key lies in one partition."""
     if topic == "journal":
         return _journal(count)
-    return [_record(topic, at) for at in range(count)]
+    records = [_record(topic, at) for at in range(count)]
+    if BY_NAME[topic].forgets:  # now and then a user is erased
+        records[ERASED::ERASED] = [replace(each, value=None) for each in records[ERASED::ERASED]]
+    return records
 
 
 def bad(topic: str) -> list[Sent]:
@@ -50,7 +54,7 @@ def bad(topic: str) -> list[Sent]:
         TOO_DEEP,
         *(_of_wrong_type(example, name) for name in _required(topic)),
     ]
-    if BY_NAME[topic].cleanup != "compact":  # there a null value deletes
+    if not BY_NAME[topic].takes_null:
         values.append(None)
     return [Sent(topic, at % PARTITIONS, b"?", value) for at, value in enumerate(values)]
 

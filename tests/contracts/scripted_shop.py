@@ -262,6 +262,8 @@ def scripted_shop(
 
 
 def _timeless(value: bytes) -> Any:
+    if not value:
+        return {}  # a null value, which erases a user
     try:
         record = orjson.loads(bytes(value))
     except orjson.JSONDecodeError:

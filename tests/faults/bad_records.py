@@ -35,6 +35,7 @@ from tests.faults.spoiling import Value, accepted, spoilt
 from tests.servers import servers
 from tests.shops import Shop, Workers, make_shop
 
+NO_USER = b"\xff"  # a key that is no user's id
 TOPICS = ("reviews", "behavior")
 END = datetime(2026, 1, 1, tzinfo=UTC)
 STALL_SECONDS = 60.0  # workers that do nothing for so long will not end
@@ -106,7 +107,8 @@ def _phases(report: Report, bad: int, good: int, seed: int) -> list[Played]:
         mine = bad // 2 if number == 0 else bad - bad // 2
         keys = [each.key for each in records]
         strays = [
-            Outgoing(topic, random.choice(keys), value)
+            # Under a user's key a null value is a good one, which erases the user.
+            Outgoing(topic, NO_USER if value is None else random.choice(keys), value)
             for value in _values(records, mine, seed + number, kinds)
         ]
         # Each stray lies before a good record of its own choice.

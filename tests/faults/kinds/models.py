@@ -1,4 +1,4 @@
-"""Bundles that are swapped, damaged and withdrawn."""
+"""Bundles that are swapped, tried on some users, damaged and withdrawn."""
 
 import shutil
 import time
@@ -22,18 +22,32 @@ def _versions(world: World) -> list[Path]:
     return sorted(path.parent for path in found if not path.parent.name.startswith("2099"))
 
 
+def _others(world: World) -> list[Path]:
+    """Those of them that are not stable."""
+    stable = registry.read(world.models).stable
+    return [each for each in _versions(world) if not stable or each.name != stable.version]
+
+
 def _other_version(random: Random) -> str:
     """A name as versions have it, of no bundle that stays."""
     return f"20990101T000000-{random.randrange(16**8):08x}"
 
 
 def _swapped(world: World, shop: FaultyShop, random: Random) -> str:
-    stable = registry.read(world.models).stable
-    others = [each for each in _versions(world) if not stable or each.name != stable.version]
-    chosen = random.choice(others)
+    chosen = random.choice(_others(world))
     _promote(world, chosen)
     time.sleep(3)
     return chosen.name
+
+
+def _tried(world: World, shop: FaultyShop, random: Random) -> str:
+    """Another than stable answers a share of users, or none of them, and then none again."""
+    chosen = random.choice(_others(world))
+    share = random.choice([0.0, 0.3, 1.0])
+    registry.set_canary(world.models, chosen.name, _sum(chosen), share, "harness", "a fault")
+    time.sleep(3)
+    registry.clear_canary(world.models, "harness", "restored")
+    return f"{chosen.name} at {share}"
 
 
 def _damaged(world: World, shop: FaultyShop, random: Random) -> str:
@@ -77,12 +91,16 @@ def _copy_promoted(
 
 
 def _promote(world: World, folder: Path) -> None:
-    manifest = sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    registry.promote(world.models, folder.name, manifest, "harness", "a fault")
+    registry.promote(world.models, folder.name, _sum(folder), "harness", "a fault")
+
+
+def _sum(folder: Path) -> str:
+    return sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
 KINDS: tuple[Kind, ...] = (
     Kind("bundle swapped", "models", _swapped, "another version is promoted"),
+    Kind("bundle tried", "models", _tried, "a version answers a share of users, and ends"),
     Kind("bundle damaged", "models", _damaged, "a version with a wrong byte is promoted"),
     Kind("bundle withdrawn", "models", _withdrawn, "a promoted version's folder is removed"),
 )

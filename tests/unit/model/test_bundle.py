@@ -38,18 +38,18 @@ CARD = ModelCard(
 )
 
 
-def network(seed: int = 0) -> FusedNetwork:
+def network(seed: int = 0, vector: int = WIDTH) -> FusedNetwork:
     torch.manual_seed(seed)
-    built = FusedNetwork(default_config(vector=WIDTH, members=2, buckets=64, name_buckets=32))
+    built = FusedNetwork(default_config(vector=vector, members=2, buckets=64, name_buckets=32))
     for parameter in built.parameters():
         nn.init.normal_(parameter, std=0.07)
     return built
 
 
-def write(url: str, seed: int = 0, **parts: Any) -> Written:
+def write(url: str, seed: int = 0, vector: int = WIDTH, **parts: Any) -> Written:
     return bundles.write(
         url,
-        network=network(seed),
+        network=network(seed, vector),
         calibration=Calibration(slope=0.9, intercept=0.4),
         metrics={"model": {"rmse": 0.9}},
         card=CARD,

@@ -92,6 +92,26 @@ def test_canary(url: str) -> None:
         registry.set_canary(url, "d", "sum of d", 1.5, "test", "more than all")
 
 
+def test_a_canary_is_tried_beside_the_stable_version_that_it_fits(url: str) -> None:
+    promote(url, "a")
+    promote(url, "b")
+    with pytest.raises(RegistryError, match="judged against a, but b is stable"):
+        registry.set_canary(url, "c", "sum of c", 0.1, "test", "try", expected="a")
+    with pytest.raises(RegistryError, match="b is stable already"):
+        registry.set_canary(url, "b", "sum of b", 0.1, "test", "try")
+    assert registry.read(url).canary is None
+    registry.set_canary(url, "a", "sum of a", 0.1, "test", "try", expected="b")
+    again = registry.set_canary(url, "a", "sum of a", 0.255, "test", "more", expected="b")
+    assert again.canary is not None
+    assert (again.canary.share, again.canary.role) == (0.255, "canary 25.5%")
+    registry.rollback(url, "test", "b is worse")
+    now = registry.read(url)
+    assert (stable(url), now.canary) == ("a", None)  # it cannot be both
+    shadow = registry.set_canary(url, "d", "sum of d", 0, "test", "shadow").canary
+    assert shadow is not None
+    assert shadow.role == "shadow"
+
+
 def test_writers_on_one_machine_take_turns(tmp_path: Path) -> None:
     url = str(tmp_path)
 

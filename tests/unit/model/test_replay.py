@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.events import ACTIONS, EVENT, REVIEW, TEXT, Rows, blank
+from model.events import ACTIONS, EVENT, FORGET, REVIEW, TEXT, Rows, blank
 from model.exceptions import GapError
 from model.lookups import Lookups, empty, table, vectors_of
 from model.replay import BatchResult, History, Observation, Share, observe, recover, run_batch
@@ -29,8 +29,8 @@ START = 1_700_000_000_000
 
 
 @st.composite
-def histories(draw: st.DrawFn, most: int = 50) -> Rows:
-    """Events of a few users and items with repetitions, edits, late events and texts."""
+def histories(draw: st.DrawFn, most: int = 50, forgets: bool = False) -> Rows:
+    """Events of a few users and items with repetitions, edits, late events, texts, erasures."""
     size = draw(st.integers(1, most))
     seed = draw(st.integers(0, 2**32 - 1))
     users, items, ids = (draw(st.integers(1, bound)) for bound in (len(USERS), len(ITEMS), 80))
@@ -39,7 +39,7 @@ def histories(draw: st.DrawFn, most: int = 50) -> Rows:
     events["user"] = USERS[random.integers(0, users, size)]
     events["item"] = ITEMS[random.integers(0, items, size)]
     events["event_id"] = random.integers(1, ids + 1, size)
-    events["action"] = random.choice([REVIEW, REVIEW, *range(len(ACTIONS))], size)
+    events["action"] = random.choice([REVIEW, REVIEW, *range(len(ACTIONS) + forgets)], size)
     events["time"] = START + np.cumsum(random.integers(-400_000, 2_000_000, size))
     events["session"] = random.integers(0, 3, size)
     stars = random.choice([np.nan, 1, 2, 3.5, 4, 4.3, 5], size)
@@ -47,6 +47,10 @@ def histories(draw: st.DrawFn, most: int = 50) -> Rows:
     price = random.choice([np.nan, 0, 9.99, 12, 500], size)
     events["price"] = np.where(events["action"] == REVIEW, np.nan, price)
     events["text_stars"] = np.where(events["action"] == TEXT, random.uniform(1, 5, size), np.nan)
+    erased = events["action"] == FORGET
+    for name in ("item", "event_id", "time", "session"):
+        events[name][erased] = 0
+    events["price"][erased] = np.nan
     return events
 
 
@@ -100,7 +104,7 @@ def joined(observations: Sequence[Observation]) -> Observation:
 
 
 @settings(max_examples=60)
-@given(histories(), st.integers(1, 20))
+@given(histories(forgets=True), st.integers(1, 20))
 def test_a_batch_gives_what_its_events_alone_give(events: Rows, size: int) -> None:
     lookups, states, partition = surroundings(), blank(USER, len(USERS)), blank(PARTITION, ())
     partition["rating_count"], partition["rating_sum"] = 7, 29.5
@@ -119,7 +123,7 @@ def test_a_batch_gives_what_its_events_alone_give(events: Rows, size: int) -> No
 
 
 @settings(max_examples=40)
-@given(histories())
+@given(histories(forgets=True))
 def test_shares_of_a_batch_give_what_each_alone_gives(events: Rows) -> None:
     """Users 1 and 2 in one partition, 3 and 4 in another, and a third without events."""
     lookups, rows = surroundings(), blank(PARTITION, 3)
@@ -216,7 +220,7 @@ def test_the_answer_is_never_in_the_question(events: Rows, data: st.DataObject) 
 
 
 @settings(max_examples=60)
-@given(histories(), st.integers(1, 20), st.data())
+@given(histories(forgets=True), st.integers(1, 20), st.data())
 def test_recovery_gives_what_was_and_skips_what_is_applied(
     events: Rows, size: int, data: st.DataObject
 ) -> None:
@@ -241,6 +245,25 @@ def test_recovery_gives_what_was_and_skips_what_is_applied(
         stored, header = recover(stored, user_index, header, events, features, duplicate, step)
         assert stored.tobytes() == states[-1].tobytes()
         assert header.tobytes() == partition[-1].tobytes()
+
+
+def test_rows_of_nobody_count_in_the_partition_and_make_no_state() -> None:
+    """As a journal has them in which a user was erased."""
+    lookups, partition = surroundings(), blank(PARTITION, ())
+    events = blank(EVENT, 3)
+    events["user"], events["item"], events["event_id"] = [1, 2, 1], ITEMS[:3], [1, 2, 3]
+    events["rating"] = [5, 4, 2]
+    whole = run(blank(USER, len(USERS)), partition, events, lookups)
+    erased, rows = events.copy(), whole.observation.features.copy()
+    for at in (0, 2):
+        erased[at] = blank(EVENT, 1)[0]
+        erased["rating"][at] = events["rating"][at]
+    states, after = recover(
+        blank(USER, 2), np.array([0, 1, 0]), partition, erased, rows, whole.duplicate, whole.step
+    )
+    assert states[0].tobytes() == blank(USER, 1).tobytes()
+    assert states[1].tobytes() == whole.states[1].tobytes()
+    assert after.tobytes() == whole.partition.tobytes()
 
 
 def test_a_hole_in_the_journal_is_refused() -> None:
@@ -301,12 +324,12 @@ def test_what_is_sent_twice_changes_nothing(events: Rows) -> None:
 
 
 @settings(max_examples=60)
-@given(histories())
+@given(histories(forgets=True))
 def test_predictions_are_numbered_without_holes(events: Rows) -> None:
     partition = blank(PARTITION, ())
     partition["seq"], partition["step"] = 40, 50
     result = run(blank(USER, len(USERS)), partition, events, surroundings())
-    predicted = events["action"] != TEXT
+    predicted = events["action"] < TEXT
     assert result.seq[predicted].tolist() == list(range(40, 40 + predicted.sum()))
     assert not result.seq[~predicted].any()
     assert result.step.tolist() == list(range(50, 50 + len(events)))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from model.events import CART, CODES, EVENT, PURCHASE, REVIEW, TEXT, VIEW, Rows, blank
+from model.events import CART, CODES, EVENT, FORGET, PURCHASE, REVIEW, TEXT, VIEW, Rows, blank
 from model.state import (
     ITEM,
     OLDER,
@@ -259,3 +259,33 @@ def test_layout_hash_follows_the_fields() -> None:
 def test_actions_of_the_contract_have_codes() -> None:
     assert [name for name, code in CODES.items() if code == TEXT] == ["text"]
     assert CODES["remove_from_cart"] == 6
+
+
+def forget() -> Rows:
+    row = blank(EVENT, 1)
+    row["user"], row["action"] = 1, FORGET
+    return row
+
+
+def test_a_forgotten_user_is_as_one_that_was_never_seen() -> None:
+    before = [event(1, 10, REVIEW, rating=5), event(2, 11, CART, price=3.0), event(3, 0, TEXT)]
+    change, user = apply(*before, forget())
+    assert user.tobytes() == blank(USER, 1).tobytes()  # not even a step: the store keeps no key
+    assert change.met[3].tobytes() == blank(USER, 1).tobytes()  # nor does a feature row tell
+    # The same events come again: none repeats one, and all is counted from the beginning.
+    change, user = apply(*before, forget(), *before)
+    assert not change.duplicate.any()
+    _, anew = apply(*before)
+    anew["step"] = 7
+    assert user.tobytes() == anew.tobytes()
+    assert change.first.tolist() == [True, False, False, True, True, False, False]
+
+
+def test_forgetting_counts_as_a_step_and_as_nothing_else() -> None:
+    events = np.concatenate([event(1, 10, REVIEW, rating=5), forget()])
+    change, _ = apply(event(1, 10, REVIEW, rating=5), forget())
+    rows = run_partition(blank(PARTITION, ()), events, change.duplicate)
+    assert rows["step"].tolist() == [0, 1, 2]
+    assert rows["seq"].tolist() == [0, 1, 1]
+    assert rows["rating_sum"].tolist() == [0, 5, 5]
+    assert item_deltas(events, change)["item"].tolist() == [10]

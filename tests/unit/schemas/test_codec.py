@@ -49,7 +49,6 @@ def only(value: bytes | None) -> Decoded:
 
 # Each bad value, the field that the rejection names, and a word of its reason.
 BAD: dict[str, tuple[bytes | None, str | None, str]] = {
-    "null value": (None, None, "null"),
     "no bytes": (b"", None, "JSON"),
     "malformed": (b'{"event_id": "e"', None, "JSON"),
     "two values": (b"{} {}", None, "JSON"),
@@ -126,6 +125,12 @@ def test_null_deletes_in_compacted_topics_only() -> None:
     assert [rejection.index for rejection in decoded.rejections] == [2]
     assert decoded.records[0] is not None
     assert decoded.records[1] is None
+
+
+def test_a_null_value_says_something_in_some_topics_alone() -> None:
+    assert only(None).tombstones == [0]
+    (rejected,) = decode(BY_NAME["score-requests"], [None], [(0, 1)]).rejections
+    assert "null value" in rejected.reason
 
 
 def test_absent_null_and_unknown_fields() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from model.events import EVENT, REVIEW, TEXT, VIEW, Rows, blank
+from model.events import EVENT, FORGET, REVIEW, TEXT, VIEW, Rows, blank, opaque
 from model.features import FEATURE_HASH
 from model.lookups import Lookups, Table, empty, table
 from model.lookups import Store as Rowstore
@@ -18,6 +18,8 @@ from streams.user_states import HEADER, decode_header
 
 USERS = np.arange(1, 7, dtype=np.uint64) << np.uint64(33)
 ITEMS = np.arange(101, 106, dtype=np.uint64) << np.uint64(33)
+
+KINDS = (REVIEW, VIEW, TEXT, FORGET)
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,19 @@ class Partition:
 
 
 def events(rows: Sequence[tuple[int, int, int, int]]) -> Rows:
-    """EVENT (n) from places in USERS and ITEMS, a kind (0 review, 1 view, 2 text) and an id."""
+    """EVENT (n) from places in USERS and ITEMS, a kind (see KINDS) and an id."""
     made = blank(EVENT, len(rows))
     for at, (user, item, kind, event_id) in enumerate(rows):
         made["user"][at], made["item"][at] = USERS[user], ITEMS[item]
-        made["action"][at] = (REVIEW, VIEW, TEXT)[kind]
+        made["action"][at] = KINDS[kind]
         made["event_id"][at] = 1 + event_id * 3 + kind
         made["rating"][at] = 1 + event_id % 5 if kind == 0 else np.nan
         made["text_stars"][at] = 1 + event_id % 4 if kind == 2 else np.nan
     made["time"] = 1_700_000_000_000 + np.arange(len(rows)) * 60_000
+    for at in np.flatnonzero(made["action"] == FORGET):
+        row = blank(EVENT, 1)
+        row["user"], row["action"] = made["user"][at], FORGET
+        opaque(made)[at] = opaque(row)[0]
     return made
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
+from model import registry
+from model.canary import is_chosen
 from model.events import blank
 from model.ids import hash_ids, partitions_of
 from model.state import ITEM, LAYOUT_HASH, USER
@@ -25,6 +27,7 @@ from streams.processor import Outcome
 from streams.reader import ITEM_STATE, USER_STATE, Reader, store_keys
 from streams.store import Store
 from streams.user_states import decode_header
+from tests.unit.model.test_bundle import write
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 PARTITIONS = 4
@@ -248,7 +251,7 @@ def test_latency_is_told_from_the_time_of_arrival(answers: Answers) -> None:
     outcome = answers.process([arrived])
     assert outcome.finish is not None
     outcome.finish({})
-    (scored,) = answers._digests._scored["ladder"]
+    (scored,) = answers._digests._scored["ladder", "stable"]
     assert 5_000 <= scored.latencies_ms[0] < 10_000
     assert now > NOW_MS  # of messages whose time does not matter
 
@@ -263,3 +266,33 @@ def test_ranks_are_those_of_each_request(requests: list[list[float]]) -> None:
         for place in range(len(each))
     ]
     assert _ranks(ratings, request).tolist() == expected
+
+
+def test_a_canary_answers_its_users_and_a_shadow_none(answers: Answers, tmp_path: Path) -> None:
+    rate(answers, good=[5] * 20, bad=[1] * 20)
+    stable, other = (write(str(tmp_path), seed) for seed in (0, 1))
+    registry.promote(str(tmp_path), stable.version, stable.sha256, "a test", "to see")
+    users = [f"user-{at}" for at in range(30)]
+    batch = asked(*(request(user, "bad", "good", user=user) for user in users))
+    for share in (0.0, 0.5):
+        registry.set_canary(str(tmp_path), other.version, other.sha256, share, "a test", "")
+        answers._models.refresh()
+        outcome = answers.process(batch)
+        found = told(outcome)
+        assert [each.user_id for each in found] == [user for user in users for _ in range(2)]
+        chosen = is_chosen(hash_ids([each.user_id for each in found]), other.version, share)
+        names = np.where(chosen, other.version, stable.version).tolist()
+        assert [each.model_version for each in found] == names
+        for one, two in zip(found[::2], found[1::2], strict=True):
+            assert {one.rank, two.rank} == {1, 2}
+            assert ((one.rating or 0) >= (two.rating or 0)) == (one.rank == 1)
+        assert outcome.finish is not None
+        outcome.finish({})
+        digests = answers.idle()
+        assert digests is not None
+        read = [ScoreDigest.model_validate_json(each.value or b"") for each in digests.outputs]
+        assert {each.role: each.kinds["request"] for each in read} == (
+            {"stable": 60}
+            if not share
+            else {"stable": 60 - int(chosen.sum()), "canary": int(chosen.sum())}
+        )

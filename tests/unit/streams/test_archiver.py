@@ -65,6 +65,27 @@ def test_rows_below_the_position_are_left_out(tmp_path: Path) -> None:
     assert archived(tmp_path) == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
+@pytest.mark.parametrize("lacks", ["now", "then"])
+def test_a_table_may_be_of_a_release_with_other_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    """One field was not in the contract then, or is not in it now; rows without it have none."""
+    whole, topic = archive.schema("score-digests"), "score-digests"
+    shorter = whole.remove(whole.get_field_index("role"))
+    value = json.dumps({**EXAMPLES[topic], "role": "shadow"}).encode()
+    schemas = {"now": (whole, shorter), "then": (shorter, whole)}[lacks]
+    for offsets, schema in zip(((0, 1), (2, 3)), schemas, strict=True):
+        monkeypatch.setattr(archive, "schema", lambda _, schema=schema: schema)
+        written = Archive(str(tmp_path))
+        for offset in offsets:  # the second commit is one on a table that is known by then
+            written.append(topic, [Row(0, offset, 1_795_521_600_000, b"k", value)])
+            written.commit()
+    monkeypatch.undo()
+    frame = archive.read(str(tmp_path), topic, columns=["kafka_offset", "role", "lag"]).collect()
+    roles = ["shadow"] * 2 + [None] * 2 if lacks == "now" else [None] * 2 + ["shadow"] * 2
+    assert frame.rows() == [(offset, role, 12) for offset, role in enumerate(roles)]
+
+
 def test_an_archiver_that_wakes_late_doubles_nothing(tmp_path: Path) -> None:
     late, owner = Archive(str(tmp_path)), Archive(str(tmp_path))
     late.append("behavior", rows(0, 0, 1, 2, 3))

@@ -3,15 +3,25 @@ from html.parser import HTMLParser
 
 import pytest
 
-from model.registry import Change, Entry, Registry
-from schemas.records import Alert
+from model.registry import Canary, Change, Entry, Registry
+from schemas.records import Alert, Role
 from streams import dashboard_html as html
 from streams.config import KafkaConfig
 from streams.dashboard_data import Link, Prediction, Snapshot, Topics
 from streams.dashboard_view import LADDER, together, totals
 from streams.windows import Sums
-from tests.digests import at, ms
-from tests.unit.streams.snapshots import FIRST, RATED, REGISTRY, UNRATED, UP, prediction
+from tests.digests import at, digest, ms
+from tests.unit.streams.snapshots import (
+    FIRST,
+    RATED,
+    REGISTRY,
+    SECOND,
+    UNRATED,
+    UP,
+    entry,
+    prediction,
+    windows_of,
+)
 
 KAFKA = KafkaConfig()
 WICKED = "<script>alert('x')</script>\"&"
@@ -177,6 +187,38 @@ def test_model_table_marks_the_one_in_service() -> None:
     words = str(Words(html.models(replace(LIVE, registry=REGISTRY), FOUND, [FIRST])))
     assert "1a2b3c4d in service promoted" in words
     assert "cold start from running means 1 1.00 1.00 +1.00" in words
+
+
+def on_trial(share: float, errors: int, name: str = SECOND) -> Snapshot:
+    """Stable errs by half a star or not at all, the other by one or none."""
+    sides: tuple[tuple[float, str, Role], ...] = ((0.5, FIRST, "stable"), (1.0, name, "shadow"))
+    digests = [
+        digest(
+            at(5),
+            [(3.0 + error, 3.0), (3.0, 3.0)] * errors or [(3.0, None)],
+            version=version,
+            role=role,
+        )
+        for error, version, role in sides
+    ]
+    canary = Canary(**dict(entry(name, 20)), share=share)
+    history = [*REGISTRY.history, Change(**dict(entry(name, 20)), what="canary")]
+    registry = REGISTRY.model_copy(update={"canary": canary, "history": history})
+    return replace(LIVE, windows=windows_of(digests, 10), registry=registry)
+
+
+def test_a_version_on_trial_stands_beside_stable() -> None:
+    assert html.trial(replace(LIVE, registry=REGISTRY)) == ""
+    shadow = on_trial(0, 50)
+    words = str(Words(html.trial(shadow)))
+    assert "Stable 100 0.35 0.25 +0.25 9f8e7d6c, shadow 100 0.71 0.50 +0.50" in words
+    # Variances of one error 1/16 and 1/4, of the means of a hundred a hundredth of it.
+    assert "MAE of the version on trial: +4.5 standard errors from stable's." in words
+    assert "9f8e7d6c, canary 5% 100" in str(Words(html.trial(on_trial(0.05, 50))))
+    assert "Too few ratings" in html.trial(on_trial(0.05, 0))
+    words = str(Words(html.models(shadow, {}, [FIRST, SECOND])))
+    assert "9f8e7d6c shadow on trial since by trainer" in words
+    assert "<script" not in html.trial(on_trial(0, 50, WICKED))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from streams.dashboard_view import (
     swaps,
     together,
     totals,
+    trial,
     versions,
 )
 from tests.digests import at, digest, ms
@@ -173,6 +174,61 @@ def test_model_rows_say_who_serves_since_when_and_how_well() -> None:
     assert rows["cold start"].role == ""
     # Without predictions only those with a part to play are left.
     assert {row.name for row in model_rows(snapshot, {})} == {"1a2b3c4d", "9f8e7d6c"}
+
+
+def test_a_trial_is_that_of_the_version_on_trial_now() -> None:
+    windows = windows_of(
+        [
+            digest(at(5), [(3.5, 3.0)], version=FIRST),
+            digest(at(5), [(5.0, 3.0)], version=SECOND, role="shadow"),
+        ],
+        10,
+    )
+    canary = Canary(**dict(entry(SECOND, 20)), share=0)
+    registry = Registry(stable=entry(FIRST, 15), canary=canary, history=[promoted(FIRST, 15)])
+    snapshot = Snapshot(windows=windows, registry=registry)
+    found = trial(snapshot)
+    assert found is not None
+    assert (found.stable.sums.rmse, found.canary.sums.rmse) == (0.5, 2.0)
+    # The shadow is named, and counted nowhere else.
+    assert versions(snapshot) == [LADDER, FIRST, SECOND]
+    assert totals(windows, "interaction").keys() == {FIRST}
+    rows = {row.version: row for row in model_rows(snapshot, totals(windows, "interaction"))}
+    assert (rows[SECOND].role, rows[SECOND].since_ms, rows[SECOND].sums.count) == (
+        "shadow",
+        ms(20),
+        0,
+    )
+    told = summary(snapshot, KAFKA, ms(11))
+    assert told["canary"]["share"] == 0
+    assert told["trial"]["canary"]["sums"]["mae"] == 2.0
+    assert told["kinds"]["interaction"]["all"]["sums"]["count"] == 1
+    for other in (
+        replace(snapshot, registry=registry.model_copy(update={"canary": None})),
+        replace(snapshot, windows=RATED),
+        replace(snapshot, windows=()),
+        replace(
+            snapshot,
+            registry=registry.model_copy(
+                update={"canary": Canary(**dict(entry("another", 30)), share=0.1)}
+            ),
+        ),
+    ):
+        assert trial(other) is None
+        assert summary(other, KAFKA, ms(11))["trial"] is None
+
+
+def test_a_canary_that_answers_is_no_swap() -> None:
+    windows = windows_of(
+        [
+            digest(at(5), [(3.0, 3.0)], version=FIRST),
+            digest(at(25), [(3.0, 3.0)], version=SECOND, role="canary"),
+        ],
+        40,
+    )
+    history = [promoted(FIRST, 1), Change(**dict(entry(SECOND, 20)), what="canary")]
+    found = swaps(Snapshot(windows=windows, registry=Registry(history=history)))
+    assert [swap.version for swap in found] == [FIRST]
 
 
 def test_the_newest_window_with_interactions() -> None:

@@ -99,6 +99,28 @@ def test_models_are_told_apart(clock: Clock) -> None:
     assert len({each.digest_id for each in found}) == 2
 
 
+def test_roles_of_a_version_are_told_apart(clock: Clock) -> None:
+    made = Digests("scorer-0", "interaction", 1.0)
+    made.add(scored([1.0], version="v1"))
+    for role in ("canary", "shadow", "stable"):  # as one window meets it that ends two trials
+        made.add(scored([2.0, 4.0], [2, 2], version="v2", role=role))
+    made.add(scored([3.0], version="v3", role="shadow"))
+    clock.now += 1
+    found = read(made.due(0))
+    assert [(each.model_version, each.role) for each in found] == [
+        ("v1", "stable"),
+        ("v2", "canary"),
+        ("v2", "shadow"),
+        ("v2", "stable"),
+        ("v3", "shadow"),
+    ]
+    assert len({each.digest_id for each in found}) == 5  # else insights would take them for one
+    assert [each.errors.squared for each in found] == [0, 4, 4, 4, 0]
+    clock.now += QUIET_SECONDS
+    (digest,) = read(made.due(0))
+    assert (digest.model_version, digest.role) == ("v2", "stable")
+
+
 def test_a_quiet_worker_is_heard_of_now_and_then(clock: Clock) -> None:
     made = Digests("scorer-0", "interaction", 1.0)
     made.add(scored([1.0], version="v1"))

@@ -1,7 +1,7 @@
 from datetime import UTC, datetime
 
 from schemas.records import DeadLetter, Item, Review
-from streams.inputs import split, split_columns
+from streams.inputs import split, split_columns, user_of
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 TIME = datetime(2026, 11, 1, tzinfo=UTC)
@@ -36,7 +36,7 @@ def test_what_breaks_the_contract_is_a_dead_letter_and_the_rest_stays() -> None:
     polled = [
         message("reviews", review(0), 0, 1),
         message("reviews", bad, 0, 2),
-        message("reviews", None, 0, 3),
+        message("reviews", None, 0, 3, key=b""),
         message("reviews", review(2), 0, 4),
     ]
     inputs, letters = split(polled, PREFIX, "scorer")
@@ -47,6 +47,7 @@ def test_what_breaks_the_contract_is_a_dead_letter_and_the_rest_stays() -> None:
         ("reviews", 2, "rating"),
         ("reviews", 3, None),
     ]
+    assert "the key is no user's id" in found[1].reason
     assert all(each.processor == "scorer" for each in found)
 
 
@@ -70,3 +71,26 @@ def test_columns_hold_what_records_do() -> None:
         assert found.records["event_id"] == ["r0", "r2"]
         assert found.records["rating"].tolist() == [4, 4]
         assert found.partitions().tolist() == [0, 1]
+
+
+def test_what_erases_a_user_stands_beside_the_columns() -> None:
+    polled = [
+        message("reviews", review(0), 0, 1),
+        message("reviews", None, 0, 2, key=b"ann"),
+        message("reviews", None, 0, 3, key=b"\xff"),
+        message("reviews", review(2), 0, 4),
+    ]
+    columns, letters = split_columns(polled, PREFIX, "scorer")
+    assert columns["reviews"].messages == [polled[0], polled[3]]
+    assert columns["reviews"].records["event_id"] == ["r0", "r2"]
+    assert columns["reviews"].tombstones == [polled[1]]
+    (letter,) = letters
+    assert DeadLetter.model_validate_json(letter.value or b"").source.offset == 3
+    inputs, _ = split(polled, PREFIX, "texts")
+    assert inputs["reviews"].records == [review(0), None, review(2)]
+
+
+def test_a_key_names_a_user_or_nobody() -> None:
+    assert user_of("ann") == user_of(b"ann") == "ann"
+    for key in (None, b"", "", b"\xff", b"a\0", "x" * 257):
+        assert user_of(key) is None

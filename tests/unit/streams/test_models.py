@@ -1,6 +1,8 @@
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from structlog.testing import capture_logs
 from model import registry
 from model.bundle import Written
 from model.encoder import StarHead
+from model.predict import Predictor
 from schemas.exceptions import UnreachableError
 from streams import models as following
 from streams.config import ModelsConfig
+from streams.exceptions import StoreError
 from streams.metrics import make_metrics
 from streams.models import Models
 from tests.unit.model.test_bundle import write
@@ -29,6 +33,18 @@ def make(url: Path, **config: Any) -> Models:
 def promote(url: Path, written: Written) -> str:
     registry.promote(str(url), written.version, written.sha256, "a test", "to see")
     return written.version
+
+
+def try_out(url: Path, written: Written, share: float) -> str:
+    registry.set_canary(str(url), written.version, written.sha256, share, "a test", "to see")
+    return written.version
+
+
+def on_trial(models: Models) -> dict[str, float]:
+    (family,) = (
+        each for each in models._metrics.registry.collect() if each.name == "starcast_canary_share"
+    )
+    return {sample.labels["version"]: sample.value for sample in family.samples}
 
 
 def in_service(models: Models) -> dict[str, float]:
@@ -115,6 +131,138 @@ def test_a_damaged_bundle_is_refused_and_the_running_model_stays(
     assert models.serving.predictor.version == later
 
 
+def test_a_canary_comes_changes_its_share_and_goes(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    stable = promote(tmp_path, write(str(tmp_path)))
+    second = write(str(tmp_path), seed=1)
+    models.refresh()
+    before = models.serving
+    assert (before.canary, before.shadow, on_trial(models)) == (None, None, {})
+    other = try_out(tmp_path, second, 0.1)
+    models.refresh()
+    first = models.serving
+    assert before.canary is None  # whoever took it for a batch keeps it
+    assert first.canary is not None
+    assert (first.canary.predictor.version, first.canary.share) == (other, 0.1)
+    assert (first.predictor, first.bundle, first.shadow) == (before.predictor, before.bundle, None)
+    assert (in_service(models), on_trial(models)) == ({stable: 1}, {other: 0.1})
+    models.refresh()
+    assert models.serving is first
+    try_out(tmp_path, second, 0)
+    models.refresh()
+    assert models.serving.canary is not None
+    assert models.serving.canary.share == 0
+    assert models.serving.shadow is first.canary.predictor  # not loaded again
+    assert on_trial(models) == {other: 0}
+    registry.clear_canary(str(tmp_path), "a test", "enough")
+    models.refresh()
+    assert (models.serving.canary, on_trial(models)) == (None, {})
+    assert models.serving.predictor is before.predictor
+
+
+def test_a_canary_becomes_stable_or_outlives_it(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    promote(tmp_path, write(str(tmp_path)))
+    second, third = (write(str(tmp_path), seed=seed) for seed in (1, 2))
+    try_out(tmp_path, second, 0.5)
+    models.refresh()
+    kept = models.serving.canary
+    promote(tmp_path, third)  # as a retraining does
+    models.refresh()
+    assert models.serving.predictor.version == third.version
+    assert models.serving.canary is kept is not None
+    promote(tmp_path, second)
+    models.refresh()
+    assert models.serving.predictor.version == second.version
+    assert models.serving.canary is None
+    # Named at once as that was promoted: the one before serves on until this one is loaded.
+    try_out(tmp_path, third, 0.5)
+    models.refresh()
+    assert models.serving.canary is not None
+    assert models.serving.canary.predictor.version == third.version
+
+
+def test_a_canary_is_warm_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = make(tmp_path)
+    promote(tmp_path, write(str(tmp_path)))
+    models.refresh()
+    other = try_out(tmp_path, write(str(tmp_path), seed=1), 0.5)
+    warmed: list[str] = []
+
+    def warm(predictor: Predictor) -> None:
+        assert models.serving.canary is None
+        warmed.append(predictor.version)
+
+    monkeypatch.setattr(following, "warm", warm)
+    models.refresh()
+    assert warmed == [other]
+    assert models.serving.canary is not None
+
+
+def test_a_damaged_canary_is_refused_once_and_stable_answers_all(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    promote(tmp_path, write(str(tmp_path)))
+    good = try_out(tmp_path, write(str(tmp_path), seed=1), 0.5)
+    models.refresh()
+    assert on_trial(models) == {good: 0.5}
+    bad = write(str(tmp_path), seed=2)
+    cut(tmp_path / bad.version)
+    try_out(tmp_path, bad, 0.5)
+    with capture_logs() as logs:
+        models.refresh()
+        models.refresh()
+    assert (models.serving.canary, on_trial(models)) == (None, {})
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == ["bundle refused"]
+
+
+def test_a_trial_ends_also_when_the_new_stable_version_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = make(tmp_path)
+    good = promote(tmp_path, write(str(tmp_path)))
+    try_out(tmp_path, write(str(tmp_path), seed=1), 0.5)
+    models.refresh()
+    promote(tmp_path, write(str(tmp_path), seed=2))
+    registry.clear_canary(str(tmp_path), "a test", "enough")
+
+    def gone(*_: str) -> None:
+        raise UnreachableError("no answer")
+
+    monkeypatch.setattr(following.bundle, "load", gone)
+    with capture_logs() as logs:
+        models.refresh()
+    assert (models.serving.predictor.version, models.serving.canary) == (good, None)
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == [
+        "registry not read"
+    ]
+
+
+def test_a_canary_of_another_encoder_is_refused_until_stable_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bert(tmp_path / "encoder")
+    url = tmp_path / "models"
+    models = make(url)
+    promote(url, write(str(url)))
+    other = try_out(url, write(str(url), seed=1, encoder=tmp_path / "encoder"), 0.5)
+    with capture_logs() as logs:
+        models.refresh()
+    assert models.serving.canary is None
+    (refused,) = [line for line in logs if line["event"] == "bundle refused"]
+    assert f"{other} has another encoder" in refused["reason"]
+    with monkeypatch.context() as patched:
+        patched.setattr(following.bundle, "load", None)  # not read again and again
+        models.refresh()
+    promote(url, write(str(url), seed=2, encoder=tmp_path / "encoder"))
+    models.refresh()
+    assert on_trial(models) == {other: 0.5}
+    promote(url, write(str(url), seed=3))  # and without an encoder
+    models.refresh()
+    assert on_trial(models) == {}
+
+
 def test_a_registry_that_cannot_be_read_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,3 +320,169 @@ def test_what_is_stable_already_serves_from_the_start(tmp_path: Path) -> None:
     models = make(tmp_path).start()
     models.close()
     assert models.serving.predictor.version == version
+
+
+# -- another encoder -------------------------------------------------------------------------------
+
+
+@dataclass
+class Vectors:
+    """How far the vectors of encoders reach, as the store would say."""
+
+    share: float = 0.0
+    asked: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    broken: bool = False
+
+    def __call__(self, before: str, after: str) -> float:
+        self.asked.append((before, after))
+        if self.broken:
+            raise StoreError("gone")
+        return self.share
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    made = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
+    bert(made[0])
+    bert(made[1])
+    return made
+
+
+def waiting(url: Path, vectors: Vectors, **config: Any) -> Models:
+    settings = {"url": str(url), "encoder": "none", "device": "cpu", **config}
+    metrics = make_metrics(CollectorRegistry())
+    return Models(ModelsConfig.model_validate(settings), metrics, vectors)
+
+
+def covered(models: Models) -> float | None:
+    return models._metrics.registry.get_sample_value("starcast_encoder_covered")
+
+
+def versions(models: Models) -> tuple[str, str]:
+    """Of what serves, and of what reads texts."""
+    return models.serving.predictor.version, models.reading.predictor.version
+
+
+def test_a_version_with_another_encoder_serves_once_that_has_read_all_items(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    assert versions(models) == (first, first)  # nothing served before that knew words
+    assert vectors.asked == []
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    running = models.serving
+    with capture_logs() as logs:
+        models.refresh()
+        vectors.share = 0.75
+        models.refresh()
+    assert models.serving is running
+    assert versions(models) == (first, second)
+    assert (in_service(models), covered(models)) == ({first: 1}, 0.75)
+    assert [line["event"] for line in logs] == ["a version waits for the vectors of its encoder"]
+    assert set(vectors.asked) == {(running.encoder_hash, models.reading.encoder_hash)}
+    loaded = models.reading
+    vectors.share = 1.0
+    models.refresh()
+    assert models.serving == loaded  # which was warm already
+    assert versions(models) == (second, second)
+    assert (in_service(models), covered(models)) == ({second: 1}, 1)
+
+
+def test_the_same_encoder_is_waited_for_by_nobody(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[0]))
+    models.refresh()
+    third = promote(tmp_path, write(str(tmp_path), seed=2))  # reads no texts
+    assert versions(models) == (second, second)
+    models.refresh()
+    assert versions(models) == (third, third)
+    fourth = promote(tmp_path, write(str(tmp_path), seed=3, encoder=encoders[0]))
+    models.refresh()
+    assert versions(models) == (fourth, fourth)
+    assert vectors.asked == []
+
+
+def test_a_rollback_waits_for_nothing(tmp_path: Path, encoders: tuple[Path, Path]) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    models.refresh()
+    assert versions(models) == (first, second)
+    registry.rollback(str(tmp_path), "a test", "to see")
+    models.refresh()  # while it waits
+    assert versions(models) == (first, first)
+    assert covered(models) == 1
+    promote(tmp_path, write(str(tmp_path), seed=2, encoder=encoders[1]))
+    vectors.share = 1.0
+    models.refresh()
+    vectors.share = 0.0
+    registry.rollback(str(tmp_path), "a test", "to see")
+    models.refresh()  # when it serves
+    assert versions(models) == (first, first)
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.01])
+def test_no_version_waits_for_ever(
+    tmp_path: Path, encoders: tuple[Path, Path], wait: float
+) -> None:
+    models = waiting(tmp_path, Vectors(broken=True), encoder_wait_seconds=wait)
+    promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    with capture_logs() as logs:
+        models.refresh()
+        time.sleep(wait)
+        models.refresh()
+    assert versions(models) == (second, second)
+    told = [line["event"] for line in logs]
+    assert "not all items' vectors are there, and no version waits longer" in told
+    assert "vectors not looked for" in told
+
+
+def test_a_worker_that_starts_meanwhile_serves_what_the_others_serve(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    second = promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    vectors = Vectors(0.5)
+    models = waiting(tmp_path, vectors)
+    models.refresh()
+    assert versions(models) == (first, second)
+    vectors.share = 1.0
+    models.refresh()
+    assert versions(models) == (second, second)
+    models = waiting(tmp_path, vectors)
+    models.refresh()
+    assert versions(models) == (second, second)
+    shutil.rmtree(tmp_path / first)
+    vectors.share = 0.5
+    models = waiting(tmp_path, vectors)
+    models.refresh()
+    assert versions(models) == (second, second)  # better than none
+
+
+def test_another_version_takes_the_place_of_one_that_waits(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    vectors = Vectors()
+    models = waiting(tmp_path, vectors)
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    models.refresh()
+    promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    models.refresh()
+    third = promote(tmp_path, write(str(tmp_path), seed=2, encoder=encoders[1]))
+    models.refresh()
+    assert versions(models) == (first, third)
+    fourth = promote(tmp_path, write(str(tmp_path), seed=3, encoder=encoders[0]))
+    models.refresh()
+    assert versions(models) == (fourth, fourth)

@@ -82,6 +82,25 @@ def test_what_is_written_meanwhile_is_left_out(shop: Shop, partition: Partition)
     assert report.notes == ["partition 2: 2 users were written meanwhile"]
 
 
+def test_who_is_erased_meanwhile_is_left_out(
+    shop: Shop, partition: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = partition.apply(events(ONE))
+    write(shop, step, step.header.tobytes())
+    read = recount._stored
+
+    def late(*given: Any) -> Any:
+        erasing = partition.apply(events([(0, 0, 3, 0)]))
+        write(shop, erasing, erasing.header.tobytes())
+        return read(*given)
+
+    monkeypatch.setattr(recount, "_stored", late)
+    report = check(shop)
+    assert report.clean, report.examples
+    assert report.compared["user state"] == 1
+    assert report.notes == ["partition 2: 1 users were written meanwhile"]
+
+
 def test_a_header_that_belongs_to_other_states_differs(shop: Shop, partition: Partition) -> None:
     step = partition.apply(events(ONE))
     header = step.header.copy()

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
-from model.events import EVENT
+from model import bundle, registry
+from model.canary import is_chosen
+from model.events import EVENT, blank
 from model.features import INDEX
 from model.ids import hash_ids
 from model.ladder import TIERS
-from model.state import LAYOUT_HASH, USER
-from model.state_bytes import from_bytes
+from model.state import ITEM_ATTRIBUTES, LAYOUT_HASH, USER
+from model.state_bytes import from_bytes, to_bytes
 from schemas import journal
 from schemas.records import (
     Behavior,
@@ -28,6 +30,7 @@ from schemas.records import (
     PredictedRating,
     Record,
     Review,
+    ScoreDigest,
     TextFeatures,
 )
 from streams.config import (
@@ -42,10 +45,21 @@ from streams.inputs import split_columns
 from streams.metrics import make_metrics
 from streams.models import Models
 from streams.processor import Outcome, Output
-from streams.reader import USER_STATE, Reader, partition_keys
+from streams.reader import (
+    ITEM_KIND,
+    USER_STATE,
+    VECTOR_DTYPE,
+    Reader,
+    partition_keys,
+    store_keys,
+    vector_keys,
+)
 from streams.scorer import Scorer, _arrange, _ends
 from streams.store import Store
 from streams.user_states import Held, UserStates, decode_header
+from tests.unit.model.shop import WIDTH
+from tests.unit.model.test_bundle import write
+from tests.unit.model.test_encoder import bert
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 PARTITIONS = 3
@@ -57,7 +71,7 @@ Make = Callable[[], Scorer]
 
 @pytest.fixture
 def make(store: str, tmp_path: Path) -> Iterator[Make]:
-    """Scorers that own all partitions of a shop of their own, and serve the ladder."""
+    """Scorers that own all partitions of a shop of their own, and serve what is in `tmp_path`."""
     opened: list[Store] = []
 
     def scorer() -> Scorer:
@@ -69,7 +83,8 @@ def make(store: str, tmp_path: Path) -> Iterator[Make]:
         for partition in range(PARTITIONS):
             claim = kept.claim(USER_STATE, partition)
             states._held[partition] = Held(claim, decode_header(None))
-        models = Models(ModelsConfig(url=str(tmp_path), encoder="none"), metrics)
+        models = Models(ModelsConfig(url=str(tmp_path), encoder="none", device="cpu"), metrics)
+        models.refresh()
         config = ScorerConfig(digest_seconds=1e-9)
         return Scorer(config, PREFIX, states, Reader(kept), models, metrics, "scorer-0")
 
@@ -193,6 +208,34 @@ def test_a_partitions_own_order_is_kept(
             partition,
             offset,
         )
+
+
+def test_a_null_value_erases_its_user_between_two_events(make: Make) -> None:
+    scorer = make()
+    first = log("reviews", 1, [record("reviews", at) for at in range(2)])
+    null = message("reviews", None, 1, 2, key=b"ann")
+    outcome = scorer.process(
+        [*first, message("behavior", record("behavior", 0, "bob"), 1, 0), null]
+    )
+    assert [(each.user_id, each.seq) for each in told(outcome)] == [
+        ("ann", 0),
+        ("ann", 1),
+        ("bob", 2),
+    ]
+    finish(scorer, outcome)
+    assert users(scorer, 1, "ann", "bob")["actions"].sum(1).tolist() == [0, 1]
+    keys = partition_keys(scorer._states._store, USER_STATE, 1, hash_ids(["ann"]))
+    assert scorer._states._store.read(keys) == [None]  # not even a blank one
+    (entry,) = [journal.decode(each).journal for each in values(outcome, "journal")]
+    assert entry.steps.tolist() == [0, 1, 2, 3]
+    assert entry.ends == (3, 1, -1)
+    # What comes next is of a new user, though it repeats what had come: from the worker's memory.
+    again = scorer.process([message("reviews", record("reviews", 0), 1, 3)])
+    (predicted,) = told(again)
+    assert predicted.tier not in ("user_state", "full")
+    finish(scorer, again)
+    assert users(scorer, 1, "ann")["rating_count"].tolist() == [1]
+    assert not letters(outcome)
 
 
 def test_topics_are_merged_by_the_time_of_their_append() -> None:
@@ -607,3 +650,165 @@ def test_digests_that_are_due_go_with_a_batch(make: Make) -> None:
     (digest,) = [each for each in outcome.outputs if each.topic == "score-digests"]
     assert b'"kinds":{"interaction":1}' in (digest.value or b"")
     assert scorer.idle() is None
+
+
+def tried(url: Path, share: float | None) -> tuple[str, str]:
+    """The versions of a stable bundle and of one on trial (None: of one that is not)."""
+    stable, other = (write(str(url), seed) for seed in (0, 1))
+    registry.promote(str(url), stable.version, stable.sha256, "a test", "to see")
+    if share is not None:
+        registry.set_canary(str(url), other.version, other.sha256, share, "a test", "to see")
+    return stable.version, other.version
+
+
+def shop_log(count: int = 60) -> list[Message]:
+    """Reviews of a dozen users in two partitions, with texts' features between them."""
+    polled: list[Message] = []
+    for partition in (0, 2):
+        users = [f"user-{partition}-{at % 12}" for at in range(count)]
+        items = [f"item-{at % 7}" for at in range(count)]
+        for kind in ("reviews", "text-features"):
+            each = zip(range(100 * partition, 100 * partition + count), users, items, strict=True)
+            polled += log(kind, partition, [record(kind, *row) for row in each])
+    return polled
+
+
+def digests(outcome: Outcome | None) -> dict[tuple[str, str], ScoreDigest]:
+    """By version and role."""
+    assert outcome is not None
+    found = [ScoreDigest.model_validate_json(each) for each in values(outcome, "score-digests")]
+    return {(each.model_version, each.role): each for each in found}
+
+
+def ratings(outcome: Outcome) -> dict[str, float | None]:
+    return {str(each.event_id): each.rating for each in told(outcome)}
+
+
+def test_a_canary_answers_its_users_in_order(make: Make, tmp_path: Path) -> None:
+    stable, other = tried(tmp_path, None)
+    plain = make()
+    all_stable = plain.process(shop_log())
+    registry.promote(str(tmp_path), other, _sha256(tmp_path, other), "a test", "")
+    all_other = make().process(shop_log())
+    registry.rollback(str(tmp_path), "a test", "")
+    registry.set_canary(str(tmp_path), other, _sha256(tmp_path, other), 0.4, "a test", "")
+    scorer = make()
+    outcome = scorer.process(shop_log())
+    found = told(outcome)
+    assert [each.event_id for each in found] == [each.event_id for each in told(all_stable)]
+    assert [each.seq for each in found] == [each.seq for each in told(all_stable)]
+    chosen = is_chosen(hash_ids([each.user_id for each in found]), other, 0.4)
+    assert 20 < chosen.sum() < 100
+    by_version = {stable: ratings(all_stable), other: ratings(all_other)}
+    assert by_version[stable] != by_version[other]
+    for each, its in zip(found, chosen.tolist(), strict=True):
+        assert each.model_version == (other if its else stable)
+        assert each.rating == by_version[each.model_version][str(each.event_id)]
+    # The same states and journal, whoever answers.
+    assert values(outcome, "journal") == values(all_stable, "journal")
+    names = [f"user-0-{at}" for at in range(12)]
+    finish(scorer, outcome)
+    finish(plain, all_stable)
+    assert users(scorer, 0, *names).tobytes() == users(plain, 0, *names).tobytes()
+    counted = digests(scorer.idle())
+    assert {key: each.kinds["interaction"] for key, each in counted.items()} == {
+        (stable, "stable"): int((~chosen).sum()),
+        (other, "canary"): int(chosen.sum()),
+    }
+    truths = {f"reviews-{number}": 1 + number % 5 for number in range(300)}
+    errors = [
+        abs(float(each.rating or 0) - truths[str(each.event_id)])
+        for each, its in zip(found, chosen.tolist(), strict=True)
+        if its
+    ]
+    assert counted[other, "canary"].errors.count == len(errors)
+    assert counted[other, "canary"].errors.absolute == pytest.approx(sum(errors), rel=1e-3)
+    total = scorer._metrics.registry.get_sample_value
+    kinds = {"processor": "scorer", "kind": "review"}
+    assert total("starcast_events_total", kinds) == len(found)
+
+
+def test_a_shadow_predicts_after_the_commit_and_answers_nobody(make: Make, tmp_path: Path) -> None:
+    stable, other = tried(tmp_path, 0.0)
+    scorer = make()
+    outcome = scorer.process(shop_log())
+    assert {each.model_version for each in told(outcome)} == {stable}
+    assert scorer.idle() is None  # nothing is committed yet
+    finish(scorer, outcome)
+    counted = digests(scorer.idle())
+    assert counted.keys() == {(stable, "stable"), (other, "shadow")}
+    shadow, answered = counted[other, "shadow"], counted[stable, "stable"]
+    assert shadow.kinds == answered.kinds == {"interaction": 120}
+    assert shadow.tiers == answered.tiers
+    assert shadow.errors.count == answered.errors.count == 120
+    assert shadow.errors.rating == answered.errors.rating
+    assert (shadow.actions, shadow.top_items, shadow.latency_ms) == ({}, {}, None)
+    # What it would have said: as it errs when it answers.
+    registry.promote(str(tmp_path), other, _sha256(tmp_path, other), "a test", "")
+    served = make()
+    finish(served, served.process(shop_log()))
+    asked = digests(served.idle())[other, "stable"]
+    assert shadow.errors == asked.errors
+    assert shadow.errors.squared != answered.errors.squared
+    published = scorer._metrics.registry.get_sample_value
+    for version, count in ((stable, 120), (other, None)):
+        tiers = [
+            published(
+                "starcast_predictions_total",
+                {"kind": "interaction", "tier": tier, "model_version": version},
+            )
+            for tier in TIERS
+        ]
+        known = [each for each in tiers if each is not None]
+        assert (sum(known) or None) == count
+
+
+def describe(scorer: Scorer, items: list[str]) -> None:
+    """Attributes of items, and vectors of their texts."""
+    kept, found = scorer._states._store, scorer._models.serving.encoder_hash
+    rows, names = blank(ITEM_ATTRIBUTES, len(items)), hash_ids(items)
+    rows["version"], rows["text"] = 1, names
+    kept.put(store_keys(kept, ITEM_KIND, names), to_bytes(rows))
+    random = np.random.default_rng(5)
+    vectors = [random.normal(size=WIDTH).astype(VECTOR_DTYPE).tobytes() for _ in items]
+    kept.put(vector_keys(kept, found, names), vectors)
+
+
+def test_a_shadow_meets_what_its_batch_met_though_the_next_one_was_read(
+    make: Make, tmp_path: Path
+) -> None:
+    """The loop has processed the next batch, with vectors of its own, when one is finished."""
+    bert(tmp_path / "encoder")
+    url = str(tmp_path)
+    stable, other = (write(url, seed, encoder=tmp_path / "encoder") for seed in (0, 1))
+    registry.promote(url, stable.version, stable.sha256, "a test", "")
+    registry.set_canary(url, other.version, other.sha256, 0, "a test", "")
+    items = [f"item-{at}" for at in range(90)]
+    batches = [
+        log(
+            "reviews",
+            0,
+            [record("reviews", at, f"user-{at % 5}", items[at]) for at in part],
+            part[0],
+        )
+        for part in (range(10), range(10, 90))
+    ]
+    counted: list[ScoreDigest] = []
+    for version, role in ((other.version, "shadow"), (other.version, "stable")):
+        scorer = make()
+        describe(scorer, items)
+        outcomes = [scorer.process(batch) for batch in batches]
+        for outcome in outcomes:
+            finish(scorer, outcome)
+        counted.append(digests(scorer.idle())[version, role])
+        if role == "shadow":
+            registry.promote(url, other.version, other.sha256, "a test", "")
+    shadow, served = counted
+    assert shadow.errors == served.errors
+    assert shadow.stars == served.stars
+    assert shadow.tiers == served.tiers
+    assert "item_text" in shadow.tiers or "full" in shadow.tiers
+
+
+def _sha256(url: Path, version: str) -> str:
+    return bundle.load(str(url), version).sha256

@@ -195,7 +195,7 @@ def test_a_header_is_not_ahead_of_its_vectors(
     used = texts._models.serving.encoder_hash
     assert calls == [
         vector_keys(texts._store, used, hash_ids(["a good guitar"])),
-        texts._header_keys(used, [2]),
+        [texts._store.plain_key(f"texts:{used}:2")],
     ]
 
 
@@ -281,6 +281,26 @@ def test_without_an_encoder_all_is_skipped_and_counted(store: str, tmp_path: Pat
     assert counts(texts) == {"skipped: no encoder": 2}
 
 
+def test_a_canary_changes_nothing_for_texts(store: str, bundles: Path, folder: Path) -> None:
+    """Its encoder is stable's, which is not loaded again."""
+    texts = make(store, bundles)
+    finish(texts.process(messages("items", [item("a")])))
+    loaded = texts._loaded
+    other = write(str(bundles), seed=1, encoder=folder)
+    registry.set_canary(str(bundles), other.version, other.sha256, 0.5, "a test", "")
+    try:
+        texts._models.refresh()
+        assert texts._models.serving.canary is not None
+        outcome = texts.process(messages("reviews", [review("r")]))
+        assert texts._loaded is loaded
+        (batch, _) = outcome.batches
+        predicted = PredictedRating.model_validate_json(batch.messages[0]["value"])
+        assert predicted.model_version == texts._models.serving.predictor.version
+    finally:
+        registry.clear_canary(str(bundles), "a test", "")
+    texts.close()
+
+
 def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) -> None:
     other = tmp_path / "other"
     bert(other)
@@ -300,3 +320,22 @@ def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) 
     texts.close()
     assert not texts._engine or not texts._engine._thread.is_alive()
     make(store, tmp_path).close()  # which has encoded nothing
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_what_erases_a_user_goes_on_after_what_they_wrote(
+    store: str, bundles: Path, tmp_path: Path, encoded: bool
+) -> None:
+    texts = make(store, bundles if encoded else tmp_path)
+    batch = messages("reviews", [review("a"), None, review("b")])
+    outcome = texts.process(batch)
+    finish(outcome)
+    sent = [
+        (each["key"], each["value"] is None, each["partition"])
+        for part in outcome.batches
+        if part.topic == "text-features"
+        for each in part.messages
+    ]
+    written = [(b"user of a", False, 2), (b"user of b", False, 2)] if encoded else []
+    assert sent == [*written, (b"k", True, 2)]
+    assert counts(texts)["forget"] == 1

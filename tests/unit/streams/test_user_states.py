@@ -31,7 +31,7 @@ PARTITION = 2
 DAY_MS = 86_400_000
 
 history = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 2), st.integers(0, 9)),
+    st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 3), st.integers(0, 9)),
     min_size=1,
     max_size=40,
 )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.exceptions import ContractError
-from schemas.records import ScoreDigest
+from schemas.records import Role, ScoreDigest
 from streams.config import InsightsConfig
 from streams.windows import (
     Scored,
@@ -280,6 +280,115 @@ class TestAlerts:
         window = self.window(1.9, rated=1)
         assert alerts(window, ["rmse/interaction", "rmse/review"], self.insights) == []
         assert window.firing == ["rmse/interaction", "rmse/review"]
+
+
+class TestTrials:
+    stable = ((4.0, 3.0), (3.5, 3.0), (2.0, None))  # errors 1 and 0.5
+    other = ((5.0, 3.0), (4.0, 3.0))  # 2 and 1
+
+    def digests(self, second: float, role: Role, version: str = "b") -> list[ScoreDigest]:
+        return [
+            digest(at(second), self.stable, version="a", lag=3, items={"x": 3}),
+            digest(at(second), self.other, version=version, role=role, lag=3, latencies_ms=[9.0]),
+        ]
+
+    def test_a_shadow_is_in_no_sum_but_its_trial(self) -> None:
+        window = window_of(self.digests(5, "shadow"), ms(10), INSIGHTS)
+        alone = window_of(self.digests(5, "shadow")[:1], ms(10), INSIGHTS)
+        assert window.kinds == alone.kinds
+        assert alone.trial is None
+        assert window.trial is not None
+        assert (window.trial.version, window.trial.start_ms, window.trial.end_ms) == (
+            "b",
+            ms(0),
+            ms(10),
+        )
+        assert window.trial.canary.sums.rmse == pytest.approx(math.sqrt(2.5))
+        assert window.trial.canary.tiers["full"].rated == 2
+        assert (window.trial.stable.sums.count, window.trial.stable.sums.rated) == (3, 2)
+        # Means 1.5 and 0.75; variances 0.25 and 0.0625 of one, the half of it of the mean of two.
+        above = 0.75 / math.sqrt(0.125 + 0.03125)
+        assert window.trial.standard_errors == pytest.approx(above)
+
+    def test_a_canary_is_in_all_sums_once(self) -> None:
+        window = window_of(self.digests(5, "canary"), ms(10), INSIGHTS)
+        kind = window.kinds["interaction"]
+        assert kind.total().sums.count == 5
+        assert (kind.lag, kind.workers, kind.per_second) == (3, 1, 5.0)
+        assert window.trial is not None
+        assert window.trial.canary == kind.models["b"]
+        assert window.trial.stable == kind.models["a"]
+
+    def test_a_trial_is_summed_from_its_beginning_beside_the_same_steps(self) -> None:
+        steps = steps_of(
+            [
+                digest(at(5), self.stable, version="a"),  # before it began
+                *self.digests(15, "shadow"),
+                digest(at(25), self.stable, version="a"),  # it answered nobody here
+                *self.digests(65, "canary"),
+                digest(at(75), self.stable, version="a"),
+            ]
+        )
+        windows = [close(steps, ms(end), INSIGHTS) for end in range(10, 90, 10)]
+        trials = [window.trial for window in windows if window]
+        assert [trial and trial.canary.sums.count for trial in trials] == [None, *[2] * 5, *[4] * 2]
+        last = trials[-1]
+        assert last is not None
+        assert (last.start_ms, last.end_ms) == (ms(10), ms(70))
+        assert last.stable.sums.count == 6
+
+    def test_a_later_run_adds_to_what_the_last_window_has(self) -> None:
+        first = window_of(self.digests(5, "shadow"), ms(10), INSIGHTS)
+        written = Window.model_validate_json(first.model_dump_json(exclude_none=True))
+        steps = make_steps(INSIGHTS, written.end_ms, written.trial)
+        for each in self.digests(15, "shadow"):
+            add(steps, each, ms(90))
+        window = close(steps, ms(20), INSIGHTS)
+        assert window is not None
+        assert window.trial is not None
+        assert window.trial.start_ms == ms(0)
+        assert (window.trial.canary.sums.rated, window.trial.stable.sums.rated) == (4, 4)
+
+    def test_another_version_begins_anew(self) -> None:
+        steps = steps_of([*self.digests(5, "shadow"), *self.digests(15, "canary", "c")])
+        windows = [close(steps, ms(end), INSIGHTS) for end in (10, 20)]
+        assert windows[1] is not None
+        assert windows[1].trial is not None
+        assert (windows[1].trial.version, windows[1].trial.canary.sums.count) == ("c", 2)
+
+    def test_requests_are_no_trial(self) -> None:
+        asked = digest(at(5), [(3.0, None)], kind="request", version="b", role="canary")
+        assert window_of([asked], ms(10), INSIGHTS).trial is None
+
+    def test_few_ratings_or_errors_all_alike_tell_nothing(self) -> None:
+        unrated = digest(at(5), [(3.0, None)], version="b", role="shadow")
+        window = window_of([*self.digests(5, "shadow")[:1], unrated], ms(10), INSIGHTS)
+        assert window.trial is not None
+        assert window.trial.standard_errors is None
+        same = [digest(at(5), [(4.0, 3.0)] * 2, role=role) for role in ("stable", "shadow")]
+        window = window_of(same, ms(10), INSIGHTS)
+        assert window.trial is not None
+        assert window.trial.standard_errors is None
+
+    def test_an_alert_when_the_canary_errs_more(self) -> None:
+        insights = INSIGHTS.model_copy(update={"worse_canary": 1.5, "highest_rmse": 9})
+        steps = steps_of([*self.digests(5, "shadow"), *[digest(at(55), [(3.0, 3.0)])]], insights)
+        window = close(steps, ms(10), insights)
+        assert window is not None
+        (alert,) = alerts(window, [], insights)
+        assert (alert.rule, alert.severity, alert.subject) == ("canary", "warning", "interaction")
+        assert alert.value == pytest.approx(0.75 / math.sqrt(0.15625))
+        assert "MAE 1.50 over 2 ratings, that of stable 0.75 over 2" in alert.text
+        assert window.firing == ["canary/interaction"]
+        assert alerts(window, window.firing, insights) == []
+        few = insights.model_copy(update={"least_rated": 3})
+        assert alerts(window, [], few) == []
+        # Once it has predicted nothing for a whole window, the trial is over.
+        later = close(steps, ms(60), insights)
+        assert later is not None
+        assert later.trial == window.trial
+        assert alerts(later, ["canary/interaction"], insights) == []
+        assert later.firing == []
 
 
 pairs = st.lists(st.tuples(st.floats(1, 5), st.none() | st.integers(1, 5).map(float)), max_size=4)

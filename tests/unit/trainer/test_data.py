@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model import features
-from model.events import EVENT, REVIEW, VIEW
+from model.events import EVENT, FORGET, REVIEW, VIEW, blank
 from model.ids import hash_ids, partitions_of
 from model.replay import History
 from model.state import LAYOUT_HASH, PARTITION
@@ -19,7 +19,7 @@ from schemas.archive import Row
 from schemas.exceptions import UnreachableError
 from schemas.files import write_records
 from schemas.journal import Journal
-from schemas.records import Record
+from schemas.records import Record, User
 from streams.archiver import Archive
 from tests.unit.trainer.shop import ITEMS, REVIEWS, START, USERS, item, review, shop
 from trainer import data
@@ -161,6 +161,32 @@ def test_an_archive_gives_the_same_events_with_the_features_that_were_journalled
     known = features.INDEX["item_known"]
     assert not np.nan_to_num(found.inputs.features[:, known]).any()
     assert (replayed.inputs.features[:, known] == 1).all()
+
+
+def test_what_users_did_before_they_were_erased_is_left_out() -> None:
+    events = blank(EVENT, 8)
+    events["user"] = [1, 2, 1, 1, 1, 0, 2, 3]  # 0: erased from the archive
+    events["action"][[3, 7]] = FORGET
+    assert data._kept(events).tolist() == [False, True, False, False, True, False, True, False]
+
+
+def test_a_deleted_user_is_known_only_by_what_came_after(tmp_path: Path) -> None:
+    write_archive(str(tmp_path), shop())
+    archive = Archive(str(tmp_path))
+    first = archive.positions("users", [0])[0] or 0
+    one, two, three = (User(user_id="u1", event_time=START, age=age) for age in (20, 30, 40))
+    rows: list[Record | None] = [one, two, None, three]
+    keys = [b"1", b"2", b"1", b"1"]
+    archive.append(
+        "users",
+        [
+            Row(0, first + at, 0, key, each and codec.encode(each))
+            for at, (each, key) in enumerate(zip(rows, keys, strict=True))
+        ],
+    )
+    archive.commit()
+    log = from_archive(str(tmp_path))
+    assert [each for _, each in log.users][-2:] == [two, three]
 
 
 def test_features_of_another_encoder_or_table_are_replayed(tmp_path: Path) -> None:

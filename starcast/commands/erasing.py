@@ -1,0 +1,55 @@
+"""The command that erases users: `forget`."""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from starcast.commands.context import fail, notes, output, settings_of
+from starcast.commands.state import shop_of
+from streams.admin import reach
+
+WAIT_SECONDS = 60.0  # workers read on within a second, the archiver commits within some
+
+_MARKS = {True: ("✓", "green"), False: ("✗", "red")}
+_STAYS = ("–", "yellow")
+_ITEMS = "item states: sums over all users stay; they tell of nobody"
+_MODELS = "models: what they learnt stays until a model is fitted anew"
+
+
+def forget(
+    context: typer.Context,
+    users: Annotated[list[str], typer.Argument(metavar="USER", help="Their user_id.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds to wait for each: catalog, scorer, archiver."),
+    ] = WAIT_SECONDS,
+) -> None:
+    """Erase users from states, attributes and archive, and say until when Kafka keeps the rest.
+
+    Ends with 1 where something could not be erased; run it again then. Who comes back is a new
+    user.
+    """
+    settings = settings_of(context)
+    if not yes:
+        who = users[0] if len(users) == 1 else f"{len(users)} users"
+        typer.confirm(f"Erase {who} for good?", abort=True, err=True)
+    reach(settings.kafka)
+    from streams.forget import forget as erase
+    from streams.forget import kept_by_kafka
+
+    shop = shop_of(settings)
+    with notes.status("Sending null values") as status:
+        places = erase(shop, users, wait, lambda said: status.update(f"Waiting for {said}"))
+    shop.store.close()
+    for place in places:
+        output.print(
+            Text.assemble(_MARKS[place.erased], f" {place.name}: {place.said}"), soft_wrap=True
+        )
+    for said in (_ITEMS, _MODELS):
+        output.print(Text.assemble(_STAYS, f" {said}"), soft_wrap=True)
+    for topic, kept in kept_by_kafka(settings.kafka).items():
+        output.print(Text.assemble(_STAYS, f" Kafka: {topic}: gone {kept}"), soft_wrap=True)
+    if not all(place.erased for place in places):
+        raise fail("Not all is erased yet: run the command again once what it says is done.")

@@ -1,0 +1,295 @@
+"""Erasing users from Delta tables, in folders."""
+
+import base64
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from model.events import EVENT
+from model.features import INDEX
+from model.ids import hash_ids
+from model.replay import recover
+from model.state import PARTITION, USER
+from model.state_bytes import from_bytes
+from schemas import archive, journal
+from schemas.archive import Row
+from schemas.codec import encode
+from schemas.records import DeadLetter, PredictedRating, Record, Review, Source
+from streams import erasure
+from streams.archiver import Archive
+from streams.compaction import claimed
+from streams.erasure import Erased, ErasureError, erase_journal, erase_rows, nobody, rows_elsewhere
+from tests.unit.streams.journals import USERS, Partition, events
+
+TIME = datetime(2026, 11, 1, tzinfo=UTC)
+ODD = 'o\'hara "é"; --'
+
+
+def erased(user: str, partition: int = 0, **before: int) -> Erased:
+    return Erased(user, int(hash_ids([user])[0]), partition, before)
+
+
+def review(user: str, number: int) -> Review:
+    return Review(event_id=f"r{number}", user_id=user, item_id="cup", event_time=TIME, rating=4)
+
+
+def write(url: Path, topic: str, *rows: tuple[int, str, Record | bytes | None]) -> None:
+    """Rows of (partition, key, value), at the offsets of their places among all."""
+    written = Archive(str(url))
+    written.append(
+        topic,
+        [
+            Row(
+                partition,
+                offset,
+                1_795_000_000_000,
+                key.encode(),
+                encode(value) if isinstance(value, Record) else value,
+                [("h", b"x")],
+            )
+            for offset, (partition, key, value) in enumerate(rows)
+        ],
+    )
+    written.commit()
+
+
+def left(url: Path, topic: str) -> list[int]:
+    """Offsets of rows that say anything; the others say nothing at all."""
+    rows = archive.read(str(url), topic).collect()
+    known = pl.any_horizontal(pl.exclude(*archive.PLACE).is_not_null())
+    return rows.filter(known)["kafka_offset"].to_list()
+
+
+def test_rows_of_a_user_are_emptied_and_positions_stay(tmp_path: Path) -> None:
+    rows = [
+        (0, "ann", review("ann", 0)),
+        (0, ODD, review(ODD, 1)),
+        (0, "bob", review("bob", 2)),
+        (0, ODD, b"broken"),
+        (0, "another key", review(ODD, 4)),
+        (0, ODD, None),
+        (0, ODD, review(ODD, 6)),  # they have come back
+    ]
+    write(tmp_path, "reviews", *rows)
+    before = archive.positions(str(tmp_path), "reviews")
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased(ODD, reviews=6)]) == 4
+    assert left(tmp_path, "reviews") == [0, 2, 6]
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased(ODD, reviews=6)]) == 0
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased(ODD, reviews=9)]) == 1
+    assert archive.positions(str(tmp_path), "reviews") == before == {0: 7}
+    # No file has them any more; an archiver goes on where it was.
+    for path in (tmp_path / "reviews").glob("*.parquet"):
+        assert ODD not in pl.read_parquet(path)["user_id"].to_list()
+    later = Archive(str(tmp_path))
+    assert later.append("reviews", [Row(0, 6, None, b"k", None), Row(0, 7, None, b"k", None)]) == 1
+
+
+def test_a_table_of_another_release_is_emptied_too(tmp_path: Path) -> None:
+    """It has a field that this one does not know, and lacks one."""
+    rows = archive.table("reviews", [Row(0, 0, 0, b"ann", encode(review("ann", 0)))])
+    other = rows.drop(["title"]).append_column("colour", pa.array(["red"]))
+    write_deltalake(str(tmp_path / "reviews"), other)
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1
+    found = DeltaTable(str(tmp_path / "reviews")).to_pyarrow_table().to_pylist()
+    assert {name for name, value in found[0].items() if value is not None} == set(archive.PLACE)
+
+
+def test_several_users_are_erased_at_once_each_as_far_as_they_were_told(tmp_path: Path) -> None:
+    write(tmp_path, "users", *[(0, user, None) for user in ("a", "b", "c", "a", "b", "c")])
+    users = [erased("a", users=4), erased("b", users=2), erased("c")]
+    assert erase_rows(str(tmp_path), {}, "users", users) == 3
+    assert left(tmp_path, "users") == [2, 4, 5]
+    assert erase_rows(str(tmp_path), {}, "behavior", users) == 0  # there is no such table
+
+
+def test_predictions_go_with_the_events_that_they_are_of(tmp_path: Path) -> None:
+    def predicted(topic: str, offset: int, kind: Any = "interaction") -> PredictedRating:
+        return PredictedRating(
+            user_id="ann",
+            item_id="cup",
+            event_time=TIME,
+            predicted_at=TIME,
+            kind=kind,
+            model_version="v",
+            source=Source(topic=topic, partition=0, offset=offset),
+        )
+
+    write(
+        tmp_path,
+        "predicted-ratings",
+        (0, "ann", predicted("reviews", 4)),
+        (0, "ann", predicted("reviews", 5)),
+        (0, "ann", predicted("behavior", 5)),
+        (0, "ann", predicted("reviews", 9, "review")),
+        (0, "ann", predicted("score-requests", 9, "request")),
+        (0, "ann", predicted("score-requests", 10, "request")),
+    )
+    bounds = {"reviews": 5, "behavior": 6, "predicted-ratings": 5}
+    assert erase_rows(str(tmp_path), {}, "predicted-ratings", [erased("ann", **bounds)]) == 4
+    assert left(tmp_path, "predicted-ratings") == [1, 5]
+
+
+def test_dead_letters_of_a_users_records_go(tmp_path: Path) -> None:
+    def letter(key: str, topic: str) -> DeadLetter:
+        return DeadLetter(
+            key=base64.b64encode(key.encode()).decode(),
+            source=Source(topic=topic, partition=1, offset=0),
+            processor="scorer",
+            reason="bad",
+            first_failed_at=TIME,
+        )
+
+    letters = [letter("ann", "reviews"), letter("ann", "items"), letter("bob", "reviews")]
+    write(tmp_path, "dead-letters", *[(0, "reviews", each) for each in letters])
+    user = erased("ann", 1, **{"dead-letters": 9})
+    assert erase_rows(str(tmp_path), {}, "dead-letters", [user]) == 1
+    assert left(tmp_path, "dead-letters") == [1, 2]
+
+
+def test_rows_in_another_partition_are_told(tmp_path: Path) -> None:
+    write(tmp_path, "reviews", (0, "ann", review("ann", 0)), (1, "ann", review("ann", 1)))
+    assert rows_elsewhere(str(tmp_path), {}, "reviews", erased("ann", 1)) == 1
+    assert rows_elsewhere(str(tmp_path), {}, "reviews", erased("bob", 1)) == 0
+
+
+def test_a_table_that_another_rewrites_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "reviews", (0, "ann", review("ann", 0)))
+    monkeypatch.setattr(erasure, "CLAIM_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(erasure, "CLAIM_SECONDS", 0.1)
+    with claimed(str(tmp_path), "reviews", {}) as table:
+        assert table is not None
+        with pytest.raises(ErasureError, match="is being compacted"):
+            erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)])
+    began = time.monotonic()
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1
+    assert time.monotonic() - began < 30
+
+
+# A partition in which user 0 rates, views and writes, is forgotten, and comes back.
+HISTORY = [
+    [(0, 0, 0, 0), (1, 1, 0, 1), (0, 2, 1, 2), (2, 0, 0, 9)],
+    [(0, 3, 0, 3), (0, 0, 2, 0)],
+    [(1, 2, 0, 4), (0, 0, 3, 0), (0, 1, 0, 5), (3, 1, 0, 6)],
+    [(0, 2, 0, 7), (1, 0, 1, 8)],
+]
+
+
+def archived(url: Path) -> Partition:
+    partition = Partition()
+    written = Archive(str(url))
+    for rows in HISTORY:
+        transaction = partition.apply(events(rows)).transaction
+        (value,) = journal.encode(transaction.journal)
+        written.append("journal", [Row(1, transaction.first_offset, 0, b"1", value)])
+    written.commit()
+    return partition
+
+
+def replayed(url: Path) -> tuple[dict[int, bytes], bytes]:
+    """States by user, and that of the partition, as a recovery from the archive has them."""
+    journals = [each.journal for each in archive.journal(str(url), 1)]
+    rows = np.concatenate([each.events for each in journals]).view(EVENT)
+    users, index = np.unique(rows["user"], return_inverse=True)
+    states, after = recover(
+        from_bytes([None] * len(users), USER),
+        index,
+        from_bytes([None], PARTITION)[0].copy(),
+        rows,
+        np.concatenate([each.features for each in journals]),
+        np.concatenate([each.duplicates for each in journals]),
+        np.concatenate([each.steps for each in journals]),
+    )
+    found = {int(user): state.tobytes() for user, state in zip(users, states, strict=True)}
+    return found, after.tobytes()
+
+
+def test_rows_of_the_journal_are_of_nobody_and_recovery_comes_to_the_same(tmp_path: Path) -> None:
+    partition = archived(tmp_path)
+    states, after = replayed(tmp_path)
+    assert after == partition.steps[-1].header["partition"].tobytes()
+    user = Erased("u", int(USERS[0]), 1, {"users": 3})
+    unknown = Erased("v", int(USERS[5]), 1, {"users": 4})
+    found, count = erase_journal(str(tmp_path), {}, [user, unknown])
+    assert count == 5  # until the row that erased them, this too
+    # The offsets after what they did in each topic, in which they have come back since.
+    assert found == [Erased("u", int(USERS[0]), 1, found[0].before)]
+    assert found[0].before == {"users": 3, "reviews": 4, "behavior": 2, "text-features": 1}
+    again, same = replayed(tmp_path)
+    assert same == after
+    assert again.pop(0) == bytes(USER.itemsize)
+    assert again == states
+    journals = [each.journal for each in archive.journal(str(tmp_path), 1)]
+    whose = np.concatenate([each.events for each in journals]).view(EVENT)["user"]
+    assert (whose == USERS[0]).nonzero()[0].tolist() == [8, 10]
+    assert (whose == 0).nonzero()[0].tolist() == [0, 2, 4, 5, 7]
+    assert erase_journal(str(tmp_path), {}, [user]) == ([], 0)  # nothing of before is left
+
+
+def test_a_row_of_nobody_keeps_what_the_partition_took_of_it() -> None:
+    whole = Partition().apply(events(HISTORY[0])).transaction.journal
+    some = nobody(whole, np.array([True, False, True, False]))
+    kept = some.events.view(EVENT)
+    assert (
+        kept["rating"][[0, 1, 3]].tolist() == whole.events.view(EVENT)["rating"][[0, 1, 3]].tolist()
+    )
+    assert kept["action"].tolist() == whole.events.view(EVENT)["action"].tolist()
+    for name in ("user", "item", "event_id", "time", "session"):
+        assert kept[name][[0, 2]].tolist() == [0, 0]
+    assert np.isnan(kept["price"][[0, 2]]).all()
+    told = {name for name, at in INDEX.items() if not np.isnan(some.features[0, at])}
+    assert told == {"global_mean", "item_bias", "user_ratings"}
+    assert np.isnan(some.features[2, INDEX["user_ratings"]])  # not their first: no more is told
+    for name in ("events", "features"):
+        assert getattr(some, name)[1].tobytes() == getattr(whole, name)[1].tobytes()
+    for name in ("topics", "offsets", "steps", "seqs", "duplicates"):
+        assert getattr(some, name).tolist() == getattr(whole, name).tolist()
+
+
+def test_a_journal_of_another_layout_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archived(tmp_path)
+    monkeypatch.setattr(erasure, "LAYOUT_HASH", "other")
+    with pytest.raises(ErasureError, match="Erase with the version that wrote them"):
+        erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])
+
+
+def test_an_archiver_that_writes_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path), compact_every=7)
+    users = ["ann", "bob", "cem"]
+    count = 60
+    failed: list[BaseException] = []
+
+    def write_on() -> None:
+        try:
+            for offset in range(count):
+                user = users[offset % 3]
+                written.append(
+                    "reviews", [Row(0, offset, 0, user.encode(), encode(review(user, 0)))]
+                )
+                written.commit()
+        except BaseException as error:  # noqa: BLE001  told below
+            failed.append(error)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    done = 0
+    while writer.is_alive():
+        done += erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=count)])
+    writer.join()
+    done += erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=count)])
+    assert not failed
+    assert done == count // 3
+    rows = archive.read(str(tmp_path), "reviews").collect()
+    assert rows["kafka_offset"].to_list() == list(range(count))
+    assert rows["user_id"].to_list() == [None, "bob", "cem"] * (count // 3)
