@@ -276,18 +276,48 @@ def apply_topics(kafka: KafkaConfig) -> list[tuple[TopicReport, Change]]:
     count decides where a user's events lie, so it is fixed at birth.
     """
     reports = show_topics(kafka)
-    wrong = [r for r in reports if r.partitions and r.partitions != r.wanted_partitions]
-    if wrong:
-        counts = ", ".join(f"{r.name} ({r.partitions}, not {r.wanted_partitions})" for r in wrong)
-        raise TopicError(
-            f"Topics of other partition counts than settings say: {counts}. Counts are fixed at "
-            "birth: set STARCAST_KAFKA__PARTITIONS to what exists, or take another "
-            "STARCAST_KAFKA__TOPIC_PREFIX and rebuild."
-        )
+    _refuse_other_counts(
+        {r.name: (r.partitions, r.wanted_partitions) for r in reports if r.partitions}
+    )
     admin = reach(kafka)
     _create(kafka, admin, [report for report in reports if not report.partitions])
     _alter(kafka, admin, [report for report in reports if report.differences])
     return [(report, _change(report)) for report in reports]
+
+
+def check_topics(kafka: KafkaConfig) -> None:
+    """See that every topic is there, with the partitions that settings say.
+
+    Otherwise workers would send to topics that are not there again and again, and keep states
+    where no other worker looks for them. Raises TopicError, which says what to do, and
+    UnreachableError when no broker answers.
+    """
+    admin = reach(kafka)
+    found = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
+    wanted = {
+        topic_name(kafka, topic.name): kafka.partitions if topic.keyed else 1 for topic in TOPICS
+    }
+    missing = [name for name in wanted if name not in found or not found[name].partitions]
+    if missing:
+        raise TopicError(
+            f"Kafka at {kafka.bootstrap_servers} has no topic {', '.join(missing)}. Make them "
+            "with `starcast topics apply`; if they are there, the principal needs the Describe "
+            "permission."
+        )
+    _refuse_other_counts({name: (len(found[name].partitions), wanted[name]) for name in wanted})
+
+
+def _refuse_other_counts(counts: Mapping[str, tuple[int, int]]) -> None:
+    """`counts` are of each topic the partitions that it has and those that settings say."""
+    wrong = [
+        f"{name} ({has}, not {wanted})" for name, (has, wanted) in counts.items() if has != wanted
+    ]
+    if wrong:
+        raise TopicError(
+            f"Topics of other partition counts than settings say: {', '.join(wrong)}. Counts are "
+            "fixed at birth: set STARCAST_KAFKA__PARTITIONS to what exists, or take another "
+            "STARCAST_KAFKA__TOPIC_PREFIX and rebuild."
+        )
 
 
 def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:

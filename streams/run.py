@@ -23,7 +23,7 @@ import structlog
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from streams import coverage
-from streams.admin import reach
+from streams.admin import check_topics, reach
 from streams.config import (
     ArchiveConfig,
     InsightsConfig,
@@ -87,11 +87,13 @@ def check_names(names: Sequence[str]) -> None:
 def run_processors(names: Sequence[str], settings: Settings, stop: threading.Event) -> None:
     """Run processors until `stop` is set or one of them fails; its error is raised.
 
-    Raises `UnreachableError` when the broker does not answer at the start. A store that is gone
-    is waited for.
+    Raises `UnreachableError` when the broker does not answer at the start, and `TopicError` when
+    its topics are not those that settings say. A store that is gone is waited for.
     """
     check_names(names)
-    if set(names) - {"dashboard"}:
+    if set(names) & set(LOOPS):
+        check_topics(settings.kafka)
+    elif "insights" in names:  # which waits for its topics by itself
         reach(settings.kafka)
     metrics = make_metrics()
     failures: list[BaseException] = []

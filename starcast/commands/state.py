@@ -11,7 +11,7 @@ from rich.text import Text
 
 from starcast.commands.context import AsJson, fail, notes, output, progress_bar, settings_of
 from starcast.settings import Settings
-from streams.admin import reach
+from streams.admin import check_topics
 
 if TYPE_CHECKING:
     from streams.rebuild import Shop
@@ -33,7 +33,7 @@ def rebuild(context: typer.Context, partition: Partition = None) -> None:
     """
     settings = settings_of(context)
     partitions = _chosen(settings, partition)
-    reach(settings.kafka)
+    check_topics(settings.kafka)
     from streams.rebuild import KINDS_OF_STATES
     from streams.rebuild import rebuild as compute
 
@@ -58,7 +58,7 @@ def check(
     """Compare states with a recount from archive and topics; ends with 1 when something differs."""
     settings = settings_of(context)
     partitions = _chosen(settings, partition)
-    reach(settings.kafka)
+    check_topics(settings.kafka)
     from streams.recount import CHECKS, check_states
 
     shop = shop_of(settings)

@@ -22,7 +22,15 @@ from schemas.exceptions import ContractError, UnreachableError
 from schemas.records import DeadLetter, Header, Record, Review, Source, User
 from schemas.topics import TOPICS
 from streams import admin
-from streams.admin import TopicError, apply_topics, client_config, reach, show_topics, topic_name
+from streams.admin import (
+    TopicError,
+    apply_topics,
+    check_topics,
+    client_config,
+    reach,
+    show_topics,
+    topic_name,
+)
 from streams.config import KafkaConfig
 from streams.dead_letters import (
     ATTEMPTS_HEADER,
@@ -98,6 +106,14 @@ def test_another_partition_count_is_refused_and_changes_nothing(real: KafkaConfi
     with pytest.raises(TopicError, match="fixed at birth"):
         apply_topics(real.model_copy(update={"partitions": 4}))
     assert {report.problem for report in show_topics(real)} == {""}
+
+
+def test_topics_that_are_not_as_settings_say_are_named(cluster: KafkaConfig) -> None:
+    check_topics(cluster)
+    with pytest.raises(TopicError, match=rf"{cluster.topic_prefix}reviews \(3, not 4\)"):
+        check_topics(cluster.model_copy(update={"partitions": 4}))
+    with pytest.raises(TopicError, match=r"no topic other\.reviews.*starcast topics apply"):
+        check_topics(cluster.model_copy(update={"topic_prefix": "other."}))
 
 
 def test_too_few_brokers_for_the_replication(real: KafkaConfig) -> None:

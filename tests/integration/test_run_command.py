@@ -115,6 +115,26 @@ def test_nothing_is_compiled_once_a_worker_is_ready(
     assert set(compiled.rglob("*.nbc")) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"TOPIC_PREFIX": "none."}, "starcast topics apply"), ({"PARTITIONS": "3"}, "(2, not 3)")],
+)
+def test_topics_that_are_not_as_settings_say(
+    environment: dict[str, str], tmp_path: Path, change: dict[str, str], said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "starcast", "run", "scorer", "items"],
+        env=environment | {f"STARCAST_KAFKA__{name}": value for name, value in change.items()},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=READY_SECONDS,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_unknown_processor(environment: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "starcast", "run", "scorer", "nope"]
     done = subprocess.run(
