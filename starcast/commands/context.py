@@ -23,10 +23,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from starcast import INTERRUPTED as INTERRUPTED
 from starcast import log
 from starcast.settings import Settings, load
-
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 
 WIDTH = 120  # of tables that go to a file or a pipe
 

@@ -308,6 +308,23 @@ def test_the_module_is_the_command() -> None:
     assert done.stdout == f"starcast {__version__}\n"
 
 
+def test_an_interrupt_while_it_is_imported_leaves_no_trace() -> None:
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from starcast.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_help_needs_no_torch() -> None:
     code = "import sys, starcast.main; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
