@@ -10,6 +10,7 @@ from confluent_kafka import Message
 from rich.text import Text
 
 from schemas.codec import decode, encode
+from schemas.exceptions import ContractError
 from schemas.files import FileValue, read_values, write_records
 from schemas.records import PredictedRating, Record
 from schemas.topics import BY_NAME
@@ -100,20 +101,29 @@ def produce(
         raise typer.BadParameter("take --rate or --speed, not both")
     kafka = settings_of(context).kafka
     bad: list[str] = []
+    delivered = 0
     with stopping() as stop, progress_bar() as progress:
         task = progress.add_task(f"Playing {file.name}", total=None)
 
         def show(sent: Sent) -> None:
-            progress.update(task, completed=sent.delivered.total())
+            nonlocal delivered
+            delivered = sent.delivered.total()
+            progress.update(task, completed=delivered)
 
-        sent = play(
-            map(_outgoing, read_values(file, lambda error: bad.append(str(error)))),
-            kafka,
-            rate=rate,
-            speed=speed,
-            stop=stop,
-            on_progress=show,
-        )
+        try:
+            sent = play(
+                map(_outgoing, read_values(file, lambda error: bad.append(str(error)))),
+                kafka,
+                rate=rate,
+                speed=speed,
+                stop=stop,
+                on_progress=show,
+            )
+        except ContractError as problem:  # as of a file that is cut off
+            raise fail(
+                f"{problem}. {delivered:,} records before that were sent: leave them out when you "
+                "play the file again."
+            ) from None
     for topic, count in sorted(sent.delivered.items()):
         output.print(f"{count:>10,} {topic}", markup=False)
     pace = sent.delivered.total() / sent.seconds if sent.seconds else 0.0

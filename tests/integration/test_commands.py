@@ -1,6 +1,7 @@
 """The command line against a broker and a store: what it prints, and its exit codes."""
 
 import base64
+import gzip
 import json
 import uuid
 from datetime import UTC, datetime
@@ -99,6 +100,18 @@ def test_produce_tells_of_lines_that_are_no_records(topics: KafkaConfig, tmp_pat
     assert done.stdout.split() == ["2", "reviews"]
     assert "1 lines are no records" in done.stderr
     assert "line 2" in done.stderr
+
+
+def test_produce_tells_what_it_sent_of_a_file_that_is_cut_off(
+    topics: KafkaConfig, tmp_path: Path
+) -> None:
+    line = json.dumps({"topic": "reviews", "value": {"user_id": "u"}}).encode() + b"\n"
+    whole = gzip.compress(line, mtime=0)
+    (tmp_path / "f.jsonl.gz").write_bytes(whole + whole[:-4])
+    done = run("produce", "f.jsonl.gz")
+    assert done.exit_code == 1
+    assert "f.jsonl.gz cannot be read" in done.stderr
+    assert "records before that were sent" in done.stderr
 
 
 def test_consume_for_people_and_for_machines(topics: KafkaConfig) -> None:
