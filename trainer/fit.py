@@ -8,7 +8,9 @@ rows. All stages read them; the network that serves has the factors of all rows.
    that it is hardly ever worse than the bias. It becomes the network's linear path.
 2. The network on what is left: cross entropy and squared error of the mean, AdamW, early stopping
    on validation. How much of it is believed is fitted on validation too, from nothing to all. Where
-   there are several members, they differ in their start and in the rows they weigh (bagging).
+   validation has few rows, spans before it are asked as well, each by a network of older rows: of a
+   few hundred rows alone, the best of twenty epochs is best by chance. Where there are several
+   members, they differ in their start and in the rows they weigh (bagging).
 3. Boosted trees of rating − bias (`trainer.boost`). What the network says and what the trees say
    are added up with shares that validation chooses, near a half each where it can say little.
 
@@ -43,6 +45,8 @@ _CHAIN = (0.4, 0.55, 0.7, 0.85, 1.0)  # shares of the train rows at which a fold
 _LEAST_KNOWN = 0.005  # share of train rows in which a feature must be known to be used
 _TAIL = 0.005  # beyond these quantiles of the train rows a feature is clipped
 _LEAST_DEVIATION = 1e-4  # a feature that varies less is constant
+_SPANS = 3  # at most, that choose epochs and belief; each takes a network of its own
+_ENOUGH = 5_000  # rows to choose by, at which no more spans are asked
 _WARM_UP = 0.1  # of all steps
 _EVALUATED = 4_096  # rows at a time
 # Before validation has said anything. That of the second stage was tuned by forward chaining on
@@ -72,7 +76,7 @@ class Fitted:
     grown: Grown | None  # how trees are to grow; None: there are none
     shares: tuple[float, float]  # of what the network and the trees say
     carried: Mapping[str, int]  # weights that it started from, by part
-    errors: tuple[float, ...]  # validation RMSE after each epoch
+    errors: tuple[float, ...]  # RMSE of what is asked for, after each epoch
 
 
 def fit(
@@ -87,7 +91,7 @@ def fit(
     on_epoch: OnEpoch,
     start: Start | None = None,
 ) -> Fitted:
-    """Fit a network on `train` and choose on `validation`.
+    """Fit a network on `train` and choose on `validation`, and where that is short, before it.
 
     Args:
         network_config: sizes.
@@ -101,41 +105,51 @@ def fit(
         on_epoch: called after each epoch.
         start: where the second stage starts; it must not have met rows from `validation` on.
     """
-    torch.manual_seed(seed)
-    taste, plain, inputs = _tasted(network_config, inputs, rating, train, validation, seed)
-    network = _prepared(plain, inputs, rating, train)
-    ends = [int(len(train) * share) for share in _CHAIN]
-    target = _residual(network, inputs, rating, train)
-    penalty = ridge.choose(_design(network, inputs, train), target, ends)
-    intercept = _fit_linear(network, inputs, rating, train, penalty)
-    linear = mean(network, inputs, validation)
-    truth = rating[validation]
+    # A start may have met what comes before validation.
+    spans = [(train, validation)] if start else _spans(train, validation)
+    begun = [_begin(network_config, inputs, rating, *span, seed) for span in spans]
+    last = begun[-1]
+    network, inputs = last.network, last.inputs
+    truth = np.concatenate([rating[each.asked] for each in begun])
+
+    def told() -> Floats:
+        return np.concatenate([mean(each.network, each.inputs, each.asked) for each in begun])
+
+    linear = told()
     carried = carry(start, network) if start else {}
-    best, best_epoch = _copy(network), 0
-    errors: list[float] = [rmse(truth, mean(network, inputs, validation))]
-    for epoch in _epochs(network, inputs, rating, train, config, seed, device):
-        errors.append(rmse(truth, mean(network, inputs, validation)))
+    best, best_epoch, at_best = _copy(network), 0, told()
+    errors: list[float] = [rmse(truth, at_best)]
+    networks = (
+        _epochs(each.network, each.inputs, rating, each.rows, config, seed, device)
+        for each in begun
+    )
+    for epoch, *_ in zip(*networks, strict=True):
+        said = told()
+        errors.append(rmse(truth, said))
         on_epoch(epoch, errors[-1])
         if errors[-1] < min(errors[:-1]):
-            best, best_epoch = _copy(network), epoch
+            best, best_epoch, at_best = _copy(network), epoch, said
         elif epoch - best_epoch >= config.patience:
             break
     network.load_state_dict(best)
-    belief = _believe(mean(network, inputs, validation) - linear, truth - linear)
-    _keep(network, belief, intercept)
+    belief = _believe(at_best - linear, truth - linear)
+    _keep(network, belief, last.intercept)
     network.eval()
     grown, shares = None, (1.0, 0.0)
     if config.trees:
-        how = boost.choose(inputs.features[train], target, ends, seed, torch.get_num_threads())
-        trees = boost.grow(inputs.features[train], target, how, seed, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        how = boost.choose(inputs.features[train], last.target, _ends(train), seed, threads)
+        trees = boost.grow(inputs.features[train], last.target, how, seed, threads)
         if trees is not None:
             said = boost.values(trees, inputs.features[validation])
             bias = inputs.features[validation, network.config.bias_column].astype(np.float64)
             said = np.stack([mean(network, inputs, validation) - bias, said])
-            grown, shares = how, _shared(said, truth - bias)
+            grown, shares = how, _shared(said, rating[validation] - bias)
             _plant(network, trees, shares)
-    _fold(network, taste)
-    return Fitted(network, penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:]))
+    _fold(network, last.taste)
+    return Fitted(
+        network, last.penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:])
+    )
 
 
 def refit(
@@ -173,6 +187,50 @@ def refit(
             _plant(network, trees, fitted.shares)
     _fold(network, taste)
     return network
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A network after the first stage."""
+
+    network: FusedNetwork
+    taste: Taste | None
+    inputs: Inputs  # with what the taste says
+    rows: Rows  # that it learns from
+    asked: Rows  # later ones, that it is asked for
+    target: Floats  # of `rows`: what the bias leaves
+    penalty: float
+    intercept: float
+
+
+def _begin(
+    config: NetworkConfig, inputs: Inputs, rating: Floats, rows: Rows, asked: Rows, seed: int
+) -> _Begun:
+    torch.manual_seed(seed)
+    taste, plain, inputs = _tasted(config, inputs, rating, rows, asked, seed)
+    network = _prepared(plain, inputs, rating, rows)
+    target = _residual(network, inputs, rating, rows)
+    penalty = ridge.choose(_design(network, inputs, rows), target, _ends(rows))
+    intercept = _fit_linear(network, inputs, rating, rows, penalty)
+    return _Begun(network, taste, inputs, rows, asked, target, penalty, intercept)
+
+
+def _spans(train: Rows, validation: Rows) -> list[tuple[Rows, Rows]]:
+    """Rows to learn from and later rows to be asked for: train and validation come last.
+
+    Where validation has few rows, as many before it are asked for too, and those before these.
+    """
+    spans, length = [(train, validation)], len(validation)
+    while len(spans) < _SPANS and len(spans) * length < _ENOUGH:
+        before, _ = spans[0]
+        if len(before) <= 2 * length:
+            break
+        spans.insert(0, (before[:-length], before[-length:]))
+    return spans
+
+
+def _ends(rows: Rows) -> list[int]:
+    return [int(len(rows) * share) for share in _CHAIN]
 
 
 def _tasted(

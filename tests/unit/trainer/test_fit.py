@@ -1,7 +1,7 @@
 """The fit of the fused network."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,9 +16,11 @@ from trainer.data import Examples, from_file, replay
 from trainer.fit import (
     Fitted,
     Start,
+    _begin,
     _believe,
     _fold,
     _shared,
+    _spans,
     _tasted,
     _trusted,
     carry,
@@ -141,6 +143,56 @@ def test_a_fit_goes_on_from_its_start(examples: Examples) -> None:
     )
     assert fitted.carried
     assert fitted.errors[0] < before.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "spans"),
+    [
+        ((80, 10), [(60, 70), (70, 80), (80, 90)], "as long as validation, at most three"),
+        ((25, 10), [(15, 25), (25, 35)], "which leave as many rows to learn from"),
+        ((20, 10), [(20, 30)], "else none"),
+        ((40_000, 3_000), [(37_000, 40_000), (40_000, 43_000)], "until there are enough"),
+        ((40_000, 5_000), [(40_000, 45_000)], "which there are at once"),
+    ],
+)
+def test_where_validation_is_short_spans_before_it_are_asked_too(
+    rows: tuple[int, int], asked: list[tuple[int, int]], spans: str
+) -> None:
+    train, validation = rows
+    every = np.arange(train + validation)
+    found = _spans(every[:train], every[train:])
+    assert [(each[0], each[-1] + 1) for _, each in found] == asked, spans
+    for before, later in found:
+        assert before.tolist() == list(range(later[0]))
+
+
+def test_a_start_is_asked_for_what_it_has_not_met_alone(
+    examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model in service was fitted to would choose epochs by heart."""
+    rows, asked = np.arange(len(examples)), list[tuple[int, int]]()
+
+    def begin(*given: Any) -> Any:
+        asked.append((int(given[4][0]), int(given[4][-1]) + 1))
+        return _begin(*given)
+
+    monkeypatch.setattr("trainer.fit._begin", begin)
+    before = run(examples, examples.rating)
+    assert asked == [(300, 400), (400, 500), (500, 600)]
+    asked.clear()
+    fit(
+        before.network.config.model_copy(update={"trees": 0}),
+        examples.inputs,
+        examples.rating,
+        rows[:500],
+        rows[500:600],
+        CONFIG.model_copy(update={"epochs": 1}),
+        seed=2,
+        device=CPU,
+        on_epoch=lambda epoch, error: None,
+        start=Start(before.network, same_shop=True),
+    )
+    assert asked == [(500, 600)]
 
 
 def test_shares_by_hand_and_near_a_half_where_rows_say_little() -> None:
