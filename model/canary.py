@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.events import Rows
+from model.exceptions import TrialError
 from model.ids import Hashes, hash_ids
 from model.lookups import Lookups
 from model.predict import Predictions, Predictor
@@ -65,7 +66,10 @@ def predict(
     observation: Observation,
     lookups: Lookups,
 ) -> list[Part]:
-    """Predictions for EVENT rows (n): of the stable version, and the canary's of its users."""
+    """Predictions for EVENT rows (n): of the stable version, and the canary's of its users.
+
+    Raises TrialError when the canary cannot predict them.
+    """
     everything = slice(None)
     if canary is None or not canary.share:
         return [Part("stable", everything, stable.predict(events, observation, lookups))]
@@ -74,11 +78,23 @@ def predict(
         ("stable", stable, np.flatnonzero(~its)),
         ("canary", canary.predictor, np.flatnonzero(its)),
     ]
-    return [
-        Part(role, rows, predictor.predict(events.take(rows), observation.take(rows), lookups))
-        for role, predictor, rows in sides
-        if len(rows)
-    ] or predict(stable, None, events, observation, lookups)
+    parts: list[Part] = []
+    for role, predictor, rows in sides:
+        if len(rows):
+            asked = events.take(rows), observation.take(rows), lookups
+            said = predictor.predict(*asked) if role == "stable" else attempt(predictor, *asked)
+            parts.append(Part(role, rows, said))
+    return parts or predict(stable, None, events, observation, lookups)
+
+
+def attempt(
+    predictor: Predictor, events: Rows, observation: Observation, lookups: Lookups
+) -> Predictions:
+    """What a version on trial says of EVENT rows (n); raises TrialError whatever fails."""
+    try:
+        return predictor.predict(events, observation, lookups)
+    except Exception as error:
+        raise TrialError(f"{type(error).__name__}: {error}") from error
 
 
 def in_order(parts: Sequence[Part], column: Callable[[Predictions], NDArray[Any]]) -> NDArray[Any]:

@@ -31,5 +31,9 @@ class RegistryError(StarcastError):
     """The registry of bundles cannot be read, or another writer changed it meanwhile."""
 
 
+class TrialError(StarcastError):
+    """A version on trial cannot predict a batch."""
+
+
 class DeviceError(StarcastError):
     """A device was asked for that this machine or this build of torch lacks."""

@@ -206,7 +206,7 @@ class Answers:
         headers = [self._header(partition)["partition"] for partition in owners.tolist()]
         running = joined([each.copy().reshape(1) for each in headers]).take(owner)
         observation = observe(states.take(index[request]), running, events, lookups)
-        return serving.predict(events, observation, lookups)
+        return self._models.predict(serving, events, observation, lookups)
 
     def _header(self, partition: int) -> Rows:
         until, header = self._headers.get(partition, (0.0, None))

@@ -24,9 +24,9 @@ from model import canary as trial
 from model.bundle import Bundle
 from model.canary import Canary, Part
 from model.events import Rows
-from model.exceptions import BundleError
+from model.exceptions import BundleError, TrialError
 from model.lookups import Lookups
-from model.predict import Predictor, predictor, warm
+from model.predict import Predictions, Predictor, predictor, warm
 from model.replay import Observation
 from schemas.exceptions import StarcastError
 from streams.config import ModelsConfig
@@ -55,10 +55,6 @@ class Serving:
     def shadow(self) -> Predictor | None:
         """What is to predict beside stable and to answer nobody."""
         return self.canary.predictor if self.canary and not self.canary.share else None
-
-    def predict(self, events: Rows, observation: Observation, lookups: Lookups) -> list[Part]:
-        """What answers EVENT rows (n): stable, and the canary for its users."""
-        return trial.predict(self.predictor, self.canary, events, observation, lookups)
 
 
 @dataclass
@@ -115,6 +111,34 @@ class Models:
         coming = self._coming
         return coming.serving if coming else self._serving
 
+    def predict(
+        self, serving: Serving, events: Rows, observation: Observation, lookups: Lookups
+    ) -> list[Part]:
+        """What answers EVENT rows (n): stable, and the canary for its users.
+
+        A canary that cannot is refused: stable answers in its place.
+        """
+        stable, canary = serving.predictor, serving.canary
+        try:
+            return trial.predict(stable, canary, events, observation, lookups)
+        except TrialError as error:
+            self._end_trial(serving, error)
+            return trial.predict(stable, None, events, observation, lookups)
+
+    def predict_beside(
+        self, serving: Serving, events: Rows, observation: Observation, lookups: Lookups
+    ) -> Predictions | None:
+        """What the shadow says of EVENT rows (n); None without one, or where it fails: then it is
+        refused.
+        """
+        if serving.shadow is None:
+            return None
+        try:
+            return trial.attempt(serving.shadow, events, observation, lookups)
+        except TrialError as error:
+            self._end_trial(serving, error)
+            return None
+
     def refresh(self) -> None:
         """Take up what the registry names, where it is another and can be loaded."""
         try:
@@ -137,8 +161,9 @@ class Models:
                 self._take_up(self._ladder())
         elif running.bundle is None or named.version != running.bundle.version:
             loaded = None if coming else self._load(named)
-            if loaded is not None:
-                coming = _Coming(self._serve(loaded), time.monotonic(), -math.inf)
+            made = None if loaded is None else self._serve(loaded)
+            if made is not None:
+                coming = _Coming(made, time.monotonic(), -math.inf)
                 if running.bundle is None and before is not None:
                     self._begin_with(before, coming.serving)
             if coming and not (before and self._waits(coming)):
@@ -169,7 +194,8 @@ class Models:
             earlier = bundle.load(self._config.url, before.version, before.sha256)
         except BundleError:
             return
-        self._take_up(self._serve(earlier))
+        if (made := self._serve(earlier)) is not None:
+            self._take_up(made)
 
     def _waits(self, coming: _Coming) -> bool:
         """Whether a version is to wait for the vectors of its encoder."""
@@ -204,7 +230,11 @@ class Models:
         stable, running = self._serving, self._serving.canary
         if named is None or named.version == stable.predictor.version:
             self._try(None)
-        elif running is not None and running.predictor.version == named.version:
+        elif (
+            running is not None
+            and running.predictor.version == named.version
+            and _pair(named.version, stable) not in self._refused
+        ):
             self._try(replace(running, share=named.share))
         else:
             self._try(None)  # the one before has ended; stable answers until this one is warm
@@ -219,7 +249,7 @@ class Models:
     def _fitting(self, named: registry.Canary) -> Predictor | None:
         """A canary's predictor, warmed; None if it cannot be served beside what is stable now."""
         stable, used = self._serving.predictor.version, self._serving.encoder_hash
-        pair = f"{named.version} beside {used}"
+        pair = _pair(named.version, self._serving)
         loaded = None if pair in self._refused else self._load(named)
         if loaded is None:
             return None
@@ -231,7 +261,15 @@ class Models:
             )
             self._refuse(pair, reason)
             return None
-        return self._serve(loaded).predictor
+        made = self._serve(loaded)
+        return None if made is None else made.predictor
+
+    def _end_trial(self, serving: Serving, error: TrialError) -> None:
+        """Refuse what is on trial; the thread that follows the registry takes it away."""
+        assert serving.canary is not None  # which failed
+        version = serving.canary.predictor.version
+        reason = f"{version} on trial cannot predict ({error}). Stable answers its users"
+        self._refuse(_pair(version, serving), reason)
 
     def _load(self, named: registry.Entry) -> Bundle | None:
         """A bundle; None for one that is refused."""
@@ -270,17 +308,28 @@ class Models:
         hash_ = encoder.setting_hash(self._config.encoder)
         return self._warmed(Serving(predictor(None), None, folder, None, hash_))
 
-    def _serve(self, loaded: Bundle) -> Serving:
-        return self._warmed(
-            Serving(
-                predictor(loaded, self._config.device),
-                loaded,
-                loaded.encoder_folder,
-                loaded.star_head,
-                loaded.encoder_hash or "",
+    def _serve(self, loaded: Bundle) -> Serving | None:
+        """A bundle made ready; None for one that is refused, as what does not fit on a device."""
+        try:
+            return self._warmed(
+                Serving(
+                    predictor(loaded, self._config.device),
+                    loaded,
+                    loaded.encoder_folder,
+                    loaded.star_head,
+                    loaded.encoder_hash or "",
+                )
             )
-        )
+        except Exception as error:  # noqa: BLE001 - of torch: what runs goes on, whatever it is
+            reason = f"{loaded.version} cannot be made ready ({type(error).__name__}: {error})"
+            self._refuse(loaded.version, reason)
+            return None
 
     def _warmed(self, serving: Serving) -> Serving:
         warm(serving.predictor)
         return serving
+
+
+def _pair(version: str, stable: Serving) -> str:
+    """Names what is refused of a version on trial: beside this encoder's vectors alone."""
+    return f"{version} beside {stable.encoder_hash}"

@@ -184,7 +184,7 @@ class Scorer:
             events, observation = arrivals.events, observed
             if len(scored) < len(events):
                 events, observation = events.take(scored), observed.take(scored)
-            answers = serving.predict(events, observation, lookups)
+            answers = self._models.predict(serving, events, observation, lookups)
         with self._phase("encode"):
             predicted_at = int(time.time() * 1_000)
             ratings = _prediction_records(arrivals, parts, scored, answers, predicted_at)
@@ -211,8 +211,9 @@ class Scorer:
             if serving.shadow is not None and len(scored):
                 # After the commit: nobody waits for it, and no event is counted twice.
                 with self._phase("shadow"):
-                    said = serving.shadow.predict(events, observation, lookups)
-                self._count_shadow(said, events["rating"])
+                    said = self._models.predict_beside(serving, events, observation, lookups)
+                if said is not None:
+                    self._count_shadow(said, events["rating"])
 
         return Outcome(
             batches=[ratings, updates],

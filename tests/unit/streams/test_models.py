@@ -217,6 +217,32 @@ def test_a_damaged_canary_is_refused_once_and_stable_answers_all(tmp_path: Path)
     assert [line["event"] for line in logs if line["log_level"] == "error"] == ["bundle refused"]
 
 
+def fails(*_: Any) -> Any:
+    raise RuntimeError("CUDA out of memory")
+
+
+def test_a_version_that_cannot_be_made_ready_is_refused_and_what_runs_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when two networks do not fit on a device: the thread that follows has to go on."""
+    models = make(tmp_path)
+    good = promote(tmp_path, write(str(tmp_path)))
+    models.refresh()
+    promote(tmp_path, write(str(tmp_path), seed=1))
+    try_out(tmp_path, write(str(tmp_path), seed=2), 0.5)
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(following, "predictor", fails)
+        models.refresh()
+        models.refresh()
+    assert (models.serving.predictor.version, models.serving.canary) == (good, None)
+    refused = [line for line in logs if line["event"] == "bundle refused"]
+    assert len(refused) == 2
+    assert "CUDA out of memory" in refused[0]["reason"]
+    later = promote(tmp_path, write(str(tmp_path), seed=3))
+    models.refresh()
+    assert models.serving.predictor.version == later
+
+
 def test_a_trial_ends_also_when_the_new_stable_version_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from model import bundle, registry
 from model.canary import is_chosen
@@ -20,6 +21,7 @@ from model.events import EVENT, blank
 from model.features import INDEX
 from model.ids import hash_ids
 from model.ladder import TIERS
+from model.predict import Predictions, Predictor
 from model.state import ITEM_ATTRIBUTES, LAYOUT_HASH, USER
 from model.state_bytes import from_bytes, to_bytes
 from schemas import journal
@@ -761,6 +763,36 @@ def test_a_shadow_predicts_after_the_commit_and_answers_nobody(make: Make, tmp_p
         ]
         known = [each for each in tiers if each is not None]
         assert (sum(known) or None) == count
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_version_on_trial_that_cannot_predict_stops_nothing(
+    make: Make, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stable, other = tried(tmp_path, None)
+    plain = told(make().process(shop_log()))
+    registry.set_canary(str(tmp_path), other, _sha256(tmp_path, other), share, "a test", "")
+    scorer, predict = make(), Predictor.predict
+
+    def fails(self: Predictor, *given_: Any) -> Predictions:
+        if self.version == other:
+            raise RuntimeError("out of memory")
+        return predict(self, *given_)
+
+    monkeypatch.setattr(Predictor, "predict", fails)
+    with capture_logs() as logs:
+        for _ in range(2):
+            outcome = scorer.process(shop_log())
+            finish(scorer, outcome)
+    assert {each.model_version for each in told(outcome)} == {stable}
+    assert len(told(outcome)) == len(plain)
+    assert digests(scorer.idle()).keys() == {(stable, "stable")}
+    (refused,) = [line for line in logs if line["event"] == "bundle refused"]
+    assert other in refused["reason"]
+    assert "out of memory" in refused["reason"]
+    # It is not tried again; stable answers all.
+    scorer._models.refresh()
+    assert scorer._models.serving.canary is None
 
 
 def describe(scorer: Scorer, items: list[str]) -> None:
