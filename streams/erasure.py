@@ -11,7 +11,8 @@ who has come back, and stays.
 
 import base64
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,7 +72,8 @@ def erase_rows(url: str, options: Mapping[str, str], topic: str, users: Sequence
         done = table.update(predicate=chosen, updates=nulls, writer_properties=WRITER)
         return int(done["num_updated_rows"])
 
-    count = _rewrite(url, options, topic, rewrite)
+    with _claimed(url, options, topic) as table:
+        count = _committed(table, rewrite)
     if count:
         _delete_files(url, options, topic)
     return count
@@ -87,24 +89,28 @@ def erase_journal(
     """
     found: list[Erased] = []
     count = 0
+    if archive.open_table(url, "journal", options) is None:
+        return found, count
     for partition in sorted({each.partition for each in users}):
         mine = [each for each in users if each.partition == partition]
-        ends = _ends(url, options, partition, mine)
-        for each in mine:
-            if each.hash in ends:
-                before = dict(zip(TOPICS, ends[each.hash][1:], strict=True))
-                found.append(replace(each, before={**each.before, **before}))
-        last = {user: step for user, (step, *_) in ends.items()}
-        for values in _changed(url, options, partition, last):
-            rows = pa.table(
-                {
-                    "kafka_partition": pa.array([partition] * len(values), pa.int32()),
-                    "kafka_offset": pa.array([offset for offset, _, _ in values], pa.int64()),
-                    "kafka_value": pa.array([value for _, value, _ in values], pa.binary()),
-                }
-            )
-            _rewrite(url, options, "journal", lambda table, rows=rows: _replace(table, rows))
-            count += sum(rows for _, _, rows in values)
+        # From the reading on: another erasure between it and the writing would be undone.
+        with _claimed(url, options, "journal") as table:
+            ends = _ends(url, options, partition, mine)
+            for each in mine:
+                if each.hash in ends:
+                    before = dict(zip(TOPICS, ends[each.hash][1:], strict=True))
+                    found.append(replace(each, before={**each.before, **before}))
+            last = {user: step for user, (step, *_) in ends.items()}
+            for values in _changed(url, options, partition, last):
+                rows = pa.table(
+                    {
+                        "kafka_partition": pa.array([partition] * len(values), pa.int32()),
+                        "kafka_offset": pa.array([offset for offset, _, _ in values], pa.int64()),
+                        "kafka_value": pa.array([value for _, value, _ in values], pa.binary()),
+                    }
+                )
+                _committed(table, lambda table, rows=rows: _replace(table, rows))
+                count += sum(rows for _, _, rows in values)
     if count:
         _delete_files(url, options, "journal")  # no sooner: they were read until now
     return found, count
@@ -166,16 +172,16 @@ def _rows_of(topic: str, user: Erased) -> str:
     return f"{found} AND (kind IS NULL OR kind <> 'interaction' OR {sources})"
 
 
-def _rewrite(
-    url: str, options: Mapping[str, str], topic: str, rewrite: Callable[[DeltaTable], int]
-) -> int:
-    """What `rewrite` gives of a table that nobody else rewrites meanwhile."""
+@contextmanager
+def _claimed(url: str, options: Mapping[str, str], topic: str) -> Generator[DeltaTable]:
+    """A table that is there, and that nobody else rewrites meanwhile."""
     until, where = time.monotonic() + CLAIM_SECONDS, archive.table_url(url, topic)
     while True:
         with archive.reached(where), claimed(url, topic, options) as table:
             if table is not None:
                 try:
-                    return _committed(table, rewrite)
+                    yield table
+                    return
                 except CommitFailedError as error:
                     raise ErasureError(
                         f"The table at {where} was written to again and again meanwhile: {error}. "

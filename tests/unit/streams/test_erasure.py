@@ -235,6 +235,46 @@ def test_rows_of_the_journal_are_of_nobody_and_recovery_comes_to_the_same(tmp_pa
     assert erase_journal(str(tmp_path), {}, [user]) == ([], 0)  # nothing of before is left
 
 
+def test_two_erasures_at_once_undo_nothing_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that one has read and not yet written has rows of the other's user."""
+    archived(tmp_path)
+    one, other = (Erased(name, int(USERS[at]), 1, {}) for at, name in ((0, "u"), (2, "v")))
+    write_down = Archive(str(tmp_path))
+    forgets = Partition()
+    for rows in [*HISTORY, [(2, 0, 3, 0)]]:
+        last = forgets.apply(events(rows)).transaction
+    (value,) = journal.encode(last.journal)
+    write_down.append("journal", [Row(1, last.first_offset, 0, b"1", value)])
+    write_down.commit()
+    monkeypatch.setattr(erasure, "CLAIM_SECONDS", 0.0)
+    monkeypatch.setattr(erasure, "CLAIM_PAUSE_SECONDS", 0.01)
+    encode_piece, between = erasure.encode_piece, [other]
+
+    def slowly(piece: journal.Piece) -> bytes:
+        while between:
+            try:
+                erase_journal(str(tmp_path), {}, [between.pop()])
+            except ErasureError as error:
+                assert "is being compacted" in str(error)  # noqa: PT017 - or it is through
+        return encode_piece(piece)
+
+    def left_of(user: Erased) -> int:
+        journals = [each.journal for each in archive.journal(str(tmp_path), 1)]
+        whose = np.concatenate([each.events for each in journals]).view(EVENT)["user"]
+        return int((whose == user.hash).sum())
+
+    monkeypatch.setattr(erasure, "encode_piece", slowly)
+    before = left_of(other)
+    erase_journal(str(tmp_path), {}, [one])
+    assert left_of(one) == 2  # what they have done since they came back
+    assert left_of(other) in (0, before)
+    ((found,), _) = erase_journal(str(tmp_path), {}, [other])
+    assert found.user == "v"
+    assert left_of(other) == 0
+
+
 def test_a_row_of_nobody_keeps_what_the_partition_took_of_it() -> None:
     whole = Partition().apply(events(HISTORY[0])).transaction.journal
     some = nobody(whole, np.array([True, False, True, False]))
