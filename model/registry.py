@@ -89,15 +89,15 @@ def promote(
     return _update(url, change)
 
 
-def before(registry: Registry) -> Entry | None:
-    """What was stable before what is, and is so again after a rollback; None: nothing was."""
+def earlier(registry: Registry) -> list[Entry]:
+    """What was stable before what is, newest first; the first is so again after a rollback."""
     stack: list[Change] = []
     for past in registry.history:
         if past.what == "promote" and (not stack or stack[-1].version != past.version):
             stack.append(past)
         elif past.what == "rollback" and stack:
             stack.pop()
-    return stack[-2] if len(stack) > 1 else None
+    return [*reversed(stack[:-1])]
 
 
 def rollback(url: str, by: str, reason: str) -> Registry:
@@ -107,10 +107,10 @@ def rollback(url: str, by: str, reason: str) -> Registry:
     """
 
     def change(old: Registry) -> Registry:
-        earlier = before(old)
-        if earlier is None:
+        before = earlier(old)
+        if not before:
             raise RegistryError(f"nothing to roll back to in {url}: no earlier stable version")
-        entry = _entry(earlier.version, earlier.sha256, by, reason)
+        entry = _entry(before[0].version, before[0].sha256, by, reason)
         return _changed(old, "rollback", entry, stable=entry, canary=old.canary)
 
     return _update(url, change)

@@ -11,7 +11,7 @@ texts: before, it would predict them as items without words. Texts are read by i
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,16 @@ class Models:
             named = registry.read(self._config.url)
             try:
                 # Nobody waits to get away from a version: the vectors of before are there still.
-                before = None if named.rolled_back else registry.before(named)
-                self._follow_stable(named.stable, before)
+                earlier = [] if named.rolled_back else registry.earlier(named)
+                self._follow_stable(named.stable, earlier)
             finally:  # a trial ends, whatever keeps the new stable version from being read
                 self._follow_canary(named.canary)
         except (StarcastError, OSError) as error:
             self._log.warning("registry not read", reason=str(error))
 
-    def _follow_stable(self, named: registry.Entry | None, before: registry.Entry | None) -> None:
+    def _follow_stable(
+        self, named: registry.Entry | None, earlier: Sequence[registry.Entry]
+    ) -> None:
         running, coming = self._serving, self._coming
         if coming and (named is None or named.version != coming.serving.predictor.version):
             coming = None
@@ -164,9 +166,9 @@ class Models:
             made = None if loaded is None else self._serve(loaded)
             if made is not None:
                 coming = _Coming(made, time.monotonic(), -math.inf)
-                if running.bundle is None and before is not None:
-                    self._begin_with(before, coming.serving)
-            if coming and not (before and self._waits(coming)):
+                if running.bundle is None:
+                    self._begin_with(earlier, coming.serving)
+            if coming and not (earlier and self._waits(coming)):
                 self._take_up(coming.serving)
                 coming = None
         self._coming = coming
@@ -183,18 +185,26 @@ class Models:
         self._serving = replace(serving, canary=canary)
         self._tell()
 
-    def _begin_with(self, before: registry.Entry, stable: Serving) -> None:
-        """A worker that starts while stable waits: serve what the others serve, if it is there."""
+    def _begin_with(self, earlier: Sequence[registry.Entry], stable: Serving) -> None:
+        """A worker that starts while stable waits: serve what the others serve, if it is there.
+
+        Versions before stable that have its encoder wait like it.
+        """
         if self._coverage is None or not self._config.encoder_wait_seconds:
             return
-        used = bundle.encoder_of(self._config.url, before.version)
-        if not used or used == stable.encoder_hash or self._covered(used, stable) == 1:
+        for before in earlier:
+            used = bundle.encoder_of(self._config.url, before.version)
+            if used != stable.encoder_hash:
+                break
+        else:
+            return
+        if not used or self._covered(used, stable) == 1:
             return
         try:
-            earlier = bundle.load(self._config.url, before.version, before.sha256)
+            loaded = bundle.load(self._config.url, before.version, before.sha256)
         except BundleError:
             return
-        if (made := self._serve(earlier)) is not None:
+        if (made := self._serve(loaded)) is not None:
             self._take_up(made)
 
     def _waits(self, coming: _Coming) -> bool:

@@ -497,6 +497,22 @@ def test_a_worker_that_starts_meanwhile_serves_what_the_others_serve(
     assert versions(models) == (second, second)  # better than none
 
 
+def test_a_worker_that_starts_goes_back_behind_all_that_wait_for_one_encoder(
+    tmp_path: Path, encoders: tuple[Path, Path]
+) -> None:
+    """Two versions with the new encoder were promoted, and neither serves yet."""
+    first = promote(tmp_path, write(str(tmp_path), encoder=encoders[0]))
+    promote(tmp_path, write(str(tmp_path), seed=1, encoder=encoders[1]))
+    third = promote(tmp_path, write(str(tmp_path), seed=2, encoder=encoders[1]))
+    vectors = Vectors(0.5)
+    models = waiting(tmp_path, vectors)
+    models.refresh()
+    assert versions(models) == (first, third)
+    vectors.share = 1.0
+    models.refresh()
+    assert versions(models) == (third, third)
+
+
 def test_another_version_takes_the_place_of_one_that_waits(
     tmp_path: Path, encoders: tuple[Path, Path]
 ) -> None:
