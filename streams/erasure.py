@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from deltalake import DeltaTable
+from deltalake import DeltaTable, QueryBuilder
 from deltalake.exceptions import CommitFailedError
 from numpy.typing import NDArray
 
@@ -37,6 +37,7 @@ OF_USERS = tuple(topic.name for topic in ALL_TOPICS if topic.key == "user_id")
 
 CLAIM_SECONDS = 60.0  # a compaction that rewrites a table is waited for so long
 CLAIM_PAUSE_SECONDS = 1.0
+PLACES = 1_000  # rows that one commit names; delta-rs (1.6) dies of twenty thousand
 VALUES = 64  # of the journal, in memory at once: half a megabyte each at most
 _KEPT = ("global_mean", "item_bias")  # features by which a partition follows its newcomers
 
@@ -65,15 +66,17 @@ def erase_rows(url: str, options: Mapping[str, str], topic: str, users: Sequence
     if not chosen or archive.open_table(url, topic, options) is None:
         return 0
 
-    def rewrite(table: DeltaTable) -> int:
+    count = 0
+    with _claimed(url, options, topic) as table:
         # The table's own fields: another release may have made it, with others.
         fields = [each.name for each in table.schema().fields]
         nulls = dict.fromkeys([name for name in fields if name not in archive.PLACE], "NULL")
-        done = table.update(predicate=chosen, updates=nulls, writer_properties=WRITER)
-        return int(done["num_updated_rows"])
-
-    with _claimed(url, options, topic) as table:
-        count = _committed(table, rewrite)
+        # By their places: Delta's log keeps a commit's predicate, which would name the users.
+        asked = f"SELECT {', '.join(archive.PLACE)} FROM archived WHERE {chosen}"  # noqa: S608 - quoted
+        places = pa.table(QueryBuilder().register("archived", table).execute(asked).read_all())
+        for first in range(0, len(places), PLACES):
+            at = _at(places.slice(first, PLACES))
+            count += _committed(table, lambda table, at=at: _update(table, at, nulls))
     if count:
         _delete_files(url, options, topic)
     return count
@@ -172,6 +175,17 @@ def _rows_of(topic: str, user: Erased) -> str:
     return f"{found} AND (kind IS NULL OR kind <> 'interaction' OR {sources})"
 
 
+def _at(places: pa.Table) -> str:
+    """Rows of a table by their places, for DataFusion."""
+    by_partition: dict[int, list[str]] = {}
+    for place in places.to_pylist():
+        by_partition.setdefault(place["kafka_partition"], []).append(str(place["kafka_offset"]))
+    return " OR ".join(
+        f"(kafka_partition = {partition} AND kafka_offset IN ({', '.join(offsets)}))"
+        for partition, offsets in by_partition.items()
+    )
+
+
 @contextmanager
 def _claimed(url: str, options: Mapping[str, str], topic: str) -> Generator[DeltaTable]:
     """A table that is there, and that nobody else rewrites meanwhile."""
@@ -205,6 +219,11 @@ def _delete_files(url: str, options: Mapping[str, str], topic: str) -> None:
 def _committed(table: DeltaTable, rewrite: Callable[[DeltaTable], int]) -> int:
     table.update_incremental()
     return rewrite(table)
+
+
+def _update(table: DeltaTable, rows: str, updates: dict[str, str]) -> int:
+    done = table.update(predicate=rows, updates=updates, writer_properties=WRITER)
+    return int(done["num_updated_rows"])
 
 
 def _replace(table: DeltaTable, rows: pa.Table) -> int:

@@ -88,6 +88,11 @@ def test_rows_of_a_user_are_emptied_and_positions_stay(tmp_path: Path) -> None:
     # No file has them any more; an archiver goes on where it was.
     for path in (tmp_path / "reviews").glob("*.parquet"):
         assert ODD not in pl.read_parquet(path)["user_id"].to_list()
+    # Nor does the table's log say who was erased.
+    for path in (tmp_path / "reviews" / "_delta_log").glob("*.json"):
+        commit = path.read_text().partition('"commitInfo"')[2].splitlines() or [""]
+        assert "hara" not in commit[0]
+        assert ODD.encode().hex() not in commit[0]
     later = Archive(str(tmp_path))
     assert later.append("reviews", [Row(0, 6, None, b"k", None), Row(0, 7, None, b"k", None)]) == 1
 
@@ -108,6 +113,39 @@ def test_several_users_are_erased_at_once_each_as_far_as_they_were_told(tmp_path
     assert erase_rows(str(tmp_path), {}, "users", users) == 3
     assert left(tmp_path, "users") == [2, 4, 5]
     assert erase_rows(str(tmp_path), {}, "behavior", users) == 0  # there is no such table
+
+
+def test_files_that_an_erasure_left_behind_are_deleted_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed between its commit and their end."""
+    write(tmp_path, "score-requests", (0, "ann", None), (0, "bob", None))
+    archived(tmp_path)
+    user = Erased("ann", int(USERS[0]), 1, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(erasure, "_delete_files", lambda *_: None)
+        erase_rows(str(tmp_path), {}, "score-requests", [erased("ann", **{"score-requests": 1})])
+        erase_journal(str(tmp_path), {}, [user])
+    files = [
+        len(list((tmp_path / topic).glob("*.parquet"))) for topic in ("score-requests", "journal")
+    ]
+    assert files == [2, 2]
+    erase_rows(str(tmp_path), {}, "score-requests", [erased("ann", **{"score-requests": 1})])
+    erase_journal(str(tmp_path), {}, [user])
+    files = [
+        len(list((tmp_path / topic).glob("*.parquet"))) for topic in ("score-requests", "journal")
+    ]
+    assert files == [1, 1]
+
+
+def test_more_rows_than_one_commit_names_are_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "users", *[(at % 2, "a" if at % 3 else "b", None) for at in range(20)])
+    monkeypatch.setattr(erasure, "PLACES", 2)
+    users = [erased("a", 0, users=20), erased("a", 1, users=20)]
+    assert erase_rows(str(tmp_path), {}, "users", users) == 13
+    assert left(tmp_path, "users") == [0, 6, 12, 18, 3, 9, 15]
 
 
 def test_predictions_go_with_the_events_that_they_are_of(tmp_path: Path) -> None:
