@@ -77,8 +77,7 @@ def erase_rows(url: str, options: Mapping[str, str], topic: str, users: Sequence
         for first in range(0, len(places), PLACES):
             at = _at(places.slice(first, PLACES))
             count += _committed(table, lambda table, at=at: _update(table, at, nulls))
-    if count:
-        _delete_files(url, options, topic)
+    _delete_files(url, options, topic)  # also those of an erasure that ended before it came here
     return count
 
 
@@ -114,8 +113,7 @@ def erase_journal(
                 )
                 _committed(table, lambda table, rows=rows: _replace(table, rows))
                 count += sum(rows for _, _, rows in values)
-    if count:
-        _delete_files(url, options, "journal")  # no sooner: they were read until now
+    _delete_files(url, options, "journal")  # no sooner: they were read until now
     return found, count
 
 
