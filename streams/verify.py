@@ -342,8 +342,9 @@ class _Partition:
         self._state = from_bytes([None], PARTITION)[0]
         self._inputs: list[dict[int, Any]] = [  # the user's id in place of what erases one
             {
-                offset: user_of(key) if record is None else record
+                offset: found
                 for _, offset, key, record in shared.records(topic, partition)
+                if (found := user_of(key) if record is None else record) is not None
             }
             for topic in TOPICS
         ]
@@ -354,18 +355,20 @@ class _Partition:
         whole = not erased.any()
         for rows in _runs(erased):
             if erased[rows.start]:
+                self._report.passed_over += rows.stop - rows.start
                 self._pass_over(part(entry, rows))
             else:
                 self._replay(entry if whole else part(entry, rows), whole)
 
     def _pass_over(self, entry: Journal) -> None:
-        """Count rows of nobody in the partition."""
-        self._report.passed_over += len(entry)
+        """Count rows in the partition, and make no states of them."""
+        events = entry.events.view(EVENT).reshape(-1).copy()
+        events["user"] = NONE
         _, self._state = recover(
             from_bytes([None], USER),
             np.zeros(len(entry), np.intp),
             self._state.copy(),
-            entry.events.view(EVENT).reshape(-1),
+            events,
             entry.features,
             entry.duplicates,
             entry.steps,
@@ -375,6 +378,7 @@ class _Partition:
         """Replay rows of one transaction, perhaps all of it, and compare them."""
         events = self._events(entry)
         if events is None:
+            self._pass_over(entry)
             return
         users, index = np.unique(events["user"], return_inverse=True)
         places = self._users.place(users)

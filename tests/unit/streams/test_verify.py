@@ -10,8 +10,11 @@ from schemas import archive
 from schemas.archive import Row
 from schemas.exceptions import StarcastError, UnreachableError
 from streams.config import ArchiveConfig, ModelsConfig, RedisConfig
+from streams.erasure import Erased, erase_journal
 from streams.store import Store
 from streams.verify import EXAMPLES, Verification, verify_replay
+from tests.unit.streams.journals import USERS
+from tests.unit.streams.test_erasure import archived
 
 
 def test_differences_are_counted_and_some_told_in_full() -> None:
@@ -40,6 +43,21 @@ def test_archived_rows_that_cannot_be_read_are_told(store: str, tmp_path: Path) 
     kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 2)
     with pytest.raises(UnreachableError, match="items cannot be used"):
         verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
+
+
+def test_inputs_that_were_emptied_are_told_as_missing_beside_rows_of_nobody(
+    store: str, tmp_path: Path
+) -> None:
+    """As of a record whose key is another user's, who was erased."""
+    archived(tmp_path)
+    erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])
+    emptied = [Row(1, offset, 0, None, None) for offset in range(5)]
+    for topic in ("reviews", "behavior"):
+        write_deltalake(str(tmp_path / topic), archive.table(topic, emptied))
+    kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 2)
+    found = verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
+    assert found.differences["archived input"] == 7  # all rows that are of somebody
+    assert found.passed_over == 5
 
 
 def test_without_a_journal_there_is_nothing_to_verify(store: str, tmp_path: Path) -> None:
