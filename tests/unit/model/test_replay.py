@@ -247,6 +247,32 @@ def test_recovery_gives_what_was_and_skips_what_is_applied(
         assert header.tobytes() == partition[-1].tobytes()
 
 
+@settings(max_examples=60)
+@given(histories(forgets=True))
+def test_who_comes_back_is_as_another_user(events: Rows) -> None:
+    """What a user did before each erasure might as well have been done by somebody else."""
+    around = surroundings()
+    lookups = Lookups(around.items, around.item_attributes, empty(USER_ATTRIBUTES), around.vectors)
+    lives, others = np.zeros(len(events), np.uint64), events.copy()
+    for user in USERS:
+        mine = events["user"] == user
+        lives[mine] = np.cumsum(events["action"][mine] == FORGET)
+    others["user"] += lives * np.uint64(100)
+    others["user"][events["action"] == FORGET] = 99  # who has never been seen
+    users, index = np.unique(others["user"], return_inverse=True)
+    same = run(blank(USER, len(USERS)), blank(PARTITION, ()), events, lookups)
+    share = Share(blank(USER, len(users)), index, blank(PARTITION, ()), others)
+    ((apart,), _) = run_batch([share], lookups)
+    for place, user in enumerate(USERS):
+        life = int((events["action"][events["user"] == user] == FORGET).sum())
+        found = apart.states[users == user + np.uint64(100 * life)]
+        expected = found if len(found) else blank(USER, 1)
+        assert same.states[place].tobytes() == expected[0].tobytes()
+    assert same.partition.tobytes() == apart.partition.tobytes()
+    assert same.deltas.tobytes() == apart.deltas.tobytes()
+    assert_same_observations(same.observation, apart.observation)
+
+
 def test_rows_of_nobody_count_in_the_partition_and_make_no_state() -> None:
     """As a journal has them in which a user was erased."""
     lookups, partition = surroundings(), blank(PARTITION, ())

@@ -585,7 +585,8 @@ def test_the_journal_holds_what_was_read_and_done(make: Make) -> None:
 
 
 events = st.lists(
-    st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 3), st.integers(0, 30)),
+    # Of a number below 0: a null value, which erases the user.
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 3), st.integers(-8, 30)),
     min_size=1,
     max_size=25,
 )
@@ -600,27 +601,39 @@ def test_batches_change_nothing(
     polled: list[Message] = []
     counts = dict.fromkeys(KINDS, 0)
     for at, (kind, user, item, number) in enumerate(rows):
-        each = record(kind, number, f"user-{user}", f"item-{item}")
-        polled.append(message(kind, each, 0, counts[kind], timestamp=(2, NOW_MS + at)))
+        each = record(kind, number, f"user-{user}", f"item-{item}") if number >= 0 else None
+        said = {"timestamp": (2, NOW_MS + at), "key": f"user-{user}".encode()}
+        polled.append(message(kind, each, 0, counts[kind], **said))
         counts[kind] += 1
     whole, cut = make(), make()
     outcome = whole.process(polled)
     finish(whole, outcome)
     several: list[PredictedRating] = []
+    journals: list[bytes] = []
     edges = [0, *sorted(each for each in cuts if 0 < each < len(polled)), len(polled)]
     for low, high in pairwise(edges):
         part = cut.process(polled[low:high])
         several += told(part)
+        journals += values(part, "journal")
         finish(cut, part)
     names = [f"user-{user}" for user in range(4)]
     assert users(whole, 0, *names).tobytes() == users(cut, 0, *names).tobytes()
     assert whole._states[0].header.tobytes() == cut._states[0].header.tobytes()
     together = told(outcome)
+    written = [_rows(each) for each in (values(outcome, "journal"), journals)]
+    assert written[0] == written[1]
     drop = {"predicted_at"}
     assert [each.model_dump(exclude=drop) for each in together] == [
         each.model_dump(exclude=drop) for each in several
     ]
     assert {each.tier for each in together} <= set(TIERS)
+
+
+def _rows(values: Sequence[bytes]) -> list[bytes]:
+    """Bytes of the columns of a journal, whatever its transactions."""
+    whole = journal.join([journal.decode(each).journal for each in values])
+    names = ("topics", "offsets", "steps", "seqs", "events", "duplicates", "features")
+    return [getattr(whole, name).tobytes() for name in names]
 
 
 def test_a_forgotten_partition_is_read_again_from_the_store(make: Make) -> None:
