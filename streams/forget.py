@@ -279,14 +279,28 @@ def _next(kafka: KafkaConfig, topic: str, partition: int, start: int, none: int)
 def _ends(shop: Shop, told: Sequence[Told]) -> Ends:
     """What the archive has to hold of each topic before it is erased."""
     partitions = sorted({each.partition for each in told})
-    ends = {("dead-letters", 0): bounds(shop.kafka, "dead-letters", [0])[0][1]}
+    ends = _written(shop, "dead-letters", [0])
     for topic in ("score-requests", "predicted-ratings", "journal"):
-        found = bounds(shop.kafka, topic, partitions)
-        ends |= {(topic, partition): found[partition][1] for partition in partitions}
+        ends |= _written(shop, topic, partitions)
     for partition in partitions:
         ends |= {(topic, partition): end for topic, end in _applied(shop, partition).items()}
         mine = [each.offsets["users"] for each in told if each.partition == partition]
         ends["users", partition] = max(mine) + 1
+    return ends
+
+
+def _written(shop: Shop, topic: str, partitions: Sequence[int]) -> dict[tuple[str, int], int]:
+    """The offset after the last record of partitions, archived or in Kafka.
+
+    The broker of embedded mode tells too low an end, so what follows is looked at.
+    """
+    archived = archive.positions(shop.archive.url, topic, _options(shop))
+    ends: dict[tuple[str, int], int] = {}
+    for partition, (_, end) in bounds(shop.kafka, topic, partitions).items():
+        start = max(end, archived.get(partition, 0))
+        batches = read_topic(shop.kafka, topic, start={partition: start}, partitions=[partition])
+        last = max((each.offset() or 0 for batch in batches for each in batch), default=-1)
+        ends[topic, partition] = max(start, last + 1)
     return ends
 
 

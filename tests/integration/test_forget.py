@@ -21,6 +21,7 @@ from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
 from streams.admin import reach
+from streams.embedded import embedded
 from streams.erasure import ErasureError
 from streams.producer import Outgoing
 from streams.recount import check_states
@@ -63,6 +64,7 @@ def run(shop: Shop, *arguments: str) -> Result:
         "STARCAST_REDIS__URL": settings.redis.url.get_secret_value(),
         "STARCAST_REDIS__KEY_PREFIX": settings.redis.key_prefix,
         "STARCAST_ARCHIVE__URL": settings.archive.url,
+        "STARCAST_KAFKA__EXACTLY_ONCE": str(shop.settings.kafka.exactly_once),
         "STARCAST_MODELS__URL": settings.models.url,
         "STARCAST_MODELS__ENCODER": settings.models.encoder,
     }
@@ -206,6 +208,32 @@ def test_forget_erases_a_user_everywhere_and_nothing_brings_them_back(
     assert shop.states() == states
     checked = check_states(place(shop), list(range(PARTITIONS)))
     assert checked.differences == {}, checked.examples
+
+
+def test_forget_erases_in_embedded_mode_too(tmp_path: Path) -> None:
+    """Its broker has no transactions, and its word for where a topic ends is too low."""
+    with embedded(tmp_path) as ends:
+        made = make_shop(ends.bootstrap_servers, ends.redis_url, tmp_path).settings
+        kafka = made.kafka.model_copy(update={"exactly_once": False})
+        shop = Shop(made.model_copy(update={"kafka": kafka}))
+        sent = generated()[:600]
+        user = busiest(sent)
+        count = sum(topic in ("reviews", "behavior") for topic, _ in sent)
+        with shop.workers("archiver", *WORKERS):
+            shop.play(sent)
+            shop.until_predicted(count)
+            shop.until_archived()
+            assert files_with(shop, user)
+            result = run(shop, "forget", user, "--yes")
+            assert result.exit_code == 0, result.output
+            assert is_blank(shop, user)
+            assert files_with(shop, user) == []
+            shop.until_users_are_written()
+            shop.until_items_are_applied()
+            shop.until_archived()
+        settings = shop.settings
+        report = verify_replay(settings.archive, settings.models, shop.store)
+        assert report.differences == {}, report.examples
 
 
 def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
