@@ -163,7 +163,7 @@ class Models:
                 self._take_up(self._ladder())
         elif running.bundle is None or named.version != running.bundle.version:
             loaded = None if coming else self._load(named)
-            made = None if loaded is None else self._serve(loaded)
+            made = None if loaded is None else self._serve(loaded, named.version)
             if made is not None:
                 coming = _Coming(made, time.monotonic(), -math.inf)
                 if running.bundle is None:
@@ -204,7 +204,7 @@ class Models:
             loaded = bundle.load(self._config.url, before.version, before.sha256)
         except BundleError:
             return
-        if (made := self._serve(loaded)) is not None:
+        if (made := self._serve(loaded, before.version)) is not None:
             self._take_up(made)
 
     def _waits(self, coming: _Coming) -> bool:
@@ -271,7 +271,7 @@ class Models:
             )
             self._refuse(pair, reason)
             return None
-        made = self._serve(loaded)
+        made = self._serve(loaded, pair)
         return None if made is None else made.predictor
 
     def _end_trial(self, serving: Serving, error: TrialError) -> None:
@@ -318,8 +318,11 @@ class Models:
         hash_ = encoder.setting_hash(self._config.encoder)
         return self._warmed(Serving(predictor(None), None, folder, None, hash_))
 
-    def _serve(self, loaded: Bundle) -> Serving | None:
-        """A bundle made ready; None for one that is refused, as what does not fit on a device."""
+    def _serve(self, loaded: Bundle, called: str) -> Serving | None:
+        """A bundle made ready; None for one that is refused, as what does not fit on a device.
+
+        `called`: what then is refused.
+        """
         try:
             return self._warmed(
                 Serving(
@@ -332,7 +335,7 @@ class Models:
             )
         except Exception as error:  # noqa: BLE001 - of torch: what runs goes on, whatever it is
             reason = f"{loaded.version} cannot be made ready ({type(error).__name__}: {error})"
-            self._refuse(loaded.version, reason)
+            self._refuse(called, reason)
             return None
 
     def _warmed(self, serving: Serving) -> Serving:
