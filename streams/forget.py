@@ -168,16 +168,17 @@ def undeleted(shop: Shop, told: Sequence[Told]) -> set[str]:
 def unapplied(shop: Shop, told: Sequence[Told]) -> set[str]:
     """Of `scorer` and, where it has ever worked, `texts`: who has not done with the null values."""
     waiting: set[str] = set()
-    read = committed(shop.kafka, group_name(shop.kafka, "texts")).get("reviews", {})
+    texts = committed(shop.kafka, group_name(shop.kafka, "texts"))
+    read = texts.get("reviews", {})
     for partition in sorted({each.partition for each in told}):
         mine = [each for each in told if each.partition == partition]
         last = {topic: max(each.offsets[topic] for each in mine) for topic in TOPICS}
         ends = _applied(shop, partition)
         if any(ends[topic] <= last[topic] for topic in TOPICS):
             waiting.add("scorer")
-        if partition not in read:
+        if not texts:
             continue
-        if read[partition] <= last["reviews"]:
+        if read.get(partition, 0) <= last["reviews"]:  # at first it may have read items alone
             waiting.add("texts")
         elif _has_null(shop.kafka, partition, ends["text-features"], mine):
             waiting.add("scorer")

@@ -95,6 +95,16 @@ def test_texts_that_are_read_late_are_waited_for(shop: Shop, kafka: Callable[...
     assert not unapplied(shop, TOLD)
 
 
+def test_texts_that_have_come_to_items_alone_are_waited_for(
+    shop: Shop, kafka: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have what the user wrote before them, and the archive would take it."""
+    applied(shop, 12, 22, 4)
+    kafka(None)
+    monkeypatch.setattr(forget, "committed", lambda *_: {"items": {0: 5}, "reviews": {2: 7}})
+    assert unapplied(shop, TOLD) == {"texts"}
+
+
 def test_the_archive_has_to_hold_all_before_an_end(
     shop: Shop, kafka: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
