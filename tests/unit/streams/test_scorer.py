@@ -794,9 +794,9 @@ def test_a_version_on_trial_that_cannot_predict_stops_nothing(
 
     monkeypatch.setattr(Predictor, "predict", fails)
     with capture_logs() as logs:
-        for _ in range(2):
-            outcome = scorer.process(shop_log())
-            finish(scorer, outcome)
+        finish(scorer, scorer.process(shop_log()))
+        outcome = scorer.process(shop_log())
+        finish(scorer, outcome)
     assert {each.model_version for each in told(outcome)} == {stable}
     assert len(told(outcome)) == len(plain)
     assert digests(scorer.idle()).keys() == {(stable, "stable")}
