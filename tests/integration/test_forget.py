@@ -237,8 +237,9 @@ def test_forget_erases_in_embedded_mode_too(tmp_path: Path) -> None:
 
 
 def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
-    kafka: str, store_server: str, tmp_path: Path
+    kafka: str, store_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("streams.forget.COPIED_SECONDS", 0.0)  # nobody comes back in this one
     shop = make_shop(kafka, store_server, tmp_path)
     sent = generated()
     user = busiest(sent)

@@ -122,8 +122,8 @@ from streams.store import Store
 
 settings, metrics = Settings(), make_metrics()
 with ExitStack() as stack:
-    models = run._loaded(settings.models, metrics, stack)
     store = Store(settings.redis, LAYOUT_HASH, settings.kafka.partitions)
+    models = run._loaded(settings.models, store, metrics, stack)
     shared = run._Shared(settings, store, models, metrics)
     for name in ("items", "catalog", "archiver"):
         print(run._make(name, shared, 0).name)
