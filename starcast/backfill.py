@@ -14,7 +14,7 @@ from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.files import read_values
 from schemas.topics import BY_NAME
-from starcast.settings import Settings, storage_options
+from starcast.settings import Settings
 from streams.admin import apply_topics, committed, group_name
 from streams.producer import Outgoing, Sent, play
 from streams.run import run_processors
@@ -89,7 +89,7 @@ def _records(files: Sequence[Path]) -> Iterator[Outgoing]:
 def _has_work(settings: Settings, stage: str) -> bool:
     """Whether there are records that a processor has not done with."""
     if stage == ARCHIVER:
-        options = storage_options(settings.archive)
+        options = settings.archive.storage_options
         places = {
             topic: archive.positions(settings.archive.url, topic, options) for topic in BY_NAME
         }

@@ -14,7 +14,7 @@ from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from schemas.exceptions import StarcastError
-from starcast.settings import Settings, hide_password, storage_options
+from starcast.settings import Settings, hide_password
 from streams.admin import reach, show_topics
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
 from streams.store import STORE_ERRORS, connect
@@ -136,7 +136,7 @@ def _archive(config: ArchiveConfig) -> Iterator[Finding]:
         if _is_local(url):
             yield _local_folder("archive", url)
             return
-        storage = DeltaStorageHandler(url, storage_options(config))
+        storage = DeltaStorageHandler(url, config.storage_options)
         stream = storage.open_output_stream(PROBE)
         stream.write(b"")
         stream.close()

@@ -343,11 +343,6 @@ def _show(path: Path_, value: Any) -> str:
     return plain if isinstance(plain, str) else json.dumps(plain, default=str)
 
 
-def storage_options(archive: streams_config.ArchiveConfig) -> dict[str, str]:
-    """Options of the archive's storage as deltalake takes them, secrets told."""
-    return {name: value.get_secret_value() for name, value in archive.options.items()}
-
-
 def hide_password(url: str) -> str:
     """A URL with its password hidden, before the host or in the query."""
     hidden = re.sub(r"(://[^/@]*?:)[^@/]*(?=@)", rf"\1{HIDDEN}", url)

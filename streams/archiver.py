@@ -214,7 +214,7 @@ class Archiver:
     linger_seconds = LINGER_SECONDS
 
     def __init__(self, config: ArchiveConfig, topic_prefix: str, metrics: Metrics) -> None:
-        options = {name: value.get_secret_value() for name, value in config.options.items()}
+        options = config.storage_options
         self._compactor = Compactor(config.url, options)
         self._archive = Archive(config.url, options, config.compact_every, self._compactor.ask)
         self._config = config

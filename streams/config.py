@@ -60,6 +60,11 @@ class ArchiveConfig(BaseModel):
         default=100, ge=2, description="commits between two compactions of a table"
     )
 
+    @property
+    def storage_options(self) -> dict[str, str]:
+        """The options as deltalake takes them, secrets told."""
+        return {name: value.get_secret_value() for name, value in self.options.items()}
+
 
 class ModelsConfig(BaseModel):
     """Where bundles and the registry lie, and which text encoder a first bundle starts from."""

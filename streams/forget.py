@@ -95,7 +95,7 @@ def forget(
     told = tell(shop.kafka, told, TOPICS)
     scorer = _wait(lambda: unapplied(shop, told), seconds, progress)
     places = [_place("attributes", "deleted", catalog), _place("states", "erased", scorer)]
-    if not archive.tables(shop.archive.url, _options(shop)):
+    if not archive.tables(shop.archive.url, shop.archive.storage_options):
         said = f"nothing at {shop.archive.url}; an archiver that starts takes what Kafka still has"
         return [*places, Place("archive", True, said)]
     if waiting := sorted(catalog | scorer):
@@ -189,7 +189,7 @@ def unarchived(shop: Shop, ends: Ends) -> set[str]:
     """The topics of which the archive lacks a record before the end of a partition."""
     behind: set[str] = set()
     for topic in sorted({topic for topic, _ in ends}):
-        positions = archive.positions(shop.archive.url, topic, _options(shop))
+        positions = archive.positions(shop.archive.url, topic, shop.archive.storage_options)
         mine = {partition: end for (name, partition), end in ends.items() if name == topic}
         for partition, end in mine.items():
             start = positions.get(partition, 0)
@@ -295,7 +295,7 @@ def _written(shop: Shop, topic: str, partitions: Sequence[int]) -> dict[tuple[st
 
     The broker of embedded mode tells too low an end, so what follows is looked at.
     """
-    archived = archive.positions(shop.archive.url, topic, _options(shop))
+    archived = archive.positions(shop.archive.url, topic, shop.archive.storage_options)
     ends: dict[tuple[str, int], int] = {}
     for partition, (_, end) in bounds(shop.kafka, topic, partitions).items():
         start = max(end, archived.get(partition, 0))
@@ -307,7 +307,7 @@ def _written(shop: Shop, topic: str, partitions: Sequence[int]) -> dict[tuple[st
 
 def _archive(shop: Shop, told: Sequence[Told], ends: Ends) -> list[Place]:
     """Erase the archive: the journal first, which then asks for no rows of the other tables."""
-    url, options = shop.archive.url, _options(shop)
+    url, options = shop.archive.url, shop.archive.storage_options
     users = [
         Erased(
             each.user,
@@ -343,7 +343,3 @@ def _archive(shop: Shop, told: Sequence[Told], ends: Ends) -> list[Place]:
     except ErasureError as error:
         places.append(Place("archive", False, str(error)))
     return places
-
-
-def _options(shop: Shop) -> dict[str, str]:
-    return {name: value.get_secret_value() for name, value in shop.archive.options.items()}

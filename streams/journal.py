@@ -108,7 +108,7 @@ def _read(
 def _archived(
     archived: ArchiveConfig, partition: int, start: int, low: int
 ) -> Iterator[Transaction]:
-    options = {name: value.get_secret_value() for name, value in archived.options.items()}
+    options = archived.storage_options
     reached = start
     for transaction in archive.journal(archived.url, partition, options, start=start):
         if transaction.first_offset >= low:

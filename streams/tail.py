@@ -143,7 +143,7 @@ def read_archived(
     end: int | None = None,
 ) -> Iterator[list[Message]]:
     """Batches of a partition's archived rows from `start` to before `end`, as messages."""
-    options, where = _options(archived), archive.table_url(archived.url, topic)
+    options, where = archived.storage_options, archive.table_url(archived.url, topic)
     frame = archive.read(archived.url, topic, options, partitions=[partition])
     wanted = pl.col("kafka_offset") >= start
     if end is not None:
@@ -167,15 +167,11 @@ def read_archived(
 
 def archived_end(archived: ArchiveConfig, topic: str, partition: int) -> int:
     """The offset after a partition's last archived row; 0 where there is none."""
-    return archive.positions(archived.url, topic, _options(archived)).get(partition, 0)
+    return archive.positions(archived.url, topic, archived.storage_options).get(partition, 0)
 
 
 def _offset(message: Message) -> int:
     return message.offset() or 0
-
-
-def _options(archived: ArchiveConfig) -> dict[str, str]:
-    return {name: value.get_secret_value() for name, value in archived.options.items()}
 
 
 def _positions(

@@ -159,7 +159,7 @@ class _Replay:
     def __init__(
         self, archived: ArchiveConfig, models: ModelsConfig, store: Store, report: Verification
     ) -> None:
-        self.options = {name: each.get_secret_value() for name, each in archived.options.items()}
+        self.options = archived.storage_options
         self.url = archived.url
         self.models = models
         self.store = store

@@ -64,6 +64,23 @@ class Shop:
     settings: Settings
 
     @property
+    def environment(self) -> dict[str, str]:
+        """The settings, as a command reads them."""
+        settings = self.settings
+        return {
+            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
+            "STARCAST_KAFKA__TOPIC_PREFIX": settings.kafka.topic_prefix,
+            "STARCAST_KAFKA__GROUP_ID": settings.kafka.group_id,
+            "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
+            "STARCAST_KAFKA__EXACTLY_ONCE": str(settings.kafka.exactly_once),
+            "STARCAST_REDIS__URL": settings.redis.url.get_secret_value(),
+            "STARCAST_REDIS__KEY_PREFIX": settings.redis.key_prefix,
+            "STARCAST_ARCHIVE__URL": settings.archive.url,
+            "STARCAST_MODELS__URL": settings.models.url,
+            "STARCAST_MODELS__ENCODER": settings.models.encoder,
+        }
+
+    @property
     def store(self) -> Store:
         return Store(self.settings.redis, LAYOUT_HASH, PARTITIONS)
 

@@ -1,5 +1,6 @@
 """The command that erases users: `forget`."""
 
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -40,9 +41,8 @@ def forget(
     from streams.forget import kept_by_kafka
 
     shop = shop_of(settings)
-    with notes.status("Sending null values") as status:
+    with closing(shop.store), notes.status("Sending null values") as status:
         places = erase(shop, users, wait, lambda said: status.update(f"Waiting for {said}"))
-    shop.store.close()
     for place in places:
         output.print(
             Text.assemble(_MARKS[place.erased], f" {place.name}: {place.said}"), soft_wrap=True

@@ -27,7 +27,7 @@ from starcast.commands.context import (
     settings_of,
     stopping,
 )
-from starcast.settings import Settings, storage_options
+from starcast.settings import Settings
 from streams.config import KafkaConfig, RedisConfig
 from streams.producer import outgoing, play
 
@@ -183,7 +183,7 @@ def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
             settings.archive.url,
             settings.models.url,
             settings.trainer,
-            archive_options=storage_options(settings.archive),
+            archive_options=settings.archive.storage_options,
             encoder=settings.models.encoder,
             by=_who(),
             on_drift=on_drift,
@@ -410,7 +410,7 @@ def _history(settings: Settings, file: Path | None) -> "Log":
 
     if file is not None:
         return data.from_file(file)
-    return data.from_archive(settings.archive.url, storage_options(settings.archive))
+    return data.from_archive(settings.archive.url, settings.archive.storage_options)
 
 
 def _bundle(url: str, entry: "Entry | None") -> "Bundle | None":

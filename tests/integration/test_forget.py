@@ -55,20 +55,7 @@ def is_blank(shop: Shop, user: str) -> bool:
 
 def run(shop: Shop, *arguments: str) -> Result:
     """A command with the shop's settings."""
-    settings = shop.settings
-    environment = {
-        "STARCAST_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
-        "STARCAST_KAFKA__TOPIC_PREFIX": settings.kafka.topic_prefix,
-        "STARCAST_KAFKA__GROUP_ID": settings.kafka.group_id,
-        "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
-        "STARCAST_REDIS__URL": settings.redis.url.get_secret_value(),
-        "STARCAST_REDIS__KEY_PREFIX": settings.redis.key_prefix,
-        "STARCAST_ARCHIVE__URL": settings.archive.url,
-        "STARCAST_KAFKA__EXACTLY_ONCE": str(shop.settings.kafka.exactly_once),
-        "STARCAST_MODELS__URL": settings.models.url,
-        "STARCAST_MODELS__ENCODER": settings.models.encoder,
-    }
-    return CliRunner().invoke(app, [*arguments], env=environment)
+    return CliRunner().invoke(app, [*arguments], env=shop.environment)
 
 
 def cut(shop: Shop, *topics: str) -> None:

@@ -97,17 +97,7 @@ def played(kafka: str, store_server: str, tmp_path: Path) -> tuple[Shop, Sent]:
 
 def run(shop: Shop, *arguments: str) -> Result:
     """A command with the shop's settings."""
-    settings = shop.settings
-    environment = {
-        "STARCAST_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
-        "STARCAST_KAFKA__TOPIC_PREFIX": settings.kafka.topic_prefix,
-        "STARCAST_KAFKA__GROUP_ID": settings.kafka.group_id,
-        "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
-        "STARCAST_REDIS__URL": settings.redis.url.get_secret_value(),
-        "STARCAST_REDIS__KEY_PREFIX": settings.redis.key_prefix,
-        "STARCAST_ARCHIVE__URL": settings.archive.url,
-    }
-    return CliRunner().invoke(app, ["state", *arguments], env=environment)
+    return CliRunner().invoke(app, ["state", *arguments], env=shop.environment)
 
 
 def cut(shop: Shop, *topics: str) -> None:

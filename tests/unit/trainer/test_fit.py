@@ -126,10 +126,10 @@ def test_parts_of_another_size_are_not_carried_over(examples: Examples) -> None:
     assert "last" not in carry(Start(fitted.network, True), network)
 
 
-def test_a_fit_goes_on_from_its_start(examples: Examples) -> None:
+def go_on(examples: Examples, before: Fitted) -> Fitted:
+    """An epoch more of the same."""
     rows = np.arange(len(examples))
-    before = run(examples, examples.rating)
-    fitted = fit(
+    return fit(
         before.network.config.model_copy(update={"trees": 0}),
         examples.inputs,
         examples.rating,
@@ -141,6 +141,11 @@ def test_a_fit_goes_on_from_its_start(examples: Examples) -> None:
         on_epoch=lambda epoch, error: None,
         start=Start(before.network, same_shop=True),
     )
+
+
+def test_a_fit_goes_on_from_its_start(examples: Examples) -> None:
+    before = run(examples, examples.rating)
+    fitted = go_on(examples, before)
     assert fitted.carried
     assert fitted.errors[0] < before.errors[0]
 
@@ -170,7 +175,7 @@ def test_a_start_is_asked_for_what_it_has_not_met_alone(
     examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a model in service was fitted to would choose epochs by heart."""
-    rows, asked = np.arange(len(examples)), list[tuple[int, int]]()
+    asked = list[tuple[int, int]]()
 
     def begin(*given: Any) -> Any:
         asked.append((int(given[4][0]), int(given[4][-1]) + 1))
@@ -180,18 +185,7 @@ def test_a_start_is_asked_for_what_it_has_not_met_alone(
     before = run(examples, examples.rating)
     assert asked == [(300, 400), (400, 500), (500, 600)]
     asked.clear()
-    fit(
-        before.network.config.model_copy(update={"trees": 0}),
-        examples.inputs,
-        examples.rating,
-        rows[:500],
-        rows[500:600],
-        CONFIG.model_copy(update={"epochs": 1}),
-        seed=2,
-        device=CPU,
-        on_epoch=lambda epoch, error: None,
-        start=Start(before.network, same_shop=True),
-    )
+    go_on(examples, before)
     assert asked == [(500, 600)]
 
 
