@@ -103,9 +103,14 @@ class Whole:
 def whole(kafka: str, store_server: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     shop, sent = make_shop(kafka, store_server, folder), events(EVENTS)
+    played = only_events(sent)
     with shop.workers("archiver"):
         with shop.workers("scorer", "items", "catalog") as workers:
-            shop.play(sent)
+            half = next(i for i, each in enumerate(sent) if each is played[EVENTS // 2])
+            shop.play(sent[:half])
+            shop.until_predicted(EVENTS // 2)
+            shop.until_items_are_applied()  # or a slow worker for them would let none be known
+            shop.play(sent[half:])
             predictions = shop.until_predicted(EVENTS)
             shop.until_items_are_applied()
             shop.until_attributes_are_kept()
