@@ -1,10 +1,12 @@
 """Everything about how good predictions are, in parts that are kept: `make quality`.
 
 Parts: the evaluation beside peers on each set, the table of fine-tuning methods, the ablations of
-the rating network and of the text model, the speed of a long replay. Each part is a JSON file in
-`--folder`; one that is there is not made again, so the whole may be run bit by bit (`--parts`,
-`--sets`). What a run makes takes the place of what `bench/results/quality.json` had of it; the rest
-of that stays, with the day and the machine that it is of. `docs/quality.md` tells all of it.
+the rating network and of the text model, the speed of a long replay, and the evaluation on sets
+that no default was chosen on, of which those count that are in `--unseen` as their publishers name
+them. Each part is a JSON file in `--folder`; one that is there is not made again, so the whole may
+be run bit by bit (`--parts`, `--sets`). What a run makes takes the place of what
+`bench/results/quality.json` had of it; the rest of that stays, with the day and the machine that it
+is of. `docs/quality.md` tells all of it.
 """
 
 import argparse
@@ -43,7 +45,10 @@ from trainer.prepare import cleaned, review_texts
 from trainer.text import ReviewTexts
 from trainer.train import base_encoder
 
-SETS: Mapping[str, tuple[Callable[[Sequence[Path], Path], object], tuple[str, ...]]] = {
+Source = tuple[Callable[[Sequence[Path], Path], object], tuple[str, ...]]
+"""How a set is imported, and its files."""
+
+SETS: Mapping[str, Source] = {
     "Musical Instruments": (
         importers.import_amazon,
         ("amazon_musical_instruments_5/Musical_instruments_reviews.csv.zip",),
@@ -60,11 +65,23 @@ SETS: Mapping[str, tuple[Callable[[Sequence[Path], Path], object], tuple[str, ..
         ("ml-100k/ml-100k.inter", "ml-100k/ml-100k.item", "ml-100k/ml-100k.user"),
     ),
 }
-"""Names, how they are imported, and their files below `--data` or the movies' folder."""
+"""By name; files are below `--data` or the movies' folder."""
+
+UNSEEN: Mapping[str, Source] = {
+    "Amazon Fashion": (importers.import_amazon, ("AMAZON_FASHION_5.json",)),
+    "All Beauty": (importers.import_amazon, ("All_Beauty_5.json.gz",)),
+    "Appliances": (importers.import_amazon, ("Appliances_5.json.gz",)),
+    "Magazine Subscriptions": (importers.import_amazon, ("Magazine_Subscriptions_5.json.gz",)),
+    "MovieLens latest small": (importers.import_movielens, ("ratings.csv", "movies.csv")),
+}
+"""By name: the small 5-core sets of Amazon 2018 (McAuley), and GroupLens'; below `--unseen`.
+
+No default was ever chosen on them, so what they say is what another shop may expect.
+"""
 
 METHODS: tuple[Method, ...] = ("full", "top_layers", "lora", "adalora", "prefix", "frozen")
 TEXT_SET = "Musical Instruments"
-PARTS = ("sets", "methods", "ablations", "worded", "replay")
+PARTS = ("sets", "methods", "ablations", "worded", "replay", "unseen")
 AS_IT_IS, HALF = "as it is", "half of the stars"
 
 
@@ -104,6 +121,7 @@ class Place:
     folder: Path
     data: Path
     movies: Path
+    unseen: Path
     console: Console
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
@@ -129,11 +147,25 @@ class Place:
         """The record file of a set."""
         path = self.folder / f"{name.lower().replace(' ', '-')}.jsonl.gz"
         if not path.exists():
-            read, files = SETS[name]
-            folder = self.movies if name.startswith("MovieLens") else self.data
+            read, files = {**SETS, **UNSEEN}[name]
+            if name in UNSEEN:
+                folder = self.unseen
+            else:
+                folder = self.movies if name.startswith("MovieLens") else self.data
             path.parent.mkdir(parents=True, exist_ok=True)
             read([folder / each for each in files], path)
         return path
+
+    def at_hand(self) -> list[str]:
+        """The sets of UNSEEN whose files are there; the others are named."""
+        found: list[str] = []
+        for name, (_, files) in UNSEEN.items():
+            lacking = [each for each in files if not (self.unseen / each).exists()]
+            if lacking:
+                self.console.print(f"{name}: left out, {self.unseen / lacking[0]} is not there")
+            else:
+                found.append(name)
+        return found
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -333,6 +365,8 @@ def page(parts: Mapping[str, Any]) -> str:
         mean = gains(parts["sets"])["mean"]
         if mean is not None:
             lines += ["", f"Mean gain over the best peer of each set, prequential: {mean:+.2%}."]
+    if unseen := parts.get("unseen"):
+        lines += _unseen(unseen)
     if methods := parts.get("methods"):
         lines += ["", f"## Fine-tuning MiniLM on {TEXT_SET}", ""]
         lines += ["| method | trained weights | on | minutes | of a core | peak MB | of the GPU |"]
@@ -384,6 +418,37 @@ def _rating_table(way: str, block: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _unseen(parts: Mapping[str, Any]) -> list[str]:
+    """What sets say that no default was chosen on."""
+    lines = ["", "## Sets that no default was chosen on", ""]
+    lines += ["| prequential | test rows | model | best peer | gain | model − this (95%) |"]
+    lines += ["|---|---|---|---|---|---|"]
+    texts: list[str] = []
+    for name, each in parts.items():
+        figures = each["figures"]
+        block, gain = figures["rating"]["prequential"], figures["gain"]
+        best = block[gain["best_peer"]]
+        gap = best["model_minus_this"]["all"]
+        lines.append(
+            f"| {name} | {figures['rows']['test']:,} | {block['model']['rmse']:.4f} | "
+            f"{gain['best_peer']} {best['rmse']:.4f} | {gain['gain']:+.2%} | "
+            f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] |"
+        )
+        if read := figures["text"]:
+            peers = sorted((found["rmse"], peer) for peer, found in read.items() if peer != "model")
+            surest = max((found["accuracy"], peer) for peer, found in read.items())
+            texts.append(
+                f"| {name} | {read['model']['rows']:,} | {read['model']['rmse']:.4f} | "
+                f"{peers[0][1]} {peers[0][0]:.4f} | {read['model']['accuracy']:.1%} | "
+                f"{surest[1]} {surest[0]:.1%} |"
+            )
+    lines += ["", f"Mean gain over the best peer: {gains(parts)['mean']:+.2%}."]
+    if texts:
+        lines += ["", "| whole review | rows | model | best peer | accuracy | best accuracy |"]
+        lines += ["|---|---|---|---|---|---|", *texts]
+    return lines
+
+
 def _text_table(part: str, block: Mapping[str, Any]) -> list[str]:
     name = {"text": "whole review", "text_title": "title alone", "text_body": "text alone"}[part]
     lines = [f"| {name} | rows | RMSE | MAE | accuracy | macro-F1 |", "|---|---|---|---|---|---|"]
@@ -409,26 +474,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path(".cache/quality"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--movies", type=Path, default=Path(".cache/movielens"))
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        default=PARTS,
-        choices=PARTS,
-    )
+    parser.add_argument("--unseen", type=Path, default=Path(".cache/unseen"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     configure(LogConfig(level="warning"))
-    place = Place(chosen.folder, chosen.data, chosen.movies, Console(stderr=True))
+    place = Place(chosen.folder, chosen.data, chosen.movies, chosen.unseen, Console(stderr=True))
     if chosen.method:
         chosen.out.write_bytes(orjson.dumps(fitted_by(place, chosen.method)))
         return 0
+    unseen: Sequence[Any] = place.at_hand() if "unseen" in chosen.parts else ()
     several: Mapping[str, tuple[str, Sequence[Any], Callable[[Place, Any], Any]]] = {
         "sets": ("evaluate", chosen.sets, evaluated),
         "methods": ("method", METHODS, method),
         "ablations": ("ablations", chosen.sets, ablated),
         "worded": ("worded", [*WORDED], worded),
+        "unseen": ("unseen", unseen, evaluated),
     }
     parts = kept(RESULTS / "quality.json")
     for part in chosen.parts:
