@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -499,10 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parts[part] = place.part("replay", replayed)
             continue
         words, names, make = several[part]
-        made = {
-            name: place.part(f"{words} {name}", lambda make=make, name=name: make(place, name))
-            for name in names
-        }
+        made = {name: place.part(f"{words} {name}", partial(make, place, name)) for name in names}
         parts[part] = {**parts.get(part, {}), **(compared(made) if part == "worded" else made)}
     if parts.get("sets"):
         parts["gains"] = gains(parts["sets"])
