@@ -1,6 +1,7 @@
 """What all commands share: settings, consoles, and a clean end on a signal."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,6 +27,8 @@ from rich.progress import (
 from starcast import INTERRUPTED as INTERRUPTED
 from starcast import log
 from starcast.settings import Settings, load
+
+_ADDRESS = re.compile(r"\w{2,}:/")  # what a path makes of s3://…; a single letter is a drive
 
 WIDTH = 120  # of tables that go to a file or a pipe
 
@@ -99,6 +102,8 @@ def check_output(out: Path | None, *inputs: Path | None) -> None:
     """
     if out is None:
         return
+    if _ADDRESS.match(str(out)):
+        raise typer.BadParameter(f"{out} is an address; name a file of this machine, and copy it")
     try:
         if out.exists():
             if not out.is_file():

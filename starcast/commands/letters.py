@@ -79,9 +79,7 @@ def show(
     wanted = Wanted(positions=frozenset([position]))
     letter = next(read_letters(settings_of(context).kafka, wanted, redriven=True), None)
     if letter is None:
-        raise fail(
-            f"There is no dead letter at {position}; `starcast dead-letters list --all` has all."
-        )
+        raise _missing(position)
     if as_json:
         _print_line(letter)
         return
@@ -126,6 +124,10 @@ def redrive_(
     """
     kafka = settings_of(context).kafka
     wanted = Wanted(reason, topic, processor, since, until, frozenset(positions or ()))
+    if positions:
+        there = read_letters(kafka, Wanted(positions=wanted.positions), redriven=True)
+        if missing := sorted(wanted.positions - {letter.position for letter in there}):
+            raise _missing(", ".join(missing))
     if dry_run:
         counts, lacking = Counter[str](), 0
         for letter in read_letters(kafka, wanted, again):
@@ -141,6 +143,12 @@ def redrive_(
     output.print(f"Sent {_counted(sent.delivered)}.")
     if sent.failed:
         raise fail("".join(f"{count} failed: {why}\n" for why, count in sent.failed.items()))
+
+
+def _missing(positions: str) -> typer.Exit:
+    return fail(
+        f"There is no dead letter at {positions}; `starcast dead-letters list --all` has all."
+    )
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Which model serves.")
 
 _NO_PEERS = "none"
+_PLOT = ".svg"  # beside a command's figures
 
 
 class What(StrEnum):
@@ -237,6 +238,8 @@ def evaluate(
 ) -> None:
     """Measure a model beside its peers on the newest rows of a record file."""
     check_output(json_out, events)
+    if json_out is not None and json_out.suffix == _PLOT:
+        raise typer.BadParameter(f"{json_out} is where the plot goes; give the figures another end")
     from trainer import data
     from trainer import evaluate as evaluation
     from trainer.assess import assess, summary
@@ -275,7 +278,7 @@ def evaluate(
     if json_out is not None:
         whole = {"events": str(events), **document}
         json_out.write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
-        json_out.with_suffix(".svg").write_text(plot, encoding="utf-8")
+        json_out.with_suffix(_PLOT).write_text(plot, encoding="utf-8")
 
 
 def search(
@@ -317,7 +320,7 @@ def search(
         f"{found.trials} trials"
     )
     if found.importance:
-        plot = out.with_suffix(".svg")
+        plot = out.with_suffix(_PLOT)
         searching.plot_importance(found, plot)
         output.print(f"What matters: {plot}")
     notes.print(f"To train with it: starcast --config {out} train")

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from schemas.exceptions import UnreachableError
+from schemas.exceptions import StarcastError, UnreachableError
 from starcast.commands.context import (
     INTERRUPTED,
     AsJson,
@@ -102,7 +102,10 @@ def run(
     settings = settings_of(context)
     from streams.run import check_names, run_processors
 
-    check_names(processors)
+    try:
+        check_names(processors)
+    except StarcastError as problem:
+        raise typer.BadParameter(str(problem)) from None
     if set(processors) - {"dashboard"}:  # the dashboard waits by itself, and says so on its page
         _wait_for_broker(settings.kafka, wait)
     with stopping() as stop:

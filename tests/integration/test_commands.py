@@ -167,6 +167,9 @@ def test_dead_letters(topics: KafkaConfig) -> None:
     assert run("dead-letters", "redrive", position).stdout == "Sent 1 records (1 to reviews).\n"
     assert run("dead-letters", "redrive", "--until", "2025-12-31").stdout == "Sent 0 records.\n"
     assert run("dead-letters", "redrive", position).stdout == "Sent 0 records.\n"
+    missing = run("dead-letters", "redrive", position, "7/7")
+    assert (missing.exit_code, missing.stdout) == (1, "")
+    assert "There is no dead letter at 7/7" in missing.stderr
     assert "1 dead letters" in run("dead-letters", "list").stderr
     everything = run("dead-letters", "list", "--all", "--json").stdout.splitlines()
     assert [json.loads(line)["redriven"] for line in everything] == [True, False]

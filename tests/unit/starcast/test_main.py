@@ -213,6 +213,25 @@ def test_what_cannot_be_written_is_refused_before_any_work(
     assert (tmp_path / "in.jsonl").read_text() == "kept"
 
 
+def test_an_address_is_not_taken_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "sample", "--out", "s3://bucket/shop.jsonl") == 2
+    assert "s3" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_does_not_take_the_place_of_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = tmp_path / "shop.jsonl"
+    events.touch()
+    out = str(tmp_path / "figures.svg")
+    assert run_main(monkeypatch, "evaluate", "--events", str(events), "--json", out) == 2
+    assert not Path(out).exists()
+
+
 def test_the_folder_of_an_output_is_made(tmp_path: Path) -> None:
     check_output(tmp_path / "deep" / "out.json", tmp_path / "missing.jsonl")
     assert list((tmp_path / "deep").iterdir()) == []
@@ -235,7 +254,7 @@ def test_a_processor_that_does_not_exist_is_told_before_the_broker_is_waited_for
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", f"{HOST}:{free_port()}")
-    assert run_main(monkeypatch, "run", "scorer", "nosuch") == 1
+    assert run_main(monkeypatch, "run", "scorer", "nosuch") == 2
     assert "There is no processor nosuch." in capsys.readouterr().err
 
 
