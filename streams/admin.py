@@ -12,6 +12,7 @@ import structlog
 from confluent_kafka import (
     OFFSET_INVALID,
     ConsumerGroupTopicPartitions,
+    IsolationLevel,
     KafkaError,
     KafkaException,
     TopicPartition,
@@ -95,9 +96,11 @@ def error_of(exception: KafkaException) -> KafkaError:
 
 
 def watermarks(
-    admin: AdminClient, places: Iterable[TopicPartition], seconds: float
+    admin: AdminClient, places: Iterable[TopicPartition], seconds: float, *, stable: bool = False
 ) -> dict[tuple[str, int], tuple[int, int]]:
     """The first offset of each partition and the next one to be written, by topic and partition.
+
+    Of what is `stable`: where the oldest transaction begins that is still open, if one is.
 
     Raises KafkaException when it is not answered within `seconds`, or in part: a broker that goes
     away meanwhile leaves librdkafka (2.16) with no offset, and no error either.
@@ -107,7 +110,7 @@ def watermarks(
         return {}
     lows, highs = (
         {(where.topic, where.partition): int(each.result().offset) for where, each in found.items()}
-        for found in _ask_ends(admin, asked, seconds)
+        for found in _ask_ends(admin, asked, seconds, stable)
     )
     if untold := [place for place in lows if min(lows[place], highs[place]) < 0]:
         raise KafkaException(
@@ -120,13 +123,14 @@ def watermarks(
 
 
 def _ask_ends(
-    admin: AdminClient, places: list[TopicPartition], seconds: float
+    admin: AdminClient, places: list[TopicPartition], seconds: float, stable: bool = False
 ) -> list[dict[TopicPartition, Any]]:
     """Futures of where each partition begins, and of where it ends."""
     futures: list[dict[TopicPartition, Any]] = []
+    isolation = {"isolation_level": IsolationLevel.READ_COMMITTED} if stable else {}
     for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
         asked: dict[TopicPartition, Any] = dict.fromkeys(places, spec)
-        futures.append(admin.list_offsets(asked, request_timeout=seconds))
+        futures.append(admin.list_offsets(asked, request_timeout=seconds, **isolation))
     return futures
 
 

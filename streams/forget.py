@@ -8,16 +8,17 @@ comes after has read what is erased.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from model.ids import hash_ids, partitions_of
 from schemas import archive
 from schemas.journal import TOPICS
 from streams.admin import (
+    REQUEST_SECONDS,
     client_config,
     committed,
     group_name,
@@ -25,6 +26,7 @@ from streams.admin import (
     refused_option,
     topic_configs,
     topic_name,
+    watermarks,
 )
 from streams.claims import header_offset
 from streams.config import KafkaConfig
@@ -191,9 +193,12 @@ def unarchived(shop: Shop, ends: Ends) -> set[str]:
     for topic in sorted({topic for topic, _ in ends}):
         positions = archive.positions(shop.archive.url, topic, shop.archive.storage_options)
         mine = {partition: end for (name, partition), end in ends.items() if name == topic}
-        for partition, end in mine.items():
-            start = positions.get(partition, 0)
-            if start < end and _next(shop.kafka, topic, partition, start, end) < end:
+        starts = {each: start for each in mine if (start := positions.get(each, 0)) < mine[each]}
+        decided = _decided(shop.kafka, topic, starts)
+        for partition, start in starts.items():
+            end = mine[partition]
+            first = _next(shop.kafka, topic, partition, start, end)
+            if min(first, decided.get(partition, end)) < end:
                 behind.add(topic)
     return behind
 
@@ -269,6 +274,15 @@ def _has_null(kafka: KafkaConfig, partition: int, start: int, told: Sequence[Tol
         kafka, "text-features", start={partition: max(start, 0)}, partitions=[partition]
     )
     return any(each.value() is None and each.key() in keys for batch in batches for each in batch)
+
+
+def _decided(kafka: KafkaConfig, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+    """Up to where nothing can be committed any more; not told where there are no transactions."""
+    if not kafka.exactly_once:
+        return {}
+    places = [TopicPartition(topic_name(kafka, topic), each) for each in partitions]
+    found = watermarks(reach(kafka), places, REQUEST_SECONDS, stable=True)
+    return {partition: end for (_, partition), (_, end) in found.items()}
 
 
 def _next(kafka: KafkaConfig, topic: str, partition: int, start: int, none: int) -> int:

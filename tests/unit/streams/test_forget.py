@@ -109,12 +109,16 @@ def test_the_archive_has_to_hold_all_before_an_end(
     shop: Shop, kafka: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forget.archive, "positions", lambda *_: {1: 5})
+    decided = {1: 9}
+    monkeypatch.setattr(forget, "_decided", lambda *_: decided)
     kafka(None, message("journal", b"", 1, 7))
     assert unarchived(shop, {("journal", 1): 8}) == {"journal"}
     assert not unarchived(shop, {("journal", 1): 7})  # between are ends of transactions alone
     assert not unarchived(shop, {("journal", 1): 5})
     kafka(None)
     assert not unarchived(shop, {("journal", 1): 8})
+    decided[1] = 7  # a transaction is open from there on
+    assert unarchived(shop, {("journal", 1): 8}) == {"journal"}
 
 
 @pytest.mark.parametrize(
