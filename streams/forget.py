@@ -82,10 +82,10 @@ def forget(
 ) -> list[Place]:
     """Forget users in the store, the topics and the archive; what became of them in each place.
 
-    The catalog, the scorer with `texts`, and the archiver are waited for `seconds` each; `progress`
-    is told of what is waited for. It may be repeated. Raises ErasureError for what is no user's id,
-    TopicError, BrokerError and UnreachableError for a Kafka, store or archive that does not do its
-    part.
+    The catalog, the scorer with `texts`, `answers`, and the archiver are waited for `seconds` each;
+    `progress` is told of what is waited for. It may be repeated. Raises ErasureError for what is no
+    user's id, TopicError, BrokerError and UnreachableError for a Kafka, store or archive that does
+    not do its part.
     """
     if wrong := [user for user in users if user_of(user) is None]:
         raise ErasureError(f"{wrong[0]!r} is no user's id: 1 to 256 characters, none of them NUL.")
@@ -104,7 +104,12 @@ def forget(
         who = " and ".join(waiting)
         said = f"not erased: it has to hold what {who} makes of the null values; run it again then"
         return [*places, Place("archive", False, said)]
-    ends = _ends(shop, told)
+    partitions = sorted({each.partition for each in told})
+    asked = _written(shop, "score-requests", partitions)
+    if _wait(lambda: unanswered(shop, asked), seconds, progress):
+        said = "not erased: answers is behind; start it and run the command again"
+        return [*places, Place("archive", False, said)]
+    ends = asked | _ends(shop, told)
     if behind := _wait(lambda: unarchived(shop, ends), seconds, progress):
         topics = ", ".join(sorted(behind))
         said = f"not erased: the archiver is behind in {topics}; start it and run the command again"
@@ -185,6 +190,20 @@ def unapplied(shop: Shop, told: Sequence[Told]) -> set[str]:
         elif _has_null(shop.kafka, partition, ends["text-features"], mine):
             waiting.add("scorer")
     return waiting
+
+
+def unanswered(shop: Shop, asked: Ends) -> set[str]:
+    """`answers`, where it has ever worked and not answered all requests before these ends.
+
+    What it answers later has a state without what was erased, and would say what was asked before.
+    """
+    read = committed(shop.kafka, group_name(shop.kafka, "answers")).get("score-requests", {})
+    starts = {partition: read.get(partition, 0) for _, partition in asked} if read else {}
+    for partition, start in starts.items():
+        end = asked["score-requests", partition]
+        if start < end and _next(shop.kafka, "score-requests", partition, start, end) < end:
+            return {"answers"}
+    return set()
 
 
 def unarchived(shop: Shop, ends: Ends) -> set[str]:
@@ -291,11 +310,11 @@ def _next(kafka: KafkaConfig, topic: str, partition: int, start: int, none: int)
     return next((each.offset() or 0 for batch in batches for each in batch), none)
 
 
-def _ends(shop: Shop, told: Sequence[Told]) -> Ends:
-    """What the archive has to hold of each topic before it is erased."""
+def _ends(shop: Shop, told: Sequence[Told]) -> dict[tuple[str, int], int]:
+    """What the archive has to hold of each topic before it is erased, but for requests."""
     partitions = sorted({each.partition for each in told})
     ends = _written(shop, "dead-letters", [0])
-    for topic in ("score-requests", "predicted-ratings", "journal"):
+    for topic in ("predicted-ratings", "journal"):
         ends |= _written(shop, topic, partitions)
     for partition in partitions:
         ends |= {(topic, partition): end for topic, end in _applied(shop, partition).items()}

@@ -134,9 +134,10 @@ class Forgotten:
             return self._before(user, partition, topic, offset)
         if topic == "predicted-ratings":
             record = orjson.loads(message.value() or b"")
-            if record["kind"] == "interaction":
-                source = record["source"]
-                return self._before(user, partition, source["topic"], source["offset"])
+            source = record["source"]
+            topic, offset = source["topic"], source["offset"]  # an answer goes with its request
+            if topic in TOPICS:
+                return self._before(user, partition, topic, offset)
         elif topic != "score-requests":
             return WHOLE
         span = self.shop.forgotten[user]

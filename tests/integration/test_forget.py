@@ -266,12 +266,22 @@ def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
     assert "✗ states: not yet: scorer has not read the null values" in early.stdout
     assert "✓ archive: nothing at" in early.stdout
     with shop.workers("scorer", "items", "catalog"):
-        with shop.workers("archiver"):
-            shop.play(sent)
-            shop.until_predicted(EVENTS)
-            shop.until_archived()
-        # Nobody archives: states are erased, the archive has to wait.
         asked = [user, other, "o'hara; a user -- of none"]
+        request = ScoreRequest(request_id="q", user_id=user, item_ids=["cup"], event_time=END)
+        with shop.workers("archiver"):
+            with shop.workers("answers"):
+                shop.play([*sent, ("score-requests", request)])
+                shop.until_predicted(EVENTS)
+                shop.until_predicted(1, "request")
+            shop.play([("score-requests", request)])
+            shop.until_archived()
+            # Nobody answers: what is answered later would say what was asked.
+            half = run(shop, "forget", *asked, "--yes", "--wait", "5")
+            assert half.exit_code == 1
+            assert "✗ archive: not erased: answers is behind" in half.stdout
+        with shop.workers("answers"):
+            shop.until_predicted(2, "request")
+        # Nobody archives: states are erased, the archive has to wait.
         half = run(shop, "forget", *asked, "--yes", "--wait", "5")
         assert half.exit_code == 1
         assert "✓ states: erased" in half.stdout
@@ -290,6 +300,7 @@ def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
             done = run(shop, "forget", *asked, "--yes")
             assert done.exit_code == 0, done.output
             assert files_with(shop, user) == files_with(shop, other) == []
+            assert "✓ archive: predicted-ratings: 0 rows erased" in done.stdout
             assert "✓ archive: reviews: 3 rows erased" in done.stdout  # its own null values
             shop.until_items_are_applied()
             shop.until_archived()

@@ -13,7 +13,7 @@ from model.state import LAYOUT_HASH
 from streams import forget
 from streams.claims import header_data
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
-from streams.forget import Told, _kept, unapplied, unarchived, undeleted
+from streams.forget import Told, _kept, unanswered, unapplied, unarchived, undeleted
 from streams.reader import USER_KIND, USER_STATE
 from streams.rebuild import Shop
 from streams.store import Store
@@ -103,6 +103,21 @@ def test_texts_that_have_come_to_items_alone_are_waited_for(
     kafka(None)
     monkeypatch.setattr(forget, "committed", lambda *_: {"items": {0: 5}, "reviews": {2: 7}})
     assert unapplied(shop, TOLD) == {"texts"}
+
+
+def test_requests_from_before_are_to_be_answered(
+    shop: Shop, kafka: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {("score-requests", 1): 8, ("score-requests", 2): 0}
+    request = message("score-requests", b"", 1, 7)
+    kafka(None, request)
+    assert not unanswered(shop, asked)  # nobody has ever answered
+    for read, waiting in (({0: 3}, {"answers"}), ({1: 7}, {"answers"}), ({1: 8}, set[str]())):
+        monkeypatch.setattr(forget, "committed", lambda *_, read=read: {"score-requests": read})
+        assert unanswered(shop, asked) == waiting
+    kafka(None)  # what is left is the end of a producer's transaction alone
+    monkeypatch.setattr(forget, "committed", lambda *_: {"score-requests": {1: 7}})
+    assert not unanswered(shop, asked)
 
 
 def test_the_archive_has_to_hold_all_before_an_end(
