@@ -6,12 +6,13 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import structlog
 from confluent_kafka import (
     OFFSET_INVALID,
-    ConsumerGroupTopicPartitions,
+    Consumer,
     IsolationLevel,
     KafkaError,
     KafkaException,
@@ -327,18 +328,43 @@ def _refuse_other_counts(counts: Mapping[str, tuple[int, int]]) -> None:
 def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
     """Topic → partition → the offset that a consumer group goes on from, where it has committed.
 
-    Topics are without the prefix in settings.
+    Topics are those of the contract, without the prefix in settings.
     """
     admin = reach(kafka)
-    futures = admin.list_consumer_group_offsets(
-        [ConsumerGroupTopicPartitions(group)], request_timeout=REQUEST_SECONDS
+    present = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
+    names = {topic_name(kafka, topic.name): topic.name for topic in TOPICS}
+    asked = [
+        TopicPartition(name, partition)
+        for name in names.keys() & present.keys()
+        for partition in present[name].partitions
+    ]
+    # A member that never joins asks: librdkafka (2.16, issue 5040) ends the process of an
+    # administrative client that asks while the group is given another coordinator.
+    member = Consumer(
+        client_config(
+            kafka,
+            group_id=group,
+            session_timeout_ms=6_000,
+            max_poll_interval_ms=300_000,
+            enable_auto_commit=False,
+            isolation_level="read_uncommitted",  # what is committed now, whatever is under way
+        )
     )
+    try:
+        found = _request(kafka, lambda: member.committed(asked, REQUEST_SECONDS))
+    finally:
+        member.close()
     places: dict[str, dict[int, int]] = {}
-    for place in _request(kafka, futures[group].result).topic_partitions or []:
+    for place in found:
+        if place.error is not None:
+            _request(kafka, partial(_raise, place.error))
         if place.offset >= 0:
-            topic = place.topic.removeprefix(kafka.topic_prefix)
-            places.setdefault(topic, {})[place.partition] = place.offset
+            places.setdefault(names[place.topic], {})[place.partition] = place.offset
     return places
+
+
+def _raise(error: KafkaError) -> None:
+    raise KafkaException(error)
 
 
 def topic_configs(kafka: KafkaConfig, names: list[str]) -> dict[str, dict[str, str]]:

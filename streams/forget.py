@@ -21,6 +21,7 @@ from streams.admin import (
     REQUEST_SECONDS,
     client_config,
     committed,
+    error_of,
     group_name,
     reach,
     refused_option,
@@ -89,6 +90,16 @@ def forget(
     """
     if wrong := [user for user in users if user_of(user) is None]:
         raise ErasureError(f"{wrong[0]!r} is no user's id: 1 to 256 characters, none of them NUL.")
+    try:
+        return _forget(shop, users, seconds, progress)
+    except KafkaException as problem:  # a broker went away between two questions
+        reason = error_of(problem).str()
+        raise BrokerError(f"Kafka failed meanwhile: {reason}. Run the command again.") from None
+
+
+def _forget(
+    shop: Shop, users: Sequence[str], seconds: float, progress: Callable[[str], None]
+) -> list[Place]:
     told = tell(shop.kafka, _known(shop.kafka, list(dict.fromkeys(users))), ATTRIBUTES)
     catalog = _wait(lambda: undeleted(shop, told), seconds, progress)
     if not catalog and any(_has_attributes(shop, each.partition) for each in told):

@@ -9,6 +9,7 @@ from contextlib import closing
 from confluent_kafka import KafkaException
 
 from schemas.exceptions import StarcastError
+from streams.exceptions import BrokerError
 from streams.forget import forget
 from streams.rebuild import Shop
 from streams.tail import bounds
@@ -38,7 +39,7 @@ def forget_until_erased(shop: FaultyShop, users: list[str], seconds: float) -> s
             if not left:
                 shop.forgotten |= dict.fromkeys(users, Span(before, _ends(shop)))
                 return ""
-        except (KafkaException, StarcastError) as error:  # a server that is not back yet
+        except StarcastError as error:  # a server that is not back yet
             left = f"{type(error).__name__}: {error}"
         shop.played["forgotten again"] += 1
         if time.monotonic() > until:
@@ -49,8 +50,11 @@ def forget_until_erased(shop: FaultyShop, users: list[str], seconds: float) -> s
 
 
 def _ends(shop: FaultyShop) -> dict[tuple[str, int], int]:
-    return {
-        (topic, partition): end
-        for topic in MARKED
-        for partition, (_, end) in bounds(shop.kafka, topic, range(PARTITIONS)).items()
-    }
+    try:
+        return {
+            (topic, partition): end
+            for topic in MARKED
+            for partition, (_, end) in bounds(shop.kafka, topic, range(PARTITIONS)).items()
+        }
+    except KafkaException as error:
+        raise BrokerError(str(error)) from error

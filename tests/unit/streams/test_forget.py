@@ -6,13 +6,14 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from confluent_kafka import Message
+from confluent_kafka import KafkaError, KafkaException, Message
 from pydantic import SecretStr
 
 from model.state import LAYOUT_HASH
 from streams import forget
 from streams.claims import header_data
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
+from streams.exceptions import BrokerError
 from streams.forget import Told, _kept, unanswered, unapplied, unarchived, undeleted
 from streams.reader import USER_KIND, USER_STATE
 from streams.rebuild import Shop
@@ -59,6 +60,17 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(forget, "read_topic", rest)
 
     return say
+
+
+def test_a_broker_that_goes_away_meanwhile_is_told(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> Any:
+        raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE, "gone"))
+
+    monkeypatch.setattr(forget, "tell", gone)
+    with pytest.raises(BrokerError, match=r"gone. Run the command again"):
+        forget.forget(shop, ["ann"], 0)
 
 
 def test_all_null_values_have_to_be_read(shop: Shop, kafka: Callable[..., None]) -> None:
