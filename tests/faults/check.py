@@ -266,11 +266,11 @@ def check_predictions(shop: FaultyShop, verdict: Verdict, forgotten: Forgotten) 
     missing = abs(len(asked) - len(requests) * CANDIDATES)
     missing += max(shop.played["score-requests"] - len(requests), 0)
     verdict.note("requests answered once", len(asked), wrong + missing, f"{missing} missing")
-    answers = sum(
-        each.offset in set(answered.get((each.topic, each.partition), ()))
-        for each in forgotten.nulls
-    )
     if forgotten.nulls:
+        named = {place: set(offsets) for place, offsets in answered.items()}
+        answers = sum(
+            each.offset in named.get((each.topic, each.partition), ()) for each in forgotten.nulls
+        )
         verdict.note("null values without an answer", len(forgotten.nulls), answers, "answered")
     counts = Counts(*(np.zeros(shop.events.count, np.int64) for _ in range(2)))
     for partition, users in whose.items():
