@@ -6,7 +6,6 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import structlog
@@ -57,6 +56,12 @@ _NO_LEADER = (
     KafkaError.FENCED_LEADER_EPOCH,
     KafkaError.OFFSET_NOT_AVAILABLE,
 )
+_NO_COORDINATOR = (
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+)
+COORDINATOR_PAUSE_SECONDS = 0.2  # a group has another coordinator in a moment
 _LOG = structlog.get_logger(__name__)
 _Answer = TypeVar("_Answer")
 
@@ -351,20 +356,31 @@ def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
         )
     )
     try:
-        found = _request(kafka, lambda: member.committed(asked, REQUEST_SECONDS))
+        found = _request(
+            kafka, lambda: _coordinated(lambda: member.committed(asked, REQUEST_SECONDS))
+        )
     finally:
         member.close()
     places: dict[str, dict[int, int]] = {}
     for place in found:
-        if place.error is not None:
-            _request(kafka, partial(_raise, place.error))
         if place.offset >= 0:
             places.setdefault(names[place.topic], {})[place.partition] = place.offset
     return places
 
 
-def _raise(error: KafkaError) -> None:
-    raise KafkaException(error)
+def _coordinated(ask: Callable[[], list[TopicPartition]]) -> list[TopicPartition]:
+    """The answer of a group's coordinator, which may be about to be another broker."""
+    until = time.monotonic() + REQUEST_SECONDS
+    while True:
+        try:
+            found = ask()
+            if failed := [place.error for place in found if place.error is not None]:
+                raise KafkaException(failed[0])
+            return found
+        except KafkaException as problem:
+            if error_of(problem).code() not in _NO_COORDINATOR or time.monotonic() > until:
+                raise
+        time.sleep(COORDINATOR_PAUSE_SECONDS)
 
 
 def topic_configs(kafka: KafkaConfig, names: list[str]) -> dict[str, dict[str, str]]:
