@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 import structlog
 from confluent_kafka import (
     OFFSET_INVALID,
-    ConsumerGroupTopicPartitions,
+    Consumer,
+    IsolationLevel,
     KafkaError,
     KafkaException,
     TopicPartition,
@@ -55,6 +56,12 @@ _NO_LEADER = (
     KafkaError.FENCED_LEADER_EPOCH,
     KafkaError.OFFSET_NOT_AVAILABLE,
 )
+_NO_COORDINATOR = (
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+)
+COORDINATOR_PAUSE_SECONDS = 0.2  # a group has another coordinator in a moment
 _LOG = structlog.get_logger(__name__)
 _Answer = TypeVar("_Answer")
 
@@ -95,9 +102,11 @@ def error_of(exception: KafkaException) -> KafkaError:
 
 
 def watermarks(
-    admin: AdminClient, places: Iterable[TopicPartition], seconds: float
+    admin: AdminClient, places: Iterable[TopicPartition], seconds: float, *, stable: bool = False
 ) -> dict[tuple[str, int], tuple[int, int]]:
     """The first offset of each partition and the next one to be written, by topic and partition.
+
+    Of what is `stable`: where the oldest transaction begins that is still open, if one is.
 
     Raises KafkaException when it is not answered within `seconds`, or in part: a broker that goes
     away meanwhile leaves librdkafka (2.16) with no offset, and no error either.
@@ -107,7 +116,7 @@ def watermarks(
         return {}
     lows, highs = (
         {(where.topic, where.partition): int(each.result().offset) for where, each in found.items()}
-        for found in _ask_ends(admin, asked, seconds)
+        for found in _ask_ends(admin, asked, seconds, stable)
     )
     if untold := [place for place in lows if min(lows[place], highs[place]) < 0]:
         raise KafkaException(
@@ -120,13 +129,14 @@ def watermarks(
 
 
 def _ask_ends(
-    admin: AdminClient, places: list[TopicPartition], seconds: float
+    admin: AdminClient, places: list[TopicPartition], seconds: float, stable: bool = False
 ) -> list[dict[TopicPartition, Any]]:
     """Futures of where each partition begins, and of where it ends."""
     futures: list[dict[TopicPartition, Any]] = []
+    isolation = {"isolation_level": IsolationLevel.READ_COMMITTED} if stable else {}
     for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
         asked: dict[TopicPartition, Any] = dict.fromkeys(places, spec)
-        futures.append(admin.list_offsets(asked, request_timeout=seconds))
+        futures.append(admin.list_offsets(asked, request_timeout=seconds, **isolation))
     return futures
 
 
@@ -323,18 +333,54 @@ def _refuse_other_counts(counts: Mapping[str, tuple[int, int]]) -> None:
 def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
     """Topic → partition → the offset that a consumer group goes on from, where it has committed.
 
-    Topics are without the prefix in settings.
+    Topics are those of the contract, without the prefix in settings.
     """
     admin = reach(kafka)
-    futures = admin.list_consumer_group_offsets(
-        [ConsumerGroupTopicPartitions(group)], request_timeout=REQUEST_SECONDS
+    present = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
+    names = {topic_name(kafka, topic.name): topic.name for topic in TOPICS}
+    asked = [
+        TopicPartition(name, partition)
+        for name in names.keys() & present.keys()
+        for partition in present[name].partitions
+    ]
+    # A member that never joins asks: librdkafka (2.16, issue 5040) ends the process of an
+    # administrative client that asks while the group is given another coordinator.
+    member = Consumer(
+        client_config(
+            kafka,
+            group_id=group,
+            session_timeout_ms=6_000,
+            max_poll_interval_ms=300_000,
+            enable_auto_commit=False,
+            isolation_level="read_uncommitted",  # what is committed now, whatever is under way
+        )
     )
+    try:
+        found = _request(
+            kafka, lambda: _coordinated(lambda: member.committed(asked, REQUEST_SECONDS))
+        )
+    finally:
+        member.close()
     places: dict[str, dict[int, int]] = {}
-    for place in _request(kafka, futures[group].result).topic_partitions or []:
+    for place in found:
         if place.offset >= 0:
-            topic = place.topic.removeprefix(kafka.topic_prefix)
-            places.setdefault(topic, {})[place.partition] = place.offset
+            places.setdefault(names[place.topic], {})[place.partition] = place.offset
     return places
+
+
+def _coordinated(ask: Callable[[], list[TopicPartition]]) -> list[TopicPartition]:
+    """The answer of a group's coordinator, which may be about to be another broker."""
+    until = time.monotonic() + REQUEST_SECONDS
+    while True:
+        try:
+            found = ask()
+            if failed := [place.error for place in found if place.error is not None]:
+                raise KafkaException(failed[0])
+            return found
+        except KafkaException as problem:
+            if error_of(problem).code() not in _NO_COORDINATOR or time.monotonic() > until:
+                raise
+        time.sleep(COORDINATOR_PAUSE_SECONDS)
 
 
 def topic_configs(kafka: KafkaConfig, names: list[str]) -> dict[str, dict[str, str]]:

@@ -18,9 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import DeltaTable, QueryBuilder
 from deltalake.exceptions import CommitFailedError
+from deltalake.fs import DeltaStorageHandler
 from numpy.typing import NDArray
+from pyarrow import fs
 
 from model.events import EVENT, FORGET, blank
 from model.features import FEATURE_HASH, INDEX
@@ -207,10 +210,38 @@ def _claimed(url: str, options: Mapping[str, str], topic: str) -> Generator[Delt
 
 
 def _delete_files(url: str, options: Mapping[str, str], topic: str) -> None:
-    """Delete files that the newest version has no more, not those that an archiver is writing."""
-    with archive.reached(archive.table_url(url, topic)):
-        if (table := archive.open_table(url, topic, options)) is not None:
-            table.vacuum(retention_hours=0, dry_run=False, enforce_retention_duration=False)
+    """Delete files that the newest version does not name, not those that an archiver is writing.
+
+    Delta's vacuum knows those that a version named. A writer that was killed, or whose commit was
+    refused, leaves others (a full vacuum would take those that are being written with them).
+    """
+    with _claimed(url, options, topic) as table:
+        table.vacuum(retention_hours=0, dry_run=False, enforce_retention_duration=False)
+        where = archive.table_url(url, topic)
+        storage = fs.PyFileSystem(DeltaStorageHandler(where, dict(options)))
+        # First what is committed, then what lies there, then what is named: so what is committed
+        # meanwhile is named, and what is committed later holds no row that is committed by now.
+        ends = archive.positions(url, topic, options)
+        there = [each.base_name for each in storage.get_file_info(fs.FileSelector(""))]
+        table.update_incremental()
+        named = {uri.rpartition("/")[2] for uri in table.file_uris()}
+        for name in there:
+            if name.endswith(".parquet") and name not in named and _dead(storage, name, ends):
+                storage.delete_file(name)
+
+
+def _dead(storage: fs.FileSystem, name: str, ends: Mapping[int, int]) -> bool:
+    """Whether nobody can commit a file: another file with a row of it was committed.
+
+    Archivers alone write while the table is claimed, and a commit of theirs is then refused.
+    """
+    try:
+        with storage.open_input_file(name) as file:
+            rows = pq.read_table(file, columns=list(archive.PLACE))
+    except pa.ArrowInvalid:  # cut short: it has no rows
+        return False
+    low = rows.group_by("kafka_partition").aggregate([("kafka_offset", "min")]).to_pylist()
+    return any(row["kafka_offset_min"] < ends.get(row["kafka_partition"], 0) for row in low)
 
 
 @until_committed

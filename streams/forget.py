@@ -8,23 +8,26 @@ comes after has read what is erased.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from model.ids import hash_ids, partitions_of
 from schemas import archive
 from schemas.journal import TOPICS
 from streams.admin import (
+    REQUEST_SECONDS,
     client_config,
     committed,
+    error_of,
     group_name,
     reach,
     refused_option,
     topic_configs,
     topic_name,
+    watermarks,
 )
 from streams.claims import header_offset
 from streams.config import KafkaConfig
@@ -80,13 +83,23 @@ def forget(
 ) -> list[Place]:
     """Forget users in the store, the topics and the archive; what became of them in each place.
 
-    The catalog, the scorer with `texts`, and the archiver are waited for `seconds` each; `progress`
-    is told of what is waited for. It may be repeated. Raises ErasureError for what is no user's id,
-    TopicError, BrokerError and UnreachableError for a Kafka, store or archive that does not do its
-    part.
+    The catalog, the scorer with `texts`, `answers`, and the archiver are waited for `seconds` each;
+    `progress` is told of what is waited for. It may be repeated. Raises ErasureError for what is no
+    user's id, TopicError, BrokerError and UnreachableError for a Kafka, store or archive that does
+    not do its part.
     """
     if wrong := [user for user in users if user_of(user) is None]:
         raise ErasureError(f"{wrong[0]!r} is no user's id: 1 to 256 characters, none of them NUL.")
+    try:
+        return _forget(shop, users, seconds, progress)
+    except KafkaException as problem:  # a broker went away between two questions
+        reason = error_of(problem).str()
+        raise BrokerError(f"Kafka failed meanwhile: {reason}. Run the command again.") from None
+
+
+def _forget(
+    shop: Shop, users: Sequence[str], seconds: float, progress: Callable[[str], None]
+) -> list[Place]:
     told = tell(shop.kafka, _known(shop.kafka, list(dict.fromkeys(users))), ATTRIBUTES)
     catalog = _wait(lambda: undeleted(shop, told), seconds, progress)
     if not catalog and any(_has_attributes(shop, each.partition) for each in told):
@@ -102,7 +115,12 @@ def forget(
         who = " and ".join(waiting)
         said = f"not erased: it has to hold what {who} makes of the null values; run it again then"
         return [*places, Place("archive", False, said)]
-    ends = _ends(shop, told)
+    partitions = sorted({each.partition for each in told})
+    asked = _written(shop, "score-requests", partitions)
+    if _wait(lambda: unanswered(shop, asked), seconds, progress):
+        said = "not erased: answers is behind; start it and run the command again"
+        return [*places, Place("archive", False, said)]
+    ends = asked | _ends(shop, told)
     if behind := _wait(lambda: unarchived(shop, ends), seconds, progress):
         topics = ", ".join(sorted(behind))
         said = f"not erased: the archiver is behind in {topics}; start it and run the command again"
@@ -185,15 +203,32 @@ def unapplied(shop: Shop, told: Sequence[Told]) -> set[str]:
     return waiting
 
 
+def unanswered(shop: Shop, asked: Ends) -> set[str]:
+    """`answers`, where it has ever worked and not answered all requests before these ends.
+
+    What it answers later has a state without what was erased, and would say what was asked before.
+    """
+    read = committed(shop.kafka, group_name(shop.kafka, "answers")).get("score-requests", {})
+    starts = {partition: read.get(partition, 0) for _, partition in asked} if read else {}
+    for partition, start in starts.items():
+        end = asked["score-requests", partition]
+        if start < end and _next(shop.kafka, "score-requests", partition, start, end) < end:
+            return {"answers"}
+    return set()
+
+
 def unarchived(shop: Shop, ends: Ends) -> set[str]:
     """The topics of which the archive lacks a record before the end of a partition."""
     behind: set[str] = set()
     for topic in sorted({topic for topic, _ in ends}):
         positions = archive.positions(shop.archive.url, topic, shop.archive.storage_options)
         mine = {partition: end for (name, partition), end in ends.items() if name == topic}
-        for partition, end in mine.items():
-            start = positions.get(partition, 0)
-            if start < end and _next(shop.kafka, topic, partition, start, end) < end:
+        starts = {each: start for each in mine if (start := positions.get(each, 0)) < mine[each]}
+        decided = _decided(shop.kafka, topic, starts)
+        for partition, start in starts.items():
+            end = mine[partition]
+            first = _next(shop.kafka, topic, partition, start, end)
+            if min(first, decided.get(partition, end)) < end:
                 behind.add(topic)
     return behind
 
@@ -271,17 +306,26 @@ def _has_null(kafka: KafkaConfig, partition: int, start: int, told: Sequence[Tol
     return any(each.value() is None and each.key() in keys for batch in batches for each in batch)
 
 
+def _decided(kafka: KafkaConfig, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+    """Up to where nothing can be committed any more; not told where there are no transactions."""
+    if not kafka.exactly_once:
+        return {}
+    places = [TopicPartition(topic_name(kafka, topic), each) for each in partitions]
+    found = watermarks(reach(kafka), places, REQUEST_SECONDS, stable=True)
+    return {partition: end for (_, partition), (_, end) in found.items()}
+
+
 def _next(kafka: KafkaConfig, topic: str, partition: int, start: int, none: int) -> int:
     """The offset of the first record from `start` on; `none` where there is none."""
     batches = read_topic(kafka, topic, start={partition: start}, partitions=[partition])
     return next((each.offset() or 0 for batch in batches for each in batch), none)
 
 
-def _ends(shop: Shop, told: Sequence[Told]) -> Ends:
-    """What the archive has to hold of each topic before it is erased."""
+def _ends(shop: Shop, told: Sequence[Told]) -> dict[tuple[str, int], int]:
+    """What the archive has to hold of each topic before it is erased, but for requests."""
     partitions = sorted({each.partition for each in told})
     ends = _written(shop, "dead-letters", [0])
-    for topic in ("score-requests", "predicted-ratings", "journal"):
+    for topic in ("predicted-ratings", "journal"):
         ends |= _written(shop, topic, partitions)
     for partition in partitions:
         ends |= {(topic, partition): end for topic, end in _applied(shop, partition).items()}

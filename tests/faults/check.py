@@ -19,13 +19,30 @@ from model.ids import hash_ids
 from model.state import ITEM, USER
 from model.state_bytes import from_bytes
 from schemas import archive
+from schemas.archive import PLACE
 from schemas.exceptions import StarcastError
+from schemas.journal import Piece
+from schemas.journal import decode as decode_journal
 from schemas.topics import BY_NAME, TOPICS
 from streams.admin import client_config
 from streams.config import KafkaConfig
-from streams.reader import ITEM_STATE, USER_STATE, store_keys
+from streams.reader import ITEM_STATE, USER_KIND, USER_STATE, store_keys
 from streams.tail import read_topic
 from streams.verify import verify_replay
+from tests.faults.forgotten import (
+    EITHER,
+    EMPTIED,
+    ERASED,
+    WHOLE,
+    Forgotten,
+    archived_pieces,
+    blank_rows,
+    emptied,
+    files_left,
+    nobodys_in,
+    read_forgotten,
+    rows_in,
+)
 from tests.faults.numbered import CANDIDATES, recount
 from tests.faults.world import PARTITIONS, FaultyShop
 
@@ -34,6 +51,7 @@ SETTLED_SECONDS = 120.0  # after the last fault, lag is 0 within this; else some
 OPERATOR_SECONDS = 35.0  # transactions that hang are told from young ones by then
 ANSWER_SECONDS = 20.0  # a broker that does not answer is asked again
 EXAMPLES = 10
+FORGOTTEN = -1  # in place of an event's number
 WINDOW = 16  # events of a user within which a repetition is known, as docs/produce.md has it
 
 
@@ -167,20 +185,24 @@ def ends(kafka: KafkaConfig, topics: Sequence[str]) -> dict[tuple[str, int], int
         consumer.close()
 
 
-def check_predictions(shop: FaultyShop, verdict: Verdict) -> NDArray[np.int64]:
-    """Every record answered once, in order, numbered without gap or repeat.
+@dataclass(frozen=True)
+class Counts:
+    """How often each event counts (n), by its number."""
 
-    Gives how often each event counts, by its number.
-    """
+    items: NDArray[np.int64]
+    users: NDArray[np.int64]  # not what came before its user was forgotten
+
+
+def check_predictions(shop: FaultyShop, verdict: Verdict, forgotten: Forgotten) -> Counts:
+    """Every record answered once, in order, numbered without gap or repeat."""
     sent: dict[tuple[str, int], NDArray[Any]] = {}
     there, numbers = 0, list[int]()
     for topic in ("reviews", "behavior"):
         rows: dict[int, list[tuple[int, bytes]]] = {}
         for batch in read_topic(shop.kafka, topic):
             for each in batch:
-                rows.setdefault(each.partition() or 0, []).append(
-                    (each.offset() or 0, each.value() or b"")
-                )
+                if (value := each.value()) is not None:
+                    rows.setdefault(each.partition() or 0, []).append((each.offset() or 0, value))
         for partition, found in rows.items():
             there += len(found)
             sent[topic, partition] = np.array([offset for offset, _ in found])
@@ -196,6 +218,7 @@ def check_predictions(shop: FaultyShop, verdict: Verdict) -> NDArray[np.int64]:
     seqs: dict[int, list[int]] = {}
     whose: dict[int, list[str]] = {}
     which: dict[int, list[int]] = {}
+    places: dict[int, list[tuple[int, int]]] = {}
     events: list[int] = []
     asked: dict[tuple[str, str], int] = {}
     last: dict[tuple[str, str], int] = {}
@@ -213,6 +236,8 @@ def check_predictions(shop: FaultyShop, verdict: Verdict) -> NDArray[np.int64]:
             events.append(int(record["event_id"][1:]))
             whose.setdefault(source["partition"], []).append(record["user_id"])
             which.setdefault(source["partition"], []).append(events[-1])
+            place = INPUTS.index(source["topic"]), source["offset"]
+            places.setdefault(source["partition"], []).append(place)
             user = (record["user_id"], source["topic"])
             if source["offset"] < last.get(user, -1):
                 disorder += 1
@@ -241,40 +266,82 @@ def check_predictions(shop: FaultyShop, verdict: Verdict) -> NDArray[np.int64]:
     missing = abs(len(asked) - len(requests) * CANDIDATES)
     missing += max(shop.played["score-requests"] - len(requests), 0)
     verdict.note("requests answered once", len(asked), wrong + missing, f"{missing} missing")
-    times = np.zeros(shop.events.count, np.int64)
+    if forgotten.nulls:
+        named = {place: set(offsets) for place, offsets in answered.items()}
+        answers = sum(
+            each.offset in named.get((each.topic, each.partition), ()) for each in forgotten.nulls
+        )
+        verdict.note("null values without an answer", len(forgotten.nulls), answers, "answered")
+    counts = Counts(*(np.zeros(shop.events.count, np.int64) for _ in range(2)))
     for partition, users in whose.items():
-        np.add.at(times, applied(users, which[partition]), 1)
-    verdict.late = int((times > 1).sum())
-    return times
+        numbers = which[partition]
+        if forgotten.nulls:
+            users, numbers = _with_nulls(
+                verdict, forgotten, partition, users, numbers, places[partition]
+            )
+        counted, kept = applied(users, numbers)
+        np.add.at(counts.items, counted, 1)
+        np.add.at(counts.users, kept, 1)
+    verdict.late = int((counts.items > 1).sum())
+    return counts
 
 
-def applied(users: Sequence[str], numbers: Sequence[int]) -> list[int]:
-    """Of the events of a partition in order, those that count.
+def _with_nulls(
+    verdict: Verdict,
+    forgotten: Forgotten,
+    partition: int,
+    users: Sequence[str],
+    numbers: Sequence[int],
+    places: Sequence[tuple[int, int]],
+) -> tuple[list[str], list[int]]:
+    """A partition's events and null values in the order of its journal."""
+    nulls, taken = forgotten.of(partition)
+    steps = forgotten.steps(partition, np.array(places))
+    verdict.note("journalled", len(steps), int((steps < 0).sum()), "the archived journal lacks it")
+    disorder = int((np.diff(steps) <= 0).sum())
+    verdict.note("order of the journal", len(steps), disorder, "predicted in another order")
+    users = [*users, *(each.user for each in nulls)]
+    numbers = [*numbers, *(FORGOTTEN for _ in nulls)]
+    when = np.concatenate([steps, taken])
+    forgotten.expect(users, when)
+    order = np.argsort(when, kind="stable").tolist()
+    return [users[at] for at in order], [numbers[at] for at in order]
+
+
+def applied(users: Sequence[str], numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Of the events of a partition in order, those that count: in all, and still for their users.
 
     One is left out when it is among the last `WINDOW` of its user that counted. A backlog can
-    bring more than that of the other topic between an event and its repetition.
+    bring more than that of the other topic between an event and its repetition. For a user who was
+    `FORGOTTEN` counts what came later.
     """
     last: dict[str, deque[int]] = {}
     counted: list[int] = []
+    kept: dict[str, list[int]] = {}
     for user, number in zip(users, numbers, strict=True):
+        if number == FORGOTTEN:
+            last.pop(user, None)
+            kept.pop(user, None)
+            continue
         known = last.setdefault(user, deque(maxlen=WINDOW))
         if number not in known:
             known.append(number)
             counted.append(number)
-    return counted
+            kept.setdefault(user, []).append(number)
+    return counted, [number for several in kept.values() for number in several]
 
 
-def check_states(shop: FaultyShop, verdict: Verdict, times: NDArray[np.int64]) -> None:
+def check_states(shop: FaultyShop, verdict: Verdict, counts: Counts, forgotten: Forgotten) -> None:
     """Every count and sum of users and items is what the events say."""
     columns = shop.events.columns()
     if shop.played["sent"] < shop.events.records() + shop.events.requests():
         raise AssertionError("states are checked when all events were sent")
     store = shop.store
-    kinds: tuple[tuple[str, str, bytes, np.dtype[Any]], ...] = (
-        ("user", "u", USER_STATE, USER),
-        ("item", "i", ITEM_STATE, ITEM),
+    kinds: tuple[tuple[str, str, bytes, np.dtype[Any], NDArray[np.int64]], ...] = (
+        ("user", "u", USER_STATE, USER, counts.users),
+        ("item", "i", ITEM_STATE, ITEM, counts.items),
     )
-    for whose, letter, kind, dtype in kinds:
+    for whose, letter, kind, dtype, times in kinds:
         names = np.unique(columns[whose])
         ids = hash_ids([f"{letter}{name}" for name in names.tolist()])
         stored = from_bytes(store.read(store_keys(store, kind, ids)), dtype)
@@ -285,76 +352,151 @@ def check_states(shop: FaultyShop, verdict: Verdict, times: NDArray[np.int64]) -
                 wrong |= ~(same if same.ndim == 1 else same.all(axis=1))
         first = f"{letter}{names[np.argmax(wrong)]}" if wrong.any() else ""
         verdict.note(f"{whose} states recounted", len(names), int(wrong.sum()), first)
+    if forgotten.last:
+        back = {f"u{user}" for user in np.unique(columns["user"][counts.users > 0]).tolist()}
+        gone = hash_ids(sorted(forgotten.last.keys() - back))
+        for what, kind, ids in (
+            ("states of forgotten users", USER_STATE, gone),
+            ("attributes of forgotten users", USER_KIND, hash_ids(sorted(forgotten.last))),
+        ):
+            left = sum(each is not None for each in store.read(store_keys(store, kind, ids)))
+            verdict.note(what, len(ids), left, "the store has them")
     store.close()
 
 
-def check_archive(shop: FaultyShop, verdict: Verdict) -> None:
-    """Archive rows equal topic rows; each position is there once."""
-    for topic in TOPICS:
-        frame = (
-            archive.read(
-                shop.settings.archive.url,
-                topic.name,
-                columns=["kafka_partition", "kafka_offset", "kafka_value"],
-            )
-            .collect()
-            .sort("kafka_partition", "kafka_offset")
-        )
-        if topic.name not in archive.tables(shop.settings.archive.url):
+def check_archive(shop: FaultyShop, verdict: Verdict, forgotten: Forgotten) -> None:
+    """Archive rows equal topic rows, but for users who were forgotten; each is there once."""
+    url = shop.settings.archive.url
+    for name in [topic.name for topic in TOPICS]:
+        frame = archive.read(url, name, columns=[*PLACE, "kafka_value"]).collect().sort(PLACE)
+        if name not in archive.tables(url):
             continue
-        doubled = len(frame) - frame.select("kafka_partition", "kafka_offset").n_unique()
+        doubled = len(frame) - frame.select(PLACE).n_unique()
         parts = [
-            _sums([(each.partition(), each.offset(), each.value()) for each in batch], frame.schema)
-            for batch in read_topic(shop.kafka, topic.name)
+            _sums(
+                [
+                    (each.partition(), each.offset(), each.value(), forgotten.left(name, each))
+                    for each in batch
+                ],
+                frame.schema,
+            )
+            for batch in read_topic(shop.kafka, name)
         ]
         if not parts:
             continue
         kept = pl.concat(parts)
-        rows = frame.with_columns(pl.col("kafka_value").hash().alias("sum")).drop("kafka_value")
+        rows = frame.with_columns(pl.col("kafka_value").hash().alias("found")).drop("kafka_value")
         first = kept.group_by("kafka_partition").agg(pl.col("kafka_offset").min().alias("low"))
-        both = kept.join(rows, on=["kafka_partition", "kafka_offset", "sum"], how="inner")
+        both = kept.join(rows, on=PLACE)
         held = rows.join(first, on="kafka_partition").filter(
             pl.col("kafka_offset") >= pl.col("low")
         )
+        same, left = pl.col("sum") == pl.col("found"), pl.col("left")
+        if forgotten.nulls:
+            both = both.join(blank_rows(url, name), on=PLACE, how="left")
+            blank = pl.col("blank").is_not_null()
+            right = (
+                ((left == WHOLE) & same & ~blank)
+                | ((left == ERASED) & blank)
+                | ((left == EMPTIED) & ~same)
+                | ((left == EITHER) & (same | blank))
+            )
+            gone = kept.filter(pl.col("left") == ERASED)
+            wrong = gone.join(both.filter(right), on=PLACE, how="anti")
+            if len(gone):
+                verdict.note("rows of forgotten users", len(gone), len(wrong), name)
+            _check_files(url, name, verdict, forgotten, gone.select(PLACE))
+            both = both.filter(right)
+        else:
+            both = both.filter(same)
         missing = len(kept) - len(both)
         surplus = len(held) - len(both)
         verdict.note(
             "archive rows",
             len(kept),
             missing + surplus + doubled,
-            f"{topic.name}: {missing} missing, {surplus} surplus, {doubled} doubled",
+            f"{name}: {missing} missing, {surplus} surplus, {doubled} doubled",
         )
 
 
 def _sums(rows: Sequence[Any], schema: pl.Schema) -> pl.DataFrame:
-    """Positions and hashes of values."""
-    names = {name: schema[name] for name in ("kafka_partition", "kafka_offset")}
-    frame = pl.DataFrame(rows, {**names, "value": pl.Binary}, orient="row")
+    """Positions, hashes of values, and what has to be left of them."""
+    names = {name: schema[name] for name in PLACE}
+    frame = pl.DataFrame(rows, {**names, "value": pl.Binary, "left": pl.Int8}, orient="row")
     return frame.with_columns(pl.col("value").hash().alias("sum")).drop("value")
 
 
-def check_replay(shop: FaultyShop, verdict: Verdict) -> None:
-    """verify-replay finds no difference."""
+def _check_files(
+    url: str, topic: str, verdict: Verdict, forgotten: Forgotten, gone: pl.DataFrame
+) -> None:
+    """Files that the newest version has no more hold nothing of rows that are erased."""
+    for path in files_left(url, topic):
+        rows = rows_in(path)
+        if topic == "journal":
+            theirs = sum(
+                forgotten.rows(decode_journal(value).journal).any() for value in rows["kafka_value"]
+            )
+        else:
+            theirs = len(rows.filter(pl.col("kafka_key").is_not_null()).join(gone, on=PLACE))
+        verdict.note("files without a table", 1, int(theirs > 0), f"{theirs} rows in {path}")
+
+
+def check_journal(shop: FaultyShop, verdict: Verdict, forgotten: Forgotten) -> None:
+    """Archived journal rows of forgotten users are rows of nobody, and those alone."""
+    before: dict[tuple[int, int], Piece] = {}
+    for batch in read_topic(shop.kafka, "journal"):
+        for each in batch:
+            piece = decode_journal(each.value() or b"")
+            if forgotten.rows(piece.journal).any():
+                before[each.partition() or 0, each.offset() or 0] = piece
+    wrong = theirs = nobodys = 0
+    for partition in range(PARTITIONS):
+        for offset, piece in archived_pieces(shop, partition):
+            theirs += int(forgotten.rows(piece.journal).sum())
+            nobodys += nobodys_in(piece.journal)
+            if (old := before.get((partition, offset))) is not None:
+                wrong += not emptied(old, piece, forgotten.rows(old.journal))
+    verdict.note("journal values emptied", len(before), wrong, "other than they had to be")
+    verdict.note("journal rows erased", forgotten.expected, theirs, "are still of somebody")
+    differ = abs(nobodys - forgotten.expected)
+    verdict.note("journal rows of nobody", forgotten.expected, differ, f"{nobodys} are")
+
+
+def check_replay(shop: FaultyShop, verdict: Verdict, forgotten: Forgotten) -> None:
+    """verify-replay finds no difference, and passes over forgotten users' rows alone."""
     store = shop.store
     report = verify_replay(shop.settings.archive, shop.settings.models, store)
     store.close()
     for what, count in report.compared.items():
         verdict.note(f"replay: {what}", count, report.differences[what])
     verdict.examples += report.examples[:EXAMPLES]
-    if report.notes:
-        verdict.note("replay: notes", 1, 1, "; ".join(report.notes[:EXAMPLES]))
+    notes = report.notes
+    if forgotten.nulls:
+        differ = abs(report.passed_over - forgotten.expected)
+        verdict.note("replay: passed over", forgotten.expected, differ, str(report.passed_over))
+        notes = [each for each in notes if not each.startswith(f"{report.passed_over} rows of use")]
+    if notes:
+        verdict.note("replay: notes", 1, 1, "; ".join(notes[:EXAMPLES]))
 
 
 def check_all(shop: FaultyShop, verdict: Verdict, say: Callable[[str], None]) -> None:
     """All checks but `wait_settled`, which comes first."""
-    for name, check in (
-        (
-            "predictions and states",
-            lambda: check_states(shop, verdict, check_predictions(shop, verdict)),
-        ),
-        ("archive", lambda: check_archive(shop, verdict)),
-        ("replay", lambda: check_replay(shop, verdict)),
-    ):
+    forgotten = read_forgotten(shop)
+
+    def predictions_and_states() -> None:
+        counts = check_predictions(shop, verdict, forgotten)
+        check_states(shop, verdict, counts, forgotten)
+
+    checks: list[tuple[str, Callable[[], None]]] = [
+        ("predictions and states", predictions_and_states),
+        ("archive", lambda: check_archive(shop, verdict, forgotten)),
+        ("replay", lambda: check_replay(shop, verdict, forgotten)),
+    ]
+    if forgotten.nulls:
+        missing = len(forgotten.unapplied)
+        verdict.note("null values applied", len(forgotten.nulls), missing, "not in the journal")
+        checks.insert(1, ("journal", lambda: check_journal(shop, verdict, forgotten)))
+    for name, check in checks:
         started = time.monotonic()
         check()
         say(f"shop {shop.name}: {name} checked in {time.monotonic() - started:.0f} s")

@@ -27,6 +27,8 @@ from tests.faults.check import (
     unscored,
     wait_settled,
 )
+from tests.faults.forgetting import forget_until_erased
+from tests.faults.forgotten import read_forgotten
 from tests.faults.kinds import BY_KIND
 from tests.faults.process import until
 from tests.faults.schedule import Planned, Schedule
@@ -118,7 +120,7 @@ def run(
             if verdict.clean:
                 check_all(shop, verdict, say)
             else:  # what was published may tell why: a journal that was doubled ends the workers
-                check_predictions(shop, verdict)
+                check_predictions(shop, verdict, read_forgotten(shop))
         result.events = sum(
             shop.played["reviews"] + shop.played["behavior"] for shop in world.shops
         )
@@ -228,6 +230,10 @@ def _settle(
             for worker in shop.workers:
                 worker.tell_where()
         say(f"shop {shop.name}: scored after {verdict.settled_seconds:.0f} s")
+        if shop.forgotten:
+            left = _forget_rest(shop, settled_seconds, say)
+            verdict.note("forgotten", len(shop.forgotten), int(bool(left)), left)
+            wait_settled(shop, verdict, unscored, settled_seconds)
     world.done.set()
     scoring = [worker for shop in world.shops for worker in shop.workers]
     archivers = [shop.archiver for shop in world.shops]
@@ -245,6 +251,21 @@ def _settle(
                     result.stuck.append(f"{worker.name} did not end cleanly; its log tells why")
             except TimeoutError as error:
                 result.stuck.append(str(error))
+
+
+def _forget_rest(shop: FaultyShop, seconds: float, say: Callable[[str], None]) -> str:
+    """Forget those of whom something was left; what still is."""
+    users = [user for user, span in shop.forgotten.items() if span is None]
+    if not users:
+        return ""
+    started = time.monotonic()
+    try:
+        left = forget_until_erased(shop, users, seconds)
+    except NotReached as error:
+        left = str(error)
+    took = time.monotonic() - started
+    say(f"shop {shop.name}: {len(users)} users were forgotten again in {took:.0f} s {left}")
+    return left
 
 
 def _write_bundles(url: str) -> None:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +19,7 @@ from confluent_kafka import Producer
 from pydantic import SecretStr
 
 from model.state import LAYOUT_HASH
-from schemas.records import Item
+from schemas.records import Item, Record, User
 from starcast.settings import Settings
 from streams.admin import apply_topics, client_config
 from streams.config import KafkaConfig
@@ -182,6 +182,14 @@ class Worker:
         return ""
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where topics ended before and after a forgetting, by topic and partition."""
+
+    before: Mapping[tuple[str, int], int]
+    after: Mapping[tuple[str, int], int]
+
+
 @dataclass
 class FaultyShop:
     """A shop, its workers and its events."""
@@ -193,6 +201,8 @@ class FaultyShop:
     workers: list[Worker]
     archiver: Worker
     played: Counter[str] = field(default_factory=Counter[str])
+    # Users who were to be forgotten, and when they last were; none while something is left of them.
+    forgotten: dict[str, Span | None] = field(default_factory=dict[str, Span | None])
 
     @property
     def kafka(self) -> KafkaConfig:
@@ -240,6 +250,14 @@ class FaultyShop:
             )
             for k in range(ITEMS)
         ]
+        self._describe(records)
+
+    def describe_users(self, users: Sequence[str]) -> None:
+        """Records of users: attributes that are to be deleted."""
+        known = {"event_time": stamp(self.events.start), "age": 44.0, "region": "north"}
+        self._describe([("users", User.model_validate({"user_id": u} | known)) for u in users])
+
+    def _describe(self, records: Sequence[tuple[str, Record]]) -> None:
         producer = Producer(client_config(self.kafka, partitioner="murmur2_random", acks="all"))
         for each in outgoing(records):
             producer.produce(self.kafka.topic_prefix + each.topic, each.value, each.key)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from typer.testing import CliRunner, Result
 
 from model.events import EVENT
@@ -20,9 +20,10 @@ from schemas.records import Review, ScoreRequest, User
 from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
-from streams.admin import reach
+from streams.admin import client_config, reach
 from streams.embedded import embedded
 from streams.erasure import ErasureError
+from streams.forget import unarchived
 from streams.producer import Outgoing
 from streams.recount import check_states
 from streams.verify import verify_replay
@@ -223,6 +224,35 @@ def test_forget_erases_in_embedded_mode_too(tmp_path: Path) -> None:
         assert report.differences == {}, report.examples
 
 
+def test_what_a_transaction_may_still_commit_is_waited_for(
+    kafka: str, store_server: str, tmp_path: Path
+) -> None:
+    """An answer of a slow worker would come to the archive when that is erased."""
+    shop = make_shop(kafka, store_server, tmp_path)
+    topic = shop.settings.kafka.topic_prefix + "predicted-ratings"
+    producer = Producer(client_config(shop.settings.kafka, transactional_id=topic))
+    producer.init_transactions(30)
+
+    def send() -> None:
+        producer.begin_transaction()
+        producer.produce(topic, b"{}", partition=0)
+        assert producer.flush(30) == 0
+
+    def waits(end: int) -> bool:
+        return unarchived(place(shop), {("predicted-ratings", 0): end}) == {"predicted-ratings"}
+
+    send()
+    assert waits(1)
+    producer.abort_transaction(30)
+    until(lambda: not waits(1))
+    send()  # behind the record that was aborted, and the mark that says so
+    assert waits(3)
+    producer.commit_transaction(30)
+    assert waits(3)
+    with shop.workers("archiver"):
+        until(lambda: not waits(3))
+
+
 def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
     kafka: str, store_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,12 +266,22 @@ def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
     assert "✗ states: not yet: scorer has not read the null values" in early.stdout
     assert "✓ archive: nothing at" in early.stdout
     with shop.workers("scorer", "items", "catalog"):
-        with shop.workers("archiver"):
-            shop.play(sent)
-            shop.until_predicted(EVENTS)
-            shop.until_archived()
-        # Nobody archives: states are erased, the archive has to wait.
         asked = [user, other, "o'hara; a user -- of none"]
+        request = ScoreRequest(request_id="q", user_id=user, item_ids=["cup"], event_time=END)
+        with shop.workers("archiver"):
+            with shop.workers("answers"):
+                shop.play([*sent, ("score-requests", request)])
+                shop.until_predicted(EVENTS)
+                shop.until_predicted(1, "request")
+            shop.play([("score-requests", request)])
+            shop.until_archived()
+            # Nobody answers: what is answered later would say what was asked.
+            half = run(shop, "forget", *asked, "--yes", "--wait", "5")
+            assert half.exit_code == 1
+            assert "✗ archive: not erased: answers is behind" in half.stdout
+        with shop.workers("answers"):
+            shop.until_predicted(2, "request")
+        # Nobody archives: states are erased, the archive has to wait.
         half = run(shop, "forget", *asked, "--yes", "--wait", "5")
         assert half.exit_code == 1
         assert "✓ states: erased" in half.stdout
@@ -260,6 +300,7 @@ def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
             done = run(shop, "forget", *asked, "--yes")
             assert done.exit_code == 0, done.output
             assert files_with(shop, user) == files_with(shop, other) == []
+            assert "✓ archive: predicted-ratings: 0 rows erased" in done.stdout
             assert "✓ archive: reviews: 3 rows erased" in done.stdout  # its own null values
             shop.until_items_are_applied()
             shop.until_archived()

@@ -4,7 +4,7 @@ A fault returns when its cause is gone; that all goes on is for the checks at th
 raises NotReached when it could not be done (a worker that was down); it is then tried again.
 """
 
-from tests.faults.kinds import archiver, brokers, models, network, stores, workers
+from tests.faults.kinds import archiver, brokers, models, network, stores, users, workers
 
 KINDS = (
     *workers.KINDS,
@@ -13,6 +13,7 @@ KINDS = (
     *brokers.KINDS,
     *archiver.KINDS,
     *models.KINDS,
+    *users.KINDS,
 )
 BY_KIND = {kind.name: kind for kind in KINDS}
 EVERYWHERE = ("brokers", "models")  # lanes that all shops share

@@ -15,7 +15,7 @@ class Kind:
     """One kind of fault. `lane`: those of one lane come one after another."""
 
     name: str
-    lane: str  # workers, store, network: a lane for each shop; brokers, models: one for all
+    lane: str  # brokers, models: one for all; the others: one for each shop
     harm: Callable[[World, FaultyShop, Random], str | None]
     meaning: str
 

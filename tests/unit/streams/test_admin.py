@@ -1,4 +1,5 @@
 from concurrent.futures import Future
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,11 @@ from schemas.topics import BY_NAME
 from streams import admin
 from streams.admin import (
     KafkaOptionError,
+    TopicError,
     TopicReport,
     _counts,
     client_config,
+    committed,
     option_name,
     reach,
     topic_name,
@@ -155,3 +158,45 @@ def test_a_topic_is_not_counted_where_an_offset_is_not_told() -> None:
     for untold in (-1001, no_leader):
         counts = _counts(KafkaConfig(), Offsets([2, 0], [9, untold]), [*found], found)
         assert counts == {"reviews": 7}
+
+
+@dataclass
+class Member:
+    """A member whose group is given another coordinator, and answers then."""
+
+    errors: list[int]
+    closed: bool = False
+
+    def committed(self, asked: list[TopicPartition], _: float) -> list[TopicPartition]:
+        if self.errors:
+            raise KafkaException(KafkaError(self.errors.pop(0)))
+        return [
+            TopicPartition(each.topic, each.partition, 7 - each.partition * 8) for each in asked
+        ]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def member(monkeypatch: pytest.MonkeyPatch) -> Member:
+    made = Member([])
+    topics = {"eu.reviews": SimpleNamespace(partitions=[0, 1]), "other": SimpleNamespace()}
+    there = SimpleNamespace(list_topics=lambda timeout: SimpleNamespace(topics=topics))
+    monkeypatch.setattr(admin, "reach", lambda _: there)
+    monkeypatch.setattr(admin, "Consumer", lambda _: made)
+    monkeypatch.setattr(admin, "COORDINATOR_PAUSE_SECONDS", 0.0)
+    return made
+
+
+def test_a_groups_offsets_are_asked_for_until_its_coordinator_has_moved(member: Member) -> None:
+    member.errors = [KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS]
+    assert committed(KafkaConfig(topic_prefix="eu."), "shop") == {"reviews": {0: 7}}
+    assert member.closed
+
+
+def test_another_failure_of_a_groups_coordinator_is_told(member: Member) -> None:
+    member.errors = [KafkaError.GROUP_AUTHORIZATION_FAILED]
+    with pytest.raises(TopicError, match="refused a request"):
+        committed(KafkaConfig(topic_prefix="eu."), "shop")
+    assert member.closed

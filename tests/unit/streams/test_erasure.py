@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError
 
 from model.events import EVENT
 from model.features import INDEX
@@ -136,6 +138,36 @@ def test_files_that_an_erasure_left_behind_are_deleted_by_the_next(
         len(list((tmp_path / topic).glob("*.parquet"))) for topic in ("score-requests", "journal")
     ]
     assert files == [1, 1]
+
+
+def test_files_of_commits_that_never_came_are_deleted_with_what_is_erased(tmp_path: Path) -> None:
+    """Of a killed writer, and of one whose commit was refused: vacuum knows nothing of them."""
+    users = [(0, "ann", None), (0, "bob", None)]
+    write(tmp_path, "users", *users)
+    folder = tmp_path / "users"
+    (path,) = folder.glob("*.parquet")
+    (folder / "part-00000-of-a-killed-compaction.zstd.parquet").write_bytes(path.read_bytes())
+    first = Archive(str(tmp_path))
+    first.append("users", [Row(0, 2, None, b"ann", None)])
+    table = archive.open_table(str(tmp_path), "users")
+    assert table is not None
+    first.commit()
+    with pytest.raises(CommitFailedError):
+        write_deltalake(
+            table,
+            archive.table("users", [Row(0, 2, None, b"ann", None)]),
+            mode="append",
+            commit_properties=CommitProperties(app_transactions=[Transaction("users/0", 3)]),
+        )
+    # One that an archiver is writing: nobody has committed its rows.
+    ours = archive.table("users", [Row(0, 3, None, b"ann", None)])
+    pq.write_table(ours, folder / "part-00000-being-written.zstd.parquet")
+    assert len(list(folder.glob("*.parquet"))) == 5
+    assert erase_rows(str(tmp_path), {}, "users", [erased("ann", users=3)]) == 2
+    found = {path.name: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
+    assert found.pop("part-00000-being-written.zstd.parquet")[0]["kafka_key"] == b"ann"
+    assert {row["kafka_key"] for rows in found.values() for row in rows} == {None, b"bob"}
+    assert left(tmp_path, "users") == [1]
 
 
 def test_more_rows_than_one_commit_names_are_erased(

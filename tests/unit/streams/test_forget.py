@@ -6,14 +6,15 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from confluent_kafka import Message
+from confluent_kafka import KafkaError, KafkaException, Message
 from pydantic import SecretStr
 
 from model.state import LAYOUT_HASH
 from streams import forget
 from streams.claims import header_data
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
-from streams.forget import Told, _kept, unapplied, unarchived, undeleted
+from streams.exceptions import BrokerError
+from streams.forget import Told, _kept, unanswered, unapplied, unarchived, undeleted
 from streams.reader import USER_KIND, USER_STATE
 from streams.rebuild import Shop
 from streams.store import Store
@@ -61,6 +62,17 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return say
 
 
+def test_a_broker_that_goes_away_meanwhile_is_told(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> Any:
+        raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE, "gone"))
+
+    monkeypatch.setattr(forget, "tell", gone)
+    with pytest.raises(BrokerError, match=r"gone. Run the command again"):
+        forget.forget(shop, ["ann"], 0)
+
+
 def test_all_null_values_have_to_be_read(shop: Shop, kafka: Callable[..., None]) -> None:
     kafka(None)
     assert unapplied(shop, TOLD) == {"scorer"}  # which has never worked; nobody else has to
@@ -105,16 +117,35 @@ def test_texts_that_have_come_to_items_alone_are_waited_for(
     assert unapplied(shop, TOLD) == {"texts"}
 
 
+def test_requests_from_before_are_to_be_answered(
+    shop: Shop, kafka: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {("score-requests", 1): 8, ("score-requests", 2): 0}
+    request = message("score-requests", b"", 1, 7)
+    kafka(None, request)
+    assert not unanswered(shop, asked)  # nobody has ever answered
+    for read, waiting in (({0: 3}, {"answers"}), ({1: 7}, {"answers"}), ({1: 8}, set[str]())):
+        monkeypatch.setattr(forget, "committed", lambda *_, read=read: {"score-requests": read})
+        assert unanswered(shop, asked) == waiting
+    kafka(None)  # what is left is the end of a producer's transaction alone
+    monkeypatch.setattr(forget, "committed", lambda *_: {"score-requests": {1: 7}})
+    assert not unanswered(shop, asked)
+
+
 def test_the_archive_has_to_hold_all_before_an_end(
     shop: Shop, kafka: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forget.archive, "positions", lambda *_: {1: 5})
+    decided = {1: 9}
+    monkeypatch.setattr(forget, "_decided", lambda *_: decided)
     kafka(None, message("journal", b"", 1, 7))
     assert unarchived(shop, {("journal", 1): 8}) == {"journal"}
     assert not unarchived(shop, {("journal", 1): 7})  # between are ends of transactions alone
     assert not unarchived(shop, {("journal", 1): 5})
     kafka(None)
     assert not unarchived(shop, {("journal", 1): 8})
+    decided[1] = 7  # a transaction is open from there on
+    assert unarchived(shop, {("journal", 1): 8}) == {"journal"}
 
 
 @pytest.mark.parametrize(

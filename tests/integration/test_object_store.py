@@ -1,0 +1,204 @@
+"""The archive on an object store: moto's S3 server, where one is installed beside Starcast."""
+
+import threading
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from shutil import which
+from urllib.parse import quote
+from uuid import uuid4
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from deltalake.fs import DeltaStorageHandler
+from pyarrow import fs
+
+from model.events import EVENT
+from model.ids import hash_ids
+from schemas import archive, journal
+from schemas.archive import Row
+from schemas.codec import encode
+from schemas.exceptions import UnreachableError
+from schemas.records import Review
+from streams.archiver import Archive
+from streams.compaction import claimed, compact
+from streams.embedded import HOST, free_port, start_child
+from streams.erasure import Erased, erase_journal, erase_rows
+from tests.unit.streams.journals import USERS, Partition, events
+from tests.unit.streams.test_erasure import HISTORY
+
+STARTUP_SECONDS = 60.0
+TIME = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an S3 server."""
+    command = which("moto_server")
+    if command is None:
+        pytest.skip("no moto_server is on the path: pip install 'moto[s3,server]'")
+    port = free_port()
+    address = f"http://{HOST}:{port}"
+
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return True
+        except OSError:
+            return False
+
+    folder = tmp_path_factory.mktemp("moto")
+    arguments = [command, "-H", HOST, "-p", str(port)]
+    child = start_child("moto", arguments, address, folder, answers, STARTUP_SECONDS)
+    yield address
+    child.stop()
+
+
+@pytest.fixture
+def place(server: str) -> tuple[str, dict[str, str]]:
+    """An archive's URL in a bucket of its own, and the options that reach it."""
+    bucket = f"shop-{uuid4().hex}"
+    put(f"{server}/{bucket}", b"")
+    options = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "who",
+        "AWS_SECRET_ACCESS_KEY": "cares",
+    }
+    return f"s3://{bucket}/an archive", options
+
+
+def put(address: str, content: bytes) -> None:
+    """Make a bucket, or an object in it."""
+    kind = {"Content-Type": "application/octet-stream"}  # a form would be read by moto itself
+    with urllib.request.urlopen(urllib.request.Request(address, content, kind, method="PUT")):
+        pass
+
+
+def files(url: str, options: dict[str, str], topic: str) -> dict[str, pl.DataFrame]:
+    """All objects of a table with rows, whatever version names them."""
+    found = fs.PyFileSystem(DeltaStorageHandler(archive.table_url(url, topic), options))
+    names = [each.base_name for each in found.get_file_info(fs.FileSelector(""))]
+    return {
+        name: pl.DataFrame(
+            pl.from_arrow(pq.read_table(BytesIO(found.open_input_file(name).read())))
+        )
+        for name in names
+        if name.endswith(".parquet")
+    }
+
+
+def review(user: str, number: int) -> bytes:
+    return encode(
+        Review(event_id=f"r{number}", user_id=user, item_id="cup", event_time=TIME, rating=4)
+    )
+
+
+def erased(user: str, **before: int) -> Erased:
+    return Erased(user, int(hash_ids([user])[0]), 0, before)
+
+
+def test_rows_are_emptied_and_their_objects_deleted(place: tuple[str, dict[str, str]]) -> None:
+    url, options = place
+    written = Archive(url, options)
+    for offset, user in enumerate(("ann", "bob", "ann", "bob")):
+        written.append("reviews", [Row(0, offset, 0, user.encode(), review(user, offset))])
+        written.commit()
+    # Of a compaction that was killed, and one that an archiver is writing.
+    for name, offset in (("part-of-a-killed-one", 0), ("part-being-written", 4)):
+        content = BytesIO()
+        row = Row(0, offset, 0, b"ann", review("ann", offset))
+        pq.write_table(archive.table("reviews", [row]), content)
+        where = archive.table_url(url, "reviews").removeprefix("s3://")
+        put(f"{options['AWS_ENDPOINT_URL']}/{quote(where)}/{name}.parquet", content.getvalue())
+    assert len(files(url, options, "reviews")) == 6
+    assert erase_rows(url, options, "reviews", [erased("ann", reviews=3)]) == 2
+    left = files(url, options, "reviews")
+    assert left.pop("part-being-written.parquet")["user_id"].to_list() == ["ann"]
+    whose = [user for rows in left.values() for user in rows["user_id"].to_list()]
+    assert sorted(whose, key=str) == [None, None, "bob", "bob"]
+    rows = archive.read(url, "reviews", options).collect()
+    assert rows["user_id"].to_list() == [None, "bob", None, "bob"]
+    assert archive.positions(url, "reviews", options) == {0: 4}
+    assert erase_rows(url, options, "reviews", [erased("ann", reviews=3)]) == 0
+    compact(url, "reviews", options)
+    assert archive.read(url, "reviews", options).collect().equals(rows)
+    assert written.append("reviews", [Row(0, 3, 0, b"k", None), Row(0, 4, 0, b"k", None)]) == 1
+    assert written.commit() == 1
+
+
+def test_rows_of_the_journal_become_rows_of_nobody(place: tuple[str, dict[str, str]]) -> None:
+    url, options = place
+    partition, written = Partition(), Archive(url, options)
+    for rows in HISTORY:
+        transaction = partition.apply(events(rows)).transaction
+        (value,) = journal.encode(transaction.journal)
+        written.append("journal", [Row(1, transaction.first_offset, 0, b"1", value)])
+    written.commit()
+    user = Erased("u", int(USERS[0]), 1, {"users": 3})
+    ((found,), count) = erase_journal(url, options, [user])
+    assert count == 5
+    assert found.before == {"users": 3, "reviews": 4, "behavior": 2, "text-features": 1}
+    journals = [each.journal for each in archive.journal(url, 1, options)]
+    whose = np.concatenate([each.events for each in journals]).view(EVENT)["user"]
+    assert (whose == USERS[0]).nonzero()[0].tolist() == [8, 10]
+    assert len(files(url, options, "journal")) == 1
+    assert erase_journal(url, options, [user]) == ([], 0)
+
+
+def test_one_claims_a_table_at_a_time(place: tuple[str, dict[str, str]]) -> None:
+    url, options = place
+    written = Archive(url, options)
+    written.append("users", [Row(0, 0, 0, b"ann", None)])
+    written.commit()
+    with claimed(url, "users", options) as one:
+        assert one is not None
+        with claimed(url, "users", options) as other:
+            assert other is None
+    with claimed(url, "users", options) as again:
+        assert again is not None
+
+
+def test_an_archiver_that_writes_meanwhile_loses_and_doubles_nothing(
+    place: tuple[str, dict[str, str]],
+) -> None:
+    """Commits of both are conditional puts of the log's next object."""
+    url, options = place
+    written, count = Archive(url, options, compact_every=7), 24
+    failed: list[BaseException] = []
+
+    def write_on() -> None:
+        try:
+            for offset in range(count):
+                user = ("ann", "bob")[offset % 2]
+                written.append("reviews", [Row(0, offset, 0, user.encode(), review(user, offset))])
+                written.commit()
+        except BaseException as error:  # noqa: BLE001  told below
+            failed.append(error)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    done = 0
+    while writer.is_alive():
+        done += erase_rows(url, options, "reviews", [erased("ann", reviews=count)])
+    writer.join()
+    done += erase_rows(url, options, "reviews", [erased("ann", reviews=count)])
+    assert not failed
+    assert done == count // 2
+    rows = archive.read(url, "reviews", options).collect()
+    assert rows["kafka_offset"].to_list() == list(range(count))
+    assert rows["user_id"].to_list() == [None, "bob"] * (count // 2)
+    named = [user for each in files(url, options, "reviews").values() for user in each["user_id"]]
+    assert "ann" not in named
+
+
+def test_a_store_that_is_gone_is_told(place: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    url, options = place
+    gone = options | {"AWS_ENDPOINT_URL": f"http://{HOST}:{free_port()}", "max_retries": "0"}
+    with pytest.raises(UnreachableError, match="cannot be used"):
+        erase_rows(url, gone, "reviews", [erased("ann", reviews=3)])
