@@ -8,6 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 JARS := .cache/kafka/libs
+MOTO := .cache/moto
 PACKAGES := schemas model streams trainer starcast
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make requirements"
@@ -34,6 +35,7 @@ setup: .venv/.installed ## Make .venv with the locked requirements and this proj
 requirements: ## Lock the requirements again, newest versions with hashes (UPGRADE=1), else as few changes as can be
 	$(BIN)/uv $(COMPILE) pyproject.toml $(if $(UPGRADE),--upgrade) --extra demo --extra peers --group dev -o requirements.txt
 	$(BIN)/uv $(COMPILE) pyproject.toml --extra demo --constraints requirements.txt -o deploy/requirements.txt
+	$(BIN)/uv $(COMPILE) tests/moto/requirements.in $(if $(UPGRADE),--upgrade) -o tests/moto/requirements.txt
 	for peer in quix faststream flink kafka_streams; do \
 		$(BIN)/uv $(COMPILE) bench/peers/$$peer.in $(if $(UPGRADE),--upgrade) -o bench/peers/$$peer.txt; done
 
@@ -63,6 +65,15 @@ $(JARS)/.copied: tests/kafka/pom.xml
 		-DoutputDirectory="$(CURDIR)/$(JARS)"; \
 	touch $@
 
+.PHONY: object-store
+object-store: $(MOTO)/.installed ## Install an S3 server for tests, in an environment of its own
+
+$(MOTO)/.installed: tests/moto/requirements.txt .venv/.installed
+	rm -rf $(MOTO)
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(MOTO)
+	$(BIN)/uv pip install --quiet --python $(MOTO)/bin/python --require-hashes -r $<
+	touch $@
+
 .PHONY: format
 format: setup ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
@@ -82,7 +93,7 @@ imports: setup ## Check who imports whom
 	$(BIN)/lint-imports
 
 .PHONY: test
-test: setup system kafka-jars ## Run all tests, on real servers
+test: setup system kafka-jars object-store ## Run all tests, on real servers
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
 		--durations=15 $(ARGS)
 

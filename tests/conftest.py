@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from schemas.exceptions import StarcastError
 from streams.embedded import Child, start_broker, start_store
-from tests.servers import start_kafka
+from tests.servers import start_kafka, start_object_store
 
 # A busy machine is no failure, nor is a function that compiles when it is first called.
 settings.register_profile("patient", deadline=None)
@@ -75,6 +75,13 @@ def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Valkey or Redis, with what earlier tests left in it."""
     with _started(start_store, tmp_path_factory) as child:
+        yield child.address
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an S3 server."""
+    with _started(start_object_store, tmp_path_factory) as child:
         yield child.address
 
 

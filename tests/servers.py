@@ -1,6 +1,6 @@
-"""Real servers for tests and benchmarks: Apache Kafka on loopback from jars, Valkey beside it.
+"""Real servers for tests and benchmarks: Apache Kafka on loopback from jars, Valkey, S3 by moto.
 
-`python -m tests.servers` runs both until Ctrl-C and prints where they listen.
+`python -m tests.servers` runs the first two until Ctrl-C and prints where they listen.
 """
 
 import signal
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
 from subprocess import run
+from urllib.request import urlopen
 
 from schemas.exceptions import StarcastError
 from streams.embedded import (
@@ -23,10 +24,13 @@ from streams.embedded import (
     start_store,
 )
 
-JARS = Path(__file__).parents[1] / ".cache" / "kafka" / "libs"
+_CACHE = Path(__file__).parents[1] / ".cache"
+JARS = _CACHE / "kafka" / "libs"
+MOTO = _CACHE / "moto" / "bin" / "moto_server"
 CLUSTER_ID = "MkU3OEVBNTcwNTJENDM2Qg"  # any 16 bytes, base64
 HEAP = "-Xmx512m"
 KAFKA_STARTUP_TIMEOUT_S = 90.0  # a broker that never gets ready would hang the whole test run
+MOTO_STARTUP_TIMEOUT_S = 60.0  # so would an object store
 FORMAT_TIMEOUT_S = 60.0  # so would a storage tool that waits for something
 
 # One broker that is its own controller, with short waits and few internal partitions. Groups start
@@ -105,6 +109,27 @@ def why_no_kafka() -> str | None:
     if not any(JARS.glob("kafka_*.jar")):
         return f"Apache Kafka's jars are not in {JARS}: make kafka-jars"
     return None
+
+
+def start_object_store(folder: Path) -> Child:
+    """Start an S3 server that keeps its objects in memory, with its log in `folder`."""
+    if not MOTO.exists():
+        raise ServerError(f"There is no {MOTO}: make object-store")
+    port = free_port()
+    address = f"http://{HOST}:{port}"
+    command = [str(MOTO), "-H", HOST, "-p", str(port)]
+    folder.mkdir(parents=True, exist_ok=True)
+    return start_child(
+        "moto", command, address, folder, lambda: _answers(address), MOTO_STARTUP_TIMEOUT_S
+    )
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager

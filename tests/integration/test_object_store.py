@@ -1,12 +1,10 @@
-"""The archive on an object store: moto's S3 server, where one is installed beside Starcast."""
+"""The archive on an object store: moto's S3 server, from an environment of its own."""
 
 import threading
 import urllib.request
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from shutil import which
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -26,45 +24,21 @@ from schemas.exceptions import UnreachableError
 from schemas.records import Review
 from streams.archiver import Archive
 from streams.compaction import claimed, compact
-from streams.embedded import HOST, free_port, start_child
+from streams.embedded import HOST, free_port
 from streams.erasure import Erased, erase_journal, erase_rows
 from tests.unit.streams.journals import USERS, Partition, events
 from tests.unit.streams.test_erasure import HISTORY
 
-STARTUP_SECONDS = 60.0
 TIME = datetime(2026, 11, 1, tzinfo=UTC)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an S3 server."""
-    command = which("moto_server")
-    if command is None:
-        pytest.skip("no moto_server is on the path: pip install 'moto[s3,server]'")
-    port = free_port()
-    address = f"http://{HOST}:{port}"
-
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return True
-        except OSError:
-            return False
-
-    folder = tmp_path_factory.mktemp("moto")
-    arguments = [command, "-H", HOST, "-p", str(port)]
-    child = start_child("moto", arguments, address, folder, answers, STARTUP_SECONDS)
-    yield address
-    child.stop()
-
-
 @pytest.fixture
-def place(server: str) -> tuple[str, dict[str, str]]:
+def place(object_store: str) -> tuple[str, dict[str, str]]:
     """An archive's URL in a bucket of its own, and the options that reach it."""
     bucket = f"shop-{uuid4().hex}"
-    put(f"{server}/{bucket}", b"")
+    put(f"{object_store}/{bucket}", b"")
     options = {
-        "AWS_ENDPOINT_URL": server,
+        "AWS_ENDPOINT_URL": object_store,
         "AWS_ALLOW_HTTP": "true",
         "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "who",
