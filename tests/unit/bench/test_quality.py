@@ -40,15 +40,10 @@ def figures(model: float, bias: float) -> dict[str, Any]:
     gap = {"mean": -0.1, "low": -0.2, "high": 0.1}
     block = {"model": {"rmse": model}, "bias": {"rmse": bias, "model_minus_this": {"all": gap}}}
     gain = {"best_peer": "bias", "gain": 1 - model / bias}
-    text = {
-        "model": {"rmse": 0.5, "accuracy": 0.7, "rows": 20},
-        "frozen": {"rmse": 0.6, "accuracy": 0.8, "rows": 20},
-        "ridge": {"rmse": 0.55, "accuracy": 0.6, "rows": 20},
-    }
-    return {"rows": {"test": 20}, "rating": {"prequential": block}, "gain": gain, "text": text}
+    return {"rows": {"test": 20}, "rating": {"prequential": block}, "gain": gain}
 
 
-def test_sets_that_no_default_was_chosen_on_are_told_apart(
+def test_other_sets_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -59,16 +54,15 @@ def test_sets_that_no_default_was_chosen_on_are_told_apart(
     (tmp_path / "AMAZON_FASHION_5.json").touch()
     for name, found in (("appliances", figures(0.9, 1.0)), ("amazon-fashion", figures(1.08, 1.0))):
         part = {"figures": found, "minutes": 1}
-        (tmp_path / f"unseen-{name}.json").write_bytes(orjson.dumps(part))
+        (tmp_path / f"others-{name}.json").write_bytes(orjson.dumps(part))
 
-    places = ["--folder", str(tmp_path), "--unseen", str(tmp_path)]
-    assert quality.main(["--parts", "unseen", *places]) == 0
+    places = ["--folder", str(tmp_path), "--others", str(tmp_path)]
+    assert quality.main(["--parts", "others", *places]) == 0
     told = (tmp_path / "docs" / "quality.md").read_text()
     assert (
         "| Appliances | 20 | 0.9000 | bias 1.0000 | +10.00% | -0.1000 [-0.2000, +0.1000] |" in told
     )
     assert "Mean gain over the best peer: +1.00%." in told
-    assert "| Appliances | 20 | 0.5000 | ridge 0.5500 | 70.0% | frozen 80.0% |" in told
     said = capsys.readouterr().err
     assert "All Beauty: left out" in said.replace("\n", " ")
     assert "Appliances: left out" not in said
