@@ -2,10 +2,11 @@
 
 Parts: the evaluation beside peers on each set, the table of fine-tuning methods, the ablations of
 the rating network and of the text model, the speed of a long replay, and question (a) alone on
-other public sets, of which those count that are in `--others` as their publishers name them. Each part is a JSON file in `--folder`; one that is there is not made again, so the whole may
-be run bit by bit (`--parts`, `--sets`). What a run makes takes the place of what
-`bench/results/quality.json` had of it; the rest of that stays, with the day and the machine that it
-is of. `docs/quality.md` tells all of it.
+other public sets, of which those count that are in `--others` as their publishers name them. Each
+part is a JSON file in `--folder`; one that is there is not made again, so the whole may be run bit
+by bit (`--parts`, `--sets`). What a run makes takes the place of what `bench/results/quality.json`
+had of it; the rest of that stays, with the day and the machine that it is of. `docs/quality.md`
+tells all of it.
 """
 
 import argparse
