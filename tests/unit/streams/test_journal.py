@@ -127,6 +127,31 @@ def test_what_retention_has_taken_comes_from_the_archive(
     assert consumer.assigned == [{1: 2, 2: 3}, {1: 5}]
 
 
+def test_a_transaction_that_retention_cut_comes_from_the_archive_in_whole(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [(2, SHORT[0]), (4, LONG[0]), (5, LONG[1]), (7, SHORT[0])]
+    monkeypatch.setattr(
+        journal.archive,
+        "journal",
+        lambda _, __, ___, start: contract.decode_all(each for each in values if each[0] >= start),
+    )
+    rest = [row(1, 5, LONG[1]), row(1, 7), event(1, EOF)]
+
+    class Kafka(Scripted):
+        def assign(self, where: list[TopicPartition]) -> None:
+            super().assign(where)
+            self.left = [
+                each
+                for each in self.left
+                if each.error() is not None or (each.offset() or 0) >= where[0].offset
+            ]
+
+    consumer = kafka(Kafka([event(1, RESET)], rest), p1=5)
+    assert read(p1=2) == [(1, (2, 2)), (1, (4, 5)), (1, (7, 7)), (1, None)]
+    assert consumer.assigned == [{1: 2}, {1: 6}]
+
+
 def test_retention_that_passes_twice_costs_no_row_and_doubles_none(
     kafka: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
