@@ -175,10 +175,11 @@ def journal(
 ) -> Iterator[Transaction]:
     """The archived journal of a user partition, from offset `start`, which begins a transaction.
 
+    An archiver may commit between two pieces; a transaction that is not there in whole is left out.
     Raises ContractError when part of a transaction is missing, UnreachableError when a file of the
     table cannot be read.
     """
-    return decode_all(journal_values(url, partition, options, start=start))
+    return decode_all(journal_values(url, partition, options, start=start), growing=True)
 
 
 def journal_values(

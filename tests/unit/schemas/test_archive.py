@@ -13,7 +13,7 @@ from schemas import archive
 from schemas.archive import Row
 from schemas.codec import decode
 from schemas.examples import EXAMPLES
-from schemas.exceptions import UnreachableError
+from schemas.exceptions import ContractError, UnreachableError
 from schemas.journal import encode
 from schemas.topics import BY_NAME, TOPICS
 from tests.unit.schemas.test_journal import assert_same, make
@@ -152,6 +152,17 @@ def test_a_journal_that_is_lost_while_it_is_read_is_told(tmp_path: Path) -> None
         each.unlink()
     with pytest.raises(UnreachableError, match="journal cannot be used"):
         next(transactions)
+
+
+def test_a_transaction_of_which_the_archiver_has_committed_some_is_left_out(tmp_path: Path) -> None:
+    first, last = encode(make(2_500))
+    write(tmp_path, "journal", [row(0, encode(make(3))[0]), row(2, first)])
+    assert [len(each.journal) for each in archive.journal(str(tmp_path), 0)] == [3]
+    write(tmp_path, "journal", [row(3, last)])
+    assert [len(each.journal) for each in archive.journal(str(tmp_path), 0)] == [3, 2_500]
+    write(tmp_path, "journal", [row(5, last)])
+    with pytest.raises(ContractError, match="part of a transaction is missing"):
+        list(archive.journal(str(tmp_path), 0))
 
 
 def test_the_journal_is_read_back_as_arrays(
