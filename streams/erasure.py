@@ -176,13 +176,13 @@ def _rows_of(topic: str, user: Erased) -> str:
     return f"{found} AND (kind IS NULL OR kind <> 'interaction' OR {sources})"
 
 
-def _at(places: pa.Table) -> str:
+def _at(places: pa.Table, of: str = "") -> str:
     """Rows of a table by their places, for DataFusion."""
     by_partition: dict[int, list[str]] = {}
     for place in places.to_pylist():
         by_partition.setdefault(place["kafka_partition"], []).append(str(place["kafka_offset"]))
     return " OR ".join(
-        f"(kafka_partition = {partition} AND kafka_offset IN ({', '.join(offsets)}))"
+        f"({of}kafka_partition = {partition} AND {of}kafka_offset IN ({', '.join(offsets)}))"
         for partition, offsets in by_partition.items()
     )
 
@@ -256,10 +256,15 @@ def _update(table: DeltaTable, rows: str, updates: dict[str, str]) -> int:
 
 
 def _replace(table: DeltaTable, rows: pa.Table) -> int:
-    """New values for rows of the journal."""
-    place = " AND ".join(f"old.{name} = new.{name}" for name in archive.PLACE)
+    """New values for rows of the journal.
+
+    Their places are named too: delta-rs (1.6) would read the whole table for them, and take each
+    commit of an archiver meanwhile for one that it had to read.
+    """
+    same = " AND ".join(f"old.{name} = new.{name}" for name in archive.PLACE)
+    at = _at(rows.select(archive.PLACE), "old.")
     done = (
-        table.merge(rows, place, "new", "old", writer_properties=WRITER)
+        table.merge(rows, f"{same} AND ({at})", "new", "old", writer_properties=WRITER)
         .when_matched_update({"kafka_value": "new.kafka_value"})
         .execute()
     )

@@ -346,6 +346,25 @@ def test_two_erasures_at_once_undo_nothing_of_each_other(
     assert left_of(other) == 0
 
 
+def test_an_archiver_of_the_journal_is_never_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It commits every few seconds; each rewrite here falls between two of its commits."""
+    archived(tmp_path)
+    written = Archive(str(tmp_path))
+    value = next(iter(archive.journal_values(str(tmp_path), 1)))[1]
+    replace_rows, offsets = erasure._replace, iter(range(50, 100))
+
+    def overtaken(table: DeltaTable, rows: pa.Table) -> int:
+        written.append("journal", [Row(0, next(offsets), 0, b"0", value)])
+        written.commit()
+        return replace_rows(table, rows)
+
+    monkeypatch.setattr(erasure, "_replace", overtaken)
+    assert erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])[1] == 5
+    assert next(offsets) == 51
+
+
 def test_a_row_of_nobody_keeps_what_the_partition_took_of_it() -> None:
     whole = Partition().apply(events(HISTORY[0])).transaction.journal
     some = nobody(whole, np.array([True, False, True, False]))
