@@ -73,6 +73,10 @@ def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
             _log.warning("compaction given up", table=where, reason=str(error))
 
 
+class ClaimLostError(StarcastError):
+    """A table that another may rewrite by now."""
+
+
 @contextmanager
 def claimed(url: str, topic: str, options: Mapping[str, str]) -> Generator[DeltaTable | None]:
     """The newest version of a table, whose files nobody else rewrites for `COMPACTION_SECONDS`.
@@ -98,6 +102,23 @@ def claimed(url: str, topic: str, options: Mapping[str, str]) -> Generator[Delta
         yield table
     finally:
         _release(where, options)
+
+
+def prolong(table: DeltaTable) -> None:
+    """Look at the newest version of a claimed table, and claim it on where half the time is gone.
+
+    Raises ClaimLostError when another has claimed it since: what was read is then not the newest.
+    """
+    ours = table.transaction_version(_CLAIM) or 0
+    table.update_incremental()
+    if table.transaction_version(_CLAIM) != ours:
+        raise ClaimLostError(
+            f"The claim on {table.table_uri} ran out, and another has rewritten the table since. "
+            "Run the command again."
+        )
+    if ours < time.time() + COMPACTION_SECONDS / 2:
+        _claim(table, int(time.time() + COMPACTION_SECONDS))
+        table.update_incremental()
 
 
 @until_committed

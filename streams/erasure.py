@@ -33,7 +33,7 @@ from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS, Journal, Piece, decode, encode_piece
 from schemas.topics import TOPICS as ALL_TOPICS
-from streams.compaction import WRITER, claimed, until_committed
+from streams.compaction import WRITER, claimed, prolong, until_committed
 
 OF_USERS = tuple(topic.name for topic in ALL_TOPICS if topic.key == "user_id")
 """Topics whose records each are of one user."""
@@ -246,7 +246,7 @@ def _dead(storage: fs.FileSystem, name: str, ends: Mapping[int, int]) -> bool:
 
 @until_committed
 def _committed(table: DeltaTable, rewrite: Callable[[DeltaTable], int]) -> int:
-    table.update_incremental()
+    prolong(table)
     return rewrite(table)
 
 

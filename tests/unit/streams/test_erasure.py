@@ -25,7 +25,7 @@ from schemas import archive, journal
 from schemas.archive import Row
 from schemas.codec import encode
 from schemas.records import DeadLetter, PredictedRating, Record, Review, Source
-from streams import erasure
+from streams import compaction, erasure
 from streams.archiver import Archive
 from streams.compaction import claimed
 from streams.erasure import Erased, ErasureError, erase_journal, erase_rows, nobody, rows_elsewhere
@@ -363,6 +363,44 @@ def test_an_archiver_of_the_journal_is_never_in_the_way(
     monkeypatch.setattr(erasure, "_replace", overtaken)
     assert erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])[1] == 5
     assert next(offsets) == 51
+
+
+def test_an_erasure_that_takes_hours_keeps_its_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that rewrite the same files would both succeed, and double their rows."""
+    write(tmp_path, "users", *[(0, "ann", None) for _ in range(6)])
+    clock, update = [time.time()], erasure._update
+    monkeypatch.setattr(compaction.time, "time", lambda: clock[0])
+    monkeypatch.setattr(erasure, "PLACES", 2)
+
+    def slowly(table: DeltaTable, *what: Any) -> int:
+        done = update(table, *what)
+        clock[0] += 0.6 * compaction.COMPACTION_SECONDS
+        with claimed(str(tmp_path), "users", {}) as other:
+            assert other is None
+        return done
+
+    monkeypatch.setattr(erasure, "_update", slowly)
+    assert erase_rows(str(tmp_path), {}, "users", [erased("ann", users=6)]) == 6
+
+
+def test_an_erasure_that_lost_its_claim_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archived(tmp_path)
+    clock, encode_piece = [time.time()], erasure.encode_piece
+    monkeypatch.setattr(compaction.time, "time", lambda: clock[0])
+
+    def slowly(piece: journal.Piece) -> bytes:
+        clock[0] += 2 * compaction.COMPACTION_SECONDS
+        with claimed(str(tmp_path), "journal", {}) as other:
+            assert other is not None
+        return encode_piece(piece)
+
+    monkeypatch.setattr(erasure, "encode_piece", slowly)
+    with pytest.raises(compaction.ClaimLostError, match="Run the command again"):
+        erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])
 
 
 def test_a_row_of_nobody_keeps_what_the_partition_took_of_it() -> None:
