@@ -184,6 +184,16 @@ def test_the_journal_is_read_back_as_arrays(
     assert frame.select("rows", "first_step", "last_step").row(0) == (3, 77, 79)
 
 
+@pytest.mark.parametrize(
+    "time", [None, -2, 253_402_300_800_000, 1_795_521_600_000_000_000, 2**63 - 1]
+)
+def test_a_timestamp_that_no_reader_takes_is_none(time: int | None) -> None:
+    """Producers set those of items and users; one of them counts in nanoseconds."""
+    rows = [Row(0, 0, time, b"k", None), Row(0, 1, 253_402_300_799_999, b"k", None)]
+    found = archive.table("items", rows)["kafka_timestamp"].to_pylist()
+    assert found == [None, datetime(9999, 12, 31, 23, 59, 59, 999_000, UTC)]
+
+
 def test_damaged_journal_values_are_archived_raw() -> None:
     table = archive.table("journal", [row(0, b"no Arrow"), row(1, encode(make(0))[0])])
     assert table.select(["rows", "first_step"]).to_pydict() == {
