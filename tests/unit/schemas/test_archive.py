@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from schemas.codec import decode
 from schemas.examples import EXAMPLES
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.journal import encode
-from schemas.topics import BY_NAME, TOPICS
+from schemas.topics import BY_NAME, TOPICS, Topic
 from tests.unit.schemas.test_journal import assert_same, make
 
 REVIEW: dict[str, Any] = dict(EXAMPLES["reviews"])
@@ -192,6 +192,30 @@ def test_a_timestamp_that_no_reader_takes_is_none(time: int | None) -> None:
     rows = [Row(0, 0, time, b"k", None), Row(0, 1, 253_402_300_799_999, b"k", None)]
     found = archive.table("items", rows)["kafka_timestamp"].to_pylist()
     assert found == [None, datetime(9999, 12, 31, 23, 59, 59, 999_000, UTC)]
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1])
+@pytest.mark.parametrize("topic", [topic for topic in TOPICS if topic.record is not None])
+def test_a_number_that_no_column_holds_is_no_number_of_the_contract(
+    topic: Topic, number: int
+) -> None:
+    """In place of each whole number of a record, however deep."""
+
+    def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        if isinstance(value, dict | list):
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, each in inside:
+                yield from places(each, (*path, key))
+        elif type(value) is int:
+            yield path
+
+    for *path, last in places(EXAMPLES[topic.name]):
+        changed = json.loads(json.dumps(EXAMPLES[topic.name]))
+        inner = changed
+        for key in path:
+            inner = inner[key]
+        inner[last] = number
+        assert archive.table(topic.name, [Row(0, 0, 0, b"k", json.dumps(changed).encode())])
 
 
 def test_damaged_journal_values_are_archived_raw() -> None:
