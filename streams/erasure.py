@@ -12,8 +12,11 @@ who has come back, and stays.
 import base64
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import polars as pl
@@ -41,6 +44,7 @@ OF_USERS = tuple(topic.name for topic in ALL_TOPICS if topic.key == "user_id")
 CLAIM_SECONDS = 60.0  # a compaction that rewrites a table is waited for so long
 CLAIM_PAUSE_SECONDS = 1.0
 PLACES = 1_000  # rows that one commit names; delta-rs (1.6) dies of twenty thousand
+BEGUN_SECONDS = 600.0  # a file that nothing was written to for so long is nobody's
 VALUES = 64  # of the journal, in memory at once: half a megabyte each at most
 _KEPT = ("global_mean", "item_bias")  # features by which a partition follows its newcomers
 
@@ -228,6 +232,8 @@ def _delete_files(url: str, options: Mapping[str, str], topic: str) -> None:
         for name in there:
             if name.endswith(".parquet") and name not in named and _dead(storage, name, ends):
                 storage.delete_file(name)
+        for path in _begun(table.table_uri):
+            path.unlink(missing_ok=True)
 
 
 def _dead(storage: fs.FileSystem, name: str, ends: Mapping[int, int]) -> bool:
@@ -242,6 +248,20 @@ def _dead(storage: fs.FileSystem, name: str, ends: Mapping[int, int]) -> bool:
         return False
     low = rows.group_by("kafka_partition").aggregate([("kafka_offset", "min")]).to_pylist()
     return any(row["kafka_offset_min"] < ends.get(row["kafka_partition"], 0) for row in low)
+
+
+def _begun(table_uri: str) -> Iterator[Path]:
+    """Files that were begun in a local folder, and not put in place since.
+
+    A writer that was killed leaves them, under names that delta-rs (1.6) lists nowhere.
+    """
+    uri = urlsplit(table_uri)
+    if uri.scheme != "file":
+        return
+    for path in Path(url2pathname(uri.path)).glob("*.parquet#*"):
+        with suppress(FileNotFoundError):  # it is in its place now
+            if path.stat().st_mtime < time.time() - BEGUN_SECONDS:
+                yield path
 
 
 @until_committed

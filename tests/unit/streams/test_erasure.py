@@ -1,6 +1,7 @@
 """Erasing users from Delta tables, in folders."""
 
 import base64
+import os
 import threading
 import time
 from datetime import UTC, datetime
@@ -168,6 +169,24 @@ def test_files_of_commits_that_never_came_are_deleted_with_what_is_erased(tmp_pa
     assert found.pop("part-00000-being-written.zstd.parquet")[0]["kafka_key"] == b"ann"
     assert {row["kafka_key"] for rows in found.values() for row in rows} == {None, b"bob"}
     assert left(tmp_path, "users") == [1]
+
+
+def test_files_that_a_killed_writer_had_begun_are_deleted_with_what_is_erased(
+    tmp_path: Path,
+) -> None:
+    """They are put in place under another name; delta-rs lists none of them."""
+    write(tmp_path / "a folder", "users", (0, "ann", None), (0, "bob", None))
+    folder = tmp_path / "a folder" / "users"
+    (path,) = folder.glob("*.parquet")
+    begun, new = (folder / f"part-00000-{name}.zstd.parquet#1" for name in ("begun", "new"))
+    for each in (begun, new):
+        each.write_bytes(path.read_bytes()[:-20])
+    old = time.time() - erasure.BEGUN_SECONDS - 1
+    os.utime(begun, (old, old))
+    assert erase_rows(str(tmp_path / "a folder"), {}, "users", [erased("ann", users=3)]) == 1
+    assert not begun.exists()
+    assert new.exists()  # somebody may be writing it
+    assert left(tmp_path / "a folder", "users") == [1]
 
 
 def test_more_rows_than_one_commit_names_are_erased(
