@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from confluent_kafka import KafkaException
 
 from schemas.exceptions import StarcastError
 from starcast import __version__, log
 from starcast.commands import contract, erasing, letters, models, playing, serving, state
 from starcast.commands.context import Chosen, fail
+from streams.admin import error_of
 
 app = typer.Typer(
     help="Events in, predicted ratings out, a model trained from the stream.",
@@ -75,12 +77,16 @@ def choose(
 def main() -> None:
     """Runs the command line. Errors raised on purpose are told in one message, without a trace.
 
-    So are those of the system, as of a full disk: they are no bugs either.
+    So are those of the system, as of a full disk, and of a broker that went away between two
+    questions: they are no bugs either.
     """
     try:
         app()
     except StarcastError as problem:
         sys.exit(fail(str(problem)).exit_code)
+    except KafkaException as problem:
+        reason = error_of(problem).str()
+        sys.exit(fail(f"Kafka failed meanwhile: {reason}. Run the command again.").exit_code)
     except OSError as problem:
         said = problem.strerror or str(problem) or type(problem).__name__
         where = "" if problem.filename is None else f": {problem.filename}"
