@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from confluent_kafka import Message
+from numpy.typing import NDArray
 
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS
@@ -79,14 +80,19 @@ def require_journal(shop: Shop, partition: int) -> None:
     """Raise `JournalGapError` unless archive and topic have the journal from its first row."""
     due = 0
     for entry in read_journal(shop.kafka, shop.archive, partition, 0):
-        steps = entry.journal.steps
-        if not np.array_equal(steps, due + np.arange(len(steps), dtype=np.uint64)):
-            raise JournalGapError(
-                f"Journal partition {partition} lacks row {due}: archive and topic do not reach "
-                "back to the beginning, so its states cannot be computed again. Point "
-                "STARCAST_ARCHIVE__URL at the archive of this shop."
-            )
-        due += len(steps)
+        require_rows(partition, due, entry.journal.steps)
+        due += len(entry.journal.steps)
+
+
+def require_rows(partition: int, due: int, steps: NDArray[np.uint64]) -> None:
+    """Raise `JournalGapError` unless rows of a journal are those from step `due` on."""
+    wrong = np.flatnonzero(steps != due + np.arange(len(steps), dtype=np.uint64))
+    if len(wrong):
+        raise JournalGapError(
+            f"Journal partition {partition} lacks row {due + wrong[0]}: archive and topic do not have all of "
+            "it from the beginning, so its states cannot be computed again. Point "
+            "STARCAST_ARCHIVE__URL at the archive of this shop."
+        )
 
 
 def require_updates(shop: Shop, partition: int, end: int) -> None:
