@@ -85,8 +85,8 @@ def _read(
                 )
             )
         # One message waits for nothing; a batch would wait for more until its timeout.
-        for message in consumer.consume(1, WAIT_SECONDS):
-            moved = time.monotonic()
+        messages = consumer.consume(1, WAIT_SECONDS)
+        for message in messages:
             error, partition = message.error(), message.partition() or 0
             if partition not in joiners:  # it has been read to what was its end
                 continue
@@ -105,6 +105,8 @@ def _read(
                 passed.add(partition)
             else:
                 raise KafkaException(error)
+        if messages:  # after the yields: who reads may take long
+            moved = time.monotonic()
 
 
 def _archived(

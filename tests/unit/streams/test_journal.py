@@ -1,5 +1,6 @@
 """Journals of several partitions, out of a scripted Kafka and archive."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -199,3 +200,16 @@ def test_a_journal_that_gives_nothing_is_not_waited_for_for_ever(
     monkeypatch.setattr(journal, "END_SECONDS", 0.0)
     with pytest.raises(KafkaException, match="gave nothing"):
         read(p1=2)
+
+
+def test_who_takes_long_over_a_transaction_is_not_taken_for_a_broker_that_does(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a command that compiles its loops at the first one."""
+    kafka(Scripted([row(1, 5), row(1, 7), event(1, EOF)]))
+    monkeypatch.setattr(journal, "END_SECONDS", 0.1)
+    found: list[int] = []
+    for transaction in read_journal(KAFKA, ArchiveConfig(), 1, 5):
+        found.append(transaction.first_offset)
+        time.sleep(0.2)
+    assert found == [5, 7]
