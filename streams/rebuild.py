@@ -25,7 +25,7 @@ from streams.exceptions import FencedError, JournalGapError
 from streams.items import Items
 from streams.journal import read_journal
 from streams.metrics import make_metrics
-from streams.processor import Processor
+from streams.processor import Offsets, Processor
 from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE
 from streams.store import Store
 from streams.tail import archived_end, bounds, read_archived, read_log, read_topic
@@ -147,10 +147,12 @@ def _items(shop: Shop, partition: int) -> Rebuilt:
 
     def compute() -> None:
         items = Items(shop.store, shop.kafka, shop.archive, make_metrics())
-        # Which applies what only the archive has.
-        start = items.claim({partition: {}})[partition]
+        starts: Offsets = {}
+        while partition not in starts:  # each claim applies some of what only the archive has
+            starts = items.claim({partition: {}})
+        start = starts[partition][topic]
         for batch in read_topic(
-            shop.kafka, topic, start={partition: start[topic]}, partitions=[partition]
+            shop.kafka, topic, start={partition: start}, partitions=[partition]
         ):
             _work(items, batch)
 
