@@ -89,8 +89,8 @@ def require_rows(partition: int, due: int, steps: NDArray[np.uint64]) -> None:
     wrong = np.flatnonzero(steps != due + np.arange(len(steps), dtype=np.uint64))
     if len(wrong):
         raise JournalGapError(
-            f"Journal partition {partition} lacks row {due + wrong[0]}: archive and topic do not have all of "
-            "it from the beginning, so its states cannot be computed again. Point "
+            f"Journal partition {partition} lacks row {due + wrong[0]}: archive and topic do not "
+            "have all of it from the beginning, so its states cannot be computed again. Point "
             "STARCAST_ARCHIVE__URL at the archive of this shop."
         )
 
