@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
+from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS
 from streams.admin import committed, group_name
@@ -102,13 +104,22 @@ def require_updates(shop: Shop, partition: int, end: int) -> None:
     if not low or not end:
         return
     first = next(read_archived(shop.kafka, shop.archive, topic, partition, 0, low), None)
-    begins = None if first is None else first[0].offset()
-    if begins != 0 or archived_end(shop.archive, topic, partition) < min(low, end):
+    # A first transaction that was aborted has offsets, but no rows.
+    begins = first is not None and (first[0].offset() == 0 or _archived_from_the_start(shop))
+    if not begins or archived_end(shop.archive, topic, partition) < min(low, end):
         raise JournalGapError(
             f"Topic {topic} partition {partition} begins at offset {low}, and the archive at "
             f"{shop.archive.url} does not have all before: its states cannot be computed again. "
             "Point STARCAST_ARCHIVE__URL at the archive of this shop."
         )
+
+
+def _archived_from_the_start(shop: Shop) -> bool:
+    """Whether the archiver was there before retention was: it has the first row of all journals."""
+    rows = archive.read(shop.archive.url, "journal", shop.archive.storage_options)
+    firsts = rows.group_by("kafka_partition").agg(pl.col("first_step").min())
+    steps = archive.collect(firsts, archive.table_url(shop.archive.url, "journal"))["first_step"]
+    return len(steps) > 0 and bool((steps == 0).all())
 
 
 def _attributes(shop: Shop, partition: int) -> Rebuilt:
