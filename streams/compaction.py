@@ -111,7 +111,7 @@ def prolong(table: DeltaTable) -> None:
     """
     ours = table.transaction_version(_CLAIM) or 0
     table.update_incremental()
-    if table.transaction_version(_CLAIM) != ours:
+    if not ours or table.transaction_version(_CLAIM) != ours:
         raise ClaimLostError(
             f"The claim on {table.table_uri} ran out, and another has rewritten the table since. "
             "Run the command again."
