@@ -199,6 +199,25 @@ def test_more_rows_than_one_commit_names_are_erased(
     assert left(tmp_path, "users") == [0, 6, 12, 18, 3, 9, 15]
 
 
+def test_more_users_than_one_question_names_are_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """delta-rs took a minute for two thousand, and died of three."""
+    names = [f"user {at}" for at in range(7)]
+    write(tmp_path, "users", *[(0, name, None) for name in names])
+    asked: list[str] = []
+    places = erasure._places
+
+    def counted(table: DeltaTable, rows: str) -> pa.Table:
+        asked.append(rows)
+        return places(table, rows)
+
+    monkeypatch.setattr(erasure, "_places", counted)
+    monkeypatch.setattr(erasure, "USERS", 3)
+    assert erase_rows(str(tmp_path), {}, "users", [erased(name, users=9) for name in names]) == 7
+    assert [rows.count("user_id = ") for rows in asked] == [3, 3, 1]
+
+
 def test_predictions_go_with_the_events_that_they_are_of(tmp_path: Path) -> None:
     def predicted(topic: str, offset: int, kind: Any = "interaction") -> PredictedRating:
         return PredictedRating(
