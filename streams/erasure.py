@@ -11,6 +11,7 @@ who has come back, and stays.
 
 import base64
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -126,12 +127,22 @@ def erase_journal(
     return found, count
 
 
-def rows_elsewhere(url: str, options: Mapping[str, str], topic: str, user: Erased) -> int:
-    """A user's rows in partitions that are not theirs: their producer took another partitioner."""
-    key = (pl.col("kafka_key") == user.user.encode()) | (pl.col("user_id") == user.user)
-    rows = archive.read(url, topic, options).filter(
-        key & (pl.col("kafka_partition") != user.partition)
-    )
+def rows_elsewhere(
+    url: str, options: Mapping[str, str], topic: str, users: Sequence[Erased]
+) -> int:
+    """Users' rows in partitions that are not theirs: their producer took another partitioner."""
+    names = defaultdict[int, list[str]](list)
+    for each in users:
+        names[each.partition].append(each.user)
+    elsewhere = [
+        (pl.col("kafka_partition") != partition)
+        & (
+            pl.col("kafka_key").is_in([each.encode() for each in mine])
+            | pl.col("user_id").is_in(mine)
+        )
+        for partition, mine in names.items()
+    ]
+    rows = archive.read(url, topic, options).filter(pl.any_horizontal(pl.lit(False), *elsewhere))
     return archive.collect(rows.select(pl.len()), archive.table_url(url, topic)).item()
 
 
