@@ -35,6 +35,9 @@ JOURNAL_CHUNK = 256  # journal values in memory at once, half a megabyte each at
 
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}")  # of errors
 _TIME = pa.timestamp("us", "UTC")  # Delta Lake knows no milliseconds
+# Milliseconds to the end of 9999: readers of Delta Lake take none later, and a producer that counts
+# in nanoseconds is far later.
+_LAST_TIME = 253_402_300_799_999
 _KAFKA_FIELDS = [
     pa.field("kafka_partition", pa.int32(), nullable=False),
     pa.field("kafka_offset", pa.int64(), nullable=False),
@@ -56,7 +59,10 @@ _UNREADABLE = (
 
 
 class Row(NamedTuple):
-    """A Kafka record to be archived; the timestamp in milliseconds since 1970, or none."""
+    """A Kafka record to be archived; the timestamp in milliseconds since 1970, or none.
+
+    One that is before 1970 or after 9999 is archived as none.
+    """
 
     partition: int
     offset: int
@@ -84,7 +90,7 @@ def table(topic: str, rows: Sequence[Row]) -> pa.Table:
     columns: list[Any] = [
         pa.array([row.partition for row in rows], pa.int32()),
         pa.array([row.offset for row in rows], pa.int64()),
-        pa.array([row.timestamp for row in rows], pa.timestamp("ms", "UTC")).cast(_TIME),
+        pa.array([_time(row.timestamp) for row in rows], pa.timestamp("ms", "UTC")).cast(_TIME),
         pa.array([row.key for row in rows], pa.binary()),
         pa.array([row.value for row in rows], pa.binary()),
         pa.array(
@@ -175,10 +181,11 @@ def journal(
 ) -> Iterator[Transaction]:
     """The archived journal of a user partition, from offset `start`, which begins a transaction.
 
+    An archiver may commit between two pieces; a transaction that is not there in whole is left out.
     Raises ContractError when part of a transaction is missing, UnreachableError when a file of the
     table cannot be read.
     """
-    return decode_all(journal_values(url, partition, options, start=start))
+    return decode_all(journal_values(url, partition, options, start=start), growing=True)
 
 
 def journal_values(
@@ -214,6 +221,10 @@ def reached(where: str) -> Generator[None]:
             f"the archive at {where} cannot be used: {reason}; "
             "check STARCAST_ARCHIVE__URL, its rights and files, and STARCAST_ARCHIVE__OPTIONS__…"
         ) from error
+
+
+def _time(timestamp: int | None) -> int | None:
+    return timestamp if timestamp is not None and 0 <= timestamp <= _LAST_TIME else None
 
 
 def _arrow_type(annotation: Any) -> pa.DataType:

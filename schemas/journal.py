@@ -219,16 +219,20 @@ class Joiner:
             )
 
 
-def decode_all(values: Iterable[tuple[int, bytes]]) -> Iterator[Transaction]:
+def decode_all(
+    values: Iterable[tuple[int, bytes]], *, growing: bool = False
+) -> Iterator[Transaction]:
     """The transactions of consecutive values of one journal partition, each with its offset.
 
+    Where the values are `growing`, a last transaction that is still to be completed is left out.
     Raises ContractError when a piece is missing.
     """
     joiner = Joiner()
     for offset, value in values:
         if (transaction := joiner.add(offset, value)) is not None:
             yield transaction
-    joiner.end()
+    if not growing:
+        joiner.end()
 
 
 def _rows_of(journals: Sequence[Journal]) -> pa.RecordBatch:

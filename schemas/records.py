@@ -23,6 +23,7 @@ LATEST_TIME = datetime(2100, 1, 1, tzinfo=UTC)  # a clock in microseconds read a
 LONGEST_TEXT = 65_536  # characters; longer ones are dumps, not reviews
 LONGEST_ID = 256  # characters
 MOST_ITEMS = 1_000  # items in one score request
+LARGEST = 2**63 - 1  # whole number; columns of the archive hold none above it
 
 _TIME_EXPECTED = (
     "Input should be an RFC 3339 time with an offset, from 1990 to 2100, as 2026-11-24T10:15:00Z"
@@ -81,7 +82,8 @@ Identifier = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_
 Text = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT)]
 Stars = Annotated[float, Field(strict=True, ge=1, le=5, allow_inf_nan=False)]
 Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
+Whole = Annotated[int, Field(le=LARGEST)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Distribution = Annotated[list[Real], Field(min_length=5, max_length=5)]
 Interval = Annotated[list[Real], Field(min_length=2, max_length=2)]
@@ -211,14 +213,14 @@ class ItemUpdate(Record):
 
     item_id: Identifier
     source: UpdateSource
-    counts: dict[str, int]  # by action, "review" among them
-    rating_count: int = 0
+    counts: dict[str, Whole]  # by action, "review" among them
+    rating_count: Whole = 0
     rating_sum: Real = 0.0
     rating_square_sum: Real = 0.0
-    rating_histogram: Annotated[list[int], Field(min_length=5, max_length=5)] = [0, 0, 0, 0, 0]
-    price_count: int = 0
+    rating_histogram: Annotated[list[Whole], Field(min_length=5, max_length=5)] = [0, 0, 0, 0, 0]
+    price_count: Whole = 0
     price_log_sum: Real = 0.0
-    sessions: int = 0
+    sessions: Whole = 0
     first_event_time: Time
     last_event_time: Time
 
@@ -226,7 +228,7 @@ class ItemUpdate(Record):
 class ErrorSums(Record):
     """Sums over predictions whose true rating was seen."""
 
-    count: int = 0
+    count: Whole = 0
     squared: float = 0.0
     absolute: float = 0.0
     rating: float = 0.0  # true
@@ -242,15 +244,15 @@ class ScoreDigest(Record):
     window_end: Time
     model_version: str
     role: Role = "stable"  # a shadow's predictions were published nowhere
-    kinds: dict[str, int]
-    tiers: dict[str, int]
-    actions: dict[str, int]
-    stars: Annotated[list[int], Field(min_length=5, max_length=5)]  # predicted, rounded
+    kinds: dict[str, Whole]
+    tiers: dict[str, Whole]
+    actions: dict[str, Whole]
+    stars: Annotated[list[Whole], Field(min_length=5, max_length=5)]  # predicted, rounded
     predicted_sum: float
     errors: ErrorSums
     errors_by_tier: dict[str, ErrorSums]
-    top_items: dict[str, int]
-    top_categories: dict[str, int]
+    top_items: dict[str, Whole]
+    top_categories: dict[str, Whole]
     lag: Count
     latency_ms: str | None = None  # a KLL sketch of event to prediction, base64
 
@@ -299,4 +301,4 @@ class DeadLetter(Record):
     reason: str
     field: str | None = None
     first_failed_at: Time
-    attempts: Annotated[int, Field(ge=1)] = 1
+    attempts: Annotated[int, Field(ge=1, le=LARGEST)] = 1

@@ -62,7 +62,7 @@ def backfill(
     worker = threading.Thread(target=work, name="backfill")
     worker.start()
     try:
-        sent = play(_records(files), settings.kafka, stop=stop, on_progress=on_sent)
+        sent = play(_records(files, done), settings.kafka, stop=stop, on_progress=on_sent)
         if sent.failed:
             raise BackfillError(
                 f"Kafka refused {sent.failed.total()} records: {dict(sent.failed)}. Mend what is "
@@ -80,9 +80,12 @@ def backfill(
     return sent
 
 
-def _records(files: Sequence[Path]) -> Iterator[Outgoing]:
+def _records(files: Sequence[Path], done: threading.Event) -> Iterator[Outgoing]:
+    """The records of files, until the processors have ended: nobody takes what comes then."""
     for file in files:
         for each in read_values(file):
+            if done.is_set():
+                return
             yield Outgoing(each.topic, each.key, each.value)
 
 

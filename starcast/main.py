@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from confluent_kafka import KafkaError, KafkaException
 
 from schemas.exceptions import StarcastError
 from starcast import __version__, log
 from starcast.commands import contract, erasing, letters, models, playing, serving, state
 from starcast.commands.context import Chosen, fail
+from streams.admin import error_of, refused_option
 
 app = typer.Typer(
     help="Events in, predicted ratings out, a model trained from the stream.",
@@ -75,12 +77,18 @@ def choose(
 def main() -> None:
     """Runs the command line. Errors raised on purpose are told in one message, without a trace.
 
-    So are those of the system, as of a full disk: they are no bugs either.
+    So are those of the system, as of a full disk, and of a broker that went away between two
+    questions: they are no bugs either.
     """
     try:
         app()
     except StarcastError as problem:
         sys.exit(fail(str(problem)).exit_code)
+    except KafkaException as problem:
+        said = f"Kafka failed meanwhile: {error_of(problem).str()}. Run the command again."
+        if error_of(problem).code() == KafkaError._INVALID_ARG:  # pyright: ignore[reportPrivateUsage]
+            said = str(refused_option(problem))
+        sys.exit(fail(said).exit_code)
     except OSError as problem:
         said = problem.strerror or str(problem) or type(problem).__name__
         where = "" if problem.filename is None else f": {problem.filename}"

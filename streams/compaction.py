@@ -21,6 +21,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, WriterPropertie
 from deltalake.exceptions import CommitFailedError
 
 from schemas import archive
+from schemas.exceptions import StarcastError
 
 # Files are merged up to this size. Those below it are written again by each compaction, so a larger
 # one means more work for each row.
@@ -30,8 +31,9 @@ ROW_GROUP = 50_000
 WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
 # A reader that opened a version may go on reading it for this long after a compaction.
 VACUUM_HOURS = 24
-# One that was killed blocks others for this long; none may take longer.
+# One that was killed blocks others for this long; none may take longer, by clocks that differ.
 COMPACTION_SECONDS = 3_600
+LONGEST_SECONDS = COMPACTION_SECONDS - 300
 NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
 # Others commit to the same table in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
@@ -61,11 +63,18 @@ def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
                 target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=WRITER
             )
             table.vacuum(
-                retention_hours=VACUUM_HOURS, dry_run=False, enforce_retention_duration=False
+                retention_hours=VACUUM_HOURS,
+                dry_run=False,
+                enforce_retention_duration=False,
+                full=True,  # also what one that was killed has left
             )
             table.cleanup_metadata()
         except CommitFailedError as error:
             _log.warning("compaction given up", table=where, reason=str(error))
+
+
+class ClaimLostError(StarcastError):
+    """A table that another may rewrite by now."""
 
 
 @contextmanager
@@ -93,6 +102,23 @@ def claimed(url: str, topic: str, options: Mapping[str, str]) -> Generator[Delta
         yield table
     finally:
         _release(where, options)
+
+
+def prolong(table: DeltaTable) -> None:
+    """Look at the newest version of a claimed table, and claim it on where half the time is gone.
+
+    Raises ClaimLostError when another has claimed it since: what was read is then not the newest.
+    """
+    ours = table.transaction_version(_CLAIM) or 0
+    table.update_incremental()
+    if not ours or table.transaction_version(_CLAIM) != ours:
+        raise ClaimLostError(
+            f"The claim on {table.table_uri} ran out, and another has rewritten the table since. "
+            "Run the command again."
+        )
+    if ours < time.time() + COMPACTION_SECONDS / 2:
+        _claim(table, int(time.time() + COMPACTION_SECONDS))
+        table.update_incremental()
 
 
 @until_committed
@@ -168,9 +194,13 @@ def main() -> None:
     """Compact what standard input names."""
     # Ctrl-C reaches the whole group; the archiver says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.alarm(LONGEST_SECONDS)  # which ends it: after its claim, another would double its rows
     os.nice(NICENESS)
     asked = json.load(sys.stdin)
-    compact(asked["url"], asked["topic"], asked["options"])
+    try:
+        compact(asked["url"], asked["topic"], asked["options"])
+    except StarcastError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ who has come back, and stays.
 
 import base64
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import polars as pl
@@ -33,14 +37,17 @@ from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS, Journal, Piece, decode, encode_piece
 from schemas.topics import TOPICS as ALL_TOPICS
-from streams.compaction import WRITER, claimed, until_committed
+from streams.compaction import WRITER, claimed, prolong, until_committed
 
 OF_USERS = tuple(topic.name for topic in ALL_TOPICS if topic.key == "user_id")
 """Topics whose records each are of one user."""
 
 CLAIM_SECONDS = 60.0  # a compaction that rewrites a table is waited for so long
 CLAIM_PAUSE_SECONDS = 1.0
+# Whom one question names: delta-rs (1.6) takes a minute for two thousand, and dies of three.
+USERS = 100
 PLACES = 1_000  # rows that one commit names; delta-rs (1.6) dies of twenty thousand
+BEGUN_SECONDS = 600.0  # a file that nothing was written to for so long is nobody's
 VALUES = 64  # of the journal, in memory at once: half a megabyte each at most
 _KEPT = ("global_mean", "item_bias")  # features by which a partition follows its newcomers
 
@@ -65,7 +72,7 @@ def erase_rows(url: str, options: Mapping[str, str], topic: str, users: Sequence
     Raises ErasureError when another rewrites the table, UnreachableError when storage does not
     answer.
     """
-    chosen = " OR ".join(f"({_rows_of(topic, each)})" for each in users if topic in each.before)
+    chosen = [f"({_rows_of(topic, each)})" for each in users if topic in each.before]
     if not chosen or archive.open_table(url, topic, options) is None:
         return 0
 
@@ -75,8 +82,8 @@ def erase_rows(url: str, options: Mapping[str, str], topic: str, users: Sequence
         fields = [each.name for each in table.schema().fields]
         nulls = dict.fromkeys([name for name in fields if name not in archive.PLACE], "NULL")
         # By their places: Delta's log keeps a commit's predicate, which would name the users.
-        asked = f"SELECT {', '.join(archive.PLACE)} FROM archived WHERE {chosen}"  # noqa: S608 - quoted
-        places = pa.table(QueryBuilder().register("archived", table).execute(asked).read_all())
+        several = [" OR ".join(chosen[at : at + USERS]) for at in range(0, len(chosen), USERS)]
+        places = pa.concat_tables([_places(table, each) for each in several])
         for first in range(0, len(places), PLACES):
             at = _at(places.slice(first, PLACES))
             count += _committed(table, lambda table, at=at: _update(table, at, nulls))
@@ -120,12 +127,22 @@ def erase_journal(
     return found, count
 
 
-def rows_elsewhere(url: str, options: Mapping[str, str], topic: str, user: Erased) -> int:
-    """A user's rows in partitions that are not theirs: their producer took another partitioner."""
-    key = (pl.col("kafka_key") == user.user.encode()) | (pl.col("user_id") == user.user)
-    rows = archive.read(url, topic, options).filter(
-        key & (pl.col("kafka_partition") != user.partition)
-    )
+def rows_elsewhere(
+    url: str, options: Mapping[str, str], topic: str, users: Sequence[Erased]
+) -> int:
+    """Users' rows in partitions that are not theirs: their producer took another partitioner."""
+    names = defaultdict[int, list[str]](list)
+    for each in users:
+        names[each.partition].append(each.user)
+    elsewhere = [
+        (pl.col("kafka_partition") != partition)
+        & (
+            pl.col("kafka_key").is_in([each.encode() for each in mine])
+            | pl.col("user_id").is_in(mine)
+        )
+        for partition, mine in names.items()
+    ]
+    rows = archive.read(url, topic, options).filter(pl.any_horizontal(pl.lit(False), *elsewhere))
     return archive.collect(rows.select(pl.len()), archive.table_url(url, topic)).item()
 
 
@@ -176,13 +193,19 @@ def _rows_of(topic: str, user: Erased) -> str:
     return f"{found} AND (kind IS NULL OR kind <> 'interaction' OR {sources})"
 
 
-def _at(places: pa.Table) -> str:
+def _places(table: DeltaTable, rows: str) -> pa.Table:
+    """Where rows of a table are."""
+    asked = f"SELECT {', '.join(archive.PLACE)} FROM archived WHERE {rows}"  # noqa: S608 - quoted
+    return pa.table(QueryBuilder().register("archived", table).execute(asked).read_all())
+
+
+def _at(places: pa.Table, of: str = "") -> str:
     """Rows of a table by their places, for DataFusion."""
     by_partition: dict[int, list[str]] = {}
     for place in places.to_pylist():
         by_partition.setdefault(place["kafka_partition"], []).append(str(place["kafka_offset"]))
     return " OR ".join(
-        f"(kafka_partition = {partition} AND kafka_offset IN ({', '.join(offsets)}))"
+        f"({of}kafka_partition = {partition} AND {of}kafka_offset IN ({', '.join(offsets)}))"
         for partition, offsets in by_partition.items()
     )
 
@@ -228,6 +251,8 @@ def _delete_files(url: str, options: Mapping[str, str], topic: str) -> None:
         for name in there:
             if name.endswith(".parquet") and name not in named and _dead(storage, name, ends):
                 storage.delete_file(name)
+        for path in _begun(table.table_uri):
+            path.unlink(missing_ok=True)
 
 
 def _dead(storage: fs.FileSystem, name: str, ends: Mapping[int, int]) -> bool:
@@ -244,9 +269,23 @@ def _dead(storage: fs.FileSystem, name: str, ends: Mapping[int, int]) -> bool:
     return any(row["kafka_offset_min"] < ends.get(row["kafka_partition"], 0) for row in low)
 
 
+def _begun(table_uri: str) -> Iterator[Path]:
+    """Files that were begun in a local folder, and not put in place since.
+
+    A writer that was killed leaves them, under names that delta-rs (1.6) lists nowhere.
+    """
+    uri = urlsplit(table_uri)
+    if uri.scheme != "file":
+        return
+    for path in Path(url2pathname(uri.path)).glob("*.parquet#*"):
+        with suppress(FileNotFoundError):  # it is in its place now
+            if path.stat().st_mtime < time.time() - BEGUN_SECONDS:
+                yield path
+
+
 @until_committed
 def _committed(table: DeltaTable, rewrite: Callable[[DeltaTable], int]) -> int:
-    table.update_incremental()
+    prolong(table)
     return rewrite(table)
 
 
@@ -256,10 +295,15 @@ def _update(table: DeltaTable, rows: str, updates: dict[str, str]) -> int:
 
 
 def _replace(table: DeltaTable, rows: pa.Table) -> int:
-    """New values for rows of the journal."""
-    place = " AND ".join(f"old.{name} = new.{name}" for name in archive.PLACE)
+    """New values for rows of the journal.
+
+    Their places are named too: delta-rs (1.6) would read the whole table for them, and take each
+    commit of an archiver meanwhile for one that it had to read.
+    """
+    same = " AND ".join(f"old.{name} = new.{name}" for name in archive.PLACE)
+    at = _at(rows.select(archive.PLACE), "old.")
     done = (
-        table.merge(rows, place, "new", "old", writer_properties=WRITER)
+        table.merge(rows, f"{same} AND ({at})", "new", "old", writer_properties=WRITER)
         .when_matched_update({"kafka_value": "new.kafka_value"})
         .execute()
     )

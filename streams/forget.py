@@ -376,9 +376,7 @@ def _archive(shop: Shop, told: Sequence[Told], ends: Ends) -> list[Place]:
         for topic in (*OF_USERS, "dead-letters"):
             count = erase_rows(url, options, topic, erased)
             places.append(Place(f"archive: {topic}", True, f"{count:,} rows erased"))
-            if topic in OF_USERS and (
-                other := sum(rows_elsewhere(url, options, topic, each) for each in erased)
-            ):
+            if topic in OF_USERS and (other := rows_elsewhere(url, options, topic, erased)):
                 said = (
                     f"{other:,} rows stay in partitions that are not their user's: a producer "
                     "takes another partitioner than murmur2_random"

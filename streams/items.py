@@ -58,10 +58,13 @@ class Items:
             start = found[partition]
             if start >= low:
                 continue
-            if time.monotonic() > until:
+            reached = None
+            if time.monotonic() <= until:
+                reached = self._catch_up(partition, start, low, high, until)
+            if reached is None:
                 del starts[partition]
             else:
-                starts[partition] = {TOPIC: self._catch_up(partition, start, low, high)}
+                starts[partition] = {TOPIC: reached}
         return starts
 
     def drop(self, partitions: Iterable[int]) -> None:
@@ -102,8 +105,12 @@ class Items:
 
         return Outcome(outputs=letters, finish=finish)
 
-    def _catch_up(self, partition: int, start: int, low: int, high: int) -> int:
+    def _catch_up(
+        self, partition: int, start: int, low: int, high: int, until: float
+    ) -> int | None:
         """Apply archived updates from `start` on; where to read on in Kafka, from `low` to `high`.
+
+        None where that takes longer than `until`, of the monotonic clock: the next goes on.
 
         Item updates are written by our own scorer, so none of them is a dead letter; one that
         cannot be read is left out, as a dead letter is, and told in the log.
@@ -116,6 +123,8 @@ class Items:
             reached = (messages[-1].offset() or 0) + 1
             if outcome.outputs:
                 self._log.error("left out", partition=partition, updates=len(outcome.outputs))
+            if time.monotonic() > until:
+                return None
         self._log.info("caught up", partition=partition, first=start, end=reached, kafka=low)
         # Ends of transactions have offsets, but no rows. So an archive that goes on has all before;
         # and where nothing is left in Kafka, the last offset was that of an end.

@@ -59,9 +59,11 @@ def read_journals(
                         "STARCAST_KAFKA__TOPIC_PREFIX and STARCAST_REDIS__KEY_PREFIX for the new "
                         "topics, or bring the old ones back."
                     )
+                left[partition] = low
                 for transaction in _archived(archived, partition, start, low):
                     yield partition, transaction
-                left[partition] = low
+                    # Retention may have cut into it: its last piece may stand after `low`.
+                    left[partition] = max(low, transaction.last_offset + 1)
     finally:
         consumer.close()
 
@@ -83,8 +85,8 @@ def _read(
                 )
             )
         # One message waits for nothing; a batch would wait for more until its timeout.
-        for message in consumer.consume(1, WAIT_SECONDS):
-            moved = time.monotonic()
+        messages = consumer.consume(1, WAIT_SECONDS)
+        for message in messages:
             error, partition = message.error(), message.partition() or 0
             if partition not in joiners:  # it has been read to what was its end
                 continue
@@ -103,6 +105,8 @@ def _read(
                 passed.add(partition)
             else:
                 raise KafkaException(error)
+        if messages:  # after the yields: who reads may take long
+            moved = time.monotonic()
 
 
 def _archived(

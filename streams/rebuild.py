@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from confluent_kafka import Message
+from numpy.typing import NDArray
 
+from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS
 from streams.admin import committed, group_name
@@ -24,7 +27,7 @@ from streams.exceptions import FencedError, JournalGapError
 from streams.items import Items
 from streams.journal import read_journal
 from streams.metrics import make_metrics
-from streams.processor import Processor
+from streams.processor import Offsets, Processor
 from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE
 from streams.store import Store
 from streams.tail import archived_end, bounds, read_archived, read_log, read_topic
@@ -79,14 +82,19 @@ def require_journal(shop: Shop, partition: int) -> None:
     """Raise `JournalGapError` unless archive and topic have the journal from its first row."""
     due = 0
     for entry in read_journal(shop.kafka, shop.archive, partition, 0):
-        steps = entry.journal.steps
-        if not np.array_equal(steps, due + np.arange(len(steps), dtype=np.uint64)):
-            raise JournalGapError(
-                f"Journal partition {partition} lacks row {due}: archive and topic do not reach "
-                "back to the beginning, so its states cannot be computed again. Point "
-                "STARCAST_ARCHIVE__URL at the archive of this shop."
-            )
-        due += len(steps)
+        require_rows(partition, due, entry.journal.steps)
+        due += len(entry.journal.steps)
+
+
+def require_rows(partition: int, due: int, steps: NDArray[np.uint64]) -> None:
+    """Raise `JournalGapError` unless rows of a journal are those from step `due` on."""
+    wrong = np.flatnonzero(steps != due + np.arange(len(steps), dtype=np.uint64))
+    if len(wrong):
+        raise JournalGapError(
+            f"Journal partition {partition} lacks row {due + wrong[0]}: archive and topic do not "
+            "have all of it from the beginning, so its states cannot be computed again. Point "
+            "STARCAST_ARCHIVE__URL at the archive of this shop."
+        )
 
 
 def require_updates(shop: Shop, partition: int, end: int) -> None:
@@ -96,13 +104,22 @@ def require_updates(shop: Shop, partition: int, end: int) -> None:
     if not low or not end:
         return
     first = next(read_archived(shop.kafka, shop.archive, topic, partition, 0, low), None)
-    begins = None if first is None else first[0].offset()
-    if begins != 0 or archived_end(shop.archive, topic, partition) < min(low, end):
+    # A first transaction that was aborted has offsets, but no rows.
+    begins = first is not None and (first[0].offset() == 0 or _archived_from_the_start(shop))
+    if not begins or archived_end(shop.archive, topic, partition) < min(low, end):
         raise JournalGapError(
             f"Topic {topic} partition {partition} begins at offset {low}, and the archive at "
             f"{shop.archive.url} does not have all before: its states cannot be computed again. "
             "Point STARCAST_ARCHIVE__URL at the archive of this shop."
         )
+
+
+def _archived_from_the_start(shop: Shop) -> bool:
+    """Whether the archiver was there before retention was: it has the first row of all journals."""
+    rows = archive.read(shop.archive.url, "journal", shop.archive.storage_options)
+    firsts = rows.group_by("kafka_partition").agg(pl.col("first_step").min())
+    steps = archive.collect(firsts, archive.table_url(shop.archive.url, "journal"))["first_step"]
+    return len(steps) > 0 and bool((steps == 0).all())
 
 
 def _attributes(shop: Shop, partition: int) -> Rebuilt:
@@ -141,10 +158,12 @@ def _items(shop: Shop, partition: int) -> Rebuilt:
 
     def compute() -> None:
         items = Items(shop.store, shop.kafka, shop.archive, make_metrics())
-        # Which applies what only the archive has.
-        start = items.claim({partition: {}})[partition]
+        starts: Offsets = {}
+        while partition not in starts:  # each claim applies some of what only the archive has
+            starts = items.claim({partition: {}})
+        start = starts[partition][topic]
         for batch in read_topic(
-            shop.kafka, topic, start={partition: start[topic]}, partitions=[partition]
+            shop.kafka, topic, start={partition: start}, partitions=[partition]
         ):
             _work(items, batch)
 

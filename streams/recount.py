@@ -37,7 +37,7 @@ from streams.exceptions import JournalGapError
 from streams.inputs import Inputs, split
 from streams.journal import read_journal
 from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE, hashes_of, partition_keys
-from streams.rebuild import Shop, require_updates
+from streams.rebuild import Shop, require_rows, require_updates
 from streams.store import Store
 from streams.tail import read_log
 from streams.user_states import MILLISECONDS_A_DAY, decode_header
@@ -53,7 +53,7 @@ def check_states(
 ) -> Verification:
     """Recount partitions and compare; `progress` is told of each check that begins.
 
-    Where archive and topics do not reach back to the beginning, that is told, and counts as a
+    Where archive and topics do not have all from the beginning, that is told, and counts as a
     difference: nothing was compared.
     """
     report = Verification()
@@ -115,6 +115,8 @@ def _recount_users(shop: Shop, partition: int, end: int) -> tuple[Rowstore, Rows
                 f"Journal partition {partition} holds rows of another layout than this version's "
                 f"{LAYOUT_HASH}. Check with the version that wrote it."
             )
+        steps = np.concatenate([each.steps for each in several])
+        require_rows(partition, int(state["step"]), steps)
         events = np.concatenate([each.events for each in several]).view(EVENT)
         hashes, index = np.unique(events["user"], return_inverse=True)
         places = users.place(hashes)
@@ -129,7 +131,7 @@ def _recount_users(shop: Shop, partition: int, end: int) -> tuple[Rowstore, Rows
             events,
             np.concatenate([each.features for each in several]),
             np.concatenate([each.duplicates for each in several]),
-            np.concatenate([each.steps for each in several]),
+            steps,
         )
     return users, state, paused
 

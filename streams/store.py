@@ -403,7 +403,8 @@ def _answering() -> Generator[None]:
     except redis.OutOfMemoryError as error:
         raise StoreError(
             f"The store is full and, as it must, evicts nothing: {error}. Give it more memory "
-            "(maxmemory) or set STARCAST_STATES__EXPIRE_AFTER_DAYS."
+            "(maxmemory): until then it deletes nothing either. After that "
+            "STARCAST_STATES__EXPIRE_AFTER_DAYS keeps it from growing."
         ) from error
     except STORE_ERRORS as error:
         raise StoreError(

@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from schemas import archive
 from schemas.archive import Row
 from schemas.codec import decode
 from schemas.examples import EXAMPLES
-from schemas.exceptions import UnreachableError
+from schemas.exceptions import ContractError, UnreachableError
 from schemas.journal import encode
-from schemas.topics import BY_NAME, TOPICS
+from schemas.topics import BY_NAME, TOPICS, Topic
 from tests.unit.schemas.test_journal import assert_same, make
 
 REVIEW: dict[str, Any] = dict(EXAMPLES["reviews"])
@@ -154,6 +154,17 @@ def test_a_journal_that_is_lost_while_it_is_read_is_told(tmp_path: Path) -> None
         next(transactions)
 
 
+def test_a_transaction_of_which_the_archiver_has_committed_some_is_left_out(tmp_path: Path) -> None:
+    first, last = encode(make(2_500))
+    write(tmp_path, "journal", [row(0, encode(make(3))[0]), row(2, first)])
+    assert [len(each.journal) for each in archive.journal(str(tmp_path), 0)] == [3]
+    write(tmp_path, "journal", [row(3, last)])
+    assert [len(each.journal) for each in archive.journal(str(tmp_path), 0)] == [3, 2_500]
+    write(tmp_path, "journal", [row(5, last)])
+    with pytest.raises(ContractError, match="part of a transaction is missing"):
+        list(archive.journal(str(tmp_path), 0))
+
+
 def test_the_journal_is_read_back_as_arrays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +182,40 @@ def test_the_journal_is_read_back_as_arrays(
     assert [len(transaction.journal) for transaction in later] == [1, 7, 1_700]
     frame = archive.read(str(tmp_path), "journal", partitions=[1]).collect()
     assert frame.select("rows", "first_step", "last_step").row(0) == (3, 77, 79)
+
+
+@pytest.mark.parametrize(
+    "time", [None, -2, 253_402_300_800_000, 1_795_521_600_000_000_000, 2**63 - 1]
+)
+def test_a_timestamp_that_no_reader_takes_is_none(time: int | None) -> None:
+    """Producers set those of items and users; one of them counts in nanoseconds."""
+    rows = [Row(0, 0, time, b"k", None), Row(0, 1, 253_402_300_799_999, b"k", None)]
+    found = archive.table("items", rows)["kafka_timestamp"].to_pylist()
+    assert found == [None, datetime(9999, 12, 31, 23, 59, 59, 999_000, UTC)]
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1])
+@pytest.mark.parametrize("topic", [topic for topic in TOPICS if topic.record is not None])
+def test_a_number_that_no_column_holds_is_no_number_of_the_contract(
+    topic: Topic, number: int
+) -> None:
+    """In place of each whole number of a record, however deep."""
+
+    def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        if isinstance(value, dict | list):
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, each in inside:
+                yield from places(each, (*path, key))
+        elif type(value) is int:
+            yield path
+
+    for *path, last in places(EXAMPLES[topic.name]):
+        changed = json.loads(json.dumps(EXAMPLES[topic.name]))
+        inner = changed
+        for key in path:
+            inner = inner[key]
+        inner[last] = number
+        assert archive.table(topic.name, [Row(0, 0, 0, b"k", json.dumps(changed).encode())])
 
 
 def test_damaged_journal_values_are_archived_raw() -> None:

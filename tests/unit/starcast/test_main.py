@@ -9,6 +9,7 @@ from errno import ENOSPC
 from pathlib import Path
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from typer.testing import CliRunner
 
 from schemas.exceptions import StarcastError
@@ -75,6 +76,29 @@ def test_an_error_of_the_system_is_one_message_and_1(
     monkeypatch.setattr("starcast.commands.contract.asyncapi_document", full)
     assert run_main(monkeypatch, "asyncapi") == 1
     assert capsys.readouterr().err.startswith("No space left on device: /data/out. Check ")
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (KafkaError._TIMED_OUT, "Kafka failed meanwhile: no answer. Run the command again."),
+        (KafkaError._INVALID_ARG, "Kafka client: no answer. Options come from kafka.options"),
+    ],
+)
+def test_a_broker_that_goes_away_meanwhile_is_told_without_a_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, advice: str
+) -> None:
+    """`state`, `consume` and others ask it again and again; any answer may be the last."""
+
+    def gone(*_: object) -> None:
+        raise KafkaException(KafkaError(code, "no answer"))
+
+    monkeypatch.setattr("starcast.commands.state.check_topics", lambda _: None)
+    monkeypatch.setattr("streams.rebuild.rebuild", gone)
+    assert run_main(monkeypatch, "state", "rebuild") == 1
+    said = capsys.readouterr().err
+    assert advice in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("written", ["not JSON", "[]"])

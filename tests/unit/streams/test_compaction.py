@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,48 @@ def test_one_that_fails_is_told_and_the_next_begins(tmp_path: Path) -> None:
         until_done(compactor)
     assert files(tmp_path) == 1
     assert [(each["event"], each["topic"]) for each in told] == [("a compaction failed", "reviews")]
+
+
+def test_storage_that_does_not_answer_is_told_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "reviews").write_text("no folder")
+    asked = {"url": str(tmp_path), "topic": "reviews", "options": {"timeout": "never"}}
+    done = subprocess.run(
+        [sys.executable, "-m", "streams.compaction"],
+        input=json.dumps(asked),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("the archive at ")
+    assert "Traceback" not in done.stderr
+
+
+def test_one_that_takes_too_long_ends_before_its_claim_does() -> None:
+    code = (
+        "import time\n"
+        "from streams import compaction\n"
+        "assert compaction.LONGEST_SECONDS < compaction.COMPACTION_SECONDS\n"
+        "compaction.LONGEST_SECONDS = 1\n"
+        "compaction.compact = lambda *_: time.sleep(60)\n"
+        "compaction.main()"
+    )
+    asked = json.dumps({"url": "", "topic": "", "options": {}}).encode()
+    assert subprocess.run([sys.executable, "-c", code], input=asked).returncode == -signal.SIGALRM
+
+
+def test_files_that_one_that_was_killed_left_go_after_a_day(tmp_path: Path) -> None:
+    small_files(tmp_path)
+    left, new = (tmp_path / "behavior" / f"part-0-{name}.parquet" for name in ("left", "new"))
+    for path in (left, new):
+        path.write_bytes(b"rows")
+    old = time.time() - (compaction.VACUUM_HOURS + 1) * 3_600
+    for path in (tmp_path / "behavior").glob("*.parquet"):
+        if path != new:
+            os.utime(path, (old, old))
+    compact(str(tmp_path), "behavior", {})
+    assert not left.exists()
+    # One may still be written, and those that were merged may still be read.
+    assert len(list((tmp_path / "behavior").glob("*.parquet"))) == 1 + 1 + 3
 
 
 def test_a_stop_does_not_wait_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

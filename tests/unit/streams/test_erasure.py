@@ -1,6 +1,7 @@
 """Erasing users from Delta tables, in folders."""
 
 import base64
+import os
 import threading
 import time
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from schemas import archive, journal
 from schemas.archive import Row
 from schemas.codec import encode
 from schemas.records import DeadLetter, PredictedRating, Record, Review, Source
-from streams import erasure
+from streams import compaction, erasure
 from streams.archiver import Archive
 from streams.compaction import claimed
 from streams.erasure import Erased, ErasureError, erase_journal, erase_rows, nobody, rows_elsewhere
@@ -170,6 +171,24 @@ def test_files_of_commits_that_never_came_are_deleted_with_what_is_erased(tmp_pa
     assert left(tmp_path, "users") == [1]
 
 
+def test_files_that_a_killed_writer_had_begun_are_deleted_with_what_is_erased(
+    tmp_path: Path,
+) -> None:
+    """They are put in place under another name; delta-rs lists none of them."""
+    write(tmp_path / "a folder", "users", (0, "ann", None), (0, "bob", None))
+    folder = tmp_path / "a folder" / "users"
+    (path,) = folder.glob("*.parquet")
+    begun, new = (folder / f"part-00000-{name}.zstd.parquet#1" for name in ("begun", "new"))
+    for each in (begun, new):
+        each.write_bytes(path.read_bytes()[:-20])
+    old = time.time() - erasure.BEGUN_SECONDS - 1
+    os.utime(begun, (old, old))
+    assert erase_rows(str(tmp_path / "a folder"), {}, "users", [erased("ann", users=3)]) == 1
+    assert not begun.exists()
+    assert new.exists()  # somebody may be writing it
+    assert left(tmp_path / "a folder", "users") == [1]
+
+
 def test_more_rows_than_one_commit_names_are_erased(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +197,25 @@ def test_more_rows_than_one_commit_names_are_erased(
     users = [erased("a", 0, users=20), erased("a", 1, users=20)]
     assert erase_rows(str(tmp_path), {}, "users", users) == 13
     assert left(tmp_path, "users") == [0, 6, 12, 18, 3, 9, 15]
+
+
+def test_more_users_than_one_question_names_are_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """delta-rs took a minute for two thousand, and died of three."""
+    names = [f"user {at}" for at in range(7)]
+    write(tmp_path, "users", *[(0, name, None) for name in names])
+    asked: list[str] = []
+    places = erasure._places
+
+    def counted(table: DeltaTable, rows: str) -> pa.Table:
+        asked.append(rows)
+        return places(table, rows)
+
+    monkeypatch.setattr(erasure, "_places", counted)
+    monkeypatch.setattr(erasure, "USERS", 3)
+    assert erase_rows(str(tmp_path), {}, "users", [erased(name, users=9) for name in names]) == 7
+    assert [rows.count("user_id = ") for rows in asked] == [3, 3, 1]
 
 
 def test_predictions_go_with_the_events_that_they_are_of(tmp_path: Path) -> None:
@@ -226,8 +264,9 @@ def test_dead_letters_of_a_users_records_go(tmp_path: Path) -> None:
 
 def test_rows_in_another_partition_are_told(tmp_path: Path) -> None:
     write(tmp_path, "reviews", (0, "ann", review("ann", 0)), (1, "ann", review("ann", 1)))
-    assert rows_elsewhere(str(tmp_path), {}, "reviews", erased("ann", 1)) == 1
-    assert rows_elsewhere(str(tmp_path), {}, "reviews", erased("bob", 1)) == 0
+    ann, bob, other = erased("ann", 1), erased("bob", 1), erased("ann", 0)
+    for users, count in (([ann], 1), ([bob], 0), ([], 0), ([bob, ann], 1), ([ann, other], 2)):
+        assert rows_elsewhere(str(tmp_path), {}, "reviews", users) == count
 
 
 def test_a_table_that_another_rewrites_is_waited_for(
@@ -344,6 +383,63 @@ def test_two_erasures_at_once_undo_nothing_of_each_other(
     ((found,), _) = erase_journal(str(tmp_path), {}, [other])
     assert found.user == "v"
     assert left_of(other) == 0
+
+
+def test_an_archiver_of_the_journal_is_never_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It commits every few seconds; each rewrite here falls between two of its commits."""
+    archived(tmp_path)
+    written = Archive(str(tmp_path))
+    value = next(iter(archive.journal_values(str(tmp_path), 1)))[1]
+    replace_rows, offsets = erasure._replace, iter(range(50, 100))
+
+    def overtaken(table: DeltaTable, rows: pa.Table) -> int:
+        written.append("journal", [Row(0, next(offsets), 0, b"0", value)])
+        written.commit()
+        return replace_rows(table, rows)
+
+    monkeypatch.setattr(erasure, "_replace", overtaken)
+    assert erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])[1] == 5
+    assert next(offsets) == 51
+
+
+def test_an_erasure_that_takes_hours_keeps_its_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that rewrite the same files would both succeed, and double their rows."""
+    write(tmp_path, "users", *[(0, "ann", None) for _ in range(6)])
+    clock, update = [time.time()], erasure._update
+    monkeypatch.setattr(compaction.time, "time", lambda: clock[0])
+    monkeypatch.setattr(erasure, "PLACES", 2)
+
+    def slowly(table: DeltaTable, *what: Any) -> int:
+        done = update(table, *what)
+        clock[0] += 0.6 * compaction.COMPACTION_SECONDS
+        with claimed(str(tmp_path), "users", {}) as other:
+            assert other is None
+        return done
+
+    monkeypatch.setattr(erasure, "_update", slowly)
+    assert erase_rows(str(tmp_path), {}, "users", [erased("ann", users=6)]) == 6
+
+
+def test_an_erasure_that_lost_its_claim_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archived(tmp_path)
+    clock, encode_piece = [time.time()], erasure.encode_piece
+    monkeypatch.setattr(compaction.time, "time", lambda: clock[0])
+
+    def slowly(piece: journal.Piece) -> bytes:
+        clock[0] += 2 * compaction.COMPACTION_SECONDS
+        with claimed(str(tmp_path), "journal", {}) as other:
+            assert other is not None
+        return encode_piece(piece)
+
+    monkeypatch.setattr(erasure, "encode_piece", slowly)
+    with pytest.raises(compaction.ClaimLostError, match="Run the command again"):
+        erase_journal(str(tmp_path), {}, [Erased("u", int(USERS[0]), 1, {})])
 
 
 def test_a_row_of_nobody_keeps_what_the_partition_took_of_it() -> None:

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -193,6 +194,31 @@ def test_what_retention_has_taken_comes_from_the_archive(
     kept[0] = 4, 99
     assert items.claim({0: {}})[0] == {"item-updates": 4}
     assert states(items, a, b)["rating_count"].tolist() == [3, 1]
+
+
+def test_an_archive_that_takes_long_is_applied_some_at_a_time(
+    store: str,
+    kept: dict[int, tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who does not poll for minutes leaves the group."""
+    (a,) = of_partition_0(1)
+    monkeypatch.setattr("streams.items.CLAIM_SECONDS", 0.05)
+    monkeypatch.setattr("streams.tail.ARCHIVED_ROWS", 1)
+    items = make(store, archived_at=archived(tmp_path, [update(a)] * 3))
+    process = items.process
+
+    def slowly(messages: list[Message]) -> Any:
+        time.sleep(0.06)
+        return process(messages)
+
+    monkeypatch.setattr(items, "process", slowly)
+    kept[0] = 3, 99
+    for applied in (1, 2, 3):
+        assert items.claim({0: {}}) == {}
+        assert states(items, a)["rating_count"] == applied
+    assert items.claim({0: {}}) == {0: {"item-updates": 3}}
 
 
 def test_what_the_archive_lacks_too_is_left_for_the_loop_to_count(

@@ -1,5 +1,6 @@
 """Journals of several partitions, out of a scripted Kafka and archive."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,6 +128,31 @@ def test_what_retention_has_taken_comes_from_the_archive(
     assert consumer.assigned == [{1: 2, 2: 3}, {1: 5}]
 
 
+def test_a_transaction_that_retention_cut_comes_from_the_archive_in_whole(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [(2, SHORT[0]), (4, LONG[0]), (5, LONG[1]), (7, SHORT[0])]
+    monkeypatch.setattr(
+        journal.archive,
+        "journal",
+        lambda _, __, ___, start: contract.decode_all(each for each in values if each[0] >= start),
+    )
+    rest = [row(1, 5, LONG[1]), row(1, 7), event(1, EOF)]
+
+    class Kafka(Scripted):
+        def assign(self, where: list[TopicPartition]) -> None:
+            super().assign(where)
+            self.left = [
+                each
+                for each in self.left
+                if each.error() is not None or (each.offset() or 0) >= where[0].offset
+            ]
+
+    consumer = kafka(Kafka([event(1, RESET)], rest), p1=5)
+    assert read(p1=2) == [(1, (2, 2)), (1, (4, 5)), (1, (7, 7)), (1, None)]
+    assert consumer.assigned == [{1: 2}, {1: 6}]
+
+
 def test_retention_that_passes_twice_costs_no_row_and_doubles_none(
     kafka: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,3 +200,16 @@ def test_a_journal_that_gives_nothing_is_not_waited_for_for_ever(
     monkeypatch.setattr(journal, "END_SECONDS", 0.0)
     with pytest.raises(KafkaException, match="gave nothing"):
         read(p1=2)
+
+
+def test_who_takes_long_over_a_transaction_is_not_taken_for_a_broker_that_does(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a command that compiles its loops at the first one."""
+    kafka(Scripted([row(1, 5), row(1, 7), event(1, EOF)]))
+    monkeypatch.setattr(journal, "END_SECONDS", 0.1)
+    found: list[int] = []
+    for transaction in read_journal(KAFKA, ArchiveConfig(), 1, 5):
+        found.append(transaction.first_offset)
+        time.sleep(0.2)
+    assert found == [5, 7]

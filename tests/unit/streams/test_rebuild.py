@@ -1,4 +1,6 @@
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,14 +8,16 @@ import pytest
 from pydantic import SecretStr
 
 from model.state import LAYOUT_HASH
+from schemas.archive import Row
 from schemas.exceptions import StarcastError
-from schemas.journal import Transaction
+from schemas.journal import Transaction, encode
 from streams import rebuild, user_states
+from streams.archiver import Archive
 from streams.claims import header_data, header_offset
 from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
 from streams.exceptions import FencedError, JournalGapError
 from streams.reader import ITEM_STATE, USER_STATE
-from streams.rebuild import Rebuilt, Shop, require_journal
+from streams.rebuild import Rebuilt, Shop, require_journal, require_updates
 from streams.store import Store
 from streams.user_states import decode_header
 from tests.unit.streams.journals import Partition, events, told
@@ -151,3 +155,35 @@ def test_a_journal_with_a_gap_is_refused(
         return
     with pytest.raises(JournalGapError, match=f"partition 1 lacks row {missing}"):
         require_journal(shop, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "journal_from", "whole"),
+    [(0, 1, True), (3, 0, True), (3, 1, False), (3, None, False)],
+    ids=["all", "the first were aborted", "both begin late", "no journal"],
+)
+def test_item_updates_are_whole_where_archiving_began_with_the_shop(
+    shop: Shop,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    first: int,
+    journal_from: int | None,
+    whole: bool,
+) -> None:
+    shop = replace(shop, archive=ArchiveConfig(url=str(tmp_path)))
+    monkeypatch.setattr(rebuild, "bounds", lambda *_: {1: (6, 9)})
+    kept = Archive(str(tmp_path))
+    kept.append("item-updates", [Row(1, offset, 0, b"k", b"{}") for offset in range(first, 8)])
+    if journal_from is not None:
+        journal = Partition()
+        for rows in ([(0, 0, 0, 0)], [(0, 1, 0, 1)]):
+            journal.apply(events(rows))
+        for step in journal.steps[journal_from:]:
+            (value,) = encode(step.transaction.journal)
+            kept.append("journal", [Row(2, step.transaction.first_offset, 0, b"2", value)])
+    kept.commit()
+    if whole:
+        require_updates(shop, 1, 8)
+        return
+    with pytest.raises(JournalGapError, match="does not have all before"):
+        require_updates(shop, 1, 8)

@@ -149,3 +149,20 @@ def test_states_that_expired_between_are_left_out(shop: Shop, partition: Partiti
     assert "expired" in report.notes[0]
     assert check(replace(shop, states=StatesConfig(expire_after_days=10))).differences
     assert np.isin(USERS[:3], again.users).any()
+
+
+def test_a_journal_that_lacks_rows_is_told_and_the_other_checks_go_on(
+    shop: Shop, partition: Partition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the archiver stood still for longer than Kafka keeps the journal."""
+    for rows in (ONE, TWO, ONE):
+        step = partition.apply(events(rows))
+        write(shop, step, step.header.tobytes())
+    whole = list(partition.read(0))
+    monkeypatch.setattr(recount, "read_journal", lambda *_: iter([whole[0], whole[2]]))
+    for name in ("_check_items", "_check_item_attributes", "_check_user_attributes"):
+        monkeypatch.setattr(recount, name, lambda report, *_: report.compared.update(["others"]))
+    report = recount.check_states(shop, [PARTITION])
+    assert report.differences == {"user states not compared": 1}
+    assert report.compared == {"others": 3}
+    assert report.notes[0].startswith("Journal partition 2 lacks row 5: ")

@@ -347,9 +347,10 @@ def full(store: str) -> Iterator[str]:
     [
         lambda store: store.claim(KIND, 3),
         lambda store: store.write(Claim(KIND, 3, 1, None), keys_of(store, 1), [b"x"], b""),
+        lambda store: store.write(Claim(KIND, 3, 1, None), keys_of(store, 1), [b""], b""),
         lambda store: store.put(keys_of(store, 1), [b"x"]),
     ],
-    ids=["claim", "write", "put"],
+    ids=["claim", "write", "delete", "put"],
 )
 def test_a_full_store_says_so(full: str, act: Callable[[Store], object]) -> None:
     mine = make(full)
@@ -357,7 +358,7 @@ def test_a_full_store_says_so(full: str, act: Callable[[Store], object]) -> None
         client.config_set("maxmemory", "0")
         claim = mine.claim(KIND, 3)  # loads the functions
         client.config_set("maxmemory", "1")
-    with pytest.raises(StoreError, match=r"full.*maxmemory.*STARCAST_STATES__EXPIRE_AFTER_DAYS"):
+    with pytest.raises(StoreError, match=r"full.*maxmemory.*deletes nothing either"):
         act(mine)
     assert mine.read(keys_of(mine, 1)) == mine.read_owned(claim, keys_of(mine, 1)) == [None]
 

@@ -58,6 +58,10 @@ def test_inputs_that_were_emptied_are_told_as_missing_beside_rows_of_nobody(
     found = verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
     assert found.differences["archived input"] == 7  # all rows that are of somebody
     assert found.passed_over == 5
+    # One line, however many there are.
+    assert [note for note in found.notes if "skipped" in note] == [
+        "partition 1: rows were skipped in 5 places: their inputs are missing"
+    ]
 
 
 def test_without_a_journal_there_is_nothing_to_verify(store: str, tmp_path: Path) -> None:
