@@ -141,7 +141,7 @@ def evaluate(
             **{name: len(getattr(split, name)) for name in ("train", "validation", "test")},
         },
         "rating": blocks,
-        "gain": _gain(blocks["prequential"]),
+        "gain": gained(blocks["prequential"]),
         "calibration": asdict(calibration(rating, model.distribution, model.low, model.high)),
         **evaluate_texts.blocks(worded, texts),
         "leaks": [asdict(each) for each in alarms],
@@ -343,12 +343,12 @@ def _block(
     return found
 
 
-def _gain(block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers."""
+def gained(block: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers, or beside one without error."""
     others = {name: figures["rmse"] for name, figures in block.items() if name != MODEL}
-    if not others:
+    best = min(others, key=lambda name: others[name], default=None)
+    if best is None or not others[best]:
         return None
-    best = min(others, key=lambda name: others[name])
     return {"best_peer": best, "gain": 1 - block[MODEL]["rmse"] / others[best]}
 
 

@@ -15,7 +15,7 @@ from tests.unit.trainer.shop import REVIEWS, START, Entries, shop
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
-from trainer.evaluate import evaluate, folder_of, summary
+from trainer.evaluate import evaluate, folder_of, gained, summary
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
 from trainer.leaks import Leak
@@ -125,6 +125,14 @@ def test_peers_are_chosen_by_name(
     assert found["text"].keys() == {"model"}
     with pytest.raises(TrainerError, match="no peer is called nobody; there are global, bias,"):
         evaluate(log, tmp_path, SMALL, encoder="none", peers=["nobody"])
+
+
+def test_beside_a_peer_without_error_there_is_no_gain() -> None:
+    """As where all ratings are equal."""
+    assert gained({"model": {"rmse": 1.0}}) is None
+    assert gained({"model": {"rmse": 1.0}, "bias": {"rmse": 0.0}, "svd": {"rmse": 2.0}}) is None
+    found = gained({"model": {"rmse": 1.0}, "bias": {"rmse": 4.0}, "svd": {"rmse": 2.0}})
+    assert found == {"best_peer": "svd", "gain": 0.5}
 
 
 def test_an_alarm_stops_it_unless_told_otherwise(
