@@ -344,7 +344,7 @@ def _block(
 
 
 def gained(block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers, or beside one without error."""
+    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers, or where it has no error."""
     others = {name: figures["rmse"] for name, figures in block.items() if name != MODEL}
     best = min(others, key=lambda name: others[name], default=None)
     if best is None or not others[best]:
