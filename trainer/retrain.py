@@ -130,20 +130,21 @@ def retrain_every(
     every: timedelta,
     once: Callable[[], object],
     stop: threading.Event,
-    on_error: Callable[[StarcastError], None] | None = None,
+    on_error: Callable[[StarcastError | OSError], None] | None = None,
     is_served: Callable[[], bool] = lambda: True,
     first_retry: timedelta = FIRST_RETRY,
 ) -> None:
     """Call `once` now and then every so often until `stop` is set.
 
-    A run that is due while another is going on is left out. A StarcastError of a run goes to
-    `on_error`, or to the log, and the schedule goes on; a run that is going on at the stop is
-    waited for. While no model `is_served`, the next run follows after `first_retry`, doubled by
-    each run without an error: a model that the gate refuses took work and keeps its space.
+    A run that is due while another is going on is left out. A StarcastError or OSError of a run, as
+    of a full disk, goes to `on_error`, or to the log, and the schedule goes on; a run that is going
+    on at the stop is waited for. While no model `is_served`, the next run follows after
+    `first_retry`, doubled by each run without an error: a model that the gate refuses took work and
+    keeps its space.
     """
     wait = min(first_retry, every)
 
-    def tell(error: StarcastError) -> None:
+    def tell(error: StarcastError | OSError) -> None:
         if on_error is not None:
             on_error(error)
         else:
@@ -155,11 +156,11 @@ def retrain_every(
         try:
             once()
             wait = min(2 * wait, every)
-        except StarcastError as error:
+        except (StarcastError, OSError) as error:
             tell(error)
         try:
             return wait >= every or is_served()
-        except StarcastError as error:
+        except (StarcastError, OSError) as error:
             tell(error)
             return True
 
