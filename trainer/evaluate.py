@@ -99,7 +99,8 @@ def evaluate(
         progress: where bars are shown.
 
     Raises:
-        TrainerError: too few rated rows; an alarm that was raised; a peer that there is not.
+        TrainerError: too few rated rows; an alarm that was raised; a peer that there is not; parts
+            of other rows in the folder.
     """
     config = config or TrainerConfig()
     wanted = _wanted(peers)
@@ -109,6 +110,10 @@ def evaluate(
     log = sorted_by_time(log) if ties == "instant" else log
     found = cleaned(log, config)
     rows = found.reviews["row"].to_numpy()
+    if not np.array_equal(kept.get("rows", lambda: {"rows": rows})["rows"], rows):
+        raise TrainerError(  # what lay in the future then may not now
+            f"{folder} has parts that were measured on other rows; delete it to begin anew"
+        )
     cut = by_instant if ties == "instant" else by_time
     split = cut(log.events["time"][rows], config.split)
     base = base_encoder(encoder, None, config)

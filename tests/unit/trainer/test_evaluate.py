@@ -18,6 +18,7 @@ from trainer.data import from_file
 from trainer.evaluate import evaluate, folder_of, gained, summary
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
+from trainer.kept import Kept
 from trainer.leaks import Leak
 from trainer.peers import ratings, texts, tuning
 
@@ -145,6 +146,13 @@ def test_an_alarm_stops_it_unless_told_otherwise(
         evaluate(log, tmp_path, SMALL, encoder="none", peers=())
     found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
+
+
+def test_parts_of_other_rows_are_not_taken_for_these(shop_file: Path, tmp_path: Path) -> None:
+    """As of a file whose newest rows were dated in the future when they were measured."""
+    Kept(tmp_path).get("rows", lambda: {"rows": np.arange(3)})
+    with pytest.raises(TrainerError, match="measured on other rows; delete it"):
+        evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=())
 
 
 def test_another_encoder_or_file_has_a_folder_of_its_own(
