@@ -91,7 +91,7 @@ def retrain_once(
     )
     if result.verdict.passed:
         new = registry.promote(
-            models_url, result.version, result.sha256, by, result.verdict.reason, previous
+            models_url, result.version, result.sha256, by, result.verdict.reason, previous or ""
         )
         if on_promoted is not None:
             on_promoted(new)

@@ -122,7 +122,7 @@ def train(
         return
     if not result.verdict.passed:
         raise fail(f"{result.version} is not promoted: {result.verdict.reason}")
-    expected = before.version if before else None
+    expected = before.version if before else ""
     reason = result.verdict.reason
     after = registry.promote(models.url, result.version, result.sha256, _who(), reason, expected)
     _announce(settings.kafka, registered, after)
@@ -505,7 +505,7 @@ def canary(
     settings = settings_of(context)
     url = settings.models.url
     loaded, before = bundle.load(url, version), registry.read(url)
-    expected = before.stable.version if before.stable else None
+    expected = before.stable.version if before.stable else ""
     _check_encoder(settings, loaded, before.stable)
     after = registry.set_canary(url, version, loaded.sha256, share, _who(), reason, expected)
     _announce(settings.kafka, before, after)
