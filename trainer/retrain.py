@@ -14,7 +14,7 @@ from model import bundle as bundles
 from model import registry
 from model.bundle import Bundle
 from model.exceptions import BundleError
-from model.registry import Registry
+from model.registry import Entry, Registry
 from schemas.exceptions import StarcastError
 from trainer import drift
 from trainer.config import TrainerConfig
@@ -72,7 +72,7 @@ def retrain_once(
     """
     stable = registry.read(models_url).stable
     previous = stable.version if stable else None
-    served = _in_service(models_url, previous)
+    served = in_service(models_url, stable)
     log = from_archive(archive_url, archive_options)
     changed = None
     if on_drift and served is not None:
@@ -114,12 +114,12 @@ def _drift(
     return drift.measure(drift.Reference.model_validate(kept), features, joined, config.drift)
 
 
-def _in_service(models_url: str, version: str | None) -> Bundle | None:
+def in_service(models_url: str, stable: Entry | None) -> Bundle | None:
     """The stable bundle; None when there is none, or none that this release can serve."""
-    if version is None:
+    if stable is None:
         return None
     try:
-        return bundles.load(models_url, version)
+        return bundles.load(models_url, stable.version, stable.sha256)
     except BundleError as error:
         # Workers cannot serve it either, so the ladder is what the new model is judged against.
         logger.warning("the stable bundle is left out of the comparison: %s", error)
