@@ -77,8 +77,8 @@ def promote(
 ) -> Registry:
     """Make a bundle the stable one; a canary of the same version is done with.
 
-    `expected`: the stable version that it was judged against. Raises RegistryError when another
-    has become stable since.
+    `expected`: the stable version that it was judged against, "" where there was none. Raises
+    RegistryError when another has become stable since.
     """
 
     def change(old: Registry) -> Registry:
@@ -127,8 +127,8 @@ def set_canary(
 ) -> Registry:
     """Try a bundle on a share of users (0: as a shadow); in place of the canary that there is.
 
-    `expected`: the stable version beside which it can be served. Raises RegistryError when another
-    has become stable since, or when the bundle is stable itself.
+    `expected`: the stable version beside which it can be served, "" where there is none. Raises
+    RegistryError when another has become stable since, or when the bundle is stable itself.
     """
 
     def change(old: Registry) -> Registry:
@@ -155,10 +155,11 @@ def clear_canary(url: str, by: str, reason: str) -> Registry:
 
 
 def _check_stable(now: Registry, version: str, expected: str | None) -> None:
-    if expected is not None and (now.stable is None or now.stable.version != expected):
-        stable = now.stable.version if now.stable else "none"
+    stable = now.stable.version if now.stable else ""
+    if expected is not None and stable != expected:
         raise RegistryError(
-            f"{version} was judged against {expected}, but {stable} is stable now; judge it again"
+            f"{version} was judged against {expected or 'none'}, but {stable or 'none'} is stable "
+            "now; judge it again"
         )
 
 

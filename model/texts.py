@@ -4,7 +4,12 @@ import html
 import re
 import unicodedata
 
-_HIDDEN = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
+_HIDING = re.compile(r"<(?:(script)|(style))\b|<!--", re.IGNORECASE)
+_HIDDEN_TO = {  # by the group above
+    1: re.compile(r"</script\s*>", re.IGNORECASE),
+    2: re.compile(r"</style\s*>", re.IGNORECASE),
+    None: re.compile("-->"),
+}
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,500}>")
 
 
@@ -16,9 +21,31 @@ def plain(text: str | None) -> str:
     if not text:
         return ""
     if "<" in text:
-        text = _TAG.sub(" ", _HIDDEN.sub(" ", text))
+        text = _TAG.sub(" ", shown(text))
     if "&" in text:
         text = html.unescape(text)
     if not text.isprintable():  # line ends, control and format characters, no-break spaces
         text = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(unicodedata.normalize("NFC", text).replace("\ufffd", " ").split())
+
+
+def shown(text: str) -> str:
+    """A text with a space for each script, style and comment that has an end.
+
+    One pattern for both ends would look for the end anew from each of many beginnings: of a text of
+    the longest kind that takes half a minute.
+    """
+    parts: list[str] = []
+    reached = 0
+    left = dict(_HIDDEN_TO)
+    for begin in _HIDING.finditer(text):
+        ending = left.get(begin.lastindex)
+        if ending is None or begin.start() < reached:
+            continue
+        end = ending.search(text, begin.end())
+        if end is None:  # nor has any later one of its kind
+            del left[begin.lastindex]
+        else:
+            parts += [text[reached : begin.start()], " "]
+            reached = end.end()
+    return "".join([*parts, text[reached:]])

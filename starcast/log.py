@@ -20,6 +20,7 @@ _TALKATIVE = (
     "fsspec",
     "httpcore",
     "httpx",
+    "lenskit",
     "matplotlib",
     "mode",
     "transformers",

@@ -163,7 +163,7 @@ class Models:
                 self._take_up(self._ladder())
         elif running.bundle is None or named.version != running.bundle.version:
             loaded = None if coming else self._load(named)
-            made = None if loaded is None else self._serve(loaded, named.version)
+            made = None if loaded is None else self._serve(loaded, _named(named))
             if made is not None:
                 coming = _Coming(made, time.monotonic(), -math.inf)
                 if running.bundle is None:
@@ -204,7 +204,7 @@ class Models:
             loaded = bundle.load(self._config.url, before.version, before.sha256)
         except BundleError:
             return
-        if (made := self._serve(loaded, before.version)) is not None:
+        if (made := self._serve(loaded, _named(before))) is not None:
             self._take_up(made)
 
     def _waits(self, coming: _Coming) -> bool:
@@ -283,12 +283,12 @@ class Models:
 
     def _load(self, named: registry.Entry) -> Bundle | None:
         """A bundle; None for one that is refused."""
-        if named.version in self._refused:
+        if _named(named) in self._refused:
             return None
         try:
             return bundle.load(self._config.url, named.version, named.sha256)
         except BundleError as error:
-            self._refuse(named.version, str(error))
+            self._refuse(_named(named), str(error))
             return None
 
     def _refuse(self, what: str, reason: str) -> None:
@@ -341,6 +341,11 @@ class Models:
     def _warmed(self, serving: Serving) -> Serving:
         warm(serving.predictor)
         return serving
+
+
+def _named(entry: registry.Entry) -> str:
+    """Names a version that is refused: until it is put in its place again, mended perhaps."""
+    return f"{entry.version} since {entry.at}"
 
 
 def _pair(version: str, stable: Serving) -> str:

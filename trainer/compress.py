@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,11 @@ def compress(
     found = [_judged("parent", parent.folder, reviews, config, on_progress)]
     for name, make in ways(parent).items():
         place = folder / name.replace(" ", "-")
-        if not (place / "config.json").exists():
-            make(parent, reviews, place, config.seed, on_progress)
+        if not place.exists():
+            part = place.with_name(f"{place.name}.part")  # a kill leaves no encoder half made
+            rmtree(part, ignore_errors=True)
+            make(parent, reviews, part, config.seed, on_progress)
+            part.rename(place)
         found.append(_judged(name, place, reviews, config, on_progress))
     return found
 

@@ -57,7 +57,7 @@ class Drift(BaseModel):
     rows: int  # reviews with stars since its window
     rated: int  # predictions among them whose rating is known
     features: dict[str, float]  # stability index of those beyond the bound, largest first
-    predictions: float | None  # stability index
+    predictions: float | None  # stability index; of too few predictions None, as is the next
     rmse: float | None
     reference_rmse: float
     reasons: tuple[str, ...]  # to retrain early; empty: there is none
@@ -106,9 +106,9 @@ def measure(
     moved = dict(sorted(moved.items(), key=lambda each: -each[1]))
     rated = joined.drop_nulls("rating")
     told = rated["predicted"].to_numpy()
-    predictions = stability(kept.predictions, told) if len(told) else None
-    error = None
-    if rated.height >= config.least_rows:
+    predictions = error = None
+    if rated.height >= config.least_rows:  # a model that is new has predicted few of the rows
+        predictions = stability(kept.predictions, told)
         error = rmse(rated["rating"].to_numpy(), told)
     reasons: list[str] = []
     if len(features) >= config.least_rows:

@@ -99,7 +99,8 @@ def evaluate(
         progress: where bars are shown.
 
     Raises:
-        TrainerError: too few rated rows; an alarm that was raised; a peer that there is not.
+        TrainerError: too few rated rows; an alarm that was raised; a peer that there is not; parts
+            of other rows in the folder.
     """
     config = config or TrainerConfig()
     wanted = _wanted(peers)
@@ -109,6 +110,10 @@ def evaluate(
     log = sorted_by_time(log) if ties == "instant" else log
     found = cleaned(log, config)
     rows = found.reviews["row"].to_numpy()
+    if not np.array_equal(kept.get("rows", lambda: {"rows": rows})["rows"], rows):
+        raise TrainerError(  # what lay in the future then may not now
+            f"{folder} has parts that were measured on other rows; delete it to begin anew"
+        )
     cut = by_instant if ties == "instant" else by_time
     split = cut(log.events["time"][rows], config.split)
     base = base_encoder(encoder, None, config)
@@ -141,7 +146,7 @@ def evaluate(
             **{name: len(getattr(split, name)) for name in ("train", "validation", "test")},
         },
         "rating": blocks,
-        "gain": _gain(blocks["prequential"]),
+        "gain": gained(blocks["prequential"]),
         "calibration": asdict(calibration(rating, model.distribution, model.low, model.high)),
         **evaluate_texts.blocks(worded, texts),
         "leaks": [asdict(each) for each in alarms],
@@ -343,12 +348,12 @@ def _block(
     return found
 
 
-def _gain(block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers."""
+def gained(block: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers, or where it has no error."""
     others = {name: figures["rmse"] for name, figures in block.items() if name != MODEL}
-    if not others:
+    best = min(others, key=lambda name: others[name], default=None)
+    if best is None or not others[best]:
         return None
-    best = min(others, key=lambda name: others[name])
     return {"best_peer": best, "gain": 1 - block[MODEL]["rmse"] / others[best]}
 
 

@@ -51,7 +51,10 @@ class Worded:
 def texts_of(
     reviews: pl.DataFrame, split: Split, config: TrainerConfig
 ) -> tuple[Worded | None, Step]:
-    """The texts of cleaned reviews under the split of all, but those that copy older ones."""
+    """The texts of cleaned reviews under the split of all, but those that copy older ones.
+
+    None where they are few, or a span has none: to fit to, to choose by, or to be asked.
+    """
     span = np.full(reviews.height, TRAIN, np.int8)
     span[split.validation], span[split.test] = VALIDATION, TEST
     table = reviews.with_columns(pl.Series("span", span)).sort("time", maintain_order=True)
@@ -64,9 +67,9 @@ def texts_of(
     examples = tuple(table["event_id"][copied[:EXAMPLES].tolist()].to_list())
     step = Step("test text that repeats an older one: not asked for", True, len(copied), examples)
     good = np.setdiff1d(np.arange(len(texts)), copied)
-    if len(good) < config.text.least_texts:
-        return None, step
     table = table[good.tolist()]
+    if len(good) < config.text.least_texts or table["span"].n_unique() < 3:
+        return None, step
     whole = ReviewTexts(
         taken(texts, good),
         table["rating"].to_numpy(),
@@ -132,8 +135,6 @@ def peers(
     if not chosen and texts.PLAIN not in wanted:
         return {}
     whole, spans = worded.whole, worded.whole.span
-    if len(np.unique(spans)) < 3:  # nothing to fit to, to be tuned by, or to be asked
-        return {}
     test = np.flatnonzero(spans == TEST)
     vectors = {
         part: kept.get(

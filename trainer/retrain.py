@@ -14,7 +14,7 @@ from model import bundle as bundles
 from model import registry
 from model.bundle import Bundle
 from model.exceptions import BundleError
-from model.registry import Registry
+from model.registry import Entry, Registry
 from schemas.exceptions import StarcastError
 from trainer import drift
 from trainer.config import TrainerConfig
@@ -72,7 +72,7 @@ def retrain_once(
     """
     stable = registry.read(models_url).stable
     previous = stable.version if stable else None
-    served = _in_service(models_url, previous)
+    served = in_service(models_url, stable)
     log = from_archive(archive_url, archive_options)
     changed = None
     if on_drift and served is not None:
@@ -91,7 +91,7 @@ def retrain_once(
     )
     if result.verdict.passed:
         new = registry.promote(
-            models_url, result.version, result.sha256, by, result.verdict.reason, previous
+            models_url, result.version, result.sha256, by, result.verdict.reason, previous or ""
         )
         if on_promoted is not None:
             on_promoted(new)
@@ -114,12 +114,12 @@ def _drift(
     return drift.measure(drift.Reference.model_validate(kept), features, joined, config.drift)
 
 
-def _in_service(models_url: str, version: str | None) -> Bundle | None:
+def in_service(models_url: str, stable: Entry | None) -> Bundle | None:
     """The stable bundle; None when there is none, or none that this release can serve."""
-    if version is None:
+    if stable is None:
         return None
     try:
-        return bundles.load(models_url, version)
+        return bundles.load(models_url, stable.version, stable.sha256)
     except BundleError as error:
         # Workers cannot serve it either, so the ladder is what the new model is judged against.
         logger.warning("the stable bundle is left out of the comparison: %s", error)
@@ -130,20 +130,21 @@ def retrain_every(
     every: timedelta,
     once: Callable[[], object],
     stop: threading.Event,
-    on_error: Callable[[StarcastError], None] | None = None,
+    on_error: Callable[[StarcastError | OSError], None] | None = None,
     is_served: Callable[[], bool] = lambda: True,
     first_retry: timedelta = FIRST_RETRY,
 ) -> None:
     """Call `once` now and then every so often until `stop` is set.
 
-    A run that is due while another is going on is left out. A StarcastError of a run goes to
-    `on_error`, or to the log, and the schedule goes on; a run that is going on at the stop is
-    waited for. While no model `is_served`, the next run follows after `first_retry`, doubled by
-    each run without an error: a model that the gate refuses took work and keeps its space.
+    A run that is due while another is going on is left out. A StarcastError or OSError of a run, as
+    of a full disk, goes to `on_error`, or to the log, and the schedule goes on; a run that is going
+    on at the stop is waited for. While no model `is_served`, the next run follows after
+    `first_retry`, doubled by each run without an error: a model that the gate refuses took work and
+    keeps its space.
     """
     wait = min(first_retry, every)
 
-    def tell(error: StarcastError) -> None:
+    def tell(error: StarcastError | OSError) -> None:
         if on_error is not None:
             on_error(error)
         else:
@@ -155,11 +156,11 @@ def retrain_every(
         try:
             once()
             wait = min(2 * wait, every)
-        except StarcastError as error:
+        except (StarcastError, OSError) as error:
             tell(error)
         try:
             return wait >= every or is_served()
-        except StarcastError as error:
+        except (StarcastError, OSError) as error:
             tell(error)
             return True
 

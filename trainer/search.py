@@ -10,6 +10,7 @@ The newest rows, which judge a model, are not looked at.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -313,14 +314,18 @@ def _found(study: optuna.Study) -> Searched:
     if not done:
         raise TrainerError("no trial came to its end: see what was logged above")
     first = _in_force(study)[0]
-    best = min(done, key=lambda each: each.value or np.inf)
+    best = min(done, key=_error)
     importance: Mapping[str, float] = {}
     if len(done) > _DRAWN:
         importance = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return Searched(
         {} if _IN_FORCE in best.user_attrs else best.params,
-        float(best.value or np.nan),
-        float(first.value or np.nan),
+        _error(best),
+        _error(first),
         len(study.trials),
         importance,
     )
+
+
+def _error(trial: FrozenTrial) -> float:
+    return math.inf if trial.value is None else trial.value

@@ -30,8 +30,8 @@ def by_time(time: NDArray[np.int64], config: SplitConfig) -> Split:
     """
     order = np.argsort(time, kind="stable")
     rows = len(order)
-    test = rows - round(rows * config.test_share)
-    validation = test - round(rows * config.validation_share)
+    test = max(rows - max(round(rows * config.test_share), 1), 0)  # a small share of few is none
+    validation = max(test - max(round(rows * config.validation_share), 1), 0)
     return Split(order[:validation], order[validation:test], order[test:])
 
 

@@ -233,9 +233,14 @@ def fit_star_head(
 
 
 def _probe(vectors: Vectors, reviews: ReviewTexts, l2: float | None) -> tuple[StarHead, float]:
-    """A head of all texts but the newest; `l2` is chosen on validation when it is None."""
+    """A head of all texts but the newest; `l2` is chosen on validation when it is None.
+
+    Where all texts are of validation, as among the newest of very many, it is the strongest.
+    """
     labels = soft_labels(reviews.rating)
     train, validation = reviews.span == TRAIN, reviews.span == VALIDATION
+    if l2 is None and not train.any():
+        l2 = _L2_TRIED[0]
     if l2 is None:
         losses: list[float] = []
         head = None

@@ -94,6 +94,7 @@ def train(
     from model import bundle, registry
     from trainer.assess import summary
     from trainer.fine_tune import is_first
+    from trainer.retrain import in_service
     from trainer.train import train as fit
 
     evaluated = None if evaluation is None else _evaluation(evaluation)
@@ -108,7 +109,7 @@ def train(
             models.url if is_first() else scratch,  # all fit the same, one keeps it
             settings.trainer,
             encoder=models.encoder,
-            stable=_bundle(models.url, before),
+            stable=in_service(models.url, before),
             other=None if start is None else bundle.open_folder(start),
             evaluated=evaluated,
             progress=progress,
@@ -122,7 +123,7 @@ def train(
         return
     if not result.verdict.passed:
         raise fail(f"{result.version} is not promoted: {result.verdict.reason}")
-    expected = before.version if before else None
+    expected = before.version if before else ""
     reason = result.verdict.reason
     after = registry.promote(models.url, result.version, result.sha256, _who(), reason, expected)
     _announce(settings.kafka, registered, after)
@@ -343,13 +344,14 @@ def compress(
     from trainer import compress as compressing
     from trainer.prepare import cleaned, review_texts
     from trainer.progress import tracker
+    from trainer.retrain import in_service
     from trainer.text import untouched
     from trainer.train import base_encoder
     from trainer.train import train as fit
 
     settings = settings_of(context)
     models, config = settings.models, settings.trainer
-    stable = _bundle(models.url, registry.read(models.url).stable)
+    stable = in_service(models.url, registry.read(models.url).stable)
     log = _history(settings, events)
     parent = base_encoder(models.encoder, stable, config)
     frozen = config.model_copy(update={"text": untouched(config.text)})
@@ -505,7 +507,7 @@ def canary(
     settings = settings_of(context)
     url = settings.models.url
     loaded, before = bundle.load(url, version), registry.read(url)
-    expected = before.stable.version if before.stable else None
+    expected = before.stable.version if before.stable else ""
     _check_encoder(settings, loaded, before.stable)
     after = registry.set_canary(url, version, loaded.sha256, share, _who(), reason, expected)
     _announce(settings.kafka, before, after)

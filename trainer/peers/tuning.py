@@ -20,7 +20,7 @@ def tune(suggest: Suggest, error: Callable[[Settings], float], seed: int) -> dic
     Tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for Hyper-Parameter
     Optimization", section 4).
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # else a trace of what is raised here
     sampler = TPESampler(n_startup_trials=_DRAWN, seed=seed)
     study = optuna.create_study(sampler=sampler)
     found: dict[int, dict[str, Any]] = {}

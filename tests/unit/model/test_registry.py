@@ -70,6 +70,13 @@ def test_a_model_judged_against_another_is_not_promoted(url: str) -> None:
     assert stable(url) == "b"
 
 
+def test_a_first_model_that_another_was_faster_than_is_not_promoted(url: str) -> None:
+    promote(url, "a", expected="")
+    with pytest.raises(RegistryError, match="judged against none, but a is stable"):
+        promote(url, "b", expected="")
+    assert stable(url) == "a"
+
+
 def test_canary(url: str) -> None:
     promote(url, "a")
     registry.set_canary(url, "b", "sum of b", 0.1, "test", "try")

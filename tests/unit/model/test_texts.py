@@ -1,10 +1,13 @@
 """Texts as they are read."""
 
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.texts import plain
+from model.texts import plain, shown
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,20 @@ def test_nothing_unseen_and_no_runs_of_space_are_left(text: str) -> None:
     assert found.isprintable()
     assert "  " not in found
     assert found == found.strip()
+
+
+TAGS = ["<script", "<STYLE", "<!--", "-->", "</script ", "</style", ">", "-", "s", " ", "\n"]
+
+
+@given(st.lists(st.sampled_from(TAGS), max_size=30).map("".join))
+def test_what_is_hidden_is_found_as_by_one_pattern(text: str) -> None:
+    pattern = r"<(script|style)\b.*?</\1\s*>|<!--.*?-->"
+    expected = re.sub(pattern, " ", text, flags=re.IGNORECASE | re.DOTALL)
+    assert shown(text) == expected
+
+
+@pytest.mark.parametrize("begin", ["<!--", "<script ", "<style>"])
+def test_beginnings_without_an_end_take_no_time(begin: str) -> None:
+    began = time.process_time()
+    plain(begin * (65_536 // len(begin)))
+    assert time.process_time() - began < 0.5

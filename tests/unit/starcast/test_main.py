@@ -12,6 +12,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 from typer.testing import CliRunner
 
+from model import registry
 from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast import __version__
@@ -19,6 +20,7 @@ from starcast.commands.context import check_output
 from starcast.main import app, main
 from starcast.settings import load
 from streams.embedded import HOST, Endpoints, free_port
+from trainer.exceptions import TrainerError
 
 RUNNER = CliRunner()
 
@@ -372,3 +374,20 @@ def test_help_needs_no_torch() -> None:
     code = "import sys, starcast.main; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["train", "compress"])
+def test_a_stable_bundle_that_cannot_be_served_keeps_nobody_from_training(
+    command: str, tmp_path: Path
+) -> None:
+    """After an update its refusal says to train again, which then goes on to read the file."""
+    registry.promote(str(tmp_path / "models"), "20261124T101500-1a2b3c4d", "ab", "a test", "")
+    (tmp_path / "few.jsonl").write_text(
+        '{"topic":"reviews","value":{"event_id":"e","user_id":"u","item_id":"i",'
+        '"event_time":"2026-11-24T10:15:00Z","rating":4.0}}\n'
+    )
+    environment = {"STARCAST_MODELS__URL": str(tmp_path / "models")}
+    environment["STARCAST_MODELS__ENCODER"] = "none"
+    found = RUNNER.invoke(app, [command, str(tmp_path / "few.jsonl")], env=environment)
+    assert isinstance(found.exception, TrainerError)
+    assert "only 1 rated reviews" in str(found.exception)

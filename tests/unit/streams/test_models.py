@@ -131,6 +131,22 @@ def test_a_damaged_bundle_is_refused_and_the_running_model_stays(
     assert models.serving.predictor.version == later
 
 
+def test_a_bundle_that_was_mended_serves_once_it_is_promoted_again(tmp_path: Path) -> None:
+    models = make(tmp_path)
+    written = write(str(tmp_path))
+    file = tmp_path / written.version / "network.safetensors"
+    whole = file.read_bytes()
+    cut(file.parent)
+    promote(tmp_path, written)
+    models.refresh()
+    file.write_bytes(whole)
+    models.refresh()
+    assert models.serving.predictor.version == "ladder"  # which is not looked at all the time
+    promote(tmp_path, written)
+    models.refresh()
+    assert models.serving.predictor.version == written.version
+
+
 def test_a_canary_comes_changes_its_share_and_goes(tmp_path: Path) -> None:
     models = make(tmp_path)
     stable = promote(tmp_path, write(str(tmp_path)))

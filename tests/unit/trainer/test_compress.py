@@ -10,7 +10,8 @@ import pytest
 from model import encoder as encoders
 from model.exceptions import EncoderError
 from tests.unit.trainer.test_text import texts
-from trainer.compress import Compressed, choose, compress
+from trainer import compress as compressing
+from trainer.compress import Compressed, choose, compress, ways
 from trainer.config import AdaptConfig, TrainerConfig
 from trainer.exceptions import TrainerError
 from trainer.metrics import TextScores
@@ -57,6 +58,28 @@ def test_a_student_learns_what_its_parent_says(found: list[Compressed]) -> None:
     words = ["good thing", "awful thing", "fair thing"]
     by_name = {each.name: encoders.load(each.folder, "cpu").encode(words) for each in found}
     assert ((by_name["student"] * by_name["parent"]).sum(1) > 0.99).all()
+
+
+def test_what_was_cut_short_is_made_again(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between weights and what makes them eight bits wide."""
+    parent = encoders.load(encoder_folder, "cpu")
+    alone = {"int8": ways(parent)["int8"]}
+    monkeypatch.setattr(compressing, "ways", lambda parent: alone)
+
+    def made() -> list[Compressed]:
+        return compress(texts(), parent, CONFIG, tmp_path / "new", lambda done, total: None)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compressing.encoders, "write_quantization", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made()
+    assert (made()[1].folder / encoders.QUANTIZATION).exists()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["int8"]
 
 
 def test_what_is_compressed_is_not_compressed_again(

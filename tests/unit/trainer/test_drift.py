@@ -72,6 +72,15 @@ def test_few_rows_tell_nothing() -> None:
     assert found.rmse is None
 
 
+def test_few_predictions_of_a_new_model_tell_nothing() -> None:
+    """The ratings since its window came mostly under the model before."""
+    known = joined(0.5)
+    kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
+    found = measure(kept, rows(seed=2), joined(0.5, 3)[:3], CONFIG)
+    assert found.reasons == ()
+    assert (found.rows, found.rated, found.predictions) == (400, 3, None)
+
+
 def test_predictions_of_what_was_not_rated_are_not_what_a_model_was_judged_by() -> None:
     known = joined(0.5)
     kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())

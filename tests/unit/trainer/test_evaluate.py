@@ -15,9 +15,10 @@ from tests.unit.trainer.shop import REVIEWS, START, Entries, shop
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
-from trainer.evaluate import evaluate, folder_of, summary
+from trainer.evaluate import evaluate, folder_of, gained, summary
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
+from trainer.kept import Kept
 from trainer.leaks import Leak
 from trainer.peers import ratings, texts, tuning
 
@@ -127,6 +128,14 @@ def test_peers_are_chosen_by_name(
         evaluate(log, tmp_path, SMALL, encoder="none", peers=["nobody"])
 
 
+def test_beside_a_peer_without_error_there_is_no_gain() -> None:
+    """As where all ratings are equal."""
+    assert gained({"model": {"rmse": 1.0}}) is None
+    assert gained({"model": {"rmse": 1.0}, "bias": {"rmse": 0.0}, "svd": {"rmse": 2.0}}) is None
+    found = gained({"model": {"rmse": 1.0}, "bias": {"rmse": 4.0}, "svd": {"rmse": 2.0}})
+    assert found == {"best_peer": "svd", "gain": 0.5}
+
+
 def test_an_alarm_stops_it_unless_told_otherwise(
     shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +146,13 @@ def test_an_alarm_stops_it_unless_told_otherwise(
         evaluate(log, tmp_path, SMALL, encoder="none", peers=())
     found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
+
+
+def test_parts_of_other_rows_are_not_taken_for_these(shop_file: Path, tmp_path: Path) -> None:
+    """As of a file whose newest rows were dated in the future when they were measured."""
+    Kept(tmp_path).get("rows", lambda: {"rows": np.arange(3)})
+    with pytest.raises(TrainerError, match="measured on other rows; delete it"):
+        evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=())
 
 
 def test_another_encoder_or_file_has_a_folder_of_its_own(

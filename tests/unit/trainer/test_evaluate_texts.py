@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from model import encoder as encoders
 from trainer.config import TrainerConfig
-from trainer.evaluate_texts import Worded, blocks, peers
+from trainer.evaluate_texts import Worded, blocks, peers, texts_of
 from trainer.kept import Kept
+from trainer.split import Split
 from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
 
 TEXTS = ["good", "bad", "fine"]
@@ -54,9 +56,21 @@ def test_peers_that_cannot_be_fitted_are_left_out(
     assert "tfidf_logistic is left out" in caplog.text
 
 
-def test_without_test_texts_nobody_is_asked(encoder_folder: Path, tmp_path: Path) -> None:
-    base = encoders.load(encoder_folder, "cpu")
-    span = np.repeat([TRAIN, VALIDATION], [30, 8]).astype(np.int8)
-    texts = ["good thing"] * 38
-    known = Worded(ReviewTexts(texts, np.full(38, 5.0), span), texts, texts)
-    assert peers(("tfidf_ridge",), known, base, TrainerConfig(), Kept(tmp_path), None) == {}
+@pytest.mark.parametrize("missing", [TRAIN, VALIDATION, TEST])
+def test_where_a_span_has_no_texts_they_are_not_asked_for(missing: int) -> None:
+    """As in a shop that began to take texts, or ended, within its history."""
+    spans = np.repeat([TRAIN, VALIDATION, TEST], 60)
+    reviews = pl.DataFrame(
+        {
+            "event_id": [f"r{row}" for row in range(180)],
+            "time": range(180),
+            "rating": [4.0] * 180,
+            "title": [None] * 180,
+            "text": [None if span == missing else f"good {row}" for row, span in enumerate(spans)],
+        },
+        schema_overrides={"title": pl.String},
+    )
+    split = Split(*(np.flatnonzero(spans == span) for span in (TRAIN, VALIDATION, TEST)))
+    assert texts_of(reviews, split, TrainerConfig())[0] is None
+    whole = reviews.with_columns(pl.Series("text", [f"good {row}" for row in range(180)]))
+    assert texts_of(whole, split, TrainerConfig())[0] is not None

@@ -31,13 +31,14 @@ def test_what_is_no_interval_is_refused(text: str) -> None:
         parse_every(text)
 
 
-def test_it_runs_at_once_and_again_after_an_error_until_it_is_stopped() -> None:
+@pytest.mark.parametrize("error", [StarcastError("not yet"), OSError("not yet")])
+def test_it_runs_at_once_and_again_after_an_error_until_it_is_stopped(error: Exception) -> None:
     stop, runs, errors = threading.Event(), [0], list[str]()
 
     def once() -> None:
         runs[0] += 1
         if runs[0] == 1:
-            raise StarcastError("not yet")
+            raise error
         stop.set()
 
     thread = threading.Thread(

@@ -58,6 +58,16 @@ def test_a_search_goes_on_where_it_was_left_and_is_no_worse_than_the_defaults(
     assert search(log, "rating", SMALL, study, 4, encoder="none") == again
 
 
+def test_settings_without_error_are_the_best(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where all ratings are equal."""
+    errors = iter([0.0, 0.5])
+    monkeypatch.setattr(module, "_judge", lambda *given: lambda config, trial: next(errors))
+    found = search(from_file(shop_file), "rating", SMALL, tmp_path / "study", 2, encoder="none")
+    assert (found.settings, found.rmse, found.default_rmse) == ({}, 0, 0)
+
+
 def test_a_search_of_other_data_or_settings_is_another(shop_file: Path, tmp_path: Path) -> None:
     log, study = from_file(shop_file), tmp_path / "study"
     first = search(log, "rating", SMALL, study, 1, encoder="none")

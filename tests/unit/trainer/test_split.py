@@ -78,3 +78,11 @@ def test_seldom_stars_are_drawn_more_often_and_samples_are_nested() -> None:
     assert set(few.tolist()) < set(more.tolist())
     assert (stars[few] == 1).mean() > 0.3  # a tenth of the rows
     assert (np.diff(more) > 0).all()
+
+
+def test_a_span_has_a_row_though_its_share_is_less() -> None:
+    config = SplitConfig(validation_share=0.001, test_share=0.001)
+    for cut in (by_time, by_instant):
+        for time in (np.arange(50), np.zeros(50, np.int64)):
+            split = cut(time, config)
+            assert [len(span) for span in (split.train, split.validation, split.test)] == [48, 1, 1]

@@ -9,6 +9,7 @@ import pytest
 from model import encoder as encoders
 from model.encoder import TextEncoder
 from tests.unit.trainer.shop import WORDS
+from trainer import text
 from trainer.config import AdaptConfig, FineTuneConfig, Method, TextConfig
 from trainer.metrics import Floats
 from trainer.text import (
@@ -98,6 +99,17 @@ def test_fine_tuning_gives_a_new_encoder_and_leaves_the_old_one(
     assert found.encoder.hash != encoder.hash
     assert found.scores.accuracy == 1
     assert found.cost.steps == 13  # 200 texts, 16 a step
+
+
+def test_among_very_many_texts_the_newest_are_all_of_validation(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_PROBED", 30)
+    config = TextConfig(method="full", fine_tune=FineTuneConfig(epochs=1))
+    with np.errstate(all="raise"):  # no head is fitted to nothing
+        found = fit(texts(), encoder, config, tmp_path / "new", 0, lambda done, total: None)
+    assert found.l2 == 3e-4
+    assert found.scores.accuracy == 1
 
 
 def test_texts_without_stars_are_learnt_from_where_the_head_is_sure(
