@@ -9,6 +9,7 @@ item later is not labelled: which of the views that led to a rating should carry
 the states would have to share, and none is made yet.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +38,7 @@ from model.network import Inputs, concatenate, gather
 from model.replay import History, Observation
 from model.state import CATEGORY, LAYOUT_HASH
 from schemas import archive, codec
-from schemas.files import read_records
+from schemas.files import LineError, read_records
 from schemas.journal import TOPICS, Journal
 from schemas.records import Behavior, Item, Record, Review, TextFeatures, User
 from schemas.topics import BY_NAME
@@ -45,6 +46,8 @@ from trainer.clean import REVIEW_COLUMNS
 from trainer.exceptions import TrainerError
 from trainer.metrics import Floats
 from trainer.progress import OnProgress
+
+logger = logging.getLogger(__name__)
 
 Ties = Literal["instant", "arrival"]
 """What rows of one time know of each other.
@@ -128,16 +131,20 @@ class Examples:
 def from_file(path: Path) -> Log:
     """The history in a record file, in the file's order.
 
+    A line that breaks the contract, of which the stream would make a dead letter, is left out; how
+    many and the first of them are logged.
+
     Raises:
-        ContractError: a line breaks the contract.
-        TrainerError: the file holds no event.
+        ContractError: the file cannot be read.
+        TrainerError: it holds no event.
     """
     kinds: dict[type[Record], list[Any]] = {Review: [], Behavior: [], TextFeatures: []}
     rows: dict[type[Record], list[int]] = {kind: [] for kind in kinds}
     items: list[tuple[int, Item]] = []
     users: list[tuple[int, User]] = []
     count = 0
-    for found in read_records(path):
+    bad: list[LineError] = []
+    for found in read_records(path, bad.append):
         record = found.record
         if isinstance(record, Item):
             items.append((count, record))
@@ -147,8 +154,14 @@ def from_file(path: Path) -> Log:
             kinds[type(record)].append(record)
             rows[type(record)].append(count)
             count += 1
+    left_out = ""
+    if bad:
+        left_out = f"{len(bad)} lines of {path} break the contract and are left out: {bad[0]}"
+        logger.warning(left_out)
     if not count:
-        raise TrainerError(f"{path} holds no reviews, behavior or text-features to learn from")
+        raise TrainerError(
+            f"{path} holds no reviews, behavior or text-features to learn from. {left_out}".strip()
+        )
     events = blank(EVENT, count)
     events[rows[Review]] = from_reviews(kinds[Review])
     events[rows[Behavior]] = from_behavior(kinds[Behavior])

@@ -1,5 +1,6 @@
 """Rows from a record file and from an archive."""
 
+import gzip
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -56,6 +57,21 @@ def test_a_file_without_events_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     write_records(path, [("items", item(1))])
     with pytest.raises(TrainerError, match="no reviews, behavior or text-features"):
+        from_file(path)
+
+
+def test_what_breaks_the_contract_is_left_out_as_the_stream_does(
+    shop_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = gzip.decompress(shop_file.read_bytes())
+    path = tmp_path / "some.jsonl"
+    bad = b'{"topic": "reviews", "value": {"event_id": "r", "title": ""}}\nnot JSON\n'
+    path.write_bytes(bad + good)
+    assert from_file(path).events.tobytes() == from_file(shop_file).events.tobytes()
+    assert f"2 lines of {path} break the contract" in caplog.text
+    assert "line 1" in caplog.text
+    path.write_bytes(bad)
+    with pytest.raises(TrainerError, match=r"no reviews.*2 lines.*line 1"):
         from_file(path)
 
 
