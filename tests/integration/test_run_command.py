@@ -140,7 +140,7 @@ def test_an_unknown_processor(environment: dict[str, str], tmp_path: Path) -> No
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "nope" in done.stderr
     assert "dashboard" in done.stderr
     assert "Traceback" not in done.stderr
