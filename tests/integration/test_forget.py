@@ -198,8 +198,11 @@ def test_forget_erases_a_user_everywhere_and_nothing_brings_them_back(
     assert checked.differences == {}, checked.examples
 
 
-def test_forget_erases_in_embedded_mode_too(tmp_path: Path) -> None:
+def test_forget_erases_in_embedded_mode_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its broker has no transactions, and its word for where a topic ends is too low."""
+    monkeypatch.setattr("streams.forget.COPIED_SECONDS", 0.0)  # nobody comes back in this one
     with embedded(tmp_path) as ends:
         made = make_shop(ends.bootstrap_servers, ends.redis_url, tmp_path).settings
         kafka = made.kafka.model_copy(update={"exactly_once": False})
@@ -276,13 +279,13 @@ def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
             shop.play([("score-requests", request)])
             shop.until_archived()
             # Nobody answers: what is answered later would say what was asked.
-            half = run(shop, "forget", *asked, "--yes", "--wait", "5")
+            half = run(shop, "forget", *asked, "--yes", "--wait", "8")
             assert half.exit_code == 1
             assert "✗ archive: not erased: answers is behind" in half.stdout
         with shop.workers("answers"):
             shop.until_predicted(2, "request")
         # Nobody archives: states are erased, the archive has to wait.
-        half = run(shop, "forget", *asked, "--yes", "--wait", "5")
+        half = run(shop, "forget", *asked, "--yes", "--wait", "8")
         assert half.exit_code == 1
         assert "✓ states: erased" in half.stdout
         assert "✗ archive: not erased: the archiver is behind in" in half.stdout

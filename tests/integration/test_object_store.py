@@ -143,7 +143,7 @@ def test_an_archiver_that_writes_meanwhile_loses_and_doubles_nothing(
 ) -> None:
     """Commits of both are conditional puts of the log's next object."""
     url, options = place
-    written, count = Archive(url, options, compact_every=7), 24
+    written, count = Archive(url, options, compact_every=4), 10
     failed: list[BaseException] = []
 
     def write_on() -> None:
