@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from fcntl import LOCK_EX, LOCK_SH, flock
+from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
 from pathlib import Path
 from shutil import which
 from tempfile import gettempdir
@@ -45,15 +45,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Of two test processes one waits while the other runs a test that is marked `alone`.
+    """Test processes wait while one of them runs a test that is marked `alone`.
 
     Around all else, so that a test's time limit does not run while it waits.
     """
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if run is None:
         return (yield)
-    with (Path(gettempdir()) / f"starcast-tests-{run}").open("w") as file:
-        flock(file, LOCK_EX if "alone" in item.keywords else LOCK_SH)
+    path = Path(gettempdir()) / f"starcast-tests-{run}"
+    with path.open("w") as room, path.with_suffix(".door").open("w") as door:
+        flock(door, LOCK_EX)  # who waits to be alone lets nobody pass meanwhile
+        flock(room, LOCK_EX if "alone" in item.keywords else LOCK_SH)
+        flock(door, LOCK_UN)
         return (yield)
 
 
