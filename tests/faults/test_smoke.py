@@ -25,7 +25,6 @@ KINDS = (
     "broker killed",
     "archiver killed",
     "bundle damaged",
-    "users forgotten",
 )
 
 
