@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import stamina
 import structlog
 from confluent_kafka import (
     OFFSET_INVALID,
@@ -356,9 +357,7 @@ def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
         )
     )
     try:
-        found = _request(
-            kafka, lambda: _coordinated(lambda: member.committed(asked, REQUEST_SECONDS))
-        )
+        found = _request(kafka, lambda: _coordinated(member, asked))
     finally:
         member.close()
     places: dict[str, dict[int, int]] = {}
@@ -368,19 +367,22 @@ def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
     return places
 
 
-def _coordinated(ask: Callable[[], list[TopicPartition]]) -> list[TopicPartition]:
+@stamina.retry(
+    on=lambda problem: (
+        isinstance(problem, KafkaException) and error_of(problem).code() in _NO_COORDINATOR
+    ),
+    attempts=None,
+    timeout=REQUEST_SECONDS,
+    wait_initial=COORDINATOR_PAUSE_SECONDS,
+    wait_max=COORDINATOR_PAUSE_SECONDS,
+    wait_jitter=0,
+)
+def _coordinated(member: Consumer, asked: list[TopicPartition]) -> list[TopicPartition]:
     """The answer of a group's coordinator, which may be about to be another broker."""
-    until = time.monotonic() + REQUEST_SECONDS
-    while True:
-        try:
-            found = ask()
-            if failed := [place.error for place in found if place.error is not None]:
-                raise KafkaException(failed[0])
-            return found
-        except KafkaException as problem:
-            if error_of(problem).code() not in _NO_COORDINATOR or time.monotonic() > until:
-                raise
-        time.sleep(COORDINATOR_PAUSE_SECONDS)
+    found = member.committed(asked, REQUEST_SECONDS)
+    if failed := [place.error for place in found if place.error is not None]:
+        raise KafkaException(failed[0])
+    return found
 
 
 def topic_configs(kafka: KafkaConfig, names: list[str]) -> dict[str, dict[str, str]]:

@@ -1,6 +1,5 @@
 """The archive on an object store: moto's S3 server, from an environment of its own."""
 
-import threading
 import urllib.request
 from datetime import UTC, datetime
 from io import BytesIO
@@ -16,18 +15,16 @@ from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
 from model.events import EVENT
-from model.ids import hash_ids
 from schemas import archive, journal
 from schemas.archive import Row
 from schemas.codec import encode
 from schemas.exceptions import UnreachableError
-from schemas.records import Review
 from streams.archiver import Archive
 from streams.compaction import claimed, compact
 from streams.embedded import HOST, free_port
 from streams.erasure import Erased, erase_journal, erase_rows
 from tests.unit.streams.journals import USERS, Partition, events
-from tests.unit.streams.test_erasure import HISTORY
+from tests.unit.streams.test_erasure import HISTORY, erase_beside_an_archiver, erased, review
 
 TIME = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -67,26 +64,16 @@ def files(url: str, options: dict[str, str], topic: str) -> dict[str, pl.DataFra
     }
 
 
-def review(user: str, number: int) -> bytes:
-    return encode(
-        Review(event_id=f"r{number}", user_id=user, item_id="cup", event_time=TIME, rating=4)
-    )
-
-
-def erased(user: str, **before: int) -> Erased:
-    return Erased(user, int(hash_ids([user])[0]), 0, before)
-
-
 def test_rows_are_emptied_and_their_objects_deleted(place: tuple[str, dict[str, str]]) -> None:
     url, options = place
     written = Archive(url, options)
     for offset, user in enumerate(("ann", "bob", "ann", "bob")):
-        written.append("reviews", [Row(0, offset, 0, user.encode(), review(user, offset))])
+        written.append("reviews", [Row(0, offset, 0, user.encode(), encode(review(user, offset)))])
         written.commit()
     # Of a compaction that was killed, and one that an archiver is writing.
     for name, offset in (("part-of-a-killed-one", 0), ("part-being-written", 4)):
         content = BytesIO()
-        row = Row(0, offset, 0, b"ann", review("ann", offset))
+        row = Row(0, offset, 0, b"ann", encode(review("ann", offset)))
         pq.write_table(archive.table("reviews", [row]), content)
         where = archive.table_url(url, "reviews").removeprefix("s3://")
         put(f"{options['AWS_ENDPOINT_URL']}/{quote(where)}/{name}.parquet", content.getvalue())
@@ -143,30 +130,7 @@ def test_an_archiver_that_writes_meanwhile_loses_and_doubles_nothing(
 ) -> None:
     """Commits of both are conditional puts of the log's next object."""
     url, options = place
-    written, count = Archive(url, options, compact_every=4), 10
-    failed: list[BaseException] = []
-
-    def write_on() -> None:
-        try:
-            for offset in range(count):
-                user = ("ann", "bob")[offset % 2]
-                written.append("reviews", [Row(0, offset, 0, user.encode(), review(user, offset))])
-                written.commit()
-        except BaseException as error:  # noqa: BLE001  told below
-            failed.append(error)
-
-    writer = threading.Thread(target=write_on)
-    writer.start()
-    done = 0
-    while writer.is_alive():
-        done += erase_rows(url, options, "reviews", [erased("ann", reviews=count)])
-    writer.join()
-    done += erase_rows(url, options, "reviews", [erased("ann", reviews=count)])
-    assert not failed
-    assert done == count // 2
-    rows = archive.read(url, "reviews", options).collect()
-    assert rows["kafka_offset"].to_list() == list(range(count))
-    assert rows["user_id"].to_list() == [None, "bob"] * (count // 2)
+    erase_beside_an_archiver(url, options, ["ann", "bob"], count=10, compact_every=4)
     named = [user for each in files(url, options, "reviews").values() for user in each["user_id"]]
     assert "ann" not in named
 

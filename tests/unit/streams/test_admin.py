@@ -185,7 +185,6 @@ def member(monkeypatch: pytest.MonkeyPatch) -> Member:
     there = SimpleNamespace(list_topics=lambda timeout: SimpleNamespace(topics=topics))
     monkeypatch.setattr(admin, "reach", lambda _: there)
     monkeypatch.setattr(admin, "Consumer", lambda _: made)
-    monkeypatch.setattr(admin, "COORDINATOR_PAUSE_SECONDS", 0.0)
     return made
 
 

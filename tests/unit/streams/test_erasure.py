@@ -44,6 +44,39 @@ def review(user: str, number: int) -> Review:
     return Review(event_id=f"r{number}", user_id=user, item_id="cup", event_time=TIME, rating=4)
 
 
+def erase_beside_an_archiver(
+    url: str, options: dict[str, str], users: list[str], count: int, compact_every: int
+) -> None:
+    """Rows of the users in turn come while the first is erased again and again: all is right."""
+    written = Archive(url, options, compact_every=compact_every)
+    failed: list[BaseException] = []
+
+    def write_on() -> None:
+        try:
+            for offset in range(count):
+                user = users[offset % len(users)]
+                row = Row(0, offset, 0, user.encode(), encode(review(user, offset)))
+                written.append("reviews", [row])
+                written.commit()
+        except BaseException as error:  # noqa: BLE001  told below
+            failed.append(error)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    first = [erased(users[0], reviews=count)]
+    done = 0
+    while writer.is_alive():
+        done += erase_rows(url, options, "reviews", first)
+    writer.join()
+    done += erase_rows(url, options, "reviews", first)
+    assert not failed
+    turns = count // len(users)
+    assert done == turns
+    rows = archive.read(url, "reviews", options).collect()
+    assert rows["kafka_offset"].to_list() == list(range(count))
+    assert rows["user_id"].to_list() == [None, *users[1:]] * turns
+
+
 def write(url: Path, topic: str, *rows: tuple[int, str, Record | bytes | None]) -> None:
     """Rows of (partition, key, value), at the offsets of their places among all."""
     written = Archive(str(url))
@@ -472,31 +505,4 @@ def test_a_journal_of_another_layout_is_refused(
 
 
 def test_an_archiver_that_writes_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    written = Archive(str(tmp_path), compact_every=7)
-    users = ["ann", "bob", "cem"]
-    count = 60
-    failed: list[BaseException] = []
-
-    def write_on() -> None:
-        try:
-            for offset in range(count):
-                user = users[offset % 3]
-                written.append(
-                    "reviews", [Row(0, offset, 0, user.encode(), encode(review(user, 0)))]
-                )
-                written.commit()
-        except BaseException as error:  # noqa: BLE001  told below
-            failed.append(error)
-
-    writer = threading.Thread(target=write_on)
-    writer.start()
-    done = 0
-    while writer.is_alive():
-        done += erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=count)])
-    writer.join()
-    done += erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=count)])
-    assert not failed
-    assert done == count // 3
-    rows = archive.read(str(tmp_path), "reviews").collect()
-    assert rows["kafka_offset"].to_list() == list(range(count))
-    assert rows["user_id"].to_list() == [None, "bob", "cem"] * (count // 3)
+    erase_beside_an_archiver(str(tmp_path), {}, ["ann", "bob", "cem"], count=60, compact_every=7)
