@@ -3,7 +3,7 @@
 A compaction holds row groups and gives what it held back to the system only by ending. In a process
 that ends, an archiver neither grows nor stands still for it.
 
-`python -m streams.compaction` compacts the table that standard input names.
+`python -m streams.compaction` compacts the table that standard input names, and tells its claim.
 """
 
 import json
@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import stamina
 import structlog
@@ -31,7 +32,8 @@ ROW_GROUP = 50_000
 WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
 # A reader that opened a version may go on reading it for this long after a compaction.
 VACUUM_HOURS = 24
-# One that was killed blocks others for this long; none may take longer, by clocks that differ.
+# One that died with its archiver blocks others for this long; none may take longer, by clocks that
+# differ.
 COMPACTION_SECONDS = 3_600
 LONGEST_SECONDS = COMPACTION_SECONDS - 300
 NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
@@ -48,16 +50,23 @@ until_committed = stamina.retry(
 """Decorates what looks at the newest version of a table and commits on it."""
 
 
-def compact(url: str, topic: str, options: Mapping[str, str]) -> None:
+def compact(
+    url: str,
+    topic: str,
+    options: Mapping[str, str],
+    on_claim: Callable[[int], object] = lambda until: None,
+) -> None:
     """Merges small files of a topic, and deletes those that no reader can still be reading.
 
-    One that does not get its commit in between those of archivers is given up; the next may do
-    better. Raises UnreachableError when storage does not answer.
+    `on_claim` hears until when the table is claimed, for `take_back`. One that does not get its
+    commit in between those of archivers is given up; the next may do better. Raises
+    UnreachableError when storage does not answer.
     """
     where = archive.table_url(url, topic)
     with archive.reached(where), claimed(url, topic, options) as table:
         if table is None:
             return
+        on_claim(table.transaction_version(_CLAIM) or 0)
         try:
             table.optimize.compact(
                 target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=WRITER
@@ -121,6 +130,19 @@ def prolong(table: DeltaTable) -> None:
         table.update_incremental()
 
 
+def take_back(url: str, topic: str, options: Mapping[str, str], until: int) -> None:
+    """Take back the claim of who has ended without doing so; any other claim stays.
+
+    What the ended one may have under way commits no more: this takes the version that it was for.
+    Raises UnreachableError when storage does not answer.
+    """
+    where = archive.table_url(url, topic)
+    with archive.reached(where):
+        table = archive.open_table(url, topic, options)
+        if table is not None and table.transaction_version(_CLAIM) == until > time.time():
+            _release(where, options)
+
+
 @until_committed
 def _release(where: str, options: Mapping[str, str]) -> None:
     """Take the claim back, so that the next compaction need not wait for its end."""
@@ -158,6 +180,7 @@ class Compactor:
             if process.poll() is None:
                 return
             self._running = None
+            process.communicate()  # closes its pipe
             if process.returncode:
                 _log.warning("a compaction failed", topic=topic, code=process.returncode)
         if self._waiting:
@@ -166,27 +189,32 @@ class Compactor:
             self._running = (topic, self._start(topic))
 
     def close(self) -> None:
-        """Wait a little for the one that runs, then end it; its claim runs out by itself."""
+        """Wait a little for the one that runs, then end it and take its claim back."""
         if self._running is None:
             return
-        _, process = self._running
+        topic, process = self._running
+        self._running = None
         try:
-            process.wait(CLOSE_SECONDS)
+            process.communicate(timeout=CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
-        self._running = None
+            claim, _ = process.communicate()
+            try:
+                take_back(self._url, topic, self._options, int(claim or 0))
+            except StarcastError as error:
+                _log.warning("a claim is left to run out", topic=topic, reason=str(error))
 
     def _start(self, topic: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [sys.executable, "-m", "streams.compaction"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
         )
         asked = {"url": self._url, "topic": topic, "options": self._options}
         if process.stdin is not None:  # not an argument, which others could read
             process.stdin.write(json.dumps(asked).encode())
             process.stdin.close()
+            process.stdin = None  # else `communicate` would flush what is closed
         return process
 
 
@@ -198,7 +226,7 @@ def main() -> None:
     os.nice(NICENESS)
     asked = json.load(sys.stdin)
     try:
-        compact(asked["url"], asked["topic"], asked["options"])
+        compact(asked["url"], asked["topic"], asked["options"], partial(print, flush=True))
     except StarcastError as error:
         sys.exit(str(error))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -156,16 +157,40 @@ def test_files_that_one_that_was_killed_left_go_after_a_day(tmp_path: Path) -> N
     assert len(list((tmp_path / "behavior").glob("*.parquet"))) == 1 + 1 + 3
 
 
-def test_a_stop_does_not_wait_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_does_not_wait_for_long_and_leaves_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_files(tmp_path)
     monkeypatch.setattr(compaction, "CLOSE_SECONDS", 0.1)
-    slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-
-    def start(self: Compactor, topic: str) -> Any:
-        return slow
-
-    monkeypatch.setattr(Compactor, "_start", start)
+    table = DeltaTable(str(tmp_path / "behavior"))
+    until = int(time.time() + 100)
+    compaction._claim(table, until)
+    code = f"import time; print({until}, flush=True); time.sleep(600)"
+    slow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    monkeypatch.setattr(Compactor, "_start", lambda self, topic: slow)
     compactor = Compactor(str(tmp_path), {})
     compactor.ask("behavior")
+    assert slow.stdout is not None
+    select.select([slow.stdout], [], [])  # until it has told
     compactor.close()
     assert slow.returncode == -9
     compactor.close()  # nothing is left to wait for
+    compact(str(tmp_path), "behavior", {})
+    assert files(tmp_path) == 1
+
+
+def test_the_claim_of_another_is_not_taken_back(tmp_path: Path) -> None:
+    small_files(tmp_path)
+    until = int(time.time() + 100)
+    compaction._claim(DeltaTable(str(tmp_path / "behavior")), until)
+    compaction.take_back(str(tmp_path), "behavior", {}, until - 1)
+    compact(str(tmp_path), "behavior", {})
+    assert files(tmp_path) == 3
+
+
+def test_a_compaction_tells_its_claim(tmp_path: Path) -> None:
+    small_files(tmp_path)
+    before = int(time.time())
+    claims: list[int] = []
+    compact(str(tmp_path), "behavior", {}, claims.append)
+    assert claims == [pytest.approx(before + compaction.COMPACTION_SECONDS, abs=60)]
