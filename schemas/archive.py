@@ -9,7 +9,7 @@ read them; here it is Polars. Rows stand in no order in a table, so readers sort
 """
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from schemas.codec import decode
 from schemas.exceptions import ContractError, UnreachableError
-from schemas.journal import Transaction, decode_all
+from schemas.journal import TornError, Transaction, decode_all
 from schemas.journal import decode as decode_journal
 from schemas.records import Record
 from schemas.topics import BY_NAME, TOPICS, Topic
@@ -177,15 +177,21 @@ def positions(url: str, topic: str, options: Mapping[str, str] | None = None) ->
 
 
 def journal(
-    url: str, partition: int, options: Mapping[str, str] | None = None, *, start: int = 0
+    url: str,
+    partition: int,
+    options: Mapping[str, str] | None = None,
+    *,
+    start: int = 0,
+    on_torn: Callable[[TornError], object] | None = None,
 ) -> Iterator[Transaction]:
     """The archived journal of a user partition, from offset `start`, which begins a transaction.
 
-    An archiver may commit between two pieces; a transaction that is not there in whole is left out.
-    Raises ContractError when part of a transaction is missing, UnreachableError when a file of the
-    table cannot be read.
+    An archiver may commit between two pieces; a last transaction that is not there in whole is left
+    out. Raises TornError when part of another is missing, or tells it to `on_torn` and goes on;
+    UnreachableError when a file of the table cannot be read.
     """
-    return decode_all(journal_values(url, partition, options, start=start), growing=True)
+    values = journal_values(url, partition, options, start=start)
+    return decode_all(values, growing=True, on_torn=on_torn)
 
 
 def journal_values(

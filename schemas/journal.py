@@ -8,7 +8,8 @@ Arrays hold what `model` calls an event, a header of a partition and a feature r
 bytes and numbers, since `schemas` knows no model.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -183,6 +184,10 @@ def join(pieces: Sequence[Journal]) -> Journal:
     )
 
 
+class TornError(ContractError):
+    """A transaction of which a journal has not all pieces."""
+
+
 class Joiner:
     """Puts the pieces of one journal partition's transactions together, as they are read."""
 
@@ -193,12 +198,12 @@ class Joiner:
     def add(self, offset: int, value: bytes) -> Transaction | None:
         """The transaction that the next value ends, if it does.
 
-        Raises ContractError when a piece is missing: pieces of a transaction stand together, since
-        one transaction wrote them.
+        Raises TornError when a piece is missing: pieces of a transaction stand together, since one
+        transaction wrote them. Raises ContractError when the value holds none.
         """
         piece = decode(value)
         if piece.index != len(self._pieces):
-            raise ContractError(
+            raise TornError(
                 f"the journal has piece {piece.index} of {piece.count} at offset {offset} where "
                 f"piece {len(self._pieces)} was due: part of a transaction is missing"
             )
@@ -220,16 +225,28 @@ class Joiner:
 
 
 def decode_all(
-    values: Iterable[tuple[int, bytes]], *, growing: bool = False
+    values: Iterable[tuple[int, bytes]],
+    *,
+    growing: bool = False,
+    on_torn: Callable[[TornError], object] | None = None,
 ) -> Iterator[Transaction]:
     """The transactions of consecutive values of one journal partition, each with its offset.
 
     Where the values are `growing`, a last transaction that is still to be completed is left out.
-    Raises ContractError when a piece is missing.
+    Raises TornError when a piece is missing, or tells it to `on_torn` and goes on.
     """
     joiner = Joiner()
     for offset, value in values:
-        if (transaction := joiner.add(offset, value)) is not None:
+        try:
+            transaction = joiner.add(offset, value)
+        except TornError as error:
+            if on_torn is None:
+                raise
+            on_torn(error)
+            joiner, transaction = Joiner(), None
+            with suppress(TornError):  # unless another transaction begins here
+                transaction = joiner.add(offset, value)
+        if transaction is not None:
             yield transaction
     if not growing:
         joiner.end()

@@ -39,7 +39,7 @@ from model.replay import History, Observation
 from model.state import CATEGORY, LAYOUT_HASH
 from schemas import archive, codec
 from schemas.files import LineError, read_records
-from schemas.journal import TOPICS, Journal
+from schemas.journal import TOPICS, Journal, TornError
 from schemas.records import Behavior, Item, Record, Review, TextFeatures, User
 from schemas.topics import BY_NAME
 from trainer.clean import REVIEW_COLUMNS
@@ -188,18 +188,27 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
 
     Partitions are merged by event time (a late event as of its arrival), each in its journal's
     order. Items and users count as known from the start, as they are known now. What a user did
-    before they were erased is left out.
+    before they were erased is left out, and so is, with a warning, a transaction of which the
+    archive lacks a part: an archiver was down for longer than Kafka kept it.
 
     Raises:
         TrainerError: the journal is empty, or of another layout of events.
     """
+    torn: list[TornError] = []
     parts = [
         (partition, transaction.journal)
         for partition in sorted(archive.positions(url, "journal", options))
-        for transaction in archive.journal(url, partition, options)
+        for transaction in archive.journal(url, partition, options, on_torn=torn.append)
         # What another layout wrote is journalled again by the rebuild under this one.
         if transaction.journal.layout_hash == LAYOUT_HASH and len(transaction.journal)
     ]
+    if torn:
+        logger.warning(
+            "%d transactions or parts of them are missing in the archive and are left out (its "
+            "archiver was down for longer than Kafka's retention): %s",
+            len(torn),
+            torn[0],
+        )
     if not parts:
         raise TrainerError(
             f"the archive at {url} holds no journal rows of layout {LAYOUT_HASH}; "

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.exceptions import ContractError
-from schemas.journal import LARGEST_PIECE, Journal, decode, decode_all, encode, join
+from schemas.journal import LARGEST_PIECE, Journal, TornError, decode, decode_all, encode, join
 
 EVENT = np.dtype([("user", "<u8"), ("time", "<i8"), ("rating", "<f4"), ("action", "u1")])
 
@@ -72,7 +72,7 @@ def test_what_is_encoded_is_decoded(rows: int, width: int, recents: int, seed: i
 def test_a_workers_first_journal_does_not_load_pandas() -> None:
     code = (
         "import sys\n"
-        "from schemas.journal import encode\n"
+        "from schemas.journal import TornError, encode\n"
         "from tests.unit.schemas.test_journal import make\n"
         "encode(make(3))\n"
         "sys.exit('pandas' in sys.modules)"
@@ -119,6 +119,18 @@ def test_a_missing_piece_is_an_error(missing: int) -> None:
     del values[missing % len(values)]
     with pytest.raises(ContractError, match=r"part of a transaction is missing|that has more"):
         list(decode_all(values.items()))
+
+
+@pytest.mark.parametrize("missing", [0, 1, -1])
+def test_what_comes_after_a_missing_piece_is_read_where_it_may_be_missing(missing: int) -> None:
+    first, torn, last = (encode(make(4_000, seed=seed)) for seed in range(3))
+    values = dict(enumerate([*first, *torn, *last]))
+    del values[len(first) + missing % len(torn)]
+    told: list[TornError] = []
+    whole = list(decode_all(values.items(), on_torn=told.append))
+    assert [each.first_offset for each in whole] == [0, len(first) + len(torn)]
+    assert_same(whole[1].journal, make(4_000, seed=2))
+    assert told
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", encode(make(3))[0][:-40], encode(make(3))[0][:900]])

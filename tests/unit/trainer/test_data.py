@@ -15,6 +15,7 @@ from model.events import EVENT, FORGET, REVIEW, VIEW, blank
 from model.ids import hash_ids, partitions_of
 from model.replay import History
 from model.state import LAYOUT_HASH, PARTITION
+from schemas import archive as archives
 from schemas import codec, journal
 from schemas.archive import Row
 from schemas.exceptions import UnreachableError
@@ -36,6 +37,10 @@ from trainer.data import (
 from trainer.exceptions import TrainerError
 
 PARTITIONS = 3
+
+
+def from_journal(path: Path) -> list[Journal]:
+    return [each.journal for each in archives.journal(str(path), 0)]
 
 
 def examples(log: Log, encoder: str = "") -> Examples:
@@ -177,6 +182,24 @@ def test_an_archive_gives_the_same_events_with_the_features_that_were_journalled
     known = features.INDEX["item_known"]
     assert not np.nan_to_num(found.inputs.features[:, known]).any()
     assert (replayed.inputs.features[:, known] == 1).all()
+
+
+def test_a_transaction_that_has_lost_a_part_is_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_archive(str(tmp_path), shop())
+    archive = Archive(str(tmp_path))
+    there = archive.positions("journal", [0])[0] or 0
+    [*_, last], whole = from_journal(tmp_path), len(from_archive(str(tmp_path)))
+    long = journal.encode(journal.join([last] * 200))
+    assert len(long) > 2
+    del long[1]
+    values = [*long, *journal.encode(last)]
+    archive.append("journal", [Row(0, there + at, 0, b"", each) for at, each in enumerate(values)])
+    archive.commit()
+    assert len(from_archive(str(tmp_path))) == whole + len(last)
+    assert "are left out" in caplog.text
+    assert "part of a transaction is missing" in caplog.text
 
 
 def test_what_users_did_before_they_were_erased_is_left_out() -> None:
