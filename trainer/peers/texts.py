@@ -3,6 +3,7 @@
 Every peer is fitted on whole reviews, title and text joined, as ours is.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,17 @@ class TextPeer:
 def settle(
     peer: TextPeer, train: RatedTexts, validation: RatedTexts, seed: int
 ) -> tuple[dict[str, Any], Read]:
-    """Tune a peer on validation, then fit it to both; its settings and how it reads."""
+    """Tune a peer on validation, then fit it to both; its settings and how it reads.
+
+    Raises ValueError when it takes no such texts, whatever its settings.
+    """
 
     def error(settings: Settings) -> float:
-        expected, _ = peer.fit(train, settings)(validation.texts, validation.vectors)
+        try:
+            read = peer.fit(train, settings)
+        except ValueError:  # of these settings: no word is in as many texts
+            return math.inf
+        expected, _ = read(validation.texts, validation.vectors)
         return rmse(validation.rating, expected)
 
     settings = tune(peer.suggest, error, seed)

@@ -37,6 +37,19 @@ def test_a_peer_reads_the_word_that_says_the_stars(
     assert found.accuracy > 0.9
 
 
+@pytest.mark.parametrize("name", ["tfidf_ridge", "tfidf_logistic"])
+def test_settings_that_leave_no_word_are_passed_over(name: str) -> None:
+    """No word is in more than two of the texts."""
+    known = RatedTexts(
+        ["aa again", "bb again", "aa", "bb", "cc", "dd"],
+        np.array([1.0, 5, 1, 5, 3, 3]),
+        np.zeros((6, 8), np.float32),
+    )
+    settings, read = settle(TEXT_PEERS[name], known, known, seed=1)
+    assert settings["min_df"] <= 2
+    assert len(read(["aa", "bb"], known.vectors[:2])[0]) == 2
+
+
 def test_a_plain_fine_tune_reads_lists_of_texts(encoder_folder: Path, tmp_path: Path) -> None:
     known = worded(64, 1)
     asked = [known.texts[:5], [""]]
