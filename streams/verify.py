@@ -168,7 +168,6 @@ class _Replay:
         self.user_attributes = self._users()
         self._vectors: dict[str, dict[int, NDArray[np.float32] | None]] = {}
         self._predictors: dict[str, Predictor | None] = {}
-        self.predictions = self._predictions()
         self.updates, self.update_offsets, self.update_spans = self._updates()
 
     def records(
@@ -217,15 +216,16 @@ class _Replay:
                 rows[user, offset + 1] = describe_users([record], [offset + 1])
         return rows
 
-    def _predictions(self) -> dict[tuple[str, int, int], Any]:
+    def predictions(self, partition: int) -> dict[tuple[str, int, int], Any]:
+        """Archived predictions of a user partition, by the position that each answers."""
         found: dict[tuple[str, int, int], Any] = {}
-        for _, _, _, record in self.records("predicted-ratings"):
+        for _, _, _, record in self.records("predicted-ratings", partition):
             if record.kind == "interaction":
                 place = (record.source.topic, record.source.partition, record.source.offset)
                 self.report.check(
                     "one prediction a position",
-                    np.array([place not in found]),
-                    lambda _: f"{place} is predicted twice",  # noqa: B023 - called at once
+                    np.array([place not in found and record.source.partition == partition]),
+                    lambda _: f"{place} is predicted twice, or elsewhere",  # noqa: B023 - at once
                 )
                 found[place] = record
         return found
@@ -341,6 +341,7 @@ class _Partition:
         self._items = Rowstore(ITEM)
         self._state = from_bytes([None], PARTITION)[0]
         self._skipped = 0  # runs of rows of a transaction
+        self._predictions = shared.predictions(partition)
         self._inputs: list[dict[int, Any]] = [  # the user's id in place of what erases one
             {
                 offset: found
@@ -457,7 +458,7 @@ class _Partition:
     ) -> None:
         rows = np.flatnonzero(events["action"] < TEXT)
         records = [
-            self._shared.predictions.get(
+            self._predictions.get(
                 (TOPICS[entry.topics[at]], self._partition, int(entry.offsets[at]))
             )
             for at in rows
