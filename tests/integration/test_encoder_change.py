@@ -10,8 +10,8 @@ from schemas.records import Behavior, Item, PredictedRating
 from streams.coverage import reached
 from streams.verify import verify_replay
 from tests.shops import Shop, Workers, make_shop, until
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import HIDDEN, bert
+from tests.unit.model.bundles import write
+from tests.unit.model.encoders import HIDDEN, bert
 
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
 VIEWS = 40  # each of another item, by another user: nothing but its words is known

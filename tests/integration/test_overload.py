@@ -1,7 +1,5 @@
 """More than a worker can take: lag grows and is worked off, memory stays, nothing is dropped."""
 
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,7 +23,7 @@ from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, Sender, outgoing, play
 from tests.shops import PARTITIONS, Shop, check_each_once, check_states, make_shop, until
-from tests.unit.model.test_encoder import bert
+from tests.unit.model.encoders import bert
 
 BATCH = 200  # events in one transaction of a test's shop
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -162,24 +160,13 @@ def test_a_slow_text_lane_does_not_hold_up_the_scorer(
 
 BACKLOG_MEGABYTES = 150
 LARGE_TEXT = 30_000  # characters that do not compress
-WORKER = """
-import sys, threading
-from tests.shops import Shop, Settings
-settings = Settings.model_validate_json(sys.argv[1])
-settings.redis.url = type(settings.redis.url)(sys.argv[2])
-with Shop(settings).workers("scorer"):
-    threading.Event().wait()
-"""
 
 
 @pytest.fixture
 def worker(shop: Shop) -> Iterator[psutil.Process]:
     """A scorer in a process of its own."""
-    url = shop.settings.redis.url.get_secret_value()
-    command = [sys.executable, "-c", WORKER, shop.settings.model_dump_json(), url]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with shop.process("scorer") as process:
         yield psutil.Process(process.pid)
-        process.kill()
 
 
 @pytest.mark.slow
