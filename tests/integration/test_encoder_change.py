@@ -47,7 +47,7 @@ def by_version(predictions: list[PredictedRating]) -> Counter[str]:
 def all_read(shop: Shop, version: str) -> bool:
     """Whether a version's encoder has read all items."""
     used = encoder_of(shop.settings.models.url, version)
-    ends = {each.partition() or 0: (each.offset() or 0) + 1 for each in shop.read("items")}
+    ends = shop.ends("items")
     return reached(shop.store, used or "", sorted(ends)) == [ends[at] for at in sorted(ends)]
 
 

@@ -226,8 +226,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(
         raise AssertionError("worked")
 
     for name in (
-        "starcast.commands.models.settings_of",
-        "starcast.commands.serving.settings_of",
+        "starcast.commands.training.settings_of",
+        "starcast.commands.running.settings_of",
         "starcast.importers.import_amazon",
         "starcast.shop.shop",
     ):
