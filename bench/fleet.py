@@ -15,10 +15,12 @@ from typing import Any
 import psutil
 from confluent_kafka import Producer
 
-from bench.processes import START_SECONDS, Worker, is_ready, start_worker
+from bench.processes import START_SECONDS, Worker, started
 from schemas.exceptions import StarcastError
+from starcast.settings import Settings
+from starcast.workers import is_ready
 from streams.admin import client_config, topic_name
-from streams.config import KafkaConfig, RedisConfig
+from streams.config import KafkaConfig, ModelsConfig, RedisConfig, StatesConfig
 from streams.embedded import Child
 from streams.producer import Outgoing
 
@@ -119,24 +121,20 @@ def start_fleet(
     servers: Servers, kafka: KafkaConfig, redis: RedisConfig, models: str, workers: int
 ) -> Generator[Fleet]:
     """So many workers, with all partitions claimed."""
-    environment = {
-        "STARCAST_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-        "STARCAST_KAFKA__GROUP_ID": kafka.group_id,
-        "STARCAST_KAFKA__TOPIC_PREFIX": kafka.topic_prefix,
-        "STARCAST_KAFKA__PARTITIONS": str(kafka.partitions),
-        "STARCAST_REDIS__URL": redis.url.get_secret_value(),
-        "STARCAST_REDIS__KEY_PREFIX": redis.key_prefix,
-        "STARCAST_MODELS__URL": str(Path(models).resolve()),
+    settings = Settings(
+        kafka=kafka,
+        redis=redis,
+        models=ModelsConfig(url=str(Path(models).resolve())),
         # Else a few users would all be at hand, and an event would cost less than at any real size.
-        "STARCAST_STATES__CACHE_USERS": "0",
-    }
+        states=StatesConfig(cache_users=0),
+    )
     with ExitStack() as stack:
-        started = {
-            name: stack.enter_context(start_worker(name, ["scorer"], servers.folder, environment))
+        ready = {
+            name: stack.enter_context(started(name, ["scorer"], settings, servers.folder))
             for name in (f"scorer-{number}" for number in range(workers))
         }
-        _settle(started)
-        yield Fleet(servers, kafka, started)
+        _settle(ready)
+        yield Fleet(servers, kafka, ready)
 
 
 def send(kafka: KafkaConfig, events: Iterable[Outgoing]) -> tuple[Producer, int]:
@@ -182,7 +180,7 @@ def _settle(workers: Mapping[str, Worker]) -> None:
     while time.monotonic() - since < READY_SECONDS:
         if time.monotonic() > until:
             raise StarcastError(f"The workers were not ready within {START_SECONDS:.0f} s.")
-        if not all(is_ready(worker.port) for worker in workers.values()):
+        if not all(is_ready(worker.child.address) for worker in workers.values()):
             since = time.monotonic()
         time.sleep(LOOK_SECONDS)
 

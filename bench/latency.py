@@ -15,9 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -52,12 +51,12 @@ from bench.open_loop import (
     watch,
 )
 from bench.pool import Template, make_pool
-from bench.processes import samples_of, start_worker
+from bench.processes import samples_of, started
 from bench.report import RESULTS, write
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
-from streams.config import KafkaConfig, RedisConfig, ScorerConfig
-from streams.embedded import Endpoints
+from starcast.settings import Settings
+from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
 from tests.servers import servers
 
 TRANSACTIONS = "transactions"
@@ -111,7 +110,7 @@ class Course:
         self,
         options: Options,
         kafka: KafkaConfig,
-        metrics_port: int,
+        scorer: str,  # where its metrics are
         pool: Sequence[Template],
         executors: Mapping[str, ProcessPoolExecutor],
         manager: SyncManager,
@@ -119,7 +118,7 @@ class Course:
         self._options = options
         self._kafka = kafka
         self._bare = kafka.model_copy(update={"topic_prefix": "bare."})
-        self._port = metrics_port
+        self._address = scorer
         self._pool = pool
         self._executors = executors
         self._manager = manager
@@ -140,11 +139,11 @@ class Course:
     def _scorer(self, rate: int, seconds: float) -> Measured:
         starts = {topic: ends_of(self._kafka, topic) for topic in OTHER_OUTPUTS}
         plan = self._plan(rate, seconds)
-        before = batch_seconds(self._port)
+        before = batch_seconds(self._address)
         sent, seen = self._play(self._kafka, plan)
         spent = {
             phase: value - before.get(phase, 0.0)
-            for phase, value in batch_seconds(self._port).items()
+            for phase, value in batch_seconds(self._address).items()
         }
         self._predictions = seen.values
         self._samples = {
@@ -194,10 +193,10 @@ class Course:
         return sending.result(), seen
 
 
-def batch_seconds(port: int) -> dict[str, float]:
+def batch_seconds(address: str) -> dict[str, float]:
     """The worker's seconds by phase so far, and how many batches there were."""
     found: dict[str, float] = {}
-    for sample in samples_of(port):
+    for sample in samples_of(address):
         phase = sample.labels.get("phase", "")
         if sample.name == "starcast_batch_seconds_sum":
             found[phase] = sample.value
@@ -395,20 +394,6 @@ def plot(runs: Mapping[str, Mapping[int, Sequence[Measured]]], path: Path) -> No
     path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
 
 
-@contextmanager
-def scorer(folder: Path, endpoints: Endpoints, models: str, partitions: int) -> Generator[int]:
-    """`starcast run scorer` with default settings, ready; the port of its metrics."""
-    environment = {
-        "STARCAST_KAFKA__BOOTSTRAP_SERVERS": endpoints.bootstrap_servers,
-        "STARCAST_KAFKA__PARTITIONS": str(partitions),
-        "STARCAST_REDIS__URL": endpoints.redis_url,
-        "STARCAST_ARCHIVE__URL": str(folder / "archive"),
-        "STARCAST_MODELS__URL": models,
-    }
-    with start_worker("scorer", ["scorer"], folder, environment) as worker:
-        yield worker.port
-
-
 def measure_all(
     options: Options, folder: Path, console: Console
 ) -> dict[str, dict[int, list[Measured]]]:
@@ -441,10 +426,16 @@ def measure_all(
         Bench(sizes, kafka, redis, {"ladder": str(folder / "models")}, {})
         world = make_world(options.users, options.items)
         pool = [each for each in make_pool(world, POOL) if each.topic != "score-requests"]
-        with scorer(folder, endpoints, models, options.partitions) as port:
+        settings = Settings(
+            kafka=kafka,
+            redis=redis,
+            archive=ArchiveConfig(url=str(folder / "archive")),
+            models=ModelsConfig(url=models),
+        )
+        with started("scorer", ["scorer"], settings, folder) as worker:
             wait(loaded)  # their modules, before anything is measured
             console.print("Warming the broker …")
-            course = Course(options, kafka, port, pool, executors, manager)
+            course = Course(options, kafka, worker.child.address, pool, executors, manager)
             return run_rates(options, course.measure, console)
 
 

@@ -43,7 +43,7 @@ from bench.growth import Judged, judge
 from bench.model import default_models
 from bench.pool import Template, make_pool
 from bench.population import put_vectors
-from bench.processes import ANSWER_SECONDS, Worker, start_worker
+from bench.processes import Worker, started
 from bench.report import write
 from model.state import LAYOUT_HASH
 from schemas.codec import format_times
@@ -51,8 +51,17 @@ from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast.commands.context import stopping
 from starcast.log import LogConfig, configure
+from starcast.settings import Settings
+from starcast.workers import ANSWER_SECONDS
 from streams.admin import apply_topics, client_config, reach, topic_name
-from streams.config import KafkaConfig, RedisConfig
+from streams.config import (
+    ArchiveConfig,
+    InsightsConfig,
+    KafkaConfig,
+    ModelsConfig,
+    RedisConfig,
+    ScorerConfig,
+)
 from streams.producer import play
 from streams.store import Store
 from tests.servers import servers
@@ -327,19 +336,17 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
         put_vectors(store, world)
         play(world.records, kafka)
         console.print(f"Starting {len(WORKERS)} processes; their logs are in {folder} …")
-        environment = {
-            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-            "STARCAST_KAFKA__GROUP_ID": kafka.group_id,
-            "STARCAST_KAFKA__PARTITIONS": str(kafka.partitions),
-            "STARCAST_REDIS__URL": endpoints.redis_url,
-            "STARCAST_ARCHIVE__URL": str((folder / "archive").resolve()),
-            "STARCAST_MODELS__URL": str(models),
-            "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
+        settings = Settings(
+            kafka=kafka,
+            redis=redis,
+            archive=ArchiveConfig(url=str((folder / "archive").resolve())),
+            models=ModelsConfig(url=str(models)),
+            insights=InsightsConfig(keep_windows=60),  # five minutes, so that keys level off
             # Two cores for all and Kafka: small transactions alone would take both.
-            "STARCAST_SCORER__LINGER_MS": "1000",
-        }
+            scorer=ScorerConfig(linger_ms=1_000),
+        )
         workers = {
-            name: stack.enter_context(start_worker(name, processors, folder, environment))
+            name: stack.enter_context(started(name, processors, settings, folder))
             for name, processors in WORKERS.items()
         }
         load = Load(kafka, make_pool(world, POOL))

@@ -38,6 +38,7 @@ from bench.model import packaged_encoder
 from bench.report import write
 from bench.rows import make_item_tables, make_rows
 from bench.text import make_reviews
+from bench.ways import copy
 from model import encoder as encoders
 from model.encoder import WIDTH, StarHead, TextEncoder
 from model.events import Rows, opaque
@@ -151,7 +152,7 @@ def by_trainer(
     """`transformers.Trainer` with batches of like length."""
     transformers: Any = importlib.import_module("transformers")
     tuning, steps = config.fine_tune, Steps(base.device)
-    reader = Reader(copied(base), tuning)
+    reader = Reader(copy(base), tuning)
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
@@ -191,7 +192,7 @@ def by_plain_loop(
     """A loop as tutorials have it."""
     tuning, steps = config.fine_tune, Steps(base.device)
     torch.manual_seed(seed)
-    reader = Reader(copied(base), tuning).to(base.device)
+    reader = Reader(copy(base), tuning).to(base.device)
     rows: Any = rows_of(train, base)
     batches = torch.utils.data.DataLoader(
         rows, tuning.batch_texts, shuffle=True, collate_fn=collator(base)
@@ -219,11 +220,6 @@ TRAINERS: Mapping[str, Callable[[Labelled, TextEncoder, TextConfig, int, Path], 
     TRAINER: by_trainer,
     PLAIN: by_plain_loop,
 }
-
-
-def copied(base: TextEncoder) -> TextEncoder:
-    """The same encoder, loaded again."""
-    return encoders.load(base.folder, str(base.device), longest_tokens=base.longest_tokens)
 
 
 def rows_of(train: Labelled, base: TextEncoder) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from model.state import ITEM, LAYOUT_HASH, USER
 from model.state_bytes import from_bytes
 from schemas import archive
 from schemas.records import Behavior, DeadLetter, PredictedRating, Record, Review
-from starcast.settings import Settings
+from starcast.settings import Settings, variables
 from streams.admin import apply_topics, reach, topic_name
 from streams.coverage import share
 from streams.loop import Loop
@@ -76,19 +76,7 @@ class Shop:
     @property
     def environment(self) -> dict[str, str]:
         """The settings, as a command reads them."""
-        settings = self.settings
-        return {
-            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
-            "STARCAST_KAFKA__TOPIC_PREFIX": settings.kafka.topic_prefix,
-            "STARCAST_KAFKA__GROUP_ID": settings.kafka.group_id,
-            "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
-            "STARCAST_KAFKA__EXACTLY_ONCE": str(settings.kafka.exactly_once),
-            "STARCAST_REDIS__URL": settings.redis.url.get_secret_value(),
-            "STARCAST_REDIS__KEY_PREFIX": settings.redis.key_prefix,
-            "STARCAST_ARCHIVE__URL": settings.archive.url,
-            "STARCAST_MODELS__URL": settings.models.url,
-            "STARCAST_MODELS__ENCODER": settings.models.encoder,
-        }
+        return variables(self.settings)
 
     @property
     def store(self) -> Store:

@@ -20,7 +20,6 @@ from starcast.commands.context import (
     AsJson,
     AsJsonLines,
     check_output,
-    chosen_of,
     fail,
     notes,
     output,
@@ -73,13 +72,11 @@ def demo(
         settings.web.port = port
     from starcast.demo import RATE, SEED, run_demo, run_once, write_summary
 
-    config = chosen_of(context).config
-
     with stopping() as stop:
         if events is None:
-            run_demo(settings, notes, stop, SEED if seed is None else seed, config)
+            run_demo(settings, notes, stop, SEED if seed is None else seed)
             return
-        summary = run_once(settings, notes, stop, events, rate or RATE, config)
+        summary = run_once(settings, notes, stop, events, rate or RATE)
     print_json(asdict(summary))
     if json_out is not None:
         write_summary(summary, json_out)
