@@ -15,11 +15,12 @@ from typing import Any
 import psutil
 from confluent_kafka import Producer
 
+from bench.clients import hand_over, shop_producer
 from bench.processes import START_SECONDS, Worker, started
 from schemas.exceptions import StarcastError
 from starcast.settings import Settings
 from starcast.workers import is_ready
-from streams.admin import client_config, topic_name
+from streams.admin import topic_name
 from streams.config import KafkaConfig, ModelsConfig, RedisConfig, StatesConfig
 from streams.embedded import Child
 from streams.producer import Outgoing
@@ -139,20 +140,12 @@ def start_fleet(
 
 def send(kafka: KafkaConfig, events: Iterable[Outgoing]) -> tuple[Producer, int]:
     """Send events in a transaction that the caller commits; how many there are."""
-    producer = Producer(
-        client_config(
-            kafka,
-            transactional_id="bench-scale",
-            partitioner="murmur2_random",
-            linger_ms=5,
-            compression_type="lz4",
-        )
-    )
+    producer = shop_producer(kafka, transactional_id="bench-scale")
     producer.init_transactions(SEND_SECONDS)
     producer.begin_transaction()
     count = 0
     for event in events:
-        _produce(producer, topic_name(kafka, event.topic), event)
+        hand_over(producer, topic_name(kafka, event.topic), event.value, event.key)
         count += 1
     if producer.flush(SEND_SECONDS):
         raise StarcastError(f"Kafka did not take all events in {SEND_SECONDS:.0f} s.")
@@ -162,15 +155,6 @@ def send(kafka: KafkaConfig, events: Iterable[Outgoing]) -> tuple[Producer, int]
 def log_bytes(folder: Path) -> int:
     """Bytes of all segments of a broker's topics, its own topics' too."""
     return sum(path.stat().st_size for path in folder.rglob("*.log") if path.parent != folder)
-
-
-def _produce(producer: Producer, topic: str, event: Outgoing) -> None:
-    while True:
-        try:
-            producer.produce(topic, key=event.key, value=event.value)
-            return
-        except BufferError:
-            producer.poll(LOOK_SECONDS)
 
 
 def _settle(workers: Mapping[str, Worker]) -> None:

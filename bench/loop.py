@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from confluent_kafka import Consumer, Producer
 from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
+from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer
 from bench.events import World, make_events, make_world
 from bench.model import default_models
 from bench.peers import beside
@@ -37,17 +37,15 @@ from bench.worker import Scored, score, work
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
-from streams.admin import apply_topics, client_config
+from streams.admin import apply_topics
 from streams.catalog import Catalog
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
 from streams.items import Items
-from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, play
 from streams.scorer import Scorer
 from streams.store import Store
 from tests.servers import servers
 
-WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
 MODELS = {"bundle": "", "ladder": "_ladder"}  # and the suffix of their ratios
 PACKAGES = ("confluent-kafka", "numpy", "orjson", "pyarrow", "pydantic", "redis", "torch")
 
@@ -179,31 +177,8 @@ class Bench:
 
 def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Transaction]) -> Run:
     """Consume, produce, commit: the same transactions with nothing in between."""
-    consumer = Consumer(
-        client_config(
-            source,
-            **{
-                "group.id": "bare",
-                "enable.auto.commit": False,
-                "auto.offset.reset": "earliest",
-                "isolation.level": "read_committed",
-                "queued.max.messages.kbytes": FETCH_KILOBYTES,
-                "fetch.wait.max.ms": 20,
-            },
-        )
-    )
-    producer = Producer(
-        client_config(
-            target,
-            **{
-                "transactional.id": "bare",
-                "partitioner": "murmur2_random",
-                "linger.ms": 1,
-                "compression.type": "lz4",
-            },
-        )
-    )
-    producer.init_transactions(WAIT_SECONDS)
+    consumer = bare_consumer(source, fetch_wait_max_ms=20)
+    producer = bare_producer(target)
     consumer.subscribe([source.topic_prefix + topic for topic in Scorer.topics])
     watch = Stopwatch()
     for at, transaction in enumerate(transactions):

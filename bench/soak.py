@@ -27,7 +27,7 @@ import numpy as np
 import orjson
 import polars as pl
 import vl_convert
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
@@ -38,6 +38,7 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
+from bench.clients import hand_over, shop_producer
 from bench.events import make_world
 from bench.growth import Judged, judge
 from bench.model import default_models
@@ -110,17 +111,7 @@ class Load:
         self._prefix = kafka.topic_prefix
         self._number = 0
         self._pool = cycle(pool)
-        self._producer = Producer(
-            client_config(
-                kafka,
-                **{
-                    "partitioner": "murmur2_random",
-                    "enable.idempotence": True,
-                    "linger.ms": 5,
-                    "compression.type": "lz4",
-                },
-            )
-        )
+        self._producer = shop_producer(kafka, enable_idempotence=True)
 
     def send(self, count: int) -> None:
         """The next records until so many events are sent."""
@@ -130,7 +121,7 @@ class Load:
             each = next(self._pool)
             value = each.value(self._number, now)
             self._number += 1
-            self._produce(self._prefix + each.topic, each.key, value)
+            hand_over(self._producer, self._prefix + each.topic, value, each.key, self._note)
             self.events += each.topic != "score-requests"
         self._producer.poll(0)
 
@@ -157,14 +148,6 @@ class Load:
             stop.set()
             thread.join()
 
-    def _produce(self, topic: str, key: bytes, value: bytes) -> None:
-        while True:
-            try:
-                self._producer.produce(topic, key=key, value=value, on_delivery=self._note)
-                return
-            except BufferError:
-                self._producer.poll(0.1)
-
     def _note(self, error: Any, _: Any) -> None:
         self.failed += error is not None
 
@@ -174,9 +157,7 @@ class Latencies:
 
     def __init__(self, kafka: KafkaConfig) -> None:
         self._consumer = Consumer(
-            client_config(
-                kafka, **{"group.id": f"{kafka.group_id}-soak", "enable.auto.commit": False}
-            )
+            client_config(kafka, group_id=f"{kafka.group_id}-soak", enable_auto_commit=False)
         )
         digests = topic_name(kafka, "score-digests")
         _, end = self._consumer.get_watermark_offsets(TopicPartition(digests, 0), ANSWER_SECONDS)

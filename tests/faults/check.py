@@ -24,7 +24,7 @@ from schemas.exceptions import StarcastError
 from schemas.journal import Piece
 from schemas.journal import decode as decode_journal
 from schemas.topics import BY_NAME, TOPICS
-from streams.admin import client_config
+from streams.admin import client_config, reader_config
 from streams.config import KafkaConfig
 from streams.reader import ITEM_STATE, USER_KIND, USER_STATE, store_keys
 from streams.tail import read_topic
@@ -112,7 +112,7 @@ def unscored(shop: FaultyShop) -> dict[str, int]:
     kafka, left = shop.kafka, {"scorer": 0, "answers": 0, "items": 0}
     for processor, topics in (("scorer", INPUTS), ("answers", ("score-requests",))):
         # Committed offsets are those of a group, and are asked for by a member that never joins.
-        member = Consumer(client_config(kafka, **{"group.id": f"{kafka.group_id}-{processor}"}))
+        member = Consumer(client_config(kafka, group_id=f"{kafka.group_id}-{processor}"))
         try:
             where = [
                 TopicPartition(kafka.topic_prefix + topic, partition)
@@ -146,17 +146,7 @@ def ends(kafka: KafkaConfig, topics: Sequence[str]) -> dict[tuple[str, int], int
 
     A transaction's marker takes an offset and is no record, so a partition's end does not tell.
     """
-    consumer = Consumer(
-        client_config(
-            kafka,
-            **{
-                "group.id": "harness",
-                "isolation.level": "read_committed",
-                "enable.partition.eof": True,
-                "fetch.wait.max.ms": 20,
-            },
-        )
-    )
+    consumer = Consumer(reader_config(kafka, fetch_wait_max_ms=20))
     try:
         marks: dict[tuple[str, int], tuple[int, int]] = {}
         for name in topics:

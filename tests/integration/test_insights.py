@@ -70,7 +70,7 @@ def insights(kafka: KafkaConfig, url: str, metrics: Metrics) -> Generator[None]:
 
 def send(kafka: KafkaConfig, *values: bytes) -> None:
     """Compressed as the workers' producers do."""
-    producer = Producer(client_config(kafka, **{"compression.type": "lz4"}))
+    producer = Producer(client_config(kafka, compression_type="lz4"))
     for value in values:
         producer.produce(topic_name(kafka, "score-digests"), value=value, key=b"scorer-0")
     assert producer.flush(10) == 0
