@@ -26,7 +26,6 @@ from typing import Any
 import altair
 import numpy as np
 import polars as pl
-import vl_convert
 from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
 from pydantic import SecretStr
@@ -34,6 +33,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import report
 from bench.events import make_world
 from bench.loop import Bench, Sizes
 from bench.model import default_models
@@ -52,7 +52,6 @@ from bench.open_loop import (
 )
 from bench.pool import Template, make_pool
 from bench.processes import samples_of, started
-from bench.report import RESULTS, write
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from starcast.settings import Settings
@@ -342,13 +341,13 @@ def _words(measured: Measured) -> str:
 def table(figures: Mapping[str, Any]) -> Table:
     """A Markdown table: milliseconds by rate, the loops side by side."""
     names = [_name(each) for each in PERCENTILES]
-    shown = Table("events/s", box=box.MARKDOWN)
-    for column in (
+    shown = report.table(
+        "events/s",
         *(f"{name} ms" for name in names),
         *(f"bare {name} ms" for name in names),
         *(f"ratio {name}" for name in names),
-    ):
-        shown.add_column(column, justify="right")
+        box=box.MARKDOWN,
+    )
     rates = {rate for loop in LOOPS for rate in figures[loop]}
     for rate in sorted(rates, key=int):
         cells = [
@@ -391,7 +390,7 @@ def plot(runs: Mapping[str, Mapping[int, Sequence[Measured]]], path: Path) -> No
         color=altair.Color("loop:N", sort=list(LOOPS)),
     )
     chart = chart.properties(width=260, height=200).facet("events/s:N", columns=3)
-    path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
+    chart.save(path)
 
 
 def measure_all(
@@ -470,8 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Highest rate sustained: {figures['highest_sustained']:,} events/s "
         f"(bare loop: {figures['highest_sustained_bare']:,} of those tried)"
     )
-    plot(runs, RESULTS / "latency.svg")
-    path = write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
+    plot(runs, report.RESULTS / "latency.svg")
+    path = report.write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 

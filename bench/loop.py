@@ -25,13 +25,13 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
+from bench import report
 from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer
 from bench.events import World, make_events, make_world
 from bench.model import default_models
 from bench.peers import beside
 from bench.peers.launch import PEERS, Peer, run
 from bench.population import put_vectors
-from bench.report import write
 from bench.watch import PHASES, Run, Stopwatch, Transaction
 from bench.worker import Scored, score, work
 from model.state import LAYOUT_HASH
@@ -243,10 +243,14 @@ def phases(runs: Sequence[Run]) -> dict[str, float]:
 
 def table(figures: Mapping[str, Any]) -> Table:
     """The figures side by side."""
-    shown = Table(title="Scoring loop, exactly-once", caption="µs an event, medians over the runs")
-    for column in ("", *MODELS, "bare"):
-        shown.add_column(column, justify="left" if not column else "right")
-    columns = [figures[name] for name in (*MODELS, "bare")]
+    names = (*MODELS, "bare")
+    shown = report.table(
+        "",
+        *names,
+        title="Scoring loop, exactly-once",
+        caption="µs an event, medians over the runs",
+    )
+    columns = [figures[name] for name in names]
     rates = [f"{median(each['events_per_second']):,.0f}" for each in columns]
     ratios = [f"{figures[f'ratio_to_bare{suffix}']:.2f}" for suffix in MODELS.values()]
     shown.add_row("events/s", *rates)
@@ -321,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{figures['bytes_in_per_event']} bytes in and {figures['bytes_out_per_event']} out "
         f"an event, before compression; {figures['memory_mb']} MB"
     )
-    path = write("loop", figures | {"settings": asdict(sizes)}, *PACKAGES)
+    path = report.write("loop", figures | {"settings": asdict(sizes)}, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 

@@ -26,7 +26,6 @@ import datasketches  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import orjson
 import polars as pl
-import vl_convert
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
@@ -439,11 +438,8 @@ def plot(samples: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         _lines(latency, "latency ms", "quantile"),
     ).resolve_scale(color="independent")
     path = folder / "soak.svg"
-    text = specification.to_json()
-    path.write_text(vl_convert.vegalite_to_svg(text, allowed_base_urls=[]))
-    path.with_suffix(".png").write_bytes(
-        vl_convert.vegalite_to_png(text, scale=1.5, allowed_base_urls=[])
-    )
+    specification.save(path)
+    specification.save(path.with_suffix(".png"), scale_factor=1.5)
     return path
 
 

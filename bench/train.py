@@ -33,9 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import clock
+from bench import clock, report
 from bench.model import packaged_encoder
-from bench.report import write
 from bench.rows import make_item_tables, make_rows
 from bench.text import make_reviews
 from bench.ways import copy
@@ -321,14 +320,10 @@ def summary(
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """The figures side by side."""
-    fitting = Table(title="Fine-tuning in full")
-    for at, heading in enumerate(("", "samples/s", "RMSE (b)")):
-        fitting.add_column(heading, justify="right" if at else "left")
+    fitting = report.table("", "samples/s", "RMSE (b)", title="Fine-tuning in full")
     for name, rates in figures["samples_per_second"].items():
         fitting.add_row(name, f"{median(rates):.1f}", f"{figures['rmse'][name]:.4f}")
-    replaying = Table(title="Replay of a history")
-    replaying.add_column("")
-    replaying.add_column("events/s", justify="right")
+    replaying = report.table("", "events/s", title="Replay of a history")
     for name, rates in figures["events_per_second"].items():
         replaying.add_row(name, f"{median(rates):,.0f}")
     return [fitting, replaying]
@@ -387,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name.startswith("ratio"):
             console.print(f"{name}: {value}")
     about = {"settings": asdict(settings) | {"torch_threads": torch.get_num_threads()}}
-    path = write("train", figures | about, *PACKAGES)
+    path = report.write("train", figures | about, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 
