@@ -215,6 +215,11 @@ class FaultyShop:
     def all_workers(self) -> list[Worker]:
         return [*self.workers, self.archiver]
 
+    @property
+    def all_sent(self) -> bool:
+        """Whether all events and requests were sent."""
+        return self.played["sent"] >= self.events.records() + self.events.requests()
+
     def live(self) -> list[Worker]:
         """Workers that score and are up."""
         return [each for each in self.workers if each.wanted and each.alive()]
