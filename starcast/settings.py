@@ -190,7 +190,8 @@ def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given
         return place + _variable(path)
 
     # Others that begin so may be anybody's: Kubernetes makes some for a service of this name.
-    meant_by = {name.replace("__", "_"): name for name in _variables() if "__" in name}
+    known = [_variable(path) for path, _, _ in _leaves(Settings())]
+    meant_by = {name.replace("__", "_"): name for name in known}
     for variable, value in source.env_vars.items():
         group, nested, _ = variable.upper().removeprefix(PREFIX).partition("__")
         if not variable.upper().startswith(PREFIX):
@@ -220,16 +221,6 @@ def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given
 def _variable(path: Path_) -> str:
     """The environment variable of a setting."""
     return f"{PREFIX}{'__'.join(path).replace('.', '_').upper()}"
-
-
-def _variables(model: type[BaseModel] = Settings, above: str = PREFIX) -> Iterator[str]:
-    """The environment variables of all settings."""
-    for name, field in model.model_fields.items():
-        variable = f"{above}{name.upper()}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _variables(field.annotation, f"{variable}__")
-        else:
-            yield variable
 
 
 def _is_json(text: str) -> bool:
