@@ -422,7 +422,7 @@ def measure_all(
             peer_events=0,
         )
         redis = RedisConfig(url=SecretStr(endpoints.redis_url))
-        Bench(sizes, kafka, redis, {"ladder": str(folder / "models")}, {})
+        Bench(sizes, kafka, redis, {"ladder": str(folder / "models")}, {})  # fills them
         world = make_world(options.users, options.items)
         pool = [each for each in make_pool(world, POOL) if each.topic != "score-requests"]
         settings = Settings(

@@ -12,13 +12,12 @@ from unittest.mock import patch
 import numpy as np
 import psutil
 import pytest
-from confluent_kafka import Message, Producer
+from confluent_kafka import Message
 
-from schemas.codec import encode
 from schemas.records import Behavior, Review, ScoreRequest
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
-from streams.admin import TopicError, apply_topics, client_config, topic_name
+from streams.admin import TopicError, apply_topics, topic_name
 from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, Sender, outgoing, play
@@ -253,12 +252,7 @@ def test_another_partition_count_is_refused_with_both_counts(shop: Shop) -> None
 def test_a_full_batch_of_large_events_is_one_that_kafka_takes(shop: Shop) -> None:
     """Journal records are cut, so that a batch of any size fits into the topic."""
     sent = views(5 * BATCH)
-    producer = Producer(client_config(shop.settings.kafka, partitioner="murmur2_random"))
-    for topic, each in sent:
-        producer.produce(
-            topic_name(shop.settings.kafka, topic), encode(each), each.user_id.encode()
-        )
-    producer.flush()
+    shop.play(sent)
     shop.settings.scorer.batch_events = 5 * BATCH
     with shop.workers("scorer"):
         check_each_once(shop.until_predicted(len(sent)), sent)
