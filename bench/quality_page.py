@@ -1,6 +1,6 @@
 """The page `docs/quality.md`, of what `bench.quality` has measured."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,20 +69,14 @@ def _sets(sets: Mapping[str, Part]) -> Iterator[str]:
 def _others(parts: Mapping[str, Part]) -> Iterator[str]:
     """Question (a) on other public sets."""
     yield "## Other public sets, question (a) alone\n"
-    rows: list[Sequence[str]] = []
+    rows: list[str] = []
     for name, each in parts.items():
         figures = each["figures"]
         block, gain = figures["rating"]["prequential"], figures["gain"]
         best = block[gain["best_peer"]]
         rows.append(
-            (
-                name,
-                f"{figures['rows']['test']:,}",
-                f"{block['model']['rmse']:.4f}",
-                f"{gain['best_peer']} {best['rmse']:.4f}",
-                f"{gain['gain']:+.2%}",
-                _interval(best["model_minus_this"]["all"]),
-            )
+            f"{name}|{figures['rows']['test']:,}|{block['model']['rmse']:.4f}|{gain['best_peer']} "
+            f"{best['rmse']:.4f}|{gain['gain']:+.2%}|{_interval(best['model_minus_this']['all'])}"
         )
     yield _table("prequential|test rows|model|best peer|gain|model − this (95%)", rows)
     yield (
@@ -93,12 +87,8 @@ def _others(parts: Mapping[str, Part]) -> Iterator[str]:
 
 def _ratings(way: str, block: Mapping[str, Any]) -> str:
     rows = [
-        (
-            name,
-            f"{each['rmse']:.4f}",
-            f"{each['mae']:.4f}",
-            _interval(each.get("model_minus_this", {}).get("all")),
-        )
+        f"{name}|{each['rmse']:.4f}|{each['mae']:.4f}|"
+        + _interval(each.get("model_minus_this", {}).get("all"))
         for name, each in _by_error(block)
     ]
     return _table(f"{way}|RMSE|MAE|model − this, squared error (95%)", rows)
@@ -106,14 +96,8 @@ def _ratings(way: str, block: Mapping[str, Any]) -> str:
 
 def _texts(title: str, block: Mapping[str, Any]) -> str:
     rows = [
-        (
-            reader,
-            f"{each['rows']:,}",
-            f"{each['rmse']:.4f}",
-            f"{each['mae']:.4f}",
-            f"{each['accuracy']:.1%}",
-            f"{each['macro_f1']:.3f}",
-        )
+        f"{reader}|{each['rows']:,}|{each['rmse']:.4f}|{each['mae']:.4f}|"
+        f"{each['accuracy']:.1%}|{each['macro_f1']:.3f}"
         for reader, each in _by_error(block)
     ]
     return _table(f"{title}|rows|RMSE|MAE|accuracy|macro-F1", rows)
@@ -121,18 +105,10 @@ def _texts(title: str, block: Mapping[str, Any]) -> str:
 
 def _methods(methods: Mapping[str, Part]) -> str:
     rows = [
-        (
-            name,
-            f"{found['trained']:,}",
-            found["device"],
-            str(found["minutes"]),
-            str(found["processor_minutes"]),
-            f"{found['peak_mb']:,}",
-            str(found["peak_device_mb"] or ""),
-            f"{found['rmse']:.4f}",
-            f"{found['accuracy']:.1%}",
-        )
-        for name, found in ((name, each["figures"]) for name, each in methods.items())
+        f"{name}|{found['trained']:,}|{found['device']}|{found['minutes']}|"
+        f"{found['processor_minutes']}|{found['peak_mb']:,}|{found['peak_device_mb'] or ''}|"
+        f"{found['rmse']:.4f}|{found['accuracy']:.1%}"
+        for name, found in _figures(methods)
     ]
     return _table(
         "method|trained weights|on|minutes|of a core|peak MB|of the GPU|RMSE|accuracy", rows
@@ -141,21 +117,22 @@ def _methods(methods: Mapping[str, Part]) -> str:
 
 def _ablations(part: Part) -> str:
     rows = [
-        (name, f"{found['rmse']:.4f}", _interval(found["cost"]))
+        f"{name}|{found['rmse']:.4f}|{_interval(found['cost'])}"
         for name, found in part["figures"].items()
     ]
     return _table("without|RMSE|squared error more, 95% interval", rows)
 
 
 def _variants(variants: Mapping[str, Part]) -> str:
-    rows: list[Sequence[str]] = []
-    for name, each in variants.items():
-        found = each["figures"]
-        told = _interval(found["gap"])
-        if told and found["beside"] != AS_IT_IS:
-            told += f" than {found['beside']}"
-        rows.append((name, f"{found['rmse']:.4f}", told))
+    rows: list[str] = []
+    for name, found in _figures(variants):
+        than = f" than {found['beside']}" if found["gap"] and found["beside"] != AS_IT_IS else ""
+        rows.append(f"{name}|{found['rmse']:.4f}|{_interval(found['gap'])}{than}")
     return _table("fine-tuned|RMSE|squared error more, 95% interval", rows)
+
+
+def _figures(parts: Mapping[str, Part]) -> Iterator[tuple[str, Any]]:
+    return ((name, each["figures"]) for name, each in parts.items())
 
 
 def _by_error(block: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -166,9 +143,7 @@ def _interval(gap: Mapping[str, float] | None) -> str:
     return f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
 
 
-def _table(headings: str, rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; headings stand apart by |."""
-    names = headings.split("|")
-    lines = [names, *rows]
-    written = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([written[0], "|---" * len(names) + "|", *written[1:]]) + "\n"
+def _table(headings: str, rows: Iterable[str]) -> str:
+    """Markdown, of cells that stand apart by |."""
+    first, *rest = (f"| {row.replace('|', ' | ')} |" for row in (headings, *rows))
+    return "\n".join([first, "|---" * len(headings.split("|")) + "|", *rest]) + "\n"
