@@ -263,8 +263,8 @@ def table(figures: Mapping[str, Any]) -> Table:
     return shown
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+def _options(arguments: Sequence[str] | None) -> tuple[Sizes, Sequence[str], Path | None]:
+    """How much, beside which peers, and where a flame graph goes."""
     parser = argparse.ArgumentParser(prog="bench.loop", description=__doc__)
     parser.add_argument("--events", type=int, default=200_000, help="events of one run")
     parser.add_argument("--rounds", type=int, default=2, help="runs with each model")
@@ -287,12 +287,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--flame", type=Path, help="write a flame graph of one more run there")
     options = vars(parser.parse_args(arguments))
-    flame: Path | None = options.pop("flame")
-    names = [name for name in options.pop("peers") if name != "none"]
-    sizes = Sizes(**options)
+    flame, peers = options.pop("flame"), options.pop("peers")
+    return Sizes(**options), [name for name in peers if name != "none"], flame
+
+
+def measure_rounds(bench: Bench, rounds: int, console: Console) -> dict[str, list[Measured]]:
+    """The runs of each model, in turn, but the first."""
+    measured: dict[str, list[Measured]] = {model: [] for model in MODELS}
+    for number in range(1 + rounds):
+        for model in MODELS:
+            each = bench.measure(model)
+            if number:
+                measured[model].append(each)
+            console.print(
+                f"{model}: {each.scoring.rate:,.0f} events/s, bare {each.bare.rate:,.0f}"
+                + ("" if number else " (the broker warms; not counted)")
+            )
+    return measured
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    sizes, names, flame = _options(arguments)
     configure(LogConfig(level="warning"))
     console = Console()
-    measured: dict[str, list[Measured]] = {model: [] for model in MODELS}
     peers = beside.installed(names, console)
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
         folder = Path(name)
@@ -304,15 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             redis = RedisConfig(url=SecretStr(endpoints.redis_url))
             bench = Bench(sizes, kafka, redis, models, peers)
-            for number in range(1 + sizes.rounds):
-                for model in MODELS:
-                    each = bench.measure(model)
-                    if number:
-                        measured[model].append(each)
-                    console.print(
-                        f"{model}: {each.scoring.rate:,.0f} events/s, bare {each.bare.rate:,.0f}"
-                        + ("" if number else " (the broker warms; not counted)")
-                    )
+            measured = measure_rounds(bench, sizes.rounds, console)
             if flame:
                 bench.record(flame)
             runs = beside.measure(peers, sizes.rounds, bench.measure_peer, console)
