@@ -18,7 +18,7 @@ from confluent_kafka import Message
 
 from bench.events import World, make_events
 from bench.population import item_name, make_items, named_users, user_name
-from bench.watch import INNER
+from bench.watch import INNER, seconds_of
 from model.events import EVENT, blank
 from model.ids import hash_ids, partitions_of
 from model.state import LAYOUT_HASH, USER
@@ -223,13 +223,7 @@ class _Lane:
         )
 
     def _phases(self) -> dict[str, float]:
-        return {
-            name: self._metrics.registry.get_sample_value(
-                "starcast_batch_seconds_sum", {"processor": "scorer", "phase": name}
-            )
-            or 0.0
-            for name in INNER
-        }
+        return seconds_of(self._metrics, "scorer", INNER)
 
     def _store_seconds(self) -> float:
         used = self._store.client.info("cpu")

@@ -15,10 +15,13 @@ from typing import Any
 import psutil
 from confluent_kafka import Producer
 
-from bench.processes import START_SECONDS, Worker, is_ready, start_worker
+from bench.clients import hand_over, shop_producer
+from bench.processes import START_SECONDS, Worker, started
 from schemas.exceptions import StarcastError
-from streams.admin import client_config, topic_name
-from streams.config import KafkaConfig, RedisConfig
+from starcast.settings import Settings
+from starcast.workers import is_ready
+from streams.admin import topic_name
+from streams.config import KafkaConfig, ModelsConfig, RedisConfig, StatesConfig
 from streams.embedded import Child
 from streams.producer import Outgoing
 
@@ -119,42 +122,30 @@ def start_fleet(
     servers: Servers, kafka: KafkaConfig, redis: RedisConfig, models: str, workers: int
 ) -> Generator[Fleet]:
     """So many workers, with all partitions claimed."""
-    environment = {
-        "STARCAST_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-        "STARCAST_KAFKA__GROUP_ID": kafka.group_id,
-        "STARCAST_KAFKA__TOPIC_PREFIX": kafka.topic_prefix,
-        "STARCAST_KAFKA__PARTITIONS": str(kafka.partitions),
-        "STARCAST_REDIS__URL": redis.url.get_secret_value(),
-        "STARCAST_REDIS__KEY_PREFIX": redis.key_prefix,
-        "STARCAST_MODELS__URL": str(Path(models).resolve()),
+    settings = Settings(
+        kafka=kafka,
+        redis=redis,
+        models=ModelsConfig(url=str(Path(models).resolve())),
         # Else a few users would all be at hand, and an event would cost less than at any real size.
-        "STARCAST_STATES__CACHE_USERS": "0",
-    }
+        states=StatesConfig(cache_users=0),
+    )
     with ExitStack() as stack:
-        started = {
-            name: stack.enter_context(start_worker(name, ["scorer"], servers.folder, environment))
+        ready = {
+            name: stack.enter_context(started(name, ["scorer"], settings, servers.folder))
             for name in (f"scorer-{number}" for number in range(workers))
         }
-        _settle(started)
-        yield Fleet(servers, kafka, started)
+        _settle(ready)
+        yield Fleet(servers, kafka, ready)
 
 
 def send(kafka: KafkaConfig, events: Iterable[Outgoing]) -> tuple[Producer, int]:
     """Send events in a transaction that the caller commits; how many there are."""
-    producer = Producer(
-        client_config(
-            kafka,
-            transactional_id="bench-scale",
-            partitioner="murmur2_random",
-            linger_ms=5,
-            compression_type="lz4",
-        )
-    )
+    producer = shop_producer(kafka, transactional_id="bench-scale")
     producer.init_transactions(SEND_SECONDS)
     producer.begin_transaction()
     count = 0
     for event in events:
-        _produce(producer, topic_name(kafka, event.topic), event)
+        hand_over(producer, topic_name(kafka, event.topic), event.value, event.key)
         count += 1
     if producer.flush(SEND_SECONDS):
         raise StarcastError(f"Kafka did not take all events in {SEND_SECONDS:.0f} s.")
@@ -166,15 +157,6 @@ def log_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.log") if path.parent != folder)
 
 
-def _produce(producer: Producer, topic: str, event: Outgoing) -> None:
-    while True:
-        try:
-            producer.produce(topic, key=event.key, value=event.value)
-            return
-        except BufferError:
-            producer.poll(LOOK_SECONDS)
-
-
 def _settle(workers: Mapping[str, Worker]) -> None:
     """Wait until the group stands still: a worker that joins takes partitions from the others."""
     until = time.monotonic() + START_SECONDS
@@ -182,7 +164,7 @@ def _settle(workers: Mapping[str, Worker]) -> None:
     while time.monotonic() - since < READY_SECONDS:
         if time.monotonic() > until:
             raise StarcastError(f"The workers were not ready within {START_SECONDS:.0f} s.")
-        if not all(is_ready(worker.port) for worker in workers.values()):
+        if not all(is_ready(worker.child.address) for worker in workers.values()):
             since = time.monotonic()
         time.sleep(LOOK_SECONDS)
 

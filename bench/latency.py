@@ -15,9 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -27,7 +26,6 @@ from typing import Any
 import altair
 import numpy as np
 import polars as pl
-import vl_convert
 from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
 from pydantic import SecretStr
@@ -35,6 +33,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import report
 from bench.events import make_world
 from bench.loop import Bench, Sizes
 from bench.model import default_models
@@ -52,12 +51,11 @@ from bench.open_loop import (
     watch,
 )
 from bench.pool import Template, make_pool
-from bench.processes import samples_of, start_worker
-from bench.report import RESULTS, write
+from bench.processes import samples_of, started
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
-from streams.config import KafkaConfig, RedisConfig, ScorerConfig
-from streams.embedded import Endpoints
+from starcast.settings import Settings
+from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
 from tests.servers import servers
 
 TRANSACTIONS = "transactions"
@@ -111,7 +109,7 @@ class Course:
         self,
         options: Options,
         kafka: KafkaConfig,
-        metrics_port: int,
+        scorer: str,  # where its metrics are
         pool: Sequence[Template],
         executors: Mapping[str, ProcessPoolExecutor],
         manager: SyncManager,
@@ -119,7 +117,7 @@ class Course:
         self._options = options
         self._kafka = kafka
         self._bare = kafka.model_copy(update={"topic_prefix": "bare."})
-        self._port = metrics_port
+        self._address = scorer
         self._pool = pool
         self._executors = executors
         self._manager = manager
@@ -140,11 +138,11 @@ class Course:
     def _scorer(self, rate: int, seconds: float) -> Measured:
         starts = {topic: ends_of(self._kafka, topic) for topic in OTHER_OUTPUTS}
         plan = self._plan(rate, seconds)
-        before = batch_seconds(self._port)
+        before = batch_seconds(self._address)
         sent, seen = self._play(self._kafka, plan)
         spent = {
             phase: value - before.get(phase, 0.0)
-            for phase, value in batch_seconds(self._port).items()
+            for phase, value in batch_seconds(self._address).items()
         }
         self._predictions = seen.values
         self._samples = {
@@ -194,10 +192,10 @@ class Course:
         return sending.result(), seen
 
 
-def batch_seconds(port: int) -> dict[str, float]:
+def batch_seconds(address: str) -> dict[str, float]:
     """The worker's seconds by phase so far, and how many batches there were."""
     found: dict[str, float] = {}
-    for sample in samples_of(port):
+    for sample in samples_of(address):
         phase = sample.labels.get("phase", "")
         if sample.name == "starcast_batch_seconds_sum":
             found[phase] = sample.value
@@ -343,13 +341,13 @@ def _words(measured: Measured) -> str:
 def table(figures: Mapping[str, Any]) -> Table:
     """A Markdown table: milliseconds by rate, the loops side by side."""
     names = [_name(each) for each in PERCENTILES]
-    shown = Table("events/s", box=box.MARKDOWN)
-    for column in (
+    shown = report.table(
+        "events/s",
         *(f"{name} ms" for name in names),
         *(f"bare {name} ms" for name in names),
         *(f"ratio {name}" for name in names),
-    ):
-        shown.add_column(column, justify="right")
+        box=box.MARKDOWN,
+    )
     rates = {rate for loop in LOOPS for rate in figures[loop]}
     for rate in sorted(rates, key=int):
         cells = [
@@ -392,21 +390,7 @@ def plot(runs: Mapping[str, Mapping[int, Sequence[Measured]]], path: Path) -> No
         color=altair.Color("loop:N", sort=list(LOOPS)),
     )
     chart = chart.properties(width=260, height=200).facet("events/s:N", columns=3)
-    path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
-
-
-@contextmanager
-def scorer(folder: Path, endpoints: Endpoints, models: str, partitions: int) -> Generator[int]:
-    """`starcast run scorer` with default settings, ready; the port of its metrics."""
-    environment = {
-        "STARCAST_KAFKA__BOOTSTRAP_SERVERS": endpoints.bootstrap_servers,
-        "STARCAST_KAFKA__PARTITIONS": str(partitions),
-        "STARCAST_REDIS__URL": endpoints.redis_url,
-        "STARCAST_ARCHIVE__URL": str(folder / "archive"),
-        "STARCAST_MODELS__URL": models,
-    }
-    with start_worker("scorer", ["scorer"], folder, environment) as worker:
-        yield worker.port
+    chart.save(path)
 
 
 def measure_all(
@@ -438,13 +422,19 @@ def measure_all(
             peer_events=0,
         )
         redis = RedisConfig(url=SecretStr(endpoints.redis_url))
-        Bench(sizes, kafka, redis, {"ladder": str(folder / "models")}, {})
+        Bench(sizes, kafka, redis, {"ladder": str(folder / "models")}, {})  # fills them
         world = make_world(options.users, options.items)
         pool = [each for each in make_pool(world, POOL) if each.topic != "score-requests"]
-        with scorer(folder, endpoints, models, options.partitions) as port:
+        settings = Settings(
+            kafka=kafka,
+            redis=redis,
+            archive=ArchiveConfig(url=str(folder / "archive")),
+            models=ModelsConfig(url=models),
+        )
+        with started("scorer", ["scorer"], settings, folder) as worker:
             wait(loaded)  # their modules, before anything is measured
             console.print("Warming the broker …")
-            course = Course(options, kafka, port, pool, executors, manager)
+            course = Course(options, kafka, worker.child.address, pool, executors, manager)
             return run_rates(options, course.measure, console)
 
 
@@ -479,8 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Highest rate sustained: {figures['highest_sustained']:,} events/s "
         f"(bare loop: {figures['highest_sustained_bare']:,} of those tried)"
     )
-    plot(runs, RESULTS / "latency.svg")
-    path = write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
+    plot(runs, report.RESULTS / "latency.svg")
+    path = report.write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 

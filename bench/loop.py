@@ -21,33 +21,31 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from confluent_kafka import Consumer, Producer
 from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
+from bench import report
+from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer
 from bench.events import World, make_events, make_world
 from bench.model import default_models
 from bench.peers import beside
 from bench.peers.launch import PEERS, Peer, run
 from bench.population import put_vectors
-from bench.report import write
 from bench.watch import PHASES, Run, Stopwatch, Transaction
 from bench.worker import Scored, score, work
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
-from streams.admin import apply_topics, client_config
+from streams.admin import apply_topics
 from streams.catalog import Catalog
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
 from streams.items import Items
-from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, play
 from streams.scorer import Scorer
 from streams.store import Store
 from tests.servers import servers
 
-WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
 MODELS = {"bundle": "", "ladder": "_ladder"}  # and the suffix of their ratios
 PACKAGES = ("confluent-kafka", "numpy", "orjson", "pyarrow", "pydantic", "redis", "torch")
 
@@ -179,31 +177,8 @@ class Bench:
 
 def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Transaction]) -> Run:
     """Consume, produce, commit: the same transactions with nothing in between."""
-    consumer = Consumer(
-        client_config(
-            source,
-            **{
-                "group.id": "bare",
-                "enable.auto.commit": False,
-                "auto.offset.reset": "earliest",
-                "isolation.level": "read_committed",
-                "queued.max.messages.kbytes": FETCH_KILOBYTES,
-                "fetch.wait.max.ms": 20,
-            },
-        )
-    )
-    producer = Producer(
-        client_config(
-            target,
-            **{
-                "transactional.id": "bare",
-                "partitioner": "murmur2_random",
-                "linger.ms": 1,
-                "compression.type": "lz4",
-            },
-        )
-    )
-    producer.init_transactions(WAIT_SECONDS)
+    consumer = bare_consumer(source, fetch_wait_max_ms=20)
+    producer = bare_producer(target)
     consumer.subscribe([source.topic_prefix + topic for topic in Scorer.topics])
     watch = Stopwatch()
     for at, transaction in enumerate(transactions):
@@ -268,10 +243,14 @@ def phases(runs: Sequence[Run]) -> dict[str, float]:
 
 def table(figures: Mapping[str, Any]) -> Table:
     """The figures side by side."""
-    shown = Table(title="Scoring loop, exactly-once", caption="µs an event, medians over the runs")
-    for column in ("", *MODELS, "bare"):
-        shown.add_column(column, justify="left" if not column else "right")
-    columns = [figures[name] for name in (*MODELS, "bare")]
+    names = (*MODELS, "bare")
+    shown = report.table(
+        "",
+        *names,
+        title="Scoring loop, exactly-once",
+        caption="µs an event, medians over the runs",
+    )
+    columns = [figures[name] for name in names]
     rates = [f"{median(each['events_per_second']):,.0f}" for each in columns]
     ratios = [f"{figures[f'ratio_to_bare{suffix}']:.2f}" for suffix in MODELS.values()]
     shown.add_row("events/s", *rates)
@@ -284,8 +263,8 @@ def table(figures: Mapping[str, Any]) -> Table:
     return shown
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+def _options(arguments: Sequence[str] | None) -> tuple[Sizes, Sequence[str], Path | None]:
+    """How much, beside which peers, and where a flame graph goes."""
     parser = argparse.ArgumentParser(prog="bench.loop", description=__doc__)
     parser.add_argument("--events", type=int, default=200_000, help="events of one run")
     parser.add_argument("--rounds", type=int, default=2, help="runs with each model")
@@ -308,12 +287,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--flame", type=Path, help="write a flame graph of one more run there")
     options = vars(parser.parse_args(arguments))
-    flame: Path | None = options.pop("flame")
-    names = [name for name in options.pop("peers") if name != "none"]
-    sizes = Sizes(**options)
+    flame, peers = options.pop("flame"), options.pop("peers")
+    return Sizes(**options), [name for name in peers if name != "none"], flame
+
+
+def measure_rounds(bench: Bench, rounds: int, console: Console) -> dict[str, list[Measured]]:
+    """The runs of each model, in turn, but the first."""
+    measured: dict[str, list[Measured]] = {model: [] for model in MODELS}
+    for number in range(1 + rounds):
+        for model in MODELS:
+            each = bench.measure(model)
+            if number:
+                measured[model].append(each)
+            console.print(
+                f"{model}: {each.scoring.rate:,.0f} events/s, bare {each.bare.rate:,.0f}"
+                + ("" if number else " (the broker warms; not counted)")
+            )
+    return measured
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    sizes, names, flame = _options(arguments)
     configure(LogConfig(level="warning"))
     console = Console()
-    measured: dict[str, list[Measured]] = {model: [] for model in MODELS}
     peers = beside.installed(names, console)
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
         folder = Path(name)
@@ -325,15 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             redis = RedisConfig(url=SecretStr(endpoints.redis_url))
             bench = Bench(sizes, kafka, redis, models, peers)
-            for number in range(1 + sizes.rounds):
-                for model in MODELS:
-                    each = bench.measure(model)
-                    if number:
-                        measured[model].append(each)
-                    console.print(
-                        f"{model}: {each.scoring.rate:,.0f} events/s, bare {each.bare.rate:,.0f}"
-                        + ("" if number else " (the broker warms; not counted)")
-                    )
+            measured = measure_rounds(bench, sizes.rounds, console)
             if flame:
                 bench.record(flame)
             runs = beside.measure(peers, sizes.rounds, bench.measure_peer, console)
@@ -346,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{figures['bytes_in_per_event']} bytes in and {figures['bytes_out_per_event']} out "
         f"an event, before compression; {figures['memory_mb']} MB"
     )
-    path = write("loop", figures | {"settings": asdict(sizes)}, *PACKAGES)
+    path = report.write("loop", figures | {"settings": asdict(sizes)}, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 

@@ -17,6 +17,7 @@ import numpy as np
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 from numpy.typing import NDArray
 
+from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer, hand_over, shop_producer
 from bench.pool import Template
 from schemas.codec import format_times
 from schemas.exceptions import StarcastError
@@ -24,7 +25,6 @@ from streams.admin import client_config, topic_name
 from streams.config import KafkaConfig, ScorerConfig
 from streams.loop import (
     FETCH_BYTES,
-    FETCH_KILOBYTES,
     FETCH_WAIT_SECONDS,
     IDLE_SECONDS,
     fetching,
@@ -41,7 +41,6 @@ TICK_SECONDS = 0.001  # what is due is sent this often
 POLL_SECONDS = 0.05  # a reader without news looks at the clock this often
 READ = 1_000  # records that a reader takes at once: decoding them takes a millisecond
 KEPT = 20_000  # records of each topic that the bare loop writes again and again
-WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
 
 Positions = Mapping[int, int]  # the next offset to be written, by partition
 
@@ -114,17 +113,7 @@ def send(kafka: KafkaConfig, pool: Sequence[Template], plan: Plan, stop: Flag) -
         if error is not None:
             failed.append(error)
 
-    producer = Producer(
-        client_config(
-            kafka,
-            **{
-                "partitioner": "murmur2_random",
-                "enable.idempotence": True,
-                "linger.ms": 5,  # its own default
-                "compression.type": "lz4",
-            },
-        )
-    )
+    producer = shop_producer(kafka, enable_idempotence=True)
     settle()
     topics = {topic: topic_name(kafka, topic) for topic in Scorer.topics}
     clock = time.time() - time.monotonic()
@@ -145,12 +134,7 @@ def send(kafka: KafkaConfig, pool: Sequence[Template], plan: Plan, stop: Flag) -
         written = format_times(event_time)[0].encode()
         for number, event in zip(range(sent, due), events):  # noqa: B905 - the pool never ends
             value = event.value(plan.first + number, written)
-            while True:
-                try:
-                    producer.produce(topics[event.topic], value, event.key, on_delivery=note)
-                    break
-                except BufferError:
-                    producer.poll(POLL_SECONDS)
+            hand_over(producer, topics[event.topic], value, event.key, note)
         producer.poll(0)
         late.append(time.monotonic() - plan.due(np.arange(sent, due)))
         sent = due
@@ -173,32 +157,10 @@ def echo(
     predictions under the event's id and key, and to the other topics as many of the scorer's
     records. Gives how many transactions there were.
     """
-    consumer = Consumer(
-        client_config(
-            kafka,
-            **{
-                "group.id": "bare",
-                "enable.auto.commit": False,
-                "auto.offset.reset": "earliest",
-                "isolation.level": "read_committed",
-                "queued.max.messages.kbytes": FETCH_KILOBYTES,
-                "fetch.max.bytes": FETCH_BYTES,
-                **fetching(policy.linger_ms / 1_000),
-            },
-        )
+    consumer = bare_consumer(
+        kafka, fetch_max_bytes=FETCH_BYTES, **fetching(policy.linger_ms / 1_000)
     )
-    producer = Producer(
-        client_config(
-            kafka,
-            **{
-                "transactional.id": "bare",
-                "partitioner": "murmur2_random",
-                "linger.ms": 1,
-                "compression.type": "lz4",
-            },
-        )
-    )
-    producer.init_transactions(WAIT_SECONDS)
+    producer = bare_producer(kafka)
     consumer.subscribe(
         [topic_name(kafka, topic) for topic in Scorer.topics],
         on_assign=lambda *_: ready.set(),
@@ -252,12 +214,10 @@ def watch(
     consumer = Consumer(
         client_config(
             kafka,
-            **{
-                "group.id": "latency",  # required, never joined
-                "enable.auto.commit": False,
-                "isolation.level": "read_committed",
-                "fetch.wait.max.ms": int(FETCH_WAIT_SECONDS * 1_000),
-            },
+            group_id="latency",  # required, never joined
+            enable_auto_commit=False,
+            isolation_level="read_committed",
+            fetch_wait_max_ms=int(FETCH_WAIT_SECONDS * 1_000),
         )
     )
     topic = topic_name(kafka, PREDICTIONS)
@@ -288,7 +248,7 @@ def watch(
 def ends_of(kafka: KafkaConfig, topic: str) -> Positions:
     """Where each partition of a topic ends now."""
     name = topic_name(kafka, topic)
-    consumer = Consumer(client_config(kafka, **{"group.id": "latency"}))
+    consumer = Consumer(client_config(kafka, group_id="latency"))
     found = consumer.list_topics(name, WAIT_SECONDS).topics[name].partitions
     ends = {
         at: consumer.get_watermark_offsets(TopicPartition(name, at), WAIT_SECONDS)[1]

@@ -1,8 +1,6 @@
 """Processes of `starcast run` under a benchmark, and what they say of themselves."""
 
-import sys
-import urllib.request
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,12 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from streams.embedded import HOST, Child, free_port, start_child
+from starcast.settings import Settings
+from starcast.workers import read_metrics, start_worker
+from streams.embedded import Child
 
 START_SECONDS = 240.0  # two cores that start four processes with torch, and claim
 STOP_SECONDS = 15.0  # a worker that does not end is killed, and its partitions wait for its session
-ANSWER_SECONDS = 10.0  # a worker that hangs must not hang the benchmark
 COUNTED = {  # metrics of interest
     "starcast_predictions_total": "predicted",
     "starcast_lag": "lag",
@@ -29,13 +28,12 @@ class Worker:
     """A process of `starcast run`."""
 
     child: Child
-    port: int
     process: psutil.Process
 
     def metrics(self) -> dict[str, float]:
         """Events predicted and records waiting, as it says itself."""
         found = dict.fromkeys((*COUNTED.values(), "scorer_lag"), 0.0)
-        for sample in samples_of(self.port):
+        for sample in samples_of(self.child.address):
             if sample.labels.get("kind", "interaction") != "interaction":
                 continue
             if what := COUNTED.get(sample.name):
@@ -62,36 +60,17 @@ class Worker:
 
 
 @contextmanager
-def start_worker(
-    name: str, processors: Sequence[str], folder: Path, environment: Mapping[str, str]
+def started(
+    name: str, processors: Sequence[str], settings: Settings, folder: Path
 ) -> Generator[Worker]:
     """A process that runs these processors, ready; its log goes to the folder."""
-    port = free_port()
-    with start_child(
-        name,
-        [sys.executable, "-m", "starcast", "run", *processors],
-        f"{HOST}:{port}",
-        folder,
-        lambda: is_ready(port),
-        timeout=START_SECONDS,
-        stop_timeout=STOP_SECONDS,
-        environment={**environment, "STARCAST_WEB__METRICS_PORT": str(port)},
+    with start_worker(
+        name, processors, settings, folder, start_seconds=START_SECONDS, stop_seconds=STOP_SECONDS
     ) as child:
-        yield Worker(child, port, psutil.Process(child.process.pid))
+        yield Worker(child, psutil.Process(child.process.pid))
 
 
-def is_ready(port: int) -> bool:
-    """Whether a worker has all its partitions."""
-    try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/ready", timeout=ANSWER_SECONDS) as found:
-            return found.status == 200
-    except OSError:
-        return False
-
-
-def samples_of(port: int) -> Iterator[Sample]:
+def samples_of(address: str) -> Iterator[Sample]:
     """All samples of a worker's metrics as they are now."""
-    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as answer:
-        text = answer.read().decode()
-    for family in text_string_to_metric_families(text):
+    for family in text_string_to_metric_families(read_metrics(address)):
         yield from family.samples

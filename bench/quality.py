@@ -24,14 +24,13 @@ import numpy as np
 import orjson
 import psutil
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
+from bench.quality_page import AS_IT_IS, TEXT_SET, gains, page
 from bench.report import RESULTS, machine, write
+from bench.rows import make_rows
 from model.encoder import TextEncoder
-from model.events import EVENT, Rows, blank
-from model.ids import hash_ids
 from model.replay import History
 from starcast import importers
 from starcast.log import LogConfig, configure
@@ -82,9 +81,8 @@ storm and looked at on the rest.
 """
 
 METHODS: tuple[Method, ...] = ("full", "top_layers", "lora", "adalora", "prefix", "frozen")
-TEXT_SET = "Musical Instruments"
 PARTS = ("sets", "methods", "ablations", "worded", "replay", "others")
-AS_IT_IS, HALF = "as it is", "half of the stars"
+HALF = "half of the stars"
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,7 @@ WORDED: Mapping[str, Variant] = {
 """Ablations of the text model, on validation texts."""
 
 REPLAYED = 10_000_000  # events of the long replay
-USERS, USER_EXPONENT = 1_000_000, 0.8
-ITEMS, ITEM_EXPONENT = 100_000, 1.0
+USERS, ITEMS = 1_000_000, 100_000
 BLOCK = 1_000_000  # events made at once
 
 
@@ -285,14 +282,10 @@ def without_stars(reviews: ReviewTexts, share: float, seed: int) -> ReviewTexts:
 
 def replayed() -> dict[str, Any]:
     """States of ten million events: events a second and the most memory."""
-    random = np.random.default_rng(5)
-    users, items = zipf(USERS, USER_EXPONENT), zipf(ITEMS, ITEM_EXPONENT)
-    user_ids = hash_ids([f"user-{number}" for number in range(USERS)])
-    item_ids = hash_ids([f"item-{number}" for number in range(ITEMS)])
     history = History(batch_events=8_192)
     spent, most = 0.0, 0
-    for block in range(REPLAYED // BLOCK):
-        events = generated(random, block, users, user_ids, items, item_ids)
+    for first in range(0, REPLAYED, BLOCK):
+        events = make_rows(BLOCK, USERS, ITEMS, seed=first, first=first)
         began = time.monotonic()
         history.apply(events)
         spent += time.monotonic() - began
@@ -306,41 +299,7 @@ def replayed() -> dict[str, Any]:
     }
 
 
-def zipf(count: int, exponent: float) -> NDArray[np.float64]:
-    """Odds, summed up, of ranks 1 to `count`: proportional to 1 / rank^exponent."""
-    odds = np.cumsum(np.arange(1, count + 1) ** -exponent)
-    return odds / odds[-1]
-
-
-def generated(
-    random: np.random.Generator,
-    block: int,
-    users: NDArray[np.float64],
-    user_ids: NDArray[np.uint64],
-    items: NDArray[np.float64],
-    item_ids: NDArray[np.uint64],
-) -> Rows:
-    """EVENT rows: a quarter reviews, the rest behaviour, one every millisecond."""
-    events = blank(EVENT, BLOCK)
-    number = block * BLOCK + np.arange(BLOCK)
-    events["event_id"] = number + 1
-    events["user"] = user_ids[np.searchsorted(users, random.random(BLOCK))]
-    events["item"] = item_ids[np.searchsorted(items, random.random(BLOCK))]
-    events["time"] = 1_700_000_000_000 + number
-    reviewed = random.random(BLOCK) < 0.25
-    events["action"] = np.where(reviewed, 0, random.integers(1, 5, BLOCK))
-    events["rating"] = np.where(reviewed, random.integers(1, 6, BLOCK), np.nan)
-    return events
-
-
 # -- the whole -----------------------------------------------------------------------------------
-
-
-def gains(sets: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours beside the best peer of each set, and the mean."""
-    found = {name: each["figures"]["gain"] for name, each in sets.items()}
-    told = [each["gain"] for each in found.values() if each]
-    return {"by_set": found, "mean": float(np.mean(told)) if told else None}
 
 
 def compared(variants: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,115 +314,6 @@ def compared(variants: Mapping[str, Any]) -> dict[str, Any]:
             gap = asdict(difference(rating, expected, other, config.gate, config.seed))
         found[name] = each | {"figures": {"rmse": figures["rmse"], "beside": beside, "gap": gap}}
     return found
-
-
-def page(parts: Mapping[str, Any]) -> str:
-    """docs/quality.md."""
-    lines = [
-        "# How good predictions are",
-        "",
-        "Made by `make quality` from `bench/results/quality.json`. Question (a) is what a user",
-        "will rate an item before the review exists; question (b) is how many stars a review's",
-        "text means.",
-        "Newest 10% of the rated rows; peers tuned with 20 trials on the 10% before.",
-    ]
-    for name, each in parts.get("sets", {}).items():
-        figures = each["figures"]
-        lines += ["", f"## {name}", "", f"{figures['rows']['test']:,} test rows{_day(each)}."]
-        for way, block in figures["rating"].items():
-            lines += ["", *_rating_table(way, block)]
-        for part in ("text", "text_title", "text_body"):
-            if figures[part]:
-                lines += ["", *_text_table(part, figures[part])]
-    if parts.get("sets"):
-        mean = gains(parts["sets"])["mean"]
-        if mean is not None:
-            lines += ["", f"Mean gain over the best peer of each set, prequential: {mean:+.2%}."]
-    if others := parts.get("others"):
-        lines += _others(others)
-    if methods := parts.get("methods"):
-        lines += ["", f"## Fine-tuning MiniLM on {TEXT_SET}", ""]
-        lines += ["| method | trained weights | on | minutes | of a core | peak MB | of the GPU |"]
-        lines[-1] += " RMSE | accuracy |"
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
-        for name, each in methods.items():
-            found = each["figures"]
-            lines.append(
-                f"| {name} | {found['trained']:,} | {found['device']} | {found['minutes']} | "
-                f"{found['processor_minutes']} | {found['peak_mb']:,} | "
-                f"{found['peak_device_mb'] or ''} | {found['rmse']:.4f} | {found['accuracy']:.1%} |"
-            )
-    for name, each in parts.get("ablations", {}).items():
-        lines += ["", f"## What each part of the network is worth on {name}", ""]
-        lines += ["| without | RMSE | squared error more, 95% interval |", "|---|---|---|"]
-        for part, found in each["figures"].items():
-            cost = found["cost"]
-            told = f"{cost['mean']:+.4f} [{cost['low']:+.4f}, {cost['high']:+.4f}]" if cost else ""
-            lines.append(f"| {part} | {found['rmse']:.4f} | {told} |")
-    if variants := parts.get("worded"):
-        lines += ["", f"## Variants of the text model, on validation texts of {TEXT_SET}", ""]
-        lines += ["| fine-tuned | RMSE | squared error more, 95% interval |", "|---|---|---|"]
-        for name, each in variants.items():
-            found, gap = each["figures"], each["figures"]["gap"]
-            told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
-            told += f" than {found['beside']}" if gap and found["beside"] != AS_IT_IS else ""
-            lines.append(f"| {name} | {found['rmse']:.4f} | {told} |")
-    if replay := parts.get("replay"):
-        found = replay["figures"]
-        lines += ["", "## A long replay", ""]
-        lines.append(
-            f"{found['events']:,} events of {found['users']:,} users and {found['items']:,} items: "
-            f"{found['events_per_second']:,} events/s, {found['peak_mb']:,} MB at most."
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _day(part: Mapping[str, Any]) -> str:
-    """When a part was made, where it says so."""
-    return f", measured {part['date']}" if "date" in part else ""
-
-
-def _rating_table(way: str, block: Mapping[str, Any]) -> list[str]:
-    lines = [f"| {way} | RMSE | MAE | model − this, squared error (95%) |", "|---|---|---|---|"]
-    for name, each in sorted(block.items(), key=lambda found: found[1]["rmse"]):
-        gap = each.get("model_minus_this", {}).get("all")
-        told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
-        lines.append(f"| {name} | {each['rmse']:.4f} | {each['mae']:.4f} | {told} |")
-    return lines
-
-
-def _others(parts: Mapping[str, Any]) -> list[str]:
-    """Question (a) on other public sets."""
-    lines = ["", "## Other public sets, question (a) alone", ""]
-    lines += ["| prequential | test rows | model | best peer | gain | model − this (95%) |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for name, each in parts.items():
-        figures = each["figures"]
-        block, gain = figures["rating"]["prequential"], figures["gain"]
-        best = block[gain["best_peer"]]
-        gap = best["model_minus_this"]["all"]
-        lines.append(
-            f"| {name} | {figures['rows']['test']:,} | {block['model']['rmse']:.4f} | "
-            f"{gain['best_peer']} {best['rmse']:.4f} | {gain['gain']:+.2%} | "
-            f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] |"
-        )
-    lines += [
-        "",
-        f"Mean gain over the best peer: {gains(parts)['mean']:+.2%}. Newcomers' level was",
-    ]
-    lines += ["built on All Beauty's storm, and looked at on the others (decision 21)."]
-    return lines
-
-
-def _text_table(part: str, block: Mapping[str, Any]) -> list[str]:
-    name = {"text": "whole review", "text_title": "title alone", "text_body": "text alone"}[part]
-    lines = [f"| {name} | rows | RMSE | MAE | accuracy | macro-F1 |", "|---|---|---|---|---|---|"]
-    for reader, each in sorted(block.items(), key=lambda found: found[1]["rmse"]):
-        lines.append(
-            f"| {reader} | {each['rows']:,} | {each['rmse']:.4f} | {each['mae']:.4f} | "
-            f"{each['accuracy']:.1%} | {each['macro_f1']:.3f} |"
-        )
-    return lines
 
 
 def kept(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 import psutil
+from rich.table import Column, Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,6 +42,11 @@ def write(name: str, figures: Mapping[str, Any], *packages: str) -> Path:
     }
     path.write_bytes(orjson.dumps({**figures, **about}, option=orjson.OPT_INDENT_2) + b"\n")
     return path
+
+
+def table(first: str, *numbers: str, **look: Any) -> Table:
+    """A table whose columns but the first hold numbers."""
+    return Table(first, *(Column(name, justify="right") for name in numbers), **look)
 
 
 def _processor() -> str:

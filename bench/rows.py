@@ -11,12 +11,13 @@ from model.state import ITEM_ATTRIBUTES
 FIRST_MS = 1_700_000_000_000  # time of the first event
 
 
-def make_rows(count: int, users: int, items: int, seed: int = 7) -> Rows:
-    """Events in order of time, drawn as `bench.events` draws them."""
+def make_rows(count: int, users: int, items: int, seed: int = 7, first: int = 0) -> Rows:
+    """Events in order of time from number `first` on, drawn as `bench.events` draws them."""
     random = np.random.default_rng(seed)
     events = blank(EVENT, count)
-    events["event_id"] = np.arange(1, count + 1)
-    events["time"] = FIRST_MS + STEP_MS * np.arange(count)
+    numbers = np.arange(first, first + count)
+    events["event_id"] = numbers + 1
+    events["time"] = FIRST_MS + STEP_MS * numbers
     events["user"] = ids("user", users)[zipf(random, users, USER_EXPONENT, count)]
     events["item"] = ids("item", items)[zipf(random, items, ITEM_EXPONENT, count)]
     reviewed = random.random(count) < REVIEW_SHARE

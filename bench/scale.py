@@ -35,7 +35,6 @@ from typing import Any
 import altair
 import orjson
 import polars as pl
-import vl_convert
 from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
@@ -376,7 +375,7 @@ def plot(parts: Mapping[str, Any], path: Path) -> None:
     ]
     if panels:
         chart: Any = altair.concat(*panels, columns=2).resolve_scale(color="independent")
-        path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
+        chart.save(path)
 
 
 def kept_parts() -> dict[str, Any]:

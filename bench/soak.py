@@ -26,8 +26,7 @@ import datasketches  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import orjson
 import polars as pl
-import vl_convert
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
@@ -38,12 +37,13 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
+from bench.clients import hand_over, shop_producer
 from bench.events import make_world
 from bench.growth import Judged, judge
 from bench.model import default_models
 from bench.pool import Template, make_pool
 from bench.population import put_vectors
-from bench.processes import ANSWER_SECONDS, Worker, start_worker
+from bench.processes import Worker, started
 from bench.report import write
 from model.state import LAYOUT_HASH
 from schemas.codec import format_times
@@ -51,8 +51,17 @@ from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast.commands.context import stopping
 from starcast.log import LogConfig, configure
+from starcast.settings import Settings
+from starcast.workers import ANSWER_SECONDS
 from streams.admin import apply_topics, client_config, reach, topic_name
-from streams.config import KafkaConfig, RedisConfig
+from streams.config import (
+    ArchiveConfig,
+    InsightsConfig,
+    KafkaConfig,
+    ModelsConfig,
+    RedisConfig,
+    ScorerConfig,
+)
 from streams.producer import play
 from streams.store import Store
 from tests.servers import servers
@@ -101,17 +110,7 @@ class Load:
         self._prefix = kafka.topic_prefix
         self._number = 0
         self._pool = cycle(pool)
-        self._producer = Producer(
-            client_config(
-                kafka,
-                **{
-                    "partitioner": "murmur2_random",
-                    "enable.idempotence": True,
-                    "linger.ms": 5,
-                    "compression.type": "lz4",
-                },
-            )
-        )
+        self._producer = shop_producer(kafka, enable_idempotence=True)
 
     def send(self, count: int) -> None:
         """The next records until so many events are sent."""
@@ -121,7 +120,7 @@ class Load:
             each = next(self._pool)
             value = each.value(self._number, now)
             self._number += 1
-            self._produce(self._prefix + each.topic, each.key, value)
+            hand_over(self._producer, self._prefix + each.topic, value, each.key, self._note)
             self.events += each.topic != "score-requests"
         self._producer.poll(0)
 
@@ -148,14 +147,6 @@ class Load:
             stop.set()
             thread.join()
 
-    def _produce(self, topic: str, key: bytes, value: bytes) -> None:
-        while True:
-            try:
-                self._producer.produce(topic, key=key, value=value, on_delivery=self._note)
-                return
-            except BufferError:
-                self._producer.poll(0.1)
-
     def _note(self, error: Any, _: Any) -> None:
         self.failed += error is not None
 
@@ -165,9 +156,7 @@ class Latencies:
 
     def __init__(self, kafka: KafkaConfig) -> None:
         self._consumer = Consumer(
-            client_config(
-                kafka, **{"group.id": f"{kafka.group_id}-soak", "enable.auto.commit": False}
-            )
+            client_config(kafka, group_id=f"{kafka.group_id}-soak", enable_auto_commit=False)
         )
         digests = topic_name(kafka, "score-digests")
         _, end = self._consumer.get_watermark_offsets(TopicPartition(digests, 0), ANSWER_SECONDS)
@@ -327,19 +316,17 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
         put_vectors(store, world)
         play(world.records, kafka)
         console.print(f"Starting {len(WORKERS)} processes; their logs are in {folder} …")
-        environment = {
-            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-            "STARCAST_KAFKA__GROUP_ID": kafka.group_id,
-            "STARCAST_KAFKA__PARTITIONS": str(kafka.partitions),
-            "STARCAST_REDIS__URL": endpoints.redis_url,
-            "STARCAST_ARCHIVE__URL": str((folder / "archive").resolve()),
-            "STARCAST_MODELS__URL": str(models),
-            "STARCAST_INSIGHTS__KEEP_WINDOWS": "60",  # five minutes, so that keys level off
+        settings = Settings(
+            kafka=kafka,
+            redis=redis,
+            archive=ArchiveConfig(url=str((folder / "archive").resolve())),
+            models=ModelsConfig(url=str(models)),
+            insights=InsightsConfig(keep_windows=60),  # five minutes, so that keys level off
             # Two cores for all and Kafka: small transactions alone would take both.
-            "STARCAST_SCORER__LINGER_MS": "1000",
-        }
+            scorer=ScorerConfig(linger_ms=1_000),
+        )
         workers = {
-            name: stack.enter_context(start_worker(name, processors, folder, environment))
+            name: stack.enter_context(started(name, processors, settings, folder))
             for name, processors in WORKERS.items()
         }
         load = Load(kafka, make_pool(world, POOL))
@@ -451,11 +438,8 @@ def plot(samples: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         _lines(latency, "latency ms", "quantile"),
     ).resolve_scale(color="independent")
     path = folder / "soak.svg"
-    text = specification.to_json()
-    path.write_text(vl_convert.vegalite_to_svg(text, allowed_base_urls=[]))
-    path.with_suffix(".png").write_bytes(
-        vl_convert.vegalite_to_png(text, scale=1.5, allowed_base_urls=[])
-    )
+    specification.save(path)
+    specification.save(path.with_suffix(".png"), scale_factor=1.5)
     return path
 
 

@@ -42,12 +42,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import ways
+from bench import report, ways
 from bench.clock import by_processor, seconds
 from bench.events import World, make_world
 from bench.model import packaged_encoder
 from bench.pairs import pair_rates
-from bench.report import write
 from bench.ways import (
     BF16,
     COMPILED,
@@ -364,9 +363,9 @@ def star_errors(found: Sequence[Way], reviews: ReviewTexts) -> dict[str, float]:
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """The figures side by side."""
     measured: Mapping[str, Mapping[str, Any]] = figures["ways"]
-    whole = _table(
-        "Texts of mixed length",
+    whole = report.table(
         *("", "tokens/s", "texts/s", "to fp32", "largest difference", "lowest cosine", "RMSE (b)"),
+        title="Texts of mixed length",
     )
     for name, each in measured.items():
         error = figures["star_rmse"].get(name)
@@ -380,26 +379,20 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
             "" if error is None else f"{error:.4f}",
         )
     by_bucket: Mapping[str, Mapping[str, int]] = figures["tokens_per_second_by_length"]
-    lengths = _table("Tokens a second by tokens of a text", "", *by_bucket)
+    lengths = report.table("", *by_bucket, title="Tokens a second by tokens of a text")
     for name in measured:
         lengths.add_row(name, *(f"{rates[name]:,}" for rates in by_bucket.values()))
     precision = BF16 if BF16 in measured else FP32
-    batches = _table(f"By batch, in {precision}", "tokens a batch", "tokens/s")
+    batches = report.table("tokens a batch", "tokens/s", title=f"By batch, in {precision}")
     for budget, rate in figures["tokens_per_second_by_budget"].items():
         batches.add_row(budget, f"{rate:,}")
-    callers = _table(
-        f"By callers at once, in {precision}", "callers", "texts/s", "wait p50 ms", "p99 ms"
+    callers = report.table(
+        *("callers", "texts/s", "wait p50 ms", "p99 ms"),
+        title=f"By callers at once, in {precision}",
     )
     for count, each in figures["by_callers"].items():
         callers.add_row(count, *(f"{each[name]:,.1f}" for name in each))
     return [whole, lengths, batches, callers]
-
-
-def _table(title: str, *headings: str) -> Table:
-    made = Table(title=title)
-    for at, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if at else "left")
-    return made
 
 
 def measure(settings: Settings, console: Console) -> dict[str, Any]:
@@ -482,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{name}: {value}")
     about = {"settings": asdict(settings) | {"torch_threads": torch.get_num_threads()}}
     name = "text-gpu" if figures["card"] else "text"
-    path = write(name, figures | about, *PACKAGES)
+    path = report.write(name, figures | about, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 

@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import clock
+from bench import clock, report
 from bench.model import packaged_encoder
-from bench.report import write
 from bench.rows import make_item_tables, make_rows
 from bench.text import make_reviews
+from bench.ways import copy
 from model import encoder as encoders
 from model.encoder import WIDTH, StarHead, TextEncoder
 from model.events import Rows, opaque
@@ -151,7 +151,7 @@ def by_trainer(
     """`transformers.Trainer` with batches of like length."""
     transformers: Any = importlib.import_module("transformers")
     tuning, steps = config.fine_tune, Steps(base.device)
-    reader = Reader(copied(base), tuning)
+    reader = Reader(copy(base), tuning)
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
@@ -191,7 +191,7 @@ def by_plain_loop(
     """A loop as tutorials have it."""
     tuning, steps = config.fine_tune, Steps(base.device)
     torch.manual_seed(seed)
-    reader = Reader(copied(base), tuning).to(base.device)
+    reader = Reader(copy(base), tuning).to(base.device)
     rows: Any = rows_of(train, base)
     batches = torch.utils.data.DataLoader(
         rows, tuning.batch_texts, shuffle=True, collate_fn=collator(base)
@@ -219,11 +219,6 @@ TRAINERS: Mapping[str, Callable[[Labelled, TextEncoder, TextConfig, int, Path], 
     TRAINER: by_trainer,
     PLAIN: by_plain_loop,
 }
-
-
-def copied(base: TextEncoder) -> TextEncoder:
-    """The same encoder, loaded again."""
-    return encoders.load(base.folder, str(base.device), longest_tokens=base.longest_tokens)
 
 
 def rows_of(train: Labelled, base: TextEncoder) -> list[dict[str, Any]]:
@@ -325,14 +320,10 @@ def summary(
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """The figures side by side."""
-    fitting = Table(title="Fine-tuning in full")
-    for at, heading in enumerate(("", "samples/s", "RMSE (b)")):
-        fitting.add_column(heading, justify="right" if at else "left")
+    fitting = report.table("", "samples/s", "RMSE (b)", title="Fine-tuning in full")
     for name, rates in figures["samples_per_second"].items():
         fitting.add_row(name, f"{median(rates):.1f}", f"{figures['rmse'][name]:.4f}")
-    replaying = Table(title="Replay of a history")
-    replaying.add_column("")
-    replaying.add_column("events/s", justify="right")
+    replaying = report.table("", "events/s", title="Replay of a history")
     for name, rates in figures["events_per_second"].items():
         replaying.add_row(name, f"{median(rates):,.0f}")
     return [fitting, replaying]
@@ -391,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name.startswith("ratio"):
             console.print(f"{name}: {value}")
     about = {"settings": asdict(settings) | {"torch_threads": torch.get_num_threads()}}
-    path = write("train", figures | about, *PACKAGES)
+    path = report.write("train", figures | about, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 

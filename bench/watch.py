@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,13 +157,16 @@ class Watched:
         return replace(outcome, finish=finish, late=made)
 
     def _seconds(self) -> dict[str, float]:
-        return {
-            name: self._metrics.registry.get_sample_value(
-                "starcast_batch_seconds_sum", {"processor": self.name, "phase": name}
-            )
-            or 0.0
-            for name in (*INNER, *OUTER)
-        }
+        return seconds_of(self._metrics, self.name, (*INNER, *OUTER))
+
+
+def seconds_of(metrics: Metrics, processor: str, phases: Iterable[str]) -> dict[str, float]:
+    """What a processor has spent in phases so far."""
+    found = metrics.registry.get_sample_value
+    labels = {phase: {"processor": processor, "phase": phase} for phase in phases}
+    return {
+        phase: found("starcast_batch_seconds_sum", each) or 0.0 for phase, each in labels.items()
+    }
 
 
 def _by_topic(

@@ -13,18 +13,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import numpy as np
 import orjson
 from confluent_kafka import Message
 from numpy.typing import NDArray
+from pydantic import SecretStr
 from rich.console import Console
 
 from model import registry
@@ -32,10 +31,11 @@ from model.ladder import VERSION as LADDER
 from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.files import read_values
-from starcast.settings import CONFIG_VARIABLE, Settings
+from starcast.settings import Settings, variables
 from starcast.shop import shop
+from starcast.workers import STOP_SECONDS, read_metrics, start_worker
 from streams.admin import apply_topics
-from streams.embedded import Child, embedded, free_port, start_child
+from streams.embedded import Child, embedded, start_child
 from streams.producer import Outgoing, Sender, outgoing
 from streams.tail import read_topic
 from trainer.baselines import running_baselines
@@ -50,8 +50,7 @@ SHOP_USERS, SHOP_ITEMS, SHOP_EVENTS = 600, 400, 200_000
 RETRAIN_AFTER = 1_200  # events after which the demo trains a second time
 DEMO_TEXTS = 600  # review texts that a training of the demo reads: 25 ms each on a core
 PARTITIONS = 4
-START_SECONDS = 90.0  # a worker imports torch and joins its group; on a busy machine that is slow
-STOP_SECONDS = 12.0  # a worker ends within 10 s of SIGTERM
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of each process: there are several on few cores
 STALL_SECONDS = 180.0  # without any progress for so long, what is missing is lost
 SWAP_SECONDS = 60.0  # a promoted model is fetched, checked and warmed within this
 POLL_SECONDS = 0.5
@@ -85,7 +84,6 @@ class Cluster:
 
     settings: Settings
     folder: Path
-    environment: Mapping[str, str]
     children: Sequence[Child]
     console: Console
 
@@ -100,13 +98,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster(
-    settings: Settings, console: Console, dashboard: bool, config: Path | None = None
-) -> Generator[Cluster]:
-    """Broker, store and workers in a folder of their own, which is removed at the end.
-
-    `config` is the file that `settings` came from, where one was named.
-    """
+def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[Cluster]:
+    """Broker, store and workers in a folder of their own, which is removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="starcast-demo-"))
     with ExitStack() as stack:
         with console.status("starting the embedded broker and store"):
@@ -116,31 +109,15 @@ def cluster(
         own.kafka.exactly_once = False
         own.kafka.partitions = PARTITIONS
         own.kafka.replication = 1
-        own.archive.url = str(folder / "archive")
-        own.models.url = str(folder / "models")
-        environment = {
-            **({} if config is None else {CONFIG_VARIABLE: str(config.absolute())}),
-            "STARCAST_LOG__LEVEL": own.log.level,
-            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": endpoints.bootstrap_servers,
-            "STARCAST_KAFKA__EXACTLY_ONCE": "false",
-            "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
-            "STARCAST_KAFKA__REPLICATION": "1",
-            "STARCAST_KAFKA__SESSION_TIMEOUT_MS": "2000",  # Tansu lets members wait half of it
-            # Item states are read once a batch, so small batches keep them fresh.
-            "STARCAST_SCORER__BATCH_EVENTS": "64",
-            "STARCAST_SCORER__LINGER_MS": "5",
-            "STARCAST_REDIS__URL": endpoints.redis_url,
-            "STARCAST_ARCHIVE__URL": own.archive.url,
-            "STARCAST_ARCHIVE__FLUSH_SECONDS": "1",
-            "STARCAST_MODELS__URL": own.models.url,
-            "STARCAST_MODELS__THREADS": "1",
-            "STARCAST_TRAINER__THREADS": "1",  # the workers need the other cores
-            "OMP_NUM_THREADS": "1",
-            "STARCAST_WEB__HOST": own.web.host,
-            "STARCAST_WEB__PORT": str(own.web.port),
-            "STARCAST_TRAINER__TEXT__TEXT_LIMIT": str(DEMO_TEXTS),
-            "STARCAST_TRAINER__TEXT__METHOD": "frozen",  # a minute, not a quarter of an hour
-        }
+        own.kafka.session_timeout_ms = 2_000  # Tansu lets members wait half of it
+        # Item states are read once a batch, so small batches keep them fresh.
+        own.scorer.batch_events, own.scorer.linger_ms = 64, 5
+        own.redis.url = SecretStr(endpoints.redis_url)
+        own.archive.url, own.archive.flush_seconds = str(folder / "archive"), 1.0
+        own.models.url, own.models.threads = str(folder / "models"), 1
+        own.trainer.threads = 1  # the workers need the other cores
+        own.trainer.text.text_limit = DEMO_TEXTS
+        own.trainer.text.method = "frozen"  # a minute, not a quarter of an hour
         apply_topics(own.kafka)
         groups: list[tuple[str, ...]] = [
             ("scorer", "items", "catalog", "answers"),
@@ -151,9 +128,9 @@ def cluster(
         children: list[Child] = []
         with console.status("starting the workers"):
             for group in groups:
-                children.append(_worker(group, folder, environment))
+                children.append(start_worker("-".join(group), group, own, folder, ONE_THREAD))
                 stack.callback(children[-1].stop)
-        yield Cluster(own, folder, environment, children, console)
+        yield Cluster(own, folder, children, console)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -162,10 +139,9 @@ def run_demo(
     console: Console,
     stop: threading.Event,
     seed: int = SEED,
-    config: Path | None = None,
 ) -> None:
     """Play the generated shop, train, retrain once, and serve the dashboard until `stop`."""
-    with cluster(settings, console, dashboard=True, config=config) as running:
+    with cluster(settings, console, dashboard=True) as running:
         console.print(f"dashboard: http://{settings.web.host}:{settings.web.port}")
         console.print(f"logs: {running.folder}")
         player = _ShopPlayer(running, seed, stop)
@@ -194,14 +170,13 @@ def run_once(
     stop: threading.Event,
     events: Path,
     rate: float = RATE,
-    config: Path | None = None,
 ) -> Summary:
     """Play a record file, train once when 80% of its events are in, and count what came back."""
     started = time.monotonic()
     records = [Outgoing(each.topic, each.key, each.value) for each in read_values(events)]
     places = [at for at, each in enumerate(records) if each.topic in EVENTS]
     cut = places[int(len(places) * TRAIN_SHARE)] if places else len(records)
-    with cluster(settings, console, dashboard=False, config=config) as running:
+    with cluster(settings, console, dashboard=False) as running:
         sender = Sender(running.settings.kafka)
         with (
             console.status("playing events") as status,
@@ -231,28 +206,6 @@ def write_summary(summary: Summary, path: Path) -> None:
 # -- children ------------------------------------------------------------------------------------
 
 
-def _worker(names: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Child:
-    port = free_port()
-    return start_child(
-        "-".join(names),
-        [sys.executable, "-m", "starcast", "run", *names],
-        f"127.0.0.1:{port}",
-        folder,
-        lambda: _ready(port),
-        timeout=START_SECONDS,
-        stop_timeout=STOP_SECONDS,
-        environment={**environment, "STARCAST_WEB__METRICS_PORT": str(port)},
-    )
-
-
-def _ready(port: int) -> bool:
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/ready", timeout=2) as answer:
-            return answer.status == 200
-    except (URLError, OSError):
-        return False
-
-
 def _train(running: Cluster, stop: threading.Event) -> str | None:
     """Run `starcast retrain`; the version that serves now, if a new one was promoted."""
     url = running.settings.models.url
@@ -264,7 +217,7 @@ def _train(running: Cluster, stop: threading.Event) -> str | None:
         running.folder,
         lambda: True,
         stop_timeout=STOP_SECONDS,
-        environment=running.environment,
+        environment={**variables(running.settings), **ONE_THREAD},
     )
     with child:
         deadline = time.monotonic() + TRAIN_SECONDS
@@ -285,9 +238,8 @@ def _await_swap(running: Cluster, version: str, stop: threading.Event) -> None:
     deadline = time.monotonic() + SWAP_SECONDS
     while not stop.wait(POLL_SECONDS):
         running.check()
-        with urlopen(f"http://{running.children[0].address}/metrics", timeout=5) as answer:
-            if wanted in answer.read().decode():
-                return
+        if wanted in read_metrics(running.children[0].address):
+            return
         if time.monotonic() > deadline:
             raise DemoError(
                 f"The scorer did not take model {version} up within {SWAP_SECONDS:.0f} s; its log "

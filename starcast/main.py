@@ -9,7 +9,16 @@ from confluent_kafka import KafkaError, KafkaException
 
 from schemas.exceptions import StarcastError
 from starcast import __version__, log
-from starcast.commands import contract, erasing, letters, models, playing, serving, state
+from starcast.commands import (
+    contract,
+    dead_letters,
+    forget,
+    models,
+    records,
+    running,
+    state,
+    training,
+)
 from starcast.commands.context import Chosen, fail
 from streams.admin import error_of, refused_option
 
@@ -22,28 +31,28 @@ app = typer.Typer(
 
 RUNNING, RECORDS, MODELS, LOOKING = "Run", "Move records", "Models", "Look and repair"
 
-app.command(rich_help_panel=RUNNING)(serving.demo)
-app.command(rich_help_panel=RUNNING)(serving.run)
-app.command(rich_help_panel=RUNNING)(serving.backfill)
-app.add_typer(serving.topics_app, name="topics", rich_help_panel=RUNNING)
+app.command(rich_help_panel=RUNNING)(running.demo)
+app.command(rich_help_panel=RUNNING)(running.run)
+app.command(rich_help_panel=RUNNING)(running.backfill)
+app.add_typer(running.topics_app, name="topics", rich_help_panel=RUNNING)
 
-app.command(rich_help_panel=RECORDS)(playing.produce)
-app.command(rich_help_panel=RECORDS)(playing.consume)
-app.command(rich_help_panel=RECORDS)(playing.sample)
-app.add_typer(playing.import_app, name="import", rich_help_panel=RECORDS)
+app.command(rich_help_panel=RECORDS)(records.produce)
+app.command(rich_help_panel=RECORDS)(records.consume)
+app.command(rich_help_panel=RECORDS)(records.sample)
+app.add_typer(records.import_app, name="import", rich_help_panel=RECORDS)
 
-app.command(rich_help_panel=MODELS)(models.train)
-app.command(rich_help_panel=MODELS)(models.retrain)
-app.command(rich_help_panel=MODELS)(models.evaluate)
-app.command(rich_help_panel=MODELS)(models.search)
-app.command(rich_help_panel=MODELS)(models.compress)
+app.command(rich_help_panel=MODELS)(training.train)
+app.command(rich_help_panel=MODELS)(training.retrain)
+app.command(rich_help_panel=MODELS)(training.evaluate)
+app.command(rich_help_panel=MODELS)(training.search)
+app.command(rich_help_panel=MODELS)(training.compress)
 app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 
-app.command(rich_help_panel=LOOKING)(serving.doctor)
-app.add_typer(letters.app, name="dead-letters", rich_help_panel=LOOKING)
+app.command(rich_help_panel=LOOKING)(running.doctor)
+app.add_typer(dead_letters.app, name="dead-letters", rich_help_panel=LOOKING)
 app.command(rich_help_panel=LOOKING)(state.verify_replay)
 app.add_typer(state.app, name="state", rich_help_panel=LOOKING)
-app.command(rich_help_panel=LOOKING)(erasing.forget)
+app.command(rich_help_panel=LOOKING)(forget.forget)
 app.command(rich_help_panel=LOOKING)(contract.config)
 app.command(rich_help_panel=LOOKING)(contract.asyncapi)
 app.command(rich_help_panel=LOOKING)(contract.schema)

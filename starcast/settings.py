@@ -129,6 +129,15 @@ def describe(settings: Settings, sources: Mapping[Path_, str] | None = None) -> 
     ]
 
 
+def variables(settings: Settings) -> dict[str, str]:
+    """The environment in which a process has these settings, whatever else is set around it."""
+    return {
+        _variable(path): _text(_plain(value))
+        for path, value, _ in _leaves(settings)
+        if value is not None and value != {}
+    }
+
+
 def _build(given: Mapping[Path_, _Given]) -> Settings:
     tree: dict[str, Any] = {}
     for path, entry in given.items():
@@ -178,10 +187,11 @@ def _given(config: Path | None, folder: Path) -> dict[Path_, _Given]:
 
 def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given]:
     def locate(path: Path_) -> str:
-        return f"{place}{PREFIX}{'__'.join(path).replace('.', '_').upper()}"
+        return place + _variable(path)
 
     # Others that begin so may be anybody's: Kubernetes makes some for a service of this name.
-    meant_by = {name.replace("__", "_"): name for name in _variables() if "__" in name}
+    known = [_variable(path) for path, _, _ in _leaves(Settings())]
+    meant_by = {name.replace("__", "_"): name for name in known}
     for variable, value in source.env_vars.items():
         group, nested, _ = variable.upper().removeprefix(PREFIX).partition("__")
         if not variable.upper().startswith(PREFIX):
@@ -208,14 +218,9 @@ def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given
     return {path: _Given(value, locate(path)) for path, value in _flatten(tree, locate)}
 
 
-def _variables(model: type[BaseModel] = Settings, above: str = PREFIX) -> Iterator[str]:
-    """The environment variables of all settings."""
-    for name, field in model.model_fields.items():
-        variable = f"{above}{name.upper()}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _variables(field.annotation, f"{variable}__")
-        else:
-            yield variable
+def _variable(path: Path_) -> str:
+    """The environment variable of a setting."""
+    return f"{PREFIX}{'__'.join(path).replace('.', '_').upper()}"
 
 
 def _is_json(text: str) -> bool:
@@ -333,14 +338,23 @@ def _show(path: Path_, value: Any) -> str:
     secret = isinstance(value, SecretStr) or (
         field is not None and "SecretStr" in str(field.annotation)
     )
-    plain: Any = value.get_secret_value() if isinstance(value, SecretStr) else value
+    plain = _plain(value)
     if path == ("redis", "url"):
         return hide_password(str(plain))
     if secret and plain:
         return HIDDEN
     if path[:2] == OPTIONS and len(path) > 2 and _SECRET_OPTION.search(option_name(path[-1])):
         return HIDDEN
-    return plain if isinstance(plain, str) else json.dumps(plain, default=str)
+    return _text(plain)
+
+
+def _plain(value: Any) -> Any:
+    """A value, told where it is a secret."""
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def hide_password(url: str) -> str:

@@ -6,14 +6,14 @@ from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
 from pathlib import Path
 from shutil import which
 from tempfile import gettempdir
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 import redis
 from hypothesis import settings
 
 from schemas.exceptions import StarcastError
-from streams.embedded import Child, start_broker, start_store
+from streams.embedded import start_broker, start_store
 from tests.servers import start_kafka, start_object_store
 
 # A busy machine is no failure, nor is a function that compiles when it is first called.
@@ -23,6 +23,8 @@ settings.load_profile("patient")
 # Without a GPU Triton's kernels run as Python; Triton asks for this when it is imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+_Server = TypeVar("_Server")
 
 CHROMIUM = "/usr/bin/chromium"
 # No sandbox since CI runs as root; the rest keeps the browser from calling home.
@@ -63,28 +65,28 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The bootstrap servers of a real Apache Kafka."""
-    with _started(start_kafka, tmp_path_factory) as child:
+    with started(start_kafka, tmp_path_factory) as child:
         yield child.address
 
 
 @pytest.fixture(scope="session")
 def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The bootstrap servers of embedded mode's broker."""
-    with _started(start_broker, tmp_path_factory) as child:
+    with started(start_broker, tmp_path_factory) as child:
         yield child.address
 
 
 @pytest.fixture(scope="session")
 def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Valkey or Redis, with what earlier tests left in it."""
-    with _started(start_store, tmp_path_factory) as child:
+    with started(start_store, tmp_path_factory) as child:
         yield child.address
 
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an S3 server."""
-    with _started(start_object_store, tmp_path_factory) as child:
+    with started(start_object_store, tmp_path_factory) as child:
         yield child.address
 
 
@@ -108,7 +110,8 @@ def browser_type_launch_args(browser_type_launch_args: dict[str, Any]) -> dict[s
     }
 
 
-def _started(start: Callable[[Path], Child], folders: pytest.TempPathFactory) -> Child:
+def started(start: Callable[[Path], _Server], folders: pytest.TempPathFactory) -> _Server:
+    """A server in a folder of its own; a reason to skip, or to fail in CI, where there is none."""
     try:
         return start(folders.mktemp(start.__name__))
     except StarcastError as error:

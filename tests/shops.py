@@ -1,5 +1,7 @@
 """A shop on real servers: its own topics, keys, archive and models, and workers in threads."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,7 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 import redis
-from confluent_kafka import Message
+from confluent_kafka import Message, TopicPartition
 from pydantic import SecretStr
 
 from model.events import CODES, COUNTED
@@ -22,8 +24,8 @@ from model.state import ITEM, LAYOUT_HASH, USER
 from model.state_bytes import from_bytes
 from schemas import archive
 from schemas.records import Behavior, DeadLetter, PredictedRating, Record, Review
-from starcast.settings import Settings
-from streams.admin import apply_topics
+from starcast.settings import Settings, variables
+from streams.admin import apply_topics, reach, topic_name
 from streams.coverage import share
 from streams.loop import Loop
 from streams.metrics import make_metrics
@@ -42,6 +44,14 @@ PIPELINE = (  # topics that end; digests come as long as a worker lives
     *("predicted-ratings", "journal", "item-updates", "dead-letters"),
 )
 WAIT_SECONDS = 90.0  # on a machine that does much else
+_WORKER = """
+import sys, threading
+from tests.shops import Shop, Settings
+settings = Settings.model_validate_json(sys.argv[1])
+settings.redis.url = type(settings.redis.url)(sys.argv[2])
+with Shop(settings).workers(*sys.argv[3:], slot=1):
+    threading.Event().wait()
+"""
 
 
 @dataclass
@@ -66,19 +76,7 @@ class Shop:
     @property
     def environment(self) -> dict[str, str]:
         """The settings, as a command reads them."""
-        settings = self.settings
-        return {
-            "STARCAST_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
-            "STARCAST_KAFKA__TOPIC_PREFIX": settings.kafka.topic_prefix,
-            "STARCAST_KAFKA__GROUP_ID": settings.kafka.group_id,
-            "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS),
-            "STARCAST_KAFKA__EXACTLY_ONCE": str(settings.kafka.exactly_once),
-            "STARCAST_REDIS__URL": settings.redis.url.get_secret_value(),
-            "STARCAST_REDIS__KEY_PREFIX": settings.redis.key_prefix,
-            "STARCAST_ARCHIVE__URL": settings.archive.url,
-            "STARCAST_MODELS__URL": settings.models.url,
-            "STARCAST_MODELS__ENCODER": settings.models.encoder,
-        }
+        return variables(self.settings)
 
     @property
     def store(self) -> Store:
@@ -96,6 +94,10 @@ class Shop:
         """All committed messages of a topic, by partition and offset."""
         found = [each for batch in read_topic(self.settings.kafka, topic) for each in batch]
         return sorted(found, key=lambda each: (each.partition() or 0, each.offset() or 0))
+
+    def ends(self, topic: str) -> dict[int, int]:
+        """The offset after the last record of each partition that has one."""
+        return {each.partition() or 0: (each.offset() or 0) + 1 for each in self.read(topic)}
 
     def predictions(self, kind: str = "interaction") -> list[PredictedRating]:
         """In the order of their partitions."""
@@ -179,6 +181,28 @@ class Shop:
         if workers.errors:
             raise workers.errors[0]
 
+    @contextmanager
+    def process(self, *names: str) -> Generator[subprocess.Popen[bytes]]:
+        """The same in a process of its own, which is killed at the latest when the block ends."""
+        secret = self.settings.redis.url.get_secret_value()
+        command = [sys.executable, "-c", _WORKER, self.settings.model_dump_json(), secret, *names]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def cut(self, *topics: str) -> None:
+        """As retention does: nothing is left of these topics."""
+        ends = [
+            TopicPartition(topic_name(self.settings.kafka, topic), partition, -1)
+            for topic in topics
+            for partition in range(PARTITIONS)
+        ]
+        admin = reach(self.settings.kafka)  # held until its futures have ended
+        for future in admin.delete_records(ends).values():
+            future.result(30)
+
     def until_predicted(self, count: int, kind: str = "interaction") -> list[PredictedRating]:
         """Wait until so many records are predicted, and return them all."""
         found: list[PredictedRating] = []
@@ -194,8 +218,11 @@ class Shop:
         """Wait until the archive has all that the topics have."""
         url = self.settings.archive.url
         for topic in PIPELINE:
-            ends = {each.partition(): (each.offset() or 0) + 1 for each in self.read(topic)}
-            until(partial(lambda *now: archive.positions(url, now[0]) == now[1], topic, ends))
+            until(
+                partial(
+                    lambda *now: archive.positions(url, now[0]) == now[1], topic, self.ends(topic)
+                )
+            )
 
     def until_items_are_applied(self) -> None:
         """Wait until item states stand where the item updates end."""
@@ -210,17 +237,17 @@ class Shop:
         self._until_stored(USER_KIND, "users")
 
     def _until_stored(self, kind: bytes, topic: str) -> None:
-        ends = {each.partition(): (each.offset() or 0) + 1 for each in self.read(topic)}
+        ends = self.ends(topic)
         until(
             lambda: all(
-                int(self.store.header(kind, partition or 0) or 0) == end
+                int(self.store.header(kind, partition) or 0) == end
                 for partition, end in ends.items()
             )
         )
 
     def until_users_are_written(self) -> None:
         """Wait until user states stand where the journal ends; they are written after a commit."""
-        ends = {each.partition() or 0: (each.offset() or 0) + 1 for each in self.read("journal")}
+        ends = self.ends("journal")
         until(
             lambda: all(
                 int(decode_header(self.store.header(USER_STATE, partition))["journal"]) == end

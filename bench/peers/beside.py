@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import report
 from bench.peers.launch import PEERS, PeerError, python
 
 Figures = Mapping[str, Any]  # of one run of a peer
@@ -76,13 +77,11 @@ def table(figures: Figures) -> Table:
     """The peers of a `summary`, one a row."""
     peers = [PEERS[name] for name in figures["peers"]]
     apart = [f"{peer.title}: {peer.apart}" for peer in peers if peer.apart]
-    shown = Table(
+    shown = report.table(
+        *("", "events/s", "ratio", "CPU µs", "CPU ratio", "a call", "exactly-once"),
         title="Peers: the same work, the same bundle",
         caption="\n".join(["medians over the runs", *apart]),
     )
-    shown.add_column("")
-    for column in ("events/s", "ratio", "CPU µs", "CPU ratio", "a call", "exactly-once"):
-        shown.add_column(column, justify="right")
     for name, runs in figures["peers"].items():
         rate, processor, call = (
             median(each[key] for each in runs)

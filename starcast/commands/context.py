@@ -5,14 +5,16 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import FrameType
-from typing import Annotated, cast
+from typing import Annotated, Any, Literal, cast
 
+import orjson
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +25,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from starcast import INTERRUPTED as INTERRUPTED
 from starcast import log
@@ -32,7 +35,10 @@ _ADDRESS = re.compile(r"\w{2,}:/")  # what a path makes of s3://…; a single le
 
 WIDTH = 120  # of tables that go to a file or a pipe
 
+_MARKS = {"fine": ("✓", "green"), "wrong": ("✗", "red"), "note": ("–", "yellow")}
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
 output = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 """Where what was asked for is printed."""
@@ -119,6 +125,38 @@ def check_output(out: Path | None, *inputs: Path | None) -> None:
         raise typer.BadParameter(
             f"{out} cannot be written: {problem.strerror}; name another"
         ) from None
+
+
+def print_json(document: Any) -> None:
+    """Print a document on one line."""
+    output.print(orjson.dumps(document).decode(), markup=False, soft_wrap=True)
+
+
+def write_json(document: Any, out: Path) -> None:
+    """Write a document as people read it."""
+    out.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def print_marked(state: Literal["fine", "wrong", "note"], said: str) -> None:
+    """Print a line with a mark that says how it is meant."""
+    output.print(Text.assemble(_MARKS[state], f" {said}"), soft_wrap=True)
+
+
+def print_counts(counts: Mapping[str, int]) -> None:
+    """Print how many records there are of each topic."""
+    for topic, count in sorted(counts.items()):
+        output.print(f"{count:>10,} {topic}", markup=False)
+
+
+def parse_time(text: str) -> datetime:
+    """An RFC 3339 time or a date; UTC where no offset is given."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no time; write 2026-11-24T10:15:00Z or 2026-11-24"
+        ) from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def fail(message: str, code: int = 1) -> typer.Exit:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from schemas.export import asyncapi as asyncapi_document
 from schemas.export import json_schema
 from schemas.topics import TOPICS
-from starcast.commands.context import AsJson, check_output, chosen_of, notes, output
+from starcast.commands.context import AsJson, check_output, chosen_of, notes, output, write_json
 from starcast.settings import load_with_sources
 
 Out = Annotated[Path | None, typer.Option("--out", help="Write to this file.")]
@@ -59,9 +59,9 @@ def config(
 
 def _print_json(document: Any, out: Path | None) -> None:
     check_output(out)
-    text = orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
     if out is None:
+        text = orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
         output.print(text, markup=False, soft_wrap=True)
         return
-    out.write_text(text + "\n", encoding="utf-8")
+    write_json(document, out)
     notes.print(f"Wrote {out}", markup=False)

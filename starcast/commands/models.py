@@ -1,32 +1,18 @@
-"""Commands about models: `train`, `retrain`, `evaluate`, `search`, `models list | canary | …`.
+"""Commands about which model serves: `models list | promote | rollback | canary | …`.
 
 What they call imports torch, which takes seconds, so they import it only when they run.
 """
 
 import getpass
-from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
-import orjson
 import typer
 from rich.table import Table
 
 from schemas.exceptions import StarcastError
 from schemas.records import ModelUpdate, Stage
-from starcast.commands.context import (
-    AsJson,
-    check_output,
-    fail,
-    notes,
-    output,
-    progress_bar,
-    settings_of,
-    stopping,
-)
+from starcast.commands.context import AsJson, fail, notes, output, print_json, settings_of
 from starcast.settings import Settings
 from streams.config import KafkaConfig, RedisConfig
 from streams.producer import outgoing, play
@@ -35,393 +21,10 @@ if TYPE_CHECKING:
     from model.bundle import Bundle
     from model.registry import Entry, Registry
     from streams.windows import Trial
-    from trainer.data import Log
 
 app = typer.Typer(help="Which model serves.")
 
-_NO_PEERS = "none"
-_PLOT = ".svg"  # beside a command's figures
-
-
-class What(StrEnum):
-    """As `trainer.search.What`."""
-
-    RATING = "rating"
-    TEXT = "text"
-
-
-class TiesOption(StrEnum):
-    """As `trainer.data.Ties`."""
-
-    INSTANT = "instant"
-    ARRIVAL = "arrival"
-
-
 Reason = Annotated[str, typer.Option(help="Why; it stands in the registry's history.")]
-RecordFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A record file.")]
-FileOrArchive = Annotated[
-    Path | None,
-    typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
-]
-
-
-def train(
-    context: typer.Context,
-    file: FileOrArchive = None,
-    promote: Annotated[
-        bool, typer.Option("--promote", help="Let it serve if the gate lets it through.")
-    ] = False,
-    start: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            exists=True,
-            file_okay=False,
-            help="Another shop's bundle, to start from; the report says what was carried over.",
-        ),
-    ] = None,
-    evaluation: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="What `evaluate --json` wrote, for the model card."
-        ),
-    ] = None,
-) -> None:
-    """Fit a model from a record file or the archive, and report how good it is.
-
-    After `torchrun` or `accelerate launch` several processes fine-tune the encoder together.
-    """
-    from model import bundle, registry
-    from trainer.assess import summary
-    from trainer.fine_tune import is_first
-    from trainer.retrain import in_service
-    from trainer.train import train as fit
-
-    evaluated = None if evaluation is None else _evaluation(evaluation)
-    settings = settings_of(context)
-    models = settings.models
-    registered = registry.read(models.url)
-    before = registered.stable
-    with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
-        log = _history(settings, file)
-        result = fit(
-            log,
-            models.url if is_first() else scratch,  # all fit the same, one keeps it
-            settings.trainer,
-            encoder=models.encoder,
-            stable=in_service(models.url, before),
-            other=None if start is None else bundle.open_folder(start),
-            evaluated=evaluated,
-            progress=progress,
-            source=f"the archive at {settings.archive.url}" if file is None else file.name,
-        )
-    if not is_first():
-        return
-    output.print(summary(result))
-    if not promote:
-        notes.print(f"To let it serve: starcast models promote {result.version}")
-        return
-    if not result.verdict.passed:
-        raise fail(f"{result.version} is not promoted: {result.verdict.reason}")
-    expected = before.version if before else ""
-    reason = result.verdict.reason
-    after = registry.promote(models.url, result.version, result.sha256, _who(), reason, expected)
-    _announce(settings.kafka, registered, after)
-    output.print(f"{result.version} is stable.")
-
-
-def _evaluation(path: Path) -> dict[str, Any]:
-    """The document of an evaluation."""
-    try:
-        document = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise fail(
-            f"{path} is not JSON: {error}; give what `starcast evaluate --json` wrote."
-        ) from None
-    if not isinstance(document, dict):
-        raise fail(f"{path} is no evaluation; give what `starcast evaluate --json` wrote.")
-    return cast(dict[str, Any], document)
-
-
-def retrain(
-    context: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="Once, now; so it is by default.")] = False,
-    every: Annotated[
-        str | None, typer.Option(metavar="SPAN", help="Now and then every 45s, 30m, 6h or 1d.")
-    ] = None,
-    on_drift: Annotated[
-        bool,
-        typer.Option("--on-drift", help="Only if features, predictions or errors have changed."),
-    ] = False,
-) -> None:
-    """Fit a model from the archive and let it serve if it passes the gate."""
-    if once and every:
-        raise typer.BadParameter("take --once or --every, not both")
-    from model import registry
-    from trainer.retrain import parse_every, retrain_every
-
-    settings = settings_of(context)
-    if every is None:
-        _retrain_once(settings, on_drift)
-        return
-    span = parse_every(every)
-    with stopping() as stop:
-        retrain_every(
-            span,
-            lambda: _retrain_once(settings, on_drift),
-            stop,
-            is_served=lambda: registry.read(settings.models.url).stable is not None,
-        )
-
-
-def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
-    from model import registry
-    from trainer.assess import summary
-    from trainer.retrain import retrain_once
-
-    before = registry.read(settings.models.url)
-    with progress_bar() as progress:
-        done = retrain_once(
-            settings.archive.url,
-            settings.models.url,
-            settings.trainer,
-            archive_options=settings.archive.storage_options,
-            encoder=settings.models.encoder,
-            by=_who(),
-            on_drift=on_drift,
-            progress=progress,
-            on_promoted=lambda after: _announce(settings.kafka, before, after),
-        )
-    if done.drift is not None and done.drift.reasons:
-        output.print(f"The shop has changed: {'; '.join(done.drift.reasons)}.", soft_wrap=True)
-    if done.result is None:
-        output.print(f"{done.previous} serves on: {done.reason}.", soft_wrap=True)
-        return
-    output.print(summary(done.result))
-    said = "is promoted" if done.promoted else "is not promoted"
-    output.print(f"{done.result.version} {said}: {done.reason}", markup=False, soft_wrap=True)
-
-
-def evaluate(
-    context: typer.Context,
-    events: RecordFile,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VERSION",
-            help="Of a bundle, or `stable`, or `ladder`; "
-            "else one is fitted to the older rows and not kept.",
-        ),
-    ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures, and a reliability plot by it.")
-    ] = None,
-    peers: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Another model on the same rows (extra `peers`), several times for several, or "
-            "`none`; else all.",
-        ),
-    ] = None,
-    ties: Annotated[
-        TiesOption, typer.Option(help="What rows of one time know of each other.")
-    ] = TiesOption.INSTANT,
-    allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Measure though an alarm is raised.")
-    ] = False,
-    ablations: Annotated[
-        bool, typer.Option("--ablations", help="What each part of the network is worth, too.")
-    ] = False,
-    folder: Annotated[
-        Path, typer.Option(help="Where parts are kept; a run that was cut short goes on there.")
-    ] = Path(".starcast/evaluate"),
-) -> None:
-    """Measure a model beside its peers on the newest rows of a record file."""
-    check_output(json_out, events)
-    if json_out is not None and json_out.suffix == _PLOT:
-        raise typer.BadParameter(f"{json_out} is where the plot goes; give the figures another end")
-    from trainer import data
-    from trainer import evaluate as evaluation
-    from trainer.assess import assess, summary
-    from trainer.report import reliability
-
-    settings = settings_of(context)
-    config, encoder = settings.trainer, settings.models.encoder
-    with progress_bar() as progress:
-        log = data.from_file(events)
-        if model is None:
-            found = evaluation.evaluate(
-                log,
-                evaluation.folder_of(events, config, encoder, ties.value, folder),
-                config,
-                encoder=encoder,
-                ties=ties.value,
-                peers=() if peers == [_NO_PEERS] else peers,
-                allow_leaks=allow_leaks,
-                ablate=ablations,
-                progress=progress,
-            )
-            shown, document, plot = evaluation.summary(found), found.document, found.plot
-        else:
-            chosen = _chosen(settings.models.url, model)
-            assessed = assess(log, chosen, config, progress=progress)
-            shown = summary(assessed)
-            plot = reliability(assessed.calibration)
-            document: dict[str, Any] = {
-                "model": chosen.version if chosen else model,
-                "rows": assessed.rows,
-                "rating": {each: asdict(it) for each, it in assessed.evaluations.items()},
-                "calibration": asdict(assessed.calibration),
-                "text": asdict(assessed.text) if assessed.text else None,
-            }
-    output.print(shown)
-    if json_out is not None:
-        whole = {"events": str(events), **document}
-        json_out.write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2) + b"\n")
-        json_out.with_suffix(_PLOT).write_text(plot, encoding="utf-8")
-
-
-def search(
-    context: typer.Context,
-    what: Annotated[What, typer.Argument(help="The rating network, or the text model.")],
-    events: FileOrArchive = None,
-    trials: Annotated[int, typer.Option(min=2, help="In all, those of earlier runs too.")] = 50,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that try at a time.")] = 1,
-    study: Annotated[
-        Path, typer.Option(help="Where trials are kept; a search that was cut short goes on there.")
-    ] = Path(".starcast/search.journal"),
-    out: Annotated[Path, typer.Option(help="The settings found, for --config.")] = Path(
-        "searched.toml"
-    ),
-) -> None:
-    """Look for better settings of a model, on validation rows."""
-    check_output(out, events)
-    from trainer import search as searching
-
-    settings = settings_of(context)
-    log = _history(settings, events)
-    found = searching.search(
-        log,
-        what.value,
-        settings.trainer,
-        study,
-        trials,
-        encoder=settings.models.encoder,
-        workers=workers,
-    )
-    searching.write_settings(found, out)
-    table = Table("setting", "value", "importance")
-    for name, value in found.settings.items():
-        share = found.importance.get(name)
-        table.add_row(f"trainer.{name}", f"{value:.4g}", "" if share is None else f"{share:.1%}")
-    output.print(table)
-    output.print(
-        f"validation RMSE {found.rmse:.4f}, {found.default_rmse:.4f} of the settings in force; "
-        f"{found.trials} trials"
-    )
-    if found.importance:
-        plot = out.with_suffix(_PLOT)
-        searching.plot_importance(found, plot)
-        output.print(f"What matters: {plot}")
-    notes.print(f"To train with it: starcast --config {out} train")
-
-
-def compress(
-    context: typer.Context,
-    events: FileOrArchive = None,
-    max_rmse_loss: Annotated[
-        float, typer.Option(min=0.0, help="Share by which the error of read stars may grow.")
-    ] = 0.01,
-    folder: Annotated[
-        Path, typer.Option(help="Where smaller encoders are kept; what is there is not made again.")
-    ] = Path(".starcast/compressed"),
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
-) -> None:
-    """Make the text encoder smaller and faster, and train a model with the one chosen."""
-    check_output(json_out, events)
-    from model import registry
-    from trainer import compress as compressing
-    from trainer.prepare import cleaned, review_texts
-    from trainer.progress import tracker
-    from trainer.retrain import in_service
-    from trainer.text import untouched
-    from trainer.train import base_encoder
-    from trainer.train import train as fit
-
-    settings = settings_of(context)
-    models, config = settings.models, settings.trainer
-    stable = in_service(models.url, registry.read(models.url).stable)
-    log = _history(settings, events)
-    parent = base_encoder(models.encoder, stable, config)
-    frozen = config.model_copy(update={"text": untouched(config.text)})
-    reviews = review_texts(cleaned(log, config).reviews, frozen.text, config.split)
-    if parent is None or reviews is None:
-        raise fail("There is no text encoder, or there are too few review texts to judge it by.")
-    with progress_bar() as progress:
-        bar = tracker(progress, "making encoders smaller")
-        found = compressing.compress(reviews, parent, config, folder / parent.hash, bar)
-    chosen = compressing.choose(found, max_rmse_loss)
-    table = Table("encoder", "RMSE", "accuracy", "MB", "texts/s")
-    for each in found:
-        table.add_row(
-            each.name,
-            f"{each.scores.rmse:.4f}",
-            f"{each.scores.accuracy:.1%}",
-            f"{each.size_bytes / 2**20:.1f}",
-            f"{each.texts_per_second:.0f}",
-            style="bold" if each is chosen else None,
-        )
-    output.print(table)
-    if json_out is not None:
-        rows = [asdict(each) | {"folder": str(each.folder)} for each in found]
-        document = {"chosen": chosen.name, "encoders": rows}
-        json_out.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
-    if chosen.name == "parent":
-        output.print(f"Nothing faster is within {max_rmse_loss:.1%} of the parent's error.")
-        return
-    with progress_bar() as progress:
-        result = fit(
-            log,
-            models.url,
-            frozen,
-            encoder=str(chosen.folder),
-            stable=stable,
-            progress=progress,
-            source="the archive" if events is None else events.name,
-        )
-    output.print(f"{result.version} reads with {chosen.name}: {result.verdict.reason}")
-    notes.print(f"To let it serve: starcast models promote {result.version}")
-
-
-def _chosen(url: str, model: str) -> "Bundle | None":
-    """The bundle that a version, `stable` or `ladder` (none) names."""
-    from model import bundle, registry
-    from model.ladder import VERSION
-
-    if model == VERSION:
-        return None
-    if model != "stable":
-        return bundle.load(url, model)
-    stable = registry.read(url).stable
-    if stable is None:
-        raise fail(f"No model in {url} is promoted yet; `starcast models list` has all.")
-    return _bundle(url, stable)
-
-
-def _history(settings: Settings, file: Path | None) -> "Log":
-    """A record file's events, or the archive's."""
-    from trainer import data
-
-    if file is not None:
-        return data.from_file(file)
-    return data.from_archive(settings.archive.url, settings.archive.storage_options)
-
-
-def _bundle(url: str, entry: "Entry | None") -> "Bundle | None":
-    from model import bundle
-
-    return None if entry is None else bundle.load(url, entry.version, entry.sha256)
 
 
 @app.command("list")
@@ -433,7 +36,7 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
     now, versions = registry.read(url), bundle.versions(url)
     if as_json:
         document = {"versions": versions, "registry": now.model_dump(mode="json")}
-        output.print(orjson.dumps(document).decode(), markup=False, soft_wrap=True)
+        print_json(document)
         return
     if not versions:
         notes.print(f"There is no bundle in {url} yet; `starcast train FILE` makes one.")
@@ -469,8 +72,8 @@ def promote(
     url = settings.models.url
     loaded = bundle.load(url, version)
     before = registry.read(url)
-    after = registry.promote(url, version, loaded.sha256, _who(), reason)
-    _announce(settings.kafka, before, after)
+    after = registry.promote(url, version, loaded.sha256, who(), reason)
+    announce(settings.kafka, before, after)
     output.print(f"{version} is stable.")
 
 
@@ -481,8 +84,8 @@ def rollback(context: typer.Context, reason: Reason = "rolled back by hand") -> 
 
     settings = settings_of(context)
     before = registry.read(settings.models.url)
-    after = registry.rollback(settings.models.url, _who(), reason)
-    _announce(settings.kafka, before, after)
+    after = registry.rollback(settings.models.url, who(), reason)
+    announce(settings.kafka, before, after)
     output.print(f"{after.stable.version if after.stable else 'The cold-start ladder'} is stable.")
 
 
@@ -509,8 +112,8 @@ def canary(
     loaded, before = bundle.load(url, version), registry.read(url)
     expected = before.stable.version if before.stable else ""
     _check_encoder(settings, loaded, before.stable)
-    after = registry.set_canary(url, version, loaded.sha256, share, _who(), reason, expected)
-    _announce(settings.kafka, before, after)
+    after = registry.set_canary(url, version, loaded.sha256, share, who(), reason, expected)
+    announce(settings.kafka, before, after)
     if share:
         output.print(f"{version} answers {100 * share:.3g}% of users.", soft_wrap=True)
     else:
@@ -520,7 +123,7 @@ def canary(
 def _check_encoder(settings: Settings, loaded: "Bundle", stable: "Entry | None") -> None:
     from model.encoder import setting_hash
 
-    served = _bundle(settings.models.url, stable)
+    served = bundle_of(settings.models.url, stable)
     hash_ = setting_hash(settings.models.encoder) if served is None else served.encoder_hash
     if (loaded.encoder_hash or "") != (hash_ or ""):
         name = "the cold-start ladder" if stable is None else stable.version
@@ -538,8 +141,8 @@ def end_canary(context: typer.Context, reason: Reason = "ended by hand") -> None
 
     settings = settings_of(context)
     before = registry.read(settings.models.url)
-    after = registry.clear_canary(settings.models.url, _who(), reason)
-    _announce(settings.kafka, before, after)
+    after = registry.clear_canary(settings.models.url, who(), reason)
+    announce(settings.kafka, before, after)
     if before.canary is not None:
         output.print(f"{before.canary.version} is not tried any more.", soft_wrap=True)
 
@@ -605,7 +208,14 @@ def _trial(redis: RedisConfig) -> "Trial | None":
     return window.trial if window else None
 
 
-def _announce(kafka: KafkaConfig, before: "Registry", after: "Registry") -> None:
+def bundle_of(url: str, entry: "Entry | None") -> "Bundle | None":
+    """The bundle that an entry of the registry names; none for the ladder."""
+    from model import bundle
+
+    return None if entry is None else bundle.load(url, entry.version, entry.sha256)
+
+
+def announce(kafka: KafkaConfig, before: "Registry", after: "Registry") -> None:
     """Nudges the workers through `model-updates`; they look at the registry anyway."""
     old, new = before.canary, after.canary
     changed: list[tuple[Stage, float, Entry]] = []
@@ -643,7 +253,8 @@ def _announce(kafka: KafkaConfig, before: "Registry", after: "Registry") -> None
         )
 
 
-def _who() -> str:
+def who() -> str:
+    """Who changes the registry."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name

@@ -5,11 +5,17 @@ What they call imports torch, which takes seconds, so they import it only when t
 
 from typing import TYPE_CHECKING, Annotated
 
-import orjson
 import typer
-from rich.text import Text
 
-from starcast.commands.context import AsJson, fail, notes, output, progress_bar, settings_of
+from starcast.commands.context import (
+    AsJson,
+    fail,
+    notes,
+    print_json,
+    print_marked,
+    progress_bar,
+    settings_of,
+)
 from starcast.settings import Settings
 from streams.admin import check_topics
 
@@ -45,7 +51,7 @@ def rebuild(context: typer.Context, partition: Partition = None) -> None:
                 progress.update(task, advance=1)
                 by = ", by the worker that has taken over" if done.taken_over else ""
                 said = f"{done.what} of partition {each}: {done.seconds:.1f} s{by}"
-                output.print(Text.assemble(("✓", "green"), f" {said}"))
+                print_marked("fine", said)
     shop.store.close()
 
 
@@ -98,13 +104,14 @@ def verify_replay(context: typer.Context, as_json: AsJson = False) -> None:
 def _print(report: "Verification", as_json: bool) -> None:
     """JSON; or for people a line for each kind, then notes and examples."""
     if as_json:
-        output.print(orjson.dumps(report.figures()).decode(), markup=False, soft_wrap=True)
+        print_json(report.figures())
         return
     for what in sorted({*report.compared, *report.differences}):
         wrong, count = report.differences[what], report.compared[what]
-        mark = ("✗", "red") if wrong else ("✓", "green")
         said = f"{wrong:,} of {count:,} differ" if wrong else f"{count:,} agree"
-        output.print(Text.assemble(mark, f" {what}: {said if count or not wrong else wrong}"))
+        print_marked(
+            "wrong" if wrong else "fine", f"{what}: {said if count or not wrong else wrong}"
+        )
     for line in (*report.notes, *report.examples):
         notes.print(line, markup=False, soft_wrap=True)
 

@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 from confluent_kafka import KafkaError, Message
 
-from model import registry
-from model.encoder import StarHead
 from schemas.topics import BY_NAME
 from streams.exceptions import StoreError
 from streams.processor import Outcome, Position
 from streams.run import LOOPS
 from tests.contracts.inputs import bad, good
 from tests.contracts.scripted_shop import BATCH, STOP_SECONDS, ScriptedShop, scripted_shop
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import HIDDEN, bert
+from tests.unit.model.bundles import serve_reader
+from tests.unit.model.encoders import bert
 from tests.unit.streams.scripted_kafka import failure
 
 RECORDS = 40  # of each topic
@@ -72,10 +69,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder whose stable bundle has a tiny encoder and a star head."""
     folder, url = tmp_path_factory.mktemp("encoder"), tmp_path_factory.mktemp("models")
     bert(folder)
-    random = np.random.default_rng(3)
-    head = StarHead(random.normal(size=(5, HIDDEN)).astype(np.float32), np.zeros(5, np.float32))
-    written = write(str(url), encoder=folder, star_head=head)
-    registry.promote(str(url), written.version, written.sha256, "a test", "to see")
+    serve_reader(str(url), folder)
     return url
 
 

@@ -184,11 +184,7 @@ def _until_done(workers: Workers, predicted: int, letters: int) -> None:
 
 def _until_archived(shop: Shop, workers: Workers) -> None:
     """Wait until the archive has all dead letters, or nothing more comes."""
-    ends = {
-        each.partition() or 0: (each.offset() or 0) + 1
-        for batch in read_topic(shop.settings.kafka, "dead-letters")
-        for each in batch
-    }
+    ends = shop.ends("dead-letters")
     deadline = time.monotonic() + STALL_SECONDS
     while archive.positions(shop.settings.archive.url, "dead-letters") != ends:
         if time.monotonic() > deadline or workers.errors:

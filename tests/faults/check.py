@@ -24,7 +24,7 @@ from schemas.exceptions import StarcastError
 from schemas.journal import Piece
 from schemas.journal import decode as decode_journal
 from schemas.topics import BY_NAME, TOPICS
-from streams.admin import client_config
+from streams.admin import client_config, reader_config
 from streams.config import KafkaConfig
 from streams.reader import ITEM_STATE, USER_KIND, USER_STATE, store_keys
 from streams.tail import read_topic
@@ -47,6 +47,7 @@ from tests.faults.numbered import CANDIDATES, recount
 from tests.faults.world import PARTITIONS, FaultyShop
 
 INPUTS = ("reviews", "behavior", "text-features")
+SOURCE = {"topic": pl.String(), "partition": pl.Int64(), "offset": pl.Int64()}  # of an answer
 SETTLED_SECONDS = 120.0  # after the last fault, lag is 0 within this; else something is stuck
 OPERATOR_SECONDS = 35.0  # transactions that hang are told from young ones by then
 ANSWER_SECONDS = 20.0  # a broker that does not answer is asked again
@@ -112,7 +113,7 @@ def unscored(shop: FaultyShop) -> dict[str, int]:
     kafka, left = shop.kafka, {"scorer": 0, "answers": 0, "items": 0}
     for processor, topics in (("scorer", INPUTS), ("answers", ("score-requests",))):
         # Committed offsets are those of a group, and are asked for by a member that never joins.
-        member = Consumer(client_config(kafka, **{"group.id": f"{kafka.group_id}-{processor}"}))
+        member = Consumer(client_config(kafka, group_id=f"{kafka.group_id}-{processor}"))
         try:
             where = [
                 TopicPartition(kafka.topic_prefix + topic, partition)
@@ -146,17 +147,7 @@ def ends(kafka: KafkaConfig, topics: Sequence[str]) -> dict[tuple[str, int], int
 
     A transaction's marker takes an offset and is no record, so a partition's end does not tell.
     """
-    consumer = Consumer(
-        client_config(
-            kafka,
-            **{
-                "group.id": "harness",
-                "isolation.level": "read_committed",
-                "enable.partition.eof": True,
-                "fetch.wait.max.ms": 20,
-            },
-        )
-    )
+    consumer = Consumer(reader_config(kafka, fetch_wait_max_ms=20))
     try:
         marks: dict[tuple[str, int], tuple[int, int]] = {}
         for name in topics:
@@ -195,68 +186,78 @@ class Counts:
 
 def check_predictions(shop: FaultyShop, verdict: Verdict, forgotten: Forgotten) -> Counts:
     """Every record answered once, in order, numbered without gap or repeat."""
-    sent: dict[tuple[str, int], NDArray[Any]] = {}
-    there, numbers = 0, list[int]()
-    for topic in ("reviews", "behavior"):
-        rows: dict[int, list[tuple[int, bytes]]] = {}
-        for batch in read_topic(shop.kafka, topic):
-            for each in batch:
-                if (value := each.value()) is not None:
-                    rows.setdefault(each.partition() or 0, []).append((each.offset() or 0, value))
-        for partition, found in rows.items():
-            there += len(found)
-            sent[topic, partition] = np.array([offset for offset, _ in found])
-            numbers += [int(value.split(b'"', 4)[3][1:]) for _, value in found]
-    columns = shop.events.columns()
-    came = np.bincount(np.array(numbers, np.int64), minlength=shop.events.count)
+    sent, (answers, asked) = read_inputs(shop), read_predictions(shop)
     expected = shop.played["reviews"] + shop.played["behavior"]
     # Inputs were seen to lie in a topic twice, though each was produced and acknowledged once (seed
     # 9): they are told apart from our doing, and each must be answered as often as it lies there.
-    verdict.doubled = max(there - expected, 0)
-    verdict.note("sent", expected, max(expected - there, 0), f"{there} are in the topics")
-    answered: dict[tuple[str, int], list[int]] = {}
-    seqs: dict[int, list[int]] = {}
-    whose: dict[int, list[str]] = {}
-    which: dict[int, list[int]] = {}
-    places: dict[int, list[tuple[int, int]]] = {}
-    events: list[int] = []
-    asked: dict[tuple[str, str], int] = {}
-    last: dict[tuple[str, str], int] = {}
-    disorder = 0
+    verdict.doubled = max(len(sent) - expected, 0)
+    missing = max(expected - len(sent), 0)
+    verdict.note("sent", expected, missing, f"{len(sent)} are in the topics")
+    lost = len(sent.join(answers, on=[*SOURCE], how="anti"))
+    verdict.note("lost", len(sent), lost, "positions that no prediction names")
+    twice = len(answers) - answers.select(*SOURCE).n_unique()
+    verdict.note("duplicated", len(sent), twice, "positions that several predictions name")
+    if shop.all_sent:
+        count, least = shop.events.count, shop.events.columns()["sent"]
+        came, told = (np.bincount(each["event"], minlength=count) for each in (sent, answers))
+        differ = int(((told != came) | (came < least)).sum())
+        verdict.note("answers an event", count, differ, "not as often as it came")
+    before = pl.col("offset").shift().over("user", "topic")
+    disorder = answers.select((pl.col("offset") < before).sum()).item()
+    verdict.note("order of a user", len(answers), disorder, "a later event was predicted first")
+    numbered = pl.col("seq") == pl.int_range(pl.len()).over("partition")
+    gaps = answers.filter(~numbered)["partition"].n_unique()
+    partitions = answers["partition"].n_unique()
+    verdict.note("seq without gap or repeat", partitions, gaps, "partitions")
+    check_requests(shop, verdict, asked)
+    if forgotten.nulls:
+        named = set(answers.select(*SOURCE).iter_rows())
+        answered = sum(each[1:] in named for each in forgotten.nulls)
+        verdict.note("null values without an answer", len(forgotten.nulls), answered, "answered")
+    counts = Counts(*(np.zeros(shop.events.count, np.int64) for _ in range(2)))
+    for mine in answers.partition_by("partition", maintain_order=True):
+        users, numbers = mine["user"].to_list(), mine["event"].to_list()
+        if forgotten.nulls:
+            users, numbers = _with_nulls(verdict, forgotten, mine)
+        counted, kept = applied(users, numbers)
+        np.add.at(counts.items, counted, 1)
+        np.add.at(counts.users, kept, 1)
+    verdict.late = int((counts.items > 1).sum())
+    return counts
+
+
+def read_inputs(shop: FaultyShop) -> pl.DataFrame:
+    """Where each event lies, and its number; null values apart."""
+    rows = [
+        (topic, each.partition(), each.offset(), int(value.split(b'"', 4)[3][1:]))
+        for topic in ("reviews", "behavior")
+        for batch in read_topic(shop.kafka, topic)
+        for each in batch
+        if (value := each.value()) is not None
+    ]
+    return pl.DataFrame(rows, {**SOURCE, "event": pl.Int64}, orient="row")
+
+
+def read_predictions(shop: FaultyShop) -> tuple[pl.DataFrame, Counter[tuple[str, str]]]:
+    """Answers to events, in the order of their partitions; and how often each item was ranked."""
+    rows: list[tuple[Any, ...]] = []
+    asked = Counter[tuple[str, str]]()
     for batch in read_topic(shop.kafka, "predicted-ratings"):
         for each in batch:
             record = orjson.loads(each.value() or b"")
             if record["kind"] == "request":
-                key = (record["request_id"], record["item_id"])
-                asked[key] = asked.get(key, 0) + 1
+                asked[record["request_id"], record["item_id"]] += 1
                 continue
-            source = record["source"]
-            answered.setdefault((source["topic"], source["partition"]), []).append(source["offset"])
-            seqs.setdefault(source["partition"], []).append(record["seq"])
-            events.append(int(record["event_id"][1:]))
-            whose.setdefault(source["partition"], []).append(record["user_id"])
-            which.setdefault(source["partition"], []).append(events[-1])
-            place = INPUTS.index(source["topic"]), source["offset"]
-            places.setdefault(source["partition"], []).append(place)
-            user = (record["user_id"], source["topic"])
-            if source["offset"] < last.get(user, -1):
-                disorder += 1
-            last[user] = source["offset"]
-    lost = twice = 0
-    for place, offsets in sent.items():
-        found, counts = np.unique(np.array(answered.get(place, []), np.int64), return_counts=True)
-        lost += len(np.setdiff1d(offsets, found))
-        twice += int((counts - 1).sum())
-    verdict.note("lost", there, lost, "positions that no prediction names")
-    verdict.note("duplicated", there, twice, "positions that several predictions name")
-    told = np.bincount(np.array(events, np.int64), minlength=shop.events.count)
-    whole = shop.played["sent"] >= shop.events.records() + shop.events.requests()
-    if whole:
-        differ = int(((told != came) | (came < columns["sent"])).sum())
-        verdict.note("answers an event", shop.events.count, differ, "not as often as it came")
-    verdict.note("order of a user", len(events), disorder, "a later event was predicted first")
-    gaps = sum(found != list(range(len(found))) for found in seqs.values())
-    verdict.note("seq without gap or repeat", len(seqs), gaps, "partitions")
+            source, event = record["source"], int(record["event_id"][1:])
+            rows.append(
+                (*(source[name] for name in SOURCE), record["seq"], record["user_id"], event)
+            )
+    more = {"seq": pl.Int64, "user": pl.String, "event": pl.Int64}
+    return pl.DataFrame(rows, SOURCE | more, orient="row"), asked
+
+
+def check_requests(shop: FaultyShop, verdict: Verdict, asked: Counter[tuple[str, str]]) -> None:
+    """Every item of every request ranked as often as the request came."""
     requests = Counter(
         orjson.loads(each.value() or b"")["request_id"]
         for batch in read_topic(shop.kafka, "score-requests")
@@ -266,42 +267,21 @@ def check_predictions(shop: FaultyShop, verdict: Verdict, forgotten: Forgotten) 
     missing = abs(len(asked) - len(requests) * CANDIDATES)
     missing += max(shop.played["score-requests"] - len(requests), 0)
     verdict.note("requests answered once", len(asked), wrong + missing, f"{missing} missing")
-    if forgotten.nulls:
-        named = {place: set(offsets) for place, offsets in answered.items()}
-        answers = sum(
-            each.offset in named.get((each.topic, each.partition), ()) for each in forgotten.nulls
-        )
-        verdict.note("null values without an answer", len(forgotten.nulls), answers, "answered")
-    counts = Counts(*(np.zeros(shop.events.count, np.int64) for _ in range(2)))
-    for partition, users in whose.items():
-        numbers = which[partition]
-        if forgotten.nulls:
-            users, numbers = _with_nulls(
-                verdict, forgotten, partition, users, numbers, places[partition]
-            )
-        counted, kept = applied(users, numbers)
-        np.add.at(counts.items, counted, 1)
-        np.add.at(counts.users, kept, 1)
-    verdict.late = int((counts.items > 1).sum())
-    return counts
 
 
 def _with_nulls(
-    verdict: Verdict,
-    forgotten: Forgotten,
-    partition: int,
-    users: Sequence[str],
-    numbers: Sequence[int],
-    places: Sequence[tuple[int, int]],
+    verdict: Verdict, forgotten: Forgotten, answers: pl.DataFrame
 ) -> tuple[list[str], list[int]]:
-    """A partition's events and null values in the order of its journal."""
+    """Users and numbers of a partition's events and null values in the order of its journal."""
+    partition: int = answers["partition"][0]
     nulls, taken = forgotten.of(partition)
-    steps = forgotten.steps(partition, np.array(places))
+    topics = [INPUTS.index(topic) for topic in answers["topic"]]
+    steps = forgotten.steps(partition, np.stack([topics, answers["offset"].to_numpy()], axis=1))
     verdict.note("journalled", len(steps), int((steps < 0).sum()), "the archived journal lacks it")
     disorder = int((np.diff(steps) <= 0).sum())
     verdict.note("order of the journal", len(steps), disorder, "predicted in another order")
-    users = [*users, *(each.user for each in nulls)]
-    numbers = [*numbers, *(FORGOTTEN for _ in nulls)]
+    users = [*answers["user"], *(each.user for each in nulls)]
+    numbers = [*answers["event"], *(FORGOTTEN for _ in nulls)]
     when = np.concatenate([steps, taken])
     forgotten.expect(users, when)
     order = np.argsort(when, kind="stable").tolist()
@@ -334,8 +314,7 @@ def applied(users: Sequence[str], numbers: Sequence[int]) -> tuple[list[int], li
 def check_states(shop: FaultyShop, verdict: Verdict, counts: Counts, forgotten: Forgotten) -> None:
     """Every count and sum of users and items is what the events say."""
     columns = shop.events.columns()
-    if shop.played["sent"] < shop.events.records() + shop.events.requests():
-        raise AssertionError("states are checked when all events were sent")
+    assert shop.all_sent, "states are checked when all events were sent"
     store = shop.store
     kinds: tuple[tuple[str, str, bytes, np.dtype[Any], NDArray[np.int64]], ...] = (
         ("user", "u", USER_STATE, USER, counts.users),

@@ -74,13 +74,11 @@ class PersistentProducer:
         return Producer(
             client_config(
                 self._kafka,
-                **{
-                    "acks": "all",
-                    "enable.idempotence": True,
-                    "partitioner": "murmur2_random",
-                    "linger.ms": 20,
-                    "delivery.timeout.ms": DELIVERY_MS,
-                    "queue.buffering.max.messages": 500_000,
-                },
+                acks="all",
+                enable_idempotence=True,
+                partitioner="murmur2_random",
+                linger_ms=20,
+                delivery_timeout_ms=DELIVERY_MS,
+                queue_buffering_max_messages=500_000,
             )
         )

@@ -90,6 +90,8 @@ class _Pair:
 
     async def _reach(self) -> None:
         loop = asyncio.get_running_loop()
+        await self.proxy.learn(self.port)
+        self.rule = self.proxy.rule_of(self)
         try:
             await loop.create_connection(lambda: self.behind, HOST, self.proxy.targets[self.server])
         except OSError:

@@ -11,11 +11,8 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import nn
 
 from model import bundle, registry
-from model.calibration import Calibration
-from model.network import FusedNetwork, default_config
 from model.predict import predictor, warm
 from streams.reader import USER_STATE
 from tests.faults.check import (
@@ -35,7 +32,7 @@ from tests.faults.schedule import Planned, Schedule
 from tests.faults.servers import Servers
 from tests.faults.world import PARTITIONS, FaultyShop, NotReached, World, make_world
 from tests.servers import ServerError
-from tests.unit.model.test_bundle import CARD
+from tests.unit.model.bundles import write
 
 TRIES = 4  # to come to the point where a fault is to happen
 VERSIONS = 3  # bundles to swap
@@ -271,17 +268,7 @@ def _forget_rest(shop: FaultyShop, seconds: float, say: Callable[[str], None]) -
 def _write_bundles(url: str) -> None:
     """Small networks with weights by chance: other predictions with each."""
     for seed in range(VERSIONS):
-        torch.manual_seed(seed)
-        network = FusedNetwork(default_config(vector=8, members=2, buckets=64, name_buckets=32))
-        for parameter in network.parameters():
-            nn.init.normal_(parameter, std=0.05)
-        written = bundle.write(
-            url,
-            network=network,
-            calibration=Calibration(slope=0.9, intercept=0.4),
-            metrics={"model": {"rmse": 0.9}},
-            card=CARD,
-        )
+        written = write(url, seed, vector=8)
         if not seed:
             # Compiled here once, for workers that would each do it at the same time.
             warm(predictor(bundle.load(url, written.version, written.sha256), "cpu"))

@@ -73,14 +73,7 @@ def _node(folder: Path, name: str, proxy: Proxy, *options: str, announce: str) -
     command = [
         *(embedded._store_binary(), "--port", str(port), "--bind", HOST, "--save", ""),
         *("--appendonly", "no", "--maxmemory-policy", "noeviction", "--dir", str(folder / name)),
-        *(
-            "--repl-diskless-sync-delay",
-            "0",
-            "--repl-timeout",
-            "10",
-            "--enable-debug-command",
-            "yes",
-        ),
+        *("--repl-diskless-sync-delay", "0", "--repl-timeout", "10"),
         *(f"--{announce}-port", str(proxied)),
         *options,
     ]
@@ -143,10 +136,6 @@ class Stores(ABC):
         """No memory left, or enough."""
         for node in self.nodes:
             node.ask("CONFIG", "SET", "maxmemory", "1" if full else "0")
-
-    def memory(self) -> int:
-        """Bytes used by the primaries."""
-        return sum(int(node.client().info("memory")["used_memory"]) for node in self.primaries())
 
     def close(self) -> None:
         for node in self.nodes:

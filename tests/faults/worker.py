@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import confluent_kafka
@@ -33,7 +33,7 @@ from streams import store as stores
 from streams.run import run_processors
 from tests.faults.protections import SWITCHES
 
-POINTS = (
+Point = Literal[
     "polled",  # messages are here, the group's generation is not read yet
     "scoring",  # states are read, nothing is predicted
     "noted",  # offsets are in an open transaction, the batch is being worked on
@@ -42,7 +42,7 @@ POINTS = (
     "committed",  # it was answered; states are not written
     "writing",  # some chunks of a batch's states are written, the header is not
     "claimed",  # a new owner has read the header; nothing is recovered
-)
+]
 CHUNK = 20  # keys in a guarded write here, so that a batch has many,
 ROUND_TRIP = 3  # and round trips end in the middle of a partition's
 SENT_SECONDS = 5.0  # for outputs that a worker has queued to be with the brokers
@@ -53,8 +53,8 @@ class Order:
     """What a worker is to do when `processor` reaches `point`."""
 
     processor: str
-    point: str
-    action: str  # kill, kill_in, sleep, stop
+    point: Point
+    action: Literal["kill", "kill_in", "sleep", "stop"]
     seconds: float = 0.0
 
 
@@ -80,11 +80,11 @@ class Points:
             else:
                 self._orders.clear()
 
-    def awaits(self, point: str) -> bool:
+    def awaits(self, point: Point) -> bool:
         """Whether this thread is to do anything at a point."""
         return bool(self._orders) and (_processor(), point) in self._orders
 
-    def reach(self, point: str) -> None:
+    def reach(self, point: Point) -> None:
         """What a processor's thread, or that of its commits, does at a point: mostly nothing."""
         if not self._orders:
             return

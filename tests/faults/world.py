@@ -15,15 +15,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Producer
 from pydantic import SecretStr
 
 from model.state import LAYOUT_HASH
 from schemas.records import Item, Record, User
 from starcast.settings import Settings
-from streams.admin import apply_topics, client_config
+from streams.admin import apply_topics
 from streams.config import KafkaConfig
-from streams.producer import outgoing
+from streams.producer import outgoing, play
 from streams.store import Store
 from tests.faults.numbered import ITEMS, Numbered, stamp
 from tests.faults.producer import PersistentProducer
@@ -216,6 +215,11 @@ class FaultyShop:
     def all_workers(self) -> list[Worker]:
         return [*self.workers, self.archiver]
 
+    @property
+    def all_sent(self) -> bool:
+        """Whether all events and requests were sent."""
+        return self.played["sent"] >= self.events.records() + self.events.requests()
+
     def live(self) -> list[Worker]:
         """Workers that score and are up."""
         return [each for each in self.workers if each.wanted and each.alive()]
@@ -258,10 +262,7 @@ class FaultyShop:
         self._describe([("users", User.model_validate({"user_id": u} | known)) for u in users])
 
     def _describe(self, records: Sequence[tuple[str, Record]]) -> None:
-        producer = Producer(client_config(self.kafka, partitioner="murmur2_random", acks="all"))
-        for each in outgoing(records):
-            producer.produce(self.kafka.topic_prefix + each.topic, each.value, each.key)
-        assert producer.flush(60) == 0
+        assert not play(outgoing(records), self.kafka).failed
 
 
 @dataclass
@@ -273,7 +274,6 @@ class World:
     folder: Path
     models: str
     done: threading.Event = field(default_factory=threading.Event)
-    _tender: threading.Thread | None = None
 
     def all_workers(self) -> list[Worker]:
         return [worker for shop in self.shops for worker in shop.all_workers]
@@ -289,15 +289,7 @@ class World:
                 for worker in self.all_workers():
                     worker.tend()
 
-        self._tender = threading.Thread(target=tend, name="supervisor", daemon=True)
-        self._tender.start()
-
-    def stop_workers(self) -> dict[str, float]:
-        """End all by SIGTERM; seconds each took. Raises TimeoutError when one is stuck."""
-        self.done.set()
-        if self._tender:
-            self._tender.join()
-        return {worker.name: worker.stop() for worker in self.all_workers() if worker.wanted}
+        threading.Thread(target=tend, name="supervisor", daemon=True).start()
 
     def close(self) -> None:
         """End what is left."""

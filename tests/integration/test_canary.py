@@ -1,8 +1,6 @@
 """Two versions at once on a real Kafka and a real store: who answers whom, and what is counted."""
 
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -34,7 +32,7 @@ from streams.store import connect
 from streams.verify import Verification, verify_replay
 from streams.windows import WINDOWS_KEY, Trial, last_window
 from tests.shops import Shop, Workers, check_each_once, check_states, make_shop, until
-from tests.unit.model.test_bundle import write
+from tests.unit.model.bundles import write
 
 SHARE = 0.5
 END = datetime(2026, 1, 1, tzinfo=UTC)
@@ -227,24 +225,12 @@ def renamed(tried: Tried, chosen: PredictedRating) -> str:
     return copy
 
 
-WORKER = """
-import sys, threading
-from tests.shops import Shop, Settings
-settings = Settings.model_validate_json(sys.argv[1])
-settings.redis.url = type(settings.redis.url)(sys.argv[2])
-with Shop(settings).workers("scorer", "items", slot=1):
-    threading.Event().wait()
-"""
-
-
 def test_a_kill_under_a_canary_changes_nothing(tried: Tried) -> None:
     shop = tried.shop
     sent = [each for each in events(1_500) if isinstance(each[1], Review | Behavior)]
     tried.share(SHARE)
-    secret = shop.settings.redis.url.get_secret_value()
-    command = [sys.executable, "-c", WORKER, shop.settings.model_dump_json(), secret]
     with shop.workers("archiver"):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        with shop.process("scorer", "items") as process:
             playing = threading.Thread(target=shop.play, args=(sent,), kwargs={"rate": 400})
             playing.start()
             reached = len(shop.until_predicted(300))

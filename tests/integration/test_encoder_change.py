@@ -10,8 +10,8 @@ from schemas.records import Behavior, Item, PredictedRating
 from streams.coverage import reached
 from streams.verify import verify_replay
 from tests.shops import Shop, Workers, make_shop, until
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import HIDDEN, bert
+from tests.unit.model.bundles import write
+from tests.unit.model.encoders import HIDDEN, bert
 
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
 VIEWS = 40  # each of another item, by another user: nothing but its words is known
@@ -47,7 +47,7 @@ def by_version(predictions: list[PredictedRating]) -> Counter[str]:
 def all_read(shop: Shop, version: str) -> bool:
     """Whether a version's encoder has read all items."""
     used = encoder_of(shop.settings.models.url, version)
-    ends = {each.partition() or 0: (each.offset() or 0) + 1 for each in shop.read("items")}
+    ends = shop.ends("items")
     return reached(shop.store, used or "", sorted(ends)) == [ends[at] for at in sorted(ends)]
 
 

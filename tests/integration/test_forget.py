@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import Producer
 from typer.testing import CliRunner, Result
 
 from model.events import EVENT
@@ -20,7 +20,7 @@ from schemas.records import Review, ScoreRequest, User
 from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
-from streams.admin import client_config, reach
+from streams.admin import client_config
 from streams.embedded import embedded
 from streams.erasure import ErasureError
 from streams.forget import unarchived
@@ -57,19 +57,6 @@ def is_blank(shop: Shop, user: str) -> bool:
 def run(shop: Shop, *arguments: str) -> Result:
     """A command with the shop's settings."""
     return CliRunner().invoke(app, [*arguments], env=shop.environment)
-
-
-def cut(shop: Shop, *topics: str) -> None:
-    """As retention does: nothing is left of these topics."""
-    prefix = shop.settings.kafka.topic_prefix
-    ends = [
-        TopicPartition(prefix + topic, partition, -1)
-        for topic in topics
-        for partition in range(PARTITIONS)
-    ]
-    admin = reach(shop.settings.kafka)  # held until its futures have ended
-    for future in admin.delete_records(ends).values():
-        future.result(30)
 
 
 def files_with(shop: Shop, user: str) -> list[Path]:
@@ -189,7 +176,7 @@ def test_forget_erases_a_user_everywhere_and_nothing_brings_them_back(
     assert any("passed over" in note for note in report.notes)
     # Retention has taken the topics: all is rebuilt from the archive.
     states = shop.states()
-    cut(shop, "reviews", "behavior", "text-features", "journal", "item-updates")
+    shop.cut("reviews", "behavior", "text-features", "journal", "item-updates")
     shop.empty_store()
     rebuilt = run(shop, "state", "rebuild")
     assert rebuilt.exit_code == 0, rebuilt.output

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -23,8 +23,8 @@ from streams.store import connect
 from streams.tail import read_topic
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window
 from tests.digests import digest
+from tests.shops import until
 
-PATIENCE_SECONDS = 40.0
 STOP_SECONDS = 10.0
 INSIGHTS = InsightsConfig(
     window_seconds=6,
@@ -70,7 +70,7 @@ def insights(kafka: KafkaConfig, url: str, metrics: Metrics) -> Generator[None]:
 
 def send(kafka: KafkaConfig, *values: bytes) -> None:
     """Compressed as the workers' producers do."""
-    producer = Producer(client_config(kafka, **{"compression.type": "lz4"}))
+    producer = Producer(client_config(kafka, compression_type="lz4"))
     for value in values:
         producer.produce(topic_name(kafka, "score-digests"), value=value, key=b"scorer-0")
     assert producer.flush(10) == 0
@@ -97,13 +97,6 @@ def counted(found: list[Window]) -> int:
     )
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not what():
-        assert time.monotonic() < deadline, "did not come"
-        time.sleep(0.1)
-
-
 def read(kafka: KafkaConfig, topic: str) -> list[bytes]:
     return [
         value
@@ -119,12 +112,12 @@ def test_digests_become_windows_alerts_and_dead_letters(cluster: KafkaConfig, st
         good = now_digest(10, "a")
         mixed = now_digest(1, "mixed").model_copy(update={"kinds": {"review": 1, "request": 1}})
         send(cluster, encode(good), encode(good), b"{}", encode(mixed))
-        wait_for(lambda: counted(windows(store)) >= 10)
+        until(lambda: counted(windows(store)) >= 10)
         send(cluster, encode(now_digest(10, "b", error=2.0)))
-        wait_for(lambda: counted(windows(store)) >= 20)
+        until(lambda: counted(windows(store)) >= 20)
         # The next windows fire too, but the alert has been given.
         last = windows(store)[-1].end_ms
-        wait_for(lambda: windows(store)[-1].end_ms >= last + 2_000)
+        until(lambda: windows(store)[-1].end_ms >= last + 2_000)
     found = windows(store)
     assert counted(found) == 20
     assert [window.end_ms for window in found] == list(
@@ -151,11 +144,11 @@ def test_a_restart_neither_loses_nor_doubles(cluster: KafkaConfig, store: str) -
     metrics = make_metrics()
     with insights(cluster, store, metrics):
         send(cluster, encode(now_digest(5, "a")))
-        wait_for(lambda: counted(windows(store)) == 5)
+        until(lambda: counted(windows(store)) == 5)
     before = windows(store)
     send(cluster, encode(now_digest(7, "b")), encode(now_digest(0, "a")))
     with insights(cluster, store, metrics):
-        wait_for(lambda: counted(windows(store)) == 12)
+        until(lambda: counted(windows(store)) == 12)
     after = windows(store)
     assert after[: len(before)] == before
     ends = [window.end_ms for window in after]
@@ -173,13 +166,13 @@ def test_a_store_that_is_gone_is_waited_for(
     port = int(store.address.rpartition(":")[2].partition("/")[0])
     with insights(cluster, store.address, make_metrics()):
         send(cluster, encode(now_digest(3, "a")))
-        wait_for(lambda: counted(windows(store.address)) == 3)
+        until(lambda: counted(windows(store.address)) == 3)
         store.stop()
         send(cluster, encode(now_digest(4, "b")))
         time.sleep(3)
         with _store_at(port, tmp_path_factory) as url:
             # What fell due meanwhile is written when the store is back.
-            wait_for(lambda: counted(windows(url)) == 4)
+            until(lambda: counted(windows(url)) == 4)
 
 
 @contextmanager
@@ -197,7 +190,7 @@ def _store_at(port: int, folders: pytest.TempPathFactory) -> Generator[str]:
 def test_window_json_is_what_the_page_and_programs_read(cluster: KafkaConfig, store: str) -> None:
     with insights(cluster, store, make_metrics()):
         send(cluster, encode(now_digest(4, "a", error=1.0)))
-        wait_for(lambda: counted(windows(store)) == 4)
+        until(lambda: counted(windows(store)) == 4)
     client = connect(RedisConfig(url=SecretStr(store)))
     identity, fields = client.xrange(f"starcast:{WINDOWS_KEY}", count=1)[0]
     client.close()

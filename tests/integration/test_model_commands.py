@@ -20,8 +20,8 @@ from streams.tail import read_topic
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, add, close, make_steps
 from tests.commands import run
 from tests.digests import at, digest, ms
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import bert
+from tests.unit.model.bundles import write
+from tests.unit.model.encoders import bert
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """More than a worker can take: lag grows and is worked off, memory stays, nothing is dropped."""
 
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -14,18 +12,17 @@ from unittest.mock import patch
 import numpy as np
 import psutil
 import pytest
-from confluent_kafka import Message, Producer
+from confluent_kafka import Message
 
-from schemas.codec import encode
 from schemas.records import Behavior, Review, ScoreRequest
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
-from streams.admin import TopicError, apply_topics, client_config, topic_name
+from streams.admin import TopicError, apply_topics, topic_name
 from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, Sender, outgoing, play
 from tests.shops import PARTITIONS, Shop, check_each_once, check_states, make_shop, until
-from tests.unit.model.test_encoder import bert
+from tests.unit.model.encoders import bert
 
 BATCH = 200  # events in one transaction of a test's shop
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -162,24 +159,13 @@ def test_a_slow_text_lane_does_not_hold_up_the_scorer(
 
 BACKLOG_MEGABYTES = 150
 LARGE_TEXT = 30_000  # characters that do not compress
-WORKER = """
-import sys, threading
-from tests.shops import Shop, Settings
-settings = Settings.model_validate_json(sys.argv[1])
-settings.redis.url = type(settings.redis.url)(sys.argv[2])
-with Shop(settings).workers("scorer"):
-    threading.Event().wait()
-"""
 
 
 @pytest.fixture
 def worker(shop: Shop) -> Iterator[psutil.Process]:
     """A scorer in a process of its own."""
-    url = shop.settings.redis.url.get_secret_value()
-    command = [sys.executable, "-c", WORKER, shop.settings.model_dump_json(), url]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with shop.process("scorer") as process:
         yield psutil.Process(process.pid)
-        process.kill()
 
 
 @pytest.mark.slow
@@ -266,12 +252,7 @@ def test_another_partition_count_is_refused_with_both_counts(shop: Shop) -> None
 def test_a_full_batch_of_large_events_is_one_that_kafka_takes(shop: Shop) -> None:
     """Journal records are cut, so that a batch of any size fits into the topic."""
     sent = views(5 * BATCH)
-    producer = Producer(client_config(shop.settings.kafka, partitioner="murmur2_random"))
-    for topic, each in sent:
-        producer.produce(
-            topic_name(shop.settings.kafka, topic), encode(each), each.user_id.encode()
-        )
-    producer.flush()
+    shop.play(sent)
     shop.settings.scorer.batch_events = 5 * BATCH
     with shop.workers("scorer"):
         check_each_once(shop.until_predicted(len(sent)), sent)

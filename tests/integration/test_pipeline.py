@@ -1,8 +1,6 @@
 """The processors together on a real Kafka and a real store, exactly-once."""
 
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -294,26 +292,10 @@ def test_a_lost_store_is_rebuilt_from_the_journal(whole: Whole) -> None:
 
 # -- takeovers -----------------------------------------------------------------------------------
 
-WORKER = """
-import sys, threading
-from tests.shops import Shop, Settings
-settings = Settings.model_validate_json(sys.argv[1])
-settings.redis.url = type(settings.redis.url)(sys.argv[2])
-with Shop(settings).workers("scorer", "items", slot=1):
-    threading.Event().wait()
-"""
-
 
 def test_a_killed_worker_is_taken_over(shop: Shop) -> None:
     sent = only_events(events(2_000))
-    command = [
-        sys.executable,
-        "-c",
-        WORKER,
-        shop.settings.model_dump_json(),
-        shop.settings.redis.url.get_secret_value(),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with shop.process("scorer", "items") as process:
         playing = threading.Thread(target=shop.play, args=(sent,), kwargs={"rate": 400})
         playing.start()
         reached = len(shop.until_predicted(300))

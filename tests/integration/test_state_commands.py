@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from confluent_kafka import TopicPartition
 from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
@@ -100,19 +99,6 @@ def run(shop: Shop, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["state", *arguments], env=shop.environment)
 
 
-def cut(shop: Shop, *topics: str) -> None:
-    """As retention does: nothing is left of these topics."""
-    prefix = shop.settings.kafka.topic_prefix
-    ends = [
-        TopicPartition(prefix + topic, partition, -1)
-        for topic in topics
-        for partition in range(PARTITIONS)
-    ]
-    admin = reach(shop.settings.kafka)  # held until its futures have ended
-    for future in admin.delete_records(ends).values():
-        future.result(30)
-
-
 def uncompacted(shop: Shop, topic: str) -> None:
     """Kafka deletes no records of a topic that it compacts."""
     admin = reach(shop.settings.kafka)
@@ -200,7 +186,7 @@ def test_a_rebuild_takes_from_the_archive_what_retention_has_taken(
 ) -> None:
     shop, sent = played
     before = everything(shop)
-    cut(shop, "journal", "item-updates")
+    shop.cut("journal", "item-updates")
     shop.empty_store()
     result = run(shop, "rebuild")
     assert result.exit_code == 0, result.output
@@ -215,7 +201,7 @@ def test_workers_take_from_the_archive_what_retention_has_taken(
 ) -> None:
     shop, sent = played
     before = everything(shop)
-    cut(shop, "journal", "item-updates")
+    shop.cut("journal", "item-updates")
     shop.empty_store()
     with shop.workers("scorer", "items", "catalog") as workers:
         until(lambda: everything(shop).keys() == before.keys())
@@ -238,7 +224,7 @@ def test_states_without_their_beginning_are_not_touched(
 ) -> None:
     shop, _ = played
     before = everything(shop)
-    cut(shop, "journal", "item-updates")
+    shop.cut("journal", "item-updates")
     shutil.move(tmp_path / "archive" / "item-updates", tmp_path / "kept")
     with pytest.raises(JournalGapError, match="does not have all before"):
         list(rebuild.rebuild(place(shop), 0))
@@ -370,7 +356,7 @@ def test_a_compacted_catalogue_is_taken_from_the_archive(played: tuple[Shop, Sen
         )
     before = everything(shop)
     uncompacted(shop, "items")
-    cut(shop, "items")
+    shop.cut("items")
     checked = run(shop, "check")
     assert checked.exit_code == 0, checked.output
     rebuilt = run(shop, "rebuild")

@@ -11,7 +11,7 @@ from confluent_kafka import KafkaException, Producer
 
 from streams.admin import client_config
 from tests.faults.kinds.kind import ADMIN_SECONDS, Kind, some_worker, transactional_id
-from tests.faults.worker import Order
+from tests.faults.worker import Order, Point
 from tests.faults.world import OVERRUN_SECONDS, FaultyShop, NotReached, Worker, World, add_worker
 
 ZOMBIE_SECONDS = (8.0, 10.0)  # longer than the session timeout of 6 s
@@ -20,7 +20,7 @@ DANGLING_SECONDS = 14.0  # longer than a transaction may stay open
 CLOCK_SECONDS = 2 * 86_400.0  # how far a clock jumps
 
 
-def _kill_at(point: str, soon: float = 0.0) -> Callable[[World, FaultyShop, Random], str]:
+def _kill_at(point: Point, soon: float = 0.0) -> Callable[[World, FaultyShop, Random], str]:
     def harm(world: World, shop: FaultyShop, random: Random) -> str:
         worker = some_worker(shop, random)
         processor = "scorer" if random.random() < 0.75 or point not in _ITEMS else "items"
@@ -52,7 +52,7 @@ def _zombie(world: World, shop: FaultyShop, random: Random) -> str:
     return worker.name
 
 
-def _zombie_at(point: str) -> Callable[[World, FaultyShop, Random], str]:
+def _zombie_at(point: Point) -> Callable[[World, FaultyShop, Random], str]:
     def harm(world: World, shop: FaultyShop, random: Random) -> str:
         worker = some_worker(shop, random)
         try:
@@ -65,7 +65,7 @@ def _zombie_at(point: str) -> Callable[[World, FaultyShop, Random], str]:
     return harm
 
 
-def _overrun_at(point: str) -> Callable[[World, FaultyShop, Random], str]:
+def _overrun_at(point: Point) -> Callable[[World, FaultyShop, Random], str]:
     def harm(world: World, shop: FaultyShop, random: Random) -> str:
         worker = some_worker(shop, random)
         worker.order(Order("scorer", point, "sleep", OVERRUN))
@@ -119,7 +119,7 @@ def _clock(world: World, shop: FaultyShop, random: Random) -> str:
 
 def _reopened(world: World, shop: FaultyShop, random: Random) -> str:
     identity = transactional_id(shop, random.randrange(max(len(shop.live()), 1)))
-    producer = Producer(client_config(shop.kafka, **{"transactional.id": identity}))
+    producer = Producer(client_config(shop.kafka, transactional_id=identity))
     try:
         producer.init_transactions(ADMIN_SECONDS)
     except KafkaException as error:

@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,47 +13,16 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from model import bundle as bundles
 from model.bundle import FORMAT, Written
 from model.calibration import Calibration
-from model.card import ModelCard
 from model.encoder import StarHead, folder_hash, read_star_head
 from model.exceptions import BundleError
-from model.network import FusedNetwork, default_config
+from model.network import FusedNetwork
 from model.predict import predictor
-from tests.unit.model.shop import WIDTH, Observed
-
-CARD = ModelCard(
-    data="a | generated shop",
-    data_from=datetime(2026, 1, 1, tzinfo=UTC),
-    data_to=datetime(2026, 2, 1, tzinfo=UTC),
-    rows={"train": 12_345},
-    settings={"dropout": 0.1},
-    metrics={"model": {"rmse": 0.9, "mae": 0.7}, "bias": {"rmse": 0.95}},
-    limits=["Not for people."],
-    notes="Made by a test.",
-)
-
-
-def network(seed: int = 0, vector: int = WIDTH) -> FusedNetwork:
-    torch.manual_seed(seed)
-    built = FusedNetwork(default_config(vector=vector, members=2, buckets=64, name_buckets=32))
-    for parameter in built.parameters():
-        nn.init.normal_(parameter, std=0.07)
-    return built
-
-
-def write(url: str, seed: int = 0, vector: int = WIDTH, **parts: Any) -> Written:
-    return bundles.write(
-        url,
-        network=network(seed, vector),
-        calibration=Calibration(slope=0.9, intercept=0.4),
-        metrics={"model": {"rmse": 0.9}},
-        card=CARD,
-        **parts,
-    )
+from tests.unit.model.bundles import CARD, network, write
+from tests.unit.model.shop import Observed
 
 
 @pytest.fixture

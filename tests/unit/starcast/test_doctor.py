@@ -6,8 +6,8 @@ from model import registry
 from starcast.doctor import _models, _store
 from streams.config import ModelsConfig, RedisConfig
 from streams.embedded import HOST, free_port
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import bert
+from tests.unit.model.bundles import write
+from tests.unit.model.encoders import bert
 
 
 def test_a_cluster_that_is_down_is_a_finding() -> None:

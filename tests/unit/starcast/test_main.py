@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
@@ -226,8 +227,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(
         raise AssertionError("worked")
 
     for name in (
-        "starcast.commands.models.settings_of",
-        "starcast.commands.serving.settings_of",
+        "starcast.commands.training.settings_of",
+        "starcast.commands.running.settings_of",
         "starcast.importers.import_amazon",
         "starcast.shop.shop",
     ):
@@ -310,7 +311,8 @@ def test_a_demo_refuses_options_of_the_other_mode(
 def test_a_demos_children_have_its_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str]
 ) -> None:
-    def start_child(*_: object, environment: dict[str, str], **__: object) -> None:
+    def start_child(*given: Any) -> None:
+        *_, environment = given
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir("/")
@@ -323,7 +325,7 @@ def test_a_demos_children_have_its_settings(
     )
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # a demo that fails leaves its folder
     monkeypatch.setattr("starcast.demo.apply_topics", lambda kafka: None)
-    monkeypatch.setattr("starcast.demo.start_child", start_child)
+    monkeypatch.setattr("starcast.workers.start_child", start_child)
     (tmp_path / "f.jsonl").touch()
     (tmp_path / "my.toml").write_text("[kafka]\ntopic_prefix = 'mine.'\n")
     arguments = ["--config", "my.toml", "--log-level", "error", "demo", *mode]

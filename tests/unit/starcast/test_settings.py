@@ -11,6 +11,7 @@ from starcast.settings import (
     hide_password,
     load,
     load_with_sources,
+    variables,
 )
 from streams.config import KafkaConfig, RedisConfig
 
@@ -188,6 +189,26 @@ def test_settings_from_parts_read_no_source(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert settings.kafka.partitions == 3
     assert Settings().kafka.partitions == 8
+
+
+def test_a_process_has_the_settings_that_its_variables_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.model_validate(
+        {
+            "kafka": {"topic_prefix": "eu.", "options": {"sasl.password": "a b"}},
+            "redis": {"url": "redis://:secret@h:1/0", "cluster": True},
+            "archive": {"options": {"aws_region": "x"}},
+            "trainer": {"fit": {"sizes": {"dropout": 0.25}}, "tracking": {"mlflow_uri": "x"}},
+        }
+    )
+    settings.trainer.text.fine_tune.augment.ways = ("swap", "shift")
+    monkeypatch.setenv("STARCAST_KAFKA__PARTITIONS", "77")
+    (tmp_path / "starcast.toml").write_text("[scorer]\nlinger_ms = 7\n")
+    assert load(folder=tmp_path) != settings
+    for name, value in variables(settings).items():
+        monkeypatch.setenv(name, value)
+    assert load(folder=tmp_path) == settings
 
 
 def test_one_underscore_for_two_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from streams.processor import Outcome
 from streams.reader import ITEM_STATE, USER_STATE, Reader, store_keys
 from streams.store import Store
 from streams.user_states import decode_header
-from tests.unit.model.test_bundle import write
+from tests.unit.model.bundles import write
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 PARTITIONS = 4

@@ -21,8 +21,8 @@ from streams.config import ModelsConfig
 from streams.exceptions import StoreError
 from streams.metrics import make_metrics
 from streams.models import Models
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import HIDDEN, bert
+from tests.unit.model.bundles import write
+from tests.unit.model.encoders import HIDDEN, bert
 
 
 def make(url: Path, **config: Any) -> Models:

@@ -59,9 +59,9 @@ from streams.reader import (
 from streams.scorer import Scorer, _arrange, _ends
 from streams.store import Store
 from streams.user_states import Held, UserStates, decode_header
+from tests.unit.model.bundles import write
+from tests.unit.model.encoders import bert
 from tests.unit.model.shop import WIDTH
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import bert
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 PARTITIONS = 3

@@ -12,7 +12,6 @@ from pydantic import SecretStr
 
 from model import encoder, registry
 from model.catalog import item_text
-from model.encoder import StarHead
 from model.ids import hash_ids
 from model.state import LAYOUT_HASH
 from schemas.records import Item, PredictedRating, Review, TextFeatures
@@ -24,8 +23,8 @@ from streams.processor import Outcome
 from streams.reader import VECTOR_DTYPE, vector_keys
 from streams.store import Store
 from streams.texts import Texts
-from tests.unit.model.test_bundle import write
-from tests.unit.model.test_encoder import HIDDEN, bert
+from tests.unit.model.bundles import serve_reader, write
+from tests.unit.model.encoders import bert
 from tests.unit.streams.messages import PREFIX, message
 
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -43,10 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundles(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A models folder whose stable bundle has the encoder and a star head."""
     url = tmp_path_factory.mktemp("models")
-    random = np.random.default_rng(3)
-    head = StarHead(random.normal(size=(5, HIDDEN)).astype(np.float32), np.zeros(5, np.float32))
-    written = write(str(url), encoder=folder, star_head=head)
-    registry.promote(str(url), written.version, written.sha256, "a test", "to see")
+    serve_reader(str(url), folder)
     return url
 
 

@@ -17,15 +17,17 @@ from schemas.topics import BY_NAME
 from starcast import importers, shop
 from starcast.commands.context import (
     INTERRUPTED,
+    AsJsonLines,
     check_output,
     fail,
     notes,
     output,
+    parse_time,
+    print_counts,
     progress_bar,
     settings_of,
     stopping,
 )
-from starcast.commands.times import parse_time
 from streams.producer import Outgoing, Sent, play
 from streams.tail import Start, read_topic
 
@@ -60,8 +62,7 @@ def _import(
     with progress_bar() as progress:
         progress.add_task(f"Reading {', '.join(file.name for file in files)}", total=None)
         report = read(files, out)
-    for topic, count in sorted(report.counts.items()):
-        output.print(f"{count:>10,} {topic}", markup=False)
+    print_counts(report.counts)
     for reason, (count, where) in report.skipped.items():
         notes.print(f"{count:>10,} left out: {reason} (first: {where})", markup=False)
     notes.print(f"Wrote {out}", markup=False)
@@ -81,8 +82,7 @@ def sample(
     """Write the record file of a generated shop: invented users, items, behaviour and reviews."""
     check_output(out)
     counts = write_records(out, shop.shop(seed, users, items, events, end))
-    for topic, count in sorted(counts.items()):
-        output.print(f"{count:>10,} {topic}", markup=False)
+    print_counts(counts)
     notes.print(f"Wrote {out} (generated, nothing in it is real)", markup=False)
 
 
@@ -124,8 +124,7 @@ def produce(
                 f"{problem}. {delivered:,} records before that were sent: leave them out when you "
                 "play the file again."
             ) from None
-    for topic, count in sorted(sent.delivered.items()):
-        output.print(f"{count:>10,} {topic}", markup=False)
+    print_counts(sent.delivered)
     pace = sent.delivered.total() / sent.seconds if sent.seconds else 0.0
     notes.print(f"{sent.delivered.total():,} records in {sent.seconds:.1f} s, {pace:,.0f}/s")
     problems = [f"{count:,} failed: {why}" for why, count in sent.failed.items()]
@@ -155,9 +154,7 @@ def consume(
         bool, typer.Option("--follow/--no-follow", help="Wait for more, or stop at the end.")
     ] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the records as JSON lines.")
-    ] = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Follow the predicted ratings, committed ones only."""
     kafka = settings_of(context).kafka

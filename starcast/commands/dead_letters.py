@@ -12,8 +12,15 @@ from rich.text import Text
 
 from schemas.codec import encode
 from schemas.records import format_time
-from starcast.commands.context import fail, notes, output, settings_of
-from starcast.commands.times import parse_time
+from starcast.commands.context import (
+    AsJsonLines,
+    fail,
+    notes,
+    output,
+    parse_time,
+    print_json,
+    settings_of,
+)
 from streams.dead_letters import Letter, Wanted, read_letters, redrive
 
 PREVIEW = 60  # characters of a value in a list
@@ -31,7 +38,6 @@ Until = Annotated[
     datetime | None,
     typer.Option(parser=parse_time, metavar="TIME", help="First failed before then."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 
 
 @app.command("list")
@@ -46,7 +52,7 @@ def list_(
     everything: Annotated[
         bool, typer.Option("--all", help="Also those that were sent again.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """List dead letters that wait, oldest first."""
     wanted = Wanted(reason, topic, processor, since, until)
@@ -73,7 +79,7 @@ def list_(
 def show(
     context: typer.Context,
     position: Annotated[str, typer.Argument(help="PARTITION/OFFSET, as `list` prints it.")],
-    as_json: AsJson = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Show one dead letter with its key, value and headers."""
     wanted = Wanted(positions=frozenset([position]))
@@ -175,7 +181,7 @@ def _print_line(letter: Letter) -> None:
         "redriven": letter.redriven,
         **orjson.loads(encode(letter.letter)),
     }
-    output.print(orjson.dumps(line).decode(), markup=False, soft_wrap=True)
+    print_json(line)
 
 
 def _part(letter: Letter, part: Literal["key", "value"]) -> str:

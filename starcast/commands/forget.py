@@ -4,16 +4,13 @@ from contextlib import closing
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from starcast.commands.context import fail, notes, output, settings_of
+from starcast.commands.context import fail, notes, print_marked, settings_of
 from starcast.commands.state import shop_of
 from streams.admin import reach
 
 WAIT_SECONDS = 60.0  # workers read on within a second, the archiver commits within some
 
-_MARKS = {True: ("✓", "green"), False: ("✗", "red")}
-_STAYS = ("–", "yellow")
 _ITEMS = "item states: sums over all users stay; they tell of nobody"
 _MODELS = "models: what they learnt stays until a model is fitted anew"
 
@@ -44,12 +41,10 @@ def forget(
     with closing(shop.store), notes.status("Sending null values") as status:
         places = erase(shop, users, wait, lambda said: status.update(f"Waiting for {said}"))
     for place in places:
-        output.print(
-            Text.assemble(_MARKS[place.erased], f" {place.name}: {place.said}"), soft_wrap=True
-        )
+        print_marked("fine" if place.erased else "wrong", f"{place.name}: {place.said}")
     for said in (_ITEMS, _MODELS):
-        output.print(Text.assemble(_STAYS, f" {said}"), soft_wrap=True)
+        print_marked("note", said)
     for topic, kept in kept_by_kafka(settings.kafka).items():
-        output.print(Text.assemble(_STAYS, f" Kafka: {topic}: gone {kept}"), soft_wrap=True)
+        print_marked("note", f"Kafka: {topic}: gone {kept}")
     if not all(place.erased for place in places):
         raise fail("Not all is erased yet: run the command again once what it says is done.")

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from schemas.examples import EXAMPLES
 from schemas.records import DeadLetter
-from starcast.commands import letters
+from starcast.commands import dead_letters
 from starcast.main import app
 from streams.dead_letters import LEFT_OUT_HEADER, Letter
 
@@ -27,7 +27,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Letter(0, 5, LACKING)
         yield Letter(0, 6, WHOLE)
 
-    monkeypatch.setattr(letters, "read_letters", read)
+    monkeypatch.setattr(dead_letters, "read_letters", read)
 
 
 def test_what_was_left_out_is_no_null_value() -> None:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import orjson
 import stamina
 import typer
 from rich.table import Table
@@ -19,11 +18,14 @@ from schemas.exceptions import StarcastError, UnreachableError
 from starcast.commands.context import (
     INTERRUPTED,
     AsJson,
+    AsJsonLines,
     check_output,
-    chosen_of,
     fail,
     notes,
     output,
+    print_counts,
+    print_json,
+    print_marked,
     progress_bar,
     settings_of,
     stopping,
@@ -70,14 +72,12 @@ def demo(
         settings.web.port = port
     from starcast.demo import RATE, SEED, run_demo, run_once, write_summary
 
-    config = chosen_of(context).config
-
     with stopping() as stop:
         if events is None:
-            run_demo(settings, notes, stop, SEED if seed is None else seed, config)
+            run_demo(settings, notes, stop, SEED if seed is None else seed)
             return
-        summary = run_once(settings, notes, stop, events, rate or RATE, config)
-    output.print(orjson.dumps(asdict(summary)).decode(), markup=False, soft_wrap=True)
+        summary = run_once(settings, notes, stop, events, rate or RATE)
+    print_json(asdict(summary))
     if json_out is not None:
         write_summary(summary, json_out)
     if stop.is_set():
@@ -153,7 +153,7 @@ def show(
             }
             for report in reports
         ]
-        output.print(orjson.dumps(lines).decode(), markup=False, soft_wrap=True)
+        print_json(lines)
     else:
         output.print(_topics_table(reports))
     if any(report.problem for report in reports):
@@ -195,28 +195,25 @@ def backfill(
             lambda sent: progress.update(task, completed=sent.delivered.total()),
             lambda stage: progress.update(task, description=f"Waiting for {stage}"),
         )
-    for topic, count in sorted(sent.delivered.items()):
-        output.print(f"{count:>10,} {topic}", markup=False)
+    print_counts(sent.delivered)
     if stop.is_set():
         raise fail("Stopped before all of it was in; play it again.", INTERRUPTED)
 
 
 def doctor(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Check what is reachable, what is not, what to do; ends with 1 if something is wrong."""
     from starcast.doctor import examine
 
-    marks = {"fine": ("✓", "green"), "wrong": ("✗", "red"), "note": ("–", "yellow")}
     wrong = 0
     for finding in examine(settings_of(context)):
         wrong += finding.state == "wrong"
         if as_json:
-            output.print(orjson.dumps(asdict(finding)).decode(), markup=False, soft_wrap=True)
+            print_json(asdict(finding))
             continue
-        line = Text.assemble(marks[finding.state], f" {finding.name}: {finding.found}")
-        output.print(line, soft_wrap=True)
+        print_marked(finding.state, f"{finding.name}: {finding.found}")
         if finding.advice:
             output.print(f"  {finding.advice}", markup=False, soft_wrap=True)
     if wrong:

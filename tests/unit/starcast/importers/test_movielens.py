@@ -1,0 +1,56 @@
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from starcast.importers import import_movielens
+from tests.unit.starcast.importers.sets import (
+    MOVIELENS,
+    U_DATA,
+    movielens_files,
+    packed,
+    read,
+    values,
+)
+
+
+@pytest.mark.parametrize("kind", MOVIELENS)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_movielens(tmp_path: Path, kind: str, zipped: bool) -> None:
+    files = movielens_files(tmp_path, MOVIELENS[kind])
+    if zipped:
+        whole = tmp_path / f"ml-{kind}.zip"
+        with zipfile.ZipFile(whole, "w") as archive:
+            archive.writestr(f"ml-{kind}/README", "About this set.")
+            for file in files:
+                archive.write(file, f"ml-{kind}/{file.name}")
+        files = [whole]
+    out = tmp_path / "out.jsonl"
+    report = import_movielens(files, out)
+    users = 0 if kind == "latest" else 2
+    assert {"users": 0, **report.counts} == {"items": 2, "users": users, "reviews": 3}
+    records = read(out)
+    seen: set[str] = set()
+    for topic, value in records:
+        if topic == "reviews":
+            assert value["item_id"] in seen
+            assert users == 0 or value["user_id"] in seen
+        seen.add(value["user_id" if topic == "users" else "item_id"])
+    ratings = [(v["user_id"], v["item_id"], v["rating"]) for v in values(records, "reviews")]
+    assert ratings == [("2", "20", 5.0), ("1", "10", 3.0), ("1", "20", 4.0)]
+    items = {value["item_id"]: value for value in values(records, "items")}
+    assert items["10"]["title"] == "Caf\u00e9 (1995)"
+    assert items["10"]["category"] == ["Comedy", "Drama"]
+    assert "category" not in items["20"]
+    if users:
+        people = {value["user_id"]: value for value in values(records, "users")}
+        assert (people["1"]["gender"], people["1"]["age"]) == ("M", 24.0)
+
+
+def test_lines_of_a_wrong_width_and_without_time_are_counted(tmp_path: Path) -> None:
+    source = packed(tmp_path / "u.data", U_DATA + "1\t2\n1\t10\t3\tnever\n")
+    report = import_movielens([source], tmp_path / "out.jsonl")
+    assert report.skipped == {
+        "expected 4 fields separated by '\\t'": (1, f"{source} line 4"),
+        "no time": (1, f"{source} line 5"),
+    }

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from starcast.importers import import_movielens, import_rees46, writing
+from tests.unit.starcast.importers.sets import MOVIELENS, REES46, Importer, movielens_files, packed
+
+
+@pytest.mark.parametrize("run", [1, 2, 3])
+def test_long_sets_are_sorted_in_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: int
+) -> None:
+    cases: list[tuple[Importer, list[Path]]] = [
+        (import_rees46, [packed(tmp_path / "log.csv", REES46)]),
+        (import_movielens, movielens_files(tmp_path, MOVIELENS["100k"])),
+    ]
+    for importer, files in cases:
+        importer(files, tmp_path / "whole.jsonl")
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "RUN", run)
+            importer(files, tmp_path / "runs.jsonl")
+        assert (tmp_path / "runs.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".import-*"))
+
+
+def test_lines_that_break_the_contract_are_counted_with_their_place(tmp_path: Path) -> None:
+    bad = (
+        "2019-10-01 00:00:09 UTC,stare,11,1,,,1.00,501,s\n"
+        "yesterday,view,11,1,,,1.00,501,s\n"
+        "2019-10-01 00:00:09 UTC,stare,11,1,,,1.00,502,s\n"
+        "2019-10-01 00:00:09 UTC,view,11\n"
+    )
+    source = packed(tmp_path / "log.csv", REES46 + bad)
+    report = import_rees46([source], tmp_path / "out.jsonl")
+    assert report.counts["behavior"] == 5
+    found = {reason.split(":")[0]: value for reason, value in report.skipped.items()}
+    assert found == {
+        "behavior action": (2, f"{source} line 7"),
+        "behavior event_time": (1, f"{source} line 8"),
+        "behavior user_id": (1, f"{source} line 10"),
+        "items event_time": (1, f"{source} line 8"),
+    }
