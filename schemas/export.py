@@ -32,10 +32,12 @@ def asyncapi(
     replication: int = 1,
     topic_prefix: str = "",
     servers: str = "",
+    secure: bool = False,
 ) -> dict[str, Any]:
     """The AsyncAPI 3.0 document of all topics, as set up with these settings.
 
     `servers` are Kafka's bootstrap servers, comma separated; none are named when it is empty.
+    They are spoken to by TLS where they are `secure`.
     """
     hosts = [host.strip() for host in servers.split(",") if host.strip()]
     document: dict[str, Any] = {
@@ -66,7 +68,7 @@ def asyncapi(
     }
     if hosts:
         document["servers"] = {
-            f"kafka-{index}": {"host": host, "protocol": "kafka"}
+            f"kafka-{index}": {"host": host, "protocol": "kafka-secure" if secure else "kafka"}
             for index, host in enumerate(hosts)
         }
     return document

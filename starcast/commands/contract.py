@@ -11,15 +11,32 @@ from rich.table import Column, Table
 from schemas.export import asyncapi as asyncapi_document
 from schemas.export import json_schema
 from schemas.topics import TOPICS
-from starcast.commands.context import AsJson, check_output, chosen_of, notes, output, write_json
+from starcast.commands.context import (
+    AsJson,
+    check_output,
+    chosen_of,
+    notes,
+    output,
+    settings_of,
+    write_json,
+)
 from starcast.settings import load_with_sources
+from streams.admin import client_config
 
 Out = Annotated[Path | None, typer.Option("--out", help="Write to this file.")]
 
 
-def asyncapi(out: Out = None) -> None:
-    """Print the contract as an AsyncAPI 3 document: every topic and record."""
-    _print_json(asyncapi_document(), out)
+def asyncapi(context: typer.Context, out: Out = None) -> None:
+    """Print the contract as an AsyncAPI 3 document: every topic and record, as settings have it."""
+    kafka = settings_of(context).kafka
+    document = asyncapi_document(
+        partitions=kafka.partitions,
+        replication=kafka.replication,
+        topic_prefix=kafka.topic_prefix,
+        servers=kafka.bootstrap_servers,
+        secure="SSL" in client_config(kafka).get("security.protocol", "").upper(),
+    )
+    _print_json(document, out)
 
 
 def schema(

@@ -73,7 +73,7 @@ def test_an_expected_error_is_one_message_and_1(
 def test_an_error_of_the_system_is_one_message_and_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full() -> None:
+    def full(**_: Any) -> None:
         raise OSError(ENOSPC, "No space left on device", "/data/out")
 
     monkeypatch.setattr("starcast.commands.contract.asyncapi_document", full)
@@ -118,7 +118,7 @@ def test_what_is_no_evaluation_is_refused_before_a_training(
 
 
 def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(**_: Any) -> None:
         raise KeyError("x")
 
     monkeypatch.setattr("starcast.commands.contract.asyncapi_document", broken)
@@ -185,6 +185,20 @@ def test_asyncapi_and_schema(tmp_path: Path) -> None:
     assert all(topic.name in listed for topic in TOPICS)
     schema = json.loads(RUNNER.invoke(app, ["schema", "reviews"]).output)
     assert "rating" in json.dumps(schema)
+
+
+def test_asyncapi_tells_topics_and_servers_as_settings_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STARCAST_KAFKA__TOPIC_PREFIX", "eu.")
+    monkeypatch.setenv("STARCAST_KAFKA__PARTITIONS", "12")
+    monkeypatch.setenv("STARCAST_KAFKA__OPTIONS__SECURITY_PROTOCOL", "SASL_SSL")
+    document = json.loads(RUNNER.invoke(app, ["asyncapi"]).output)
+    reviews = document["channels"]["reviews"]
+    assert reviews["address"] == "eu.reviews"
+    assert reviews["bindings"]["kafka"]["partitions"] == 12
+    server = {"host": "127.0.0.1:9092", "protocol": "kafka-secure"}
+    assert document["servers"] == {"kafka-0": server}
 
 
 def test_an_unknown_record_is_an_expected_error(
