@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,12 +158,12 @@ def fine_tune(
     torch.manual_seed(seed)
     with _processes(base.device) as (rank, count):
         steps = tuning.epochs * len(_epoch(rows, tuning, seed, 0))
-        model = methods.trainable(base, config.method, tuning, steps)
-        reader = _Reader(replace(base, model=model), head, tuning).to(base.device)
+        base = base.holding(methods.trainable(base, config.method, tuning, steps))
+        reader = _Reader(base, head, tuning).to(base.device)
         fit = _Fit(reader, config, seed, steps, rank, count)
         fit.run(rows, validation, on_progress, checkpoint, note)
     trained = sum(each.numel() for each in reader.parameters() if each.requires_grad)
-    methods.write(replace(base, model=model), config.method, folder)
+    methods.write(base, config.method, folder)
     found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
     taught = tuning.cross_entropy or tuning.squared_error
     return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))

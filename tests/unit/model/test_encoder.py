@@ -15,6 +15,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -23,6 +25,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -126,12 +130,30 @@ def t5(folder: Path) -> None:
     T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
+def bart(folder: Path) -> None:
+    size = save_tokenizer(folder, special=True)
+    config = BartConfig(
+        vocab_size=size,
+        d_model=HIDDEN,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=40,
+        init_std=0.5,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bert": (bert, "mean"),
     "masked bert": (masked_bert, "mean"),
     "gpt2": (gpt2, "last"),
     "llama": (llama, "last"),
     "t5": (t5, "mean"),
+    "bart": (bart, "mean"),
 }
 
 
@@ -260,6 +282,25 @@ def test_a_text_is_never_longer_than_the_model(folders: dict[str, Path]) -> None
     assert encoder.encode(["good " * 500]).any()
 
 
+def test_positions_before_the_first_are_not_for_texts(tmp_path: Path) -> None:
+    """RoBERTa counts from the one after padding's: of 40 positions a text has 38."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": save_tokenizer(tmp_path, special=True), "pad_token_id": 1}
+    RobertaModel(
+        RobertaConfig(
+            **settings,
+            hidden_size=HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=40,
+        )
+    ).save_pretrained(tmp_path)
+    encoder = encoders.load(tmp_path, "cpu", longest_tokens=10_000)
+    assert encoder.longest_tokens == 38
+    assert encoder.encode(["good " * 500]).any()
+
+
 def test_projection_keeps_cosines_about_and_blank_vectors(encoder: TextEncoder) -> None:
     hidden = encoder.encode(TEXTS)
     kept = encoder.project(hidden)
@@ -329,7 +370,7 @@ def test_gradients_reach_the_weights(encoder: TextEncoder) -> None:
     assert any(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "bart"])
 def test_a_changed_encoder_is_saved(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = encoders.load(folders[name], "cpu")
     before = encoder.encode(TEXTS)
