@@ -360,6 +360,7 @@ class _Fit:
             "best": self._best,
             "waited": self._waited,
             "ranks": {name: getattr(self._ranks, name) for name in _RANKS} if self._ranks else None,
+            "kept_ranks": self._ranks.peft_config.rank_pattern if self._ranks else None,
         }
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         part = checkpoint.with_suffix(".part")
@@ -370,7 +371,8 @@ class _Fit:
         if checkpoint is None or not checkpoint.exists():
             return
         state = torch.load(checkpoint, map_location=self._device, weights_only=True)
-        if state["steps"] != self._steps or "averaged" not in state:  # its steps were others
+        same = state["steps"] == self._steps and "averaged" in state  # else its steps were others
+        if not same or state["weights"].keys() != {name for name, _ in self._learnt()}:
             raise TrainerError(f"{checkpoint} is of another fit; delete it to begin anew")
         self._reader.load_state_dict(state["weights"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])
@@ -380,6 +382,8 @@ class _Fit:
         self._best, self._waited = state["best"], state["waited"]
         for name, value in (state["ranks"] or {}).items():
             setattr(self._ranks, name, value)
+        if self._ranks:
+            self._ranks.peft_config.rank_pattern = state["kept_ranks"]
 
     @property
     def _ranks(self) -> Any:

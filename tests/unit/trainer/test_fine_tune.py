@@ -226,9 +226,15 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["full", "adalora"])
+@pytest.mark.parametrize(
+    ("method", "done"), [("full", 11), ("adalora", 11), ("adalora", 14)]
+)  # after 12 AdaLoRA's ranks stay as they are
 def test_a_killed_fit_goes_on_to_the_same_weights(
-    method: Method, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    done: int,
+    encoder: TextEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings: dict[str, Any] = {"epochs": 2, "method": method}
     whole, _ = tune(encoder, tmp_path / "whole", **settings)
@@ -237,7 +243,7 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
     take = module._Fit._take
 
     def killed(self: Any, *arguments: Any) -> float:
-        if self.step == 11:
+        if self.step == done:
             raise _KilledError
         return take(self, *arguments)
 
@@ -253,7 +259,7 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
 
     monkeypatch.setattr(module._Fit, "_take", counted)
     found, _ = tune(encoder, tmp_path / "again", **settings, checkpoint=checkpoint)
-    assert steps == list(range(11, 16))
+    assert steps == list(range(done, 16))
     assert (words(found) == words(whole)).all()
     assert not checkpoint.exists()
 
@@ -289,6 +295,18 @@ def test_a_checkpoint_of_another_fit_is_refused(
     torch.save({"steps": steps}, checkpoint)
     with pytest.raises(TrainerError, match="of another fit"):
         tune(encoder, tmp_path / "new", checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_another_method_is_refused(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    checkpoint = tmp_path / "checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # it stays
+        tune(encoder, tmp_path / "first", method="lora", checkpoint=checkpoint)
+    with pytest.raises(TrainerError, match="of another fit"):
+        tune(encoder, tmp_path / "new", method="adapters", checkpoint=checkpoint)
 
 
 def test_what_was_added_is_not_fitted_twice(encoder: TextEncoder, tmp_path: Path) -> None:
