@@ -141,10 +141,16 @@ def _keep(encoder: TextEncoder, rows: Sequence[int]) -> None:
     """Leave only these layers."""
     stack = adapters.layers(encoder.model)
     kept = [stack[row] for row in rows]
+    settings: Any = encoder.model.config
+    if kinds := getattr(settings, "layer_types", None):
+        settings.layer_types = [kinds[row] for row in rows]
+    settings.num_hidden_layers = len(kept)
     del stack[:]
     stack.extend(kept)
-    settings: Any = encoder.model.config
-    settings.num_hidden_layers = len(kept)
+    for at, layer in enumerate(kept):  # a decoder's layers know their number
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = at
 
 
 def _layers(number: int) -> Make:
@@ -246,7 +252,8 @@ def _student(
     """Two layers that learn to give the parent's vectors of all but the newest texts."""
     torch.manual_seed(seed)
     student = _copy(parent)
-    _keep(student, (0, len(adapters.layers(student.model)) - 1))
+    last = len(adapters.layers(student.model)) - 1
+    _keep(student, sorted({0, last}))
     known = taken(reviews.texts, np.flatnonzero(reviews.span != TEST))
     wanted = torch.from_numpy(text.encode(parent, known, on_progress)).to(parent.device)
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=_STUDENT_RATE)
