@@ -50,10 +50,10 @@ _SEED = 20_260_101  # of the default projection; another seed is another encoder
 Vectors = NDArray[np.float32]
 Pooling = Literal["mean", "last", "cls"]
 Precision = Literal["fp32", "bf16"]
-_POOLING_MODES: dict[Pooling, str] = {
-    "cls": "pooling_mode_cls_token",
-    "last": "pooling_mode_lasttoken",
-    "mean": "pooling_mode_mean_tokens",
+_POOLING_MODES: dict[Pooling, tuple[str, str]] = {  # as of 5.4, and before
+    "cls": ("cls", "pooling_mode_cls_token"),
+    "last": ("lasttoken", "pooling_mode_lasttoken"),
+    "mean": ("mean", "pooling_mode_mean_tokens"),
 }
 
 
@@ -452,8 +452,8 @@ def _pooling(folder: Path, config: Any) -> Pooling:
     """As the directory says; else the last token of a decoder, the mean of an encoder."""
     if (folder / _POOLING).is_file():
         modes = json.loads((folder / _POOLING).read_text("utf-8"))
-        for pooling, mode in _POOLING_MODES.items():
-            if modes.get(mode):
+        for pooling, (mode, flag) in _POOLING_MODES.items():
+            if modes.get("pooling_mode") == mode or modes.get(flag):
                 return pooling
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -256,9 +256,10 @@ def test_last_token_pooling_by_hand(folders: dict[str, Path]) -> None:
     np.testing.assert_allclose(found, last / np.linalg.norm(last), atol=1e-5)
 
 
-def test_pooling_as_the_directory_says(own: Path) -> None:
+@pytest.mark.parametrize("said", [{"pooling_mode_cls_token": True}, {"pooling_mode": "cls"}])
+def test_pooling_as_the_directory_says(said: dict[str, Any], own: Path) -> None:
     (own / "1_Pooling").mkdir()
-    (own / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (own / "1_Pooling/config.json").write_text(json.dumps(said))
     encoder = encoders.load(own, "cpu")
     assert encoder.pooling == "cls"
     with torch.no_grad():
