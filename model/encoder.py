@@ -185,12 +185,18 @@ class TextEncoder:
         return replace(self, model=model, longest_tokens=longest)
 
     def save(self, folder: Path) -> None:
-        """Write a changed (fine-tuned, merged) encoder in Hugging Face form; it has a new hash."""
+        """Write a changed (fine-tuned, merged) encoder in Hugging Face form; it has a new hash.
+
+        Raises EncoderError where there is no room for it.
+        """
         model: Any = self.model
         weights = None  # its own
         if model.config.is_encoder_decoder:  # named as of the whole model, whose encoder it is
             weights = {f"encoder.{name}": weight for name, weight in model.state_dict().items()}
-        model.save_pretrained(folder, state_dict=weights)
+        try:
+            model.save_pretrained(folder, state_dict=weights)
+        except SafetensorError as error:  # no OSError, though it speaks of one
+            raise EncoderError(f"{folder} cannot be written: {error}") from error
         self.tokenizer.save_pretrained(folder)
         for name in (PROJECTION, _POOLING):
             if (self.folder / name).exists():

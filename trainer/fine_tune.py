@@ -15,6 +15,7 @@ step alone, so a fit that was killed goes on from its last checkpoint to the sam
 that `torchrun` or `accelerate launch` started share each batch and average gradients.
 """
 
+import logging
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -39,6 +40,8 @@ from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
 from trainer.progress import OnProgress
 from trainer.tracking import Note, unnoted
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
 
@@ -364,8 +367,12 @@ class _Fit:
         }
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         part = checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(checkpoint)
+        try:
+            torch.save(state, part)
+            part.replace(checkpoint)
+        except (OSError, RuntimeError) as error:  # a full disk, which may have room again later
+            logger.warning("no checkpoint was written to %s, the fit goes on: %s", checkpoint, error)
+            part.unlink(missing_ok=True)
 
     def _resume(self, checkpoint: Path | None) -> None:
         if checkpoint is None or not checkpoint.exists():

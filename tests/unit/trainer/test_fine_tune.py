@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 from typing import Any, get_args
 
 import numpy as np
@@ -295,6 +296,46 @@ def test_a_checkpoint_of_another_fit_is_refused(
     torch.save({"steps": steps}, checkpoint)
     with pytest.raises(TrainerError, match="of another fit"):
         tune(encoder, tmp_path / "new", checkpoint=checkpoint)
+
+
+SMALL = """
+import resource, signal, sys
+from pathlib import Path
+from model import encoder as encoders
+from model.exceptions import EncoderError
+from tests.unit.trainer.test_fine_tune import tune
+from trainer import fine_tune as module
+import torch
+torch.set_num_threads(1)
+module.CHECKPOINT_SECONDS = -1.0
+folder = Path(sys.argv[1])
+encoder = encoders.load(folder / "encoder", "cpu")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+try:
+    tune(encoder, folder / "new", checkpoint=folder / "checkpoint")
+except EncoderError as error:
+    print(error)
+print(sorted(each.name for each in folder.iterdir()))
+"""
+
+
+def test_a_full_disk_leaves_no_checkpoint_and_says_so(encoder_folder: Path, tmp_path: Path) -> None:
+    """Files of 2 KB at most stand for it; the fit itself goes on to its end."""
+    copytree(encoder_folder, tmp_path / "encoder")
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no checkpoint was written") == 8  # of as many steps
+    assert "new cannot be written" in done.stdout
+    assert "checkpoint" not in done.stdout
 
 
 def test_a_checkpoint_of_another_method_is_refused(
