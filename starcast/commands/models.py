@@ -4,6 +4,7 @@ What they call imports torch, which takes seconds, so they import it only when t
 """
 
 import getpass
+import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -63,6 +64,15 @@ FileOrArchive = Annotated[
     Path | None,
     typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
 ]
+
+
+def _alone(context: typer.Context) -> None:
+    """End a command that processes of one launcher would all do, over each other's work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise fail(
+            f"starcast {context.info_name} is not shared among processes, as `starcast train` is: "
+            "run it without torchrun or accelerate launch."
+        )
 
 
 def train(
@@ -157,6 +167,7 @@ def retrain(
     """Fit a model from the archive and let it serve if it passes the gate."""
     if once and every:
         raise typer.BadParameter("take --once or --every, not both")
+    _alone(context)
     from model import registry
     from trainer.retrain import parse_every, retrain_every
 
@@ -241,6 +252,7 @@ def evaluate(
     check_output(json_out, events)
     if json_out is not None and json_out.suffix == _PLOT:
         raise typer.BadParameter(f"{json_out} is where the plot goes; give the figures another end")
+    _alone(context)
     from trainer import data
     from trainer import evaluate as evaluation
     from trainer.assess import assess, summary
@@ -297,6 +309,7 @@ def search(
 ) -> None:
     """Look for better settings of a model, on validation rows."""
     check_output(out, events)
+    _alone(context)
     from trainer import search as searching
 
     settings = settings_of(context)
@@ -340,6 +353,7 @@ def compress(
 ) -> None:
     """Make the text encoder smaller and faster, and train a model with the one chosen."""
     check_output(json_out, events)
+    _alone(context)
     from model import registry
     from trainer import compress as compressing
     from trainer.prepare import cleaned, review_texts
