@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ def _keep(encoder: TextEncoder, rows: Sequence[int]) -> None:
     for at, layer in enumerate(kept):  # a decoder's layers know their number
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = at
+                cast(Any, module).layer_idx = at
 
 
 def _layers(number: int) -> Make:

@@ -371,7 +371,7 @@ class _Fit:
             torch.save(state, part)
             part.replace(checkpoint)
         except (OSError, RuntimeError) as error:  # a full disk, which may have room again later
-            logger.warning("no checkpoint was written to %s, the fit goes on: %s", checkpoint, error)
+            logger.warning("no checkpoint was written, the fit goes on: %s: %s", checkpoint, error)
             part.unlink(missing_ok=True)
 
     def _resume(self, checkpoint: Path | None) -> None:

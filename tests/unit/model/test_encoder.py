@@ -286,10 +286,11 @@ def test_a_text_is_never_longer_than_the_model(folders: dict[str, Path]) -> None
 def test_positions_before_the_first_are_not_for_texts(tmp_path: Path) -> None:
     """RoBERTa counts from the one after padding's: of 40 positions a text has 38."""
     torch.manual_seed(0)
-    settings = {"vocab_size": save_tokenizer(tmp_path, special=True), "pad_token_id": 1}
+    size = save_tokenizer(tmp_path, special=True)
     RobertaModel(
         RobertaConfig(
-            **settings,
+            vocab_size=size,
+            pad_token_id=1,
             hidden_size=HIDDEN,
             num_hidden_layers=1,
             num_attention_heads=2,

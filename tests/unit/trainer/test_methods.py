@@ -44,7 +44,9 @@ def test_a_model_without_layers_takes_no_adapters(encoder_folder: Path) -> None:
 
 
 def test_layers_that_are_asked_of_which_kind_they_are_take_adapters(tmp_path: Path) -> None:
-    special = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    special: dict[str, Any] = {
+        f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")
+    }
     encoder = encoder_of(tmp_path, ModernBertModel(ModernBertConfig(**SIZES, **special)))
     model = methods.trainable(encoder, "adapters", FineTuneConfig(), 1)
     assert encoder.holding(model).embed(encoder.tokens(["good thing"])).requires_grad
