@@ -254,6 +254,10 @@ def _judge(log: Log, what: What, config: TrainerConfig, encoder: str) -> Judge:
 def _digest(log: Log, config: TrainerConfig, encoder: str) -> str:
     """Of all that a trial's error hangs on: trials of another shop say nothing of this one."""
     digest = hashlib.sha256(np.ascontiguousarray(log.events).data)
+    for words in log.reviews.select("title", "text").iter_rows():
+        digest.update(repr(words).encode())
+    for known, record in (*log.items, *log.users):
+        digest.update(f"{known} {record!r}".encode())
     digest.update(f"{config.model_dump_json()} {encoders.setting_hash(encoder)}".encode())
     return digest.hexdigest()[:16]
 
