@@ -106,13 +106,14 @@ def ways(parent: TextEncoder) -> Mapping[str, Make]:
         count = min(each.count for each in heads.attentions(parent.model))
         left = max(2 * count // 3, 1)
         fewer = {f"{left} heads": _heads(left)} if left < count else {}
+    # GPT-2 multiplies by layers of another kind, which stay as they are.
+    linear = any(type(each) is nn.Linear for each in parent.model.modules())
     return {
         **{f"{number} layers": _layers(number) for number in kept},
         **fewer,
         "bf16": _stored(torch.bfloat16),
         "fp16": _stored(torch.float16),
-        "int8": _int8,
-        "int8 static": _int8_static,
+        **({"int8": _int8, "int8 static": _int8_static} if linear else {}),
         "student": _student,
     }
 

@@ -317,7 +317,6 @@ def _found(study: optuna.Study) -> Searched:
     done = study.get_trials(states=(TrialState.COMPLETE,))
     if not done:
         raise TrainerError("no trial came to its end: see what was logged above")
-    first = _in_force(study)[0]
     best = min(done, key=_error)
     importance: Mapping[str, float] = {}
     if len(done) > _DRAWN:
@@ -325,7 +324,7 @@ def _found(study: optuna.Study) -> Searched:
     return Searched(
         {} if _IN_FORCE in best.user_attrs else best.params,
         _error(best),
-        _error(first),
+        min(map(_error, _in_force(study)), default=math.inf),  # they may have come to no number
         len(study.trials),
         importance,
     )

@@ -1,5 +1,6 @@
 """The search for settings, on a shop and an encoder that are tiny."""
 
+import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,16 @@ def test_a_search_of_other_data_or_settings_is_another(shop_file: Path, tmp_path
     newer = replace(log, events=log.events.copy())
     newer.events["time"] += 1
     assert search(newer, "rating", SMALL, study, 2, encoder="none").trials == 2
+
+
+def test_settings_in_force_that_come_to_no_number_are_the_worst(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([math.nan, 0.5])
+    monkeypatch.setattr(module, "_judge", lambda *_: lambda *_: next(answers))
+    found = search(from_file(shop_file), "rating", SMALL, tmp_path / "study", 2, encoder="none")
+    assert (found.rmse, found.default_rmse) == (0.5, math.inf)
+    assert found.settings
 
 
 def test_a_search_of_other_words_or_attributes_is_another(shop_file: Path) -> None:
