@@ -16,6 +16,7 @@ that `torchrun` or `accelerate launch` started share each batch and average grad
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -151,7 +152,8 @@ def fine_tune(
 
     Raises:
         EncoderError: the encoder has no layers that the method could name.
-        TrainerError: the encoder does not take the method; the checkpoint is of another fit.
+        TrainerError: the encoder does not take the method; the checkpoint is of another fit; the
+            loss came to no number.
     """
     tuning = config.fine_tune
     require_plain(encoder)
@@ -242,7 +244,14 @@ class _Fit:
             epoch, first = divmod(self.step, by_epoch)
             varied = self._varied(rows, epoch)
             for batch in _epoch(rows, self._config, self._seed, epoch)[first:]:
-                note("text/loss", self._take(varied, batch), self.step)
+                loss = self._take(varied, batch)
+                # In half precision the scaler leaves such a step out.
+                if not math.isfinite(loss) and not self._scaler.is_enabled():
+                    raise TrainerError(
+                        f"the fit of the encoder came to no number in step {self.step} of "
+                        f"{self._steps}: lower trainer.text.fine_tune's rates or weight_decay"
+                    )
+                note("text/loss", loss, self.step)
                 on_progress(self.step, self._steps)
                 # After an epoch validation may end it: what goes on from here would not ask.
                 judged = self._config.patience and self.step % by_epoch == 0

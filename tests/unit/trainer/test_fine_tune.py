@@ -206,6 +206,12 @@ def test_weights_of_the_last_steps_are_averaged(encoder: TextEncoder, tmp_path: 
     assert np.allclose(biases(4, 0.5), (third + fourth) / 2, atol=1e-6)
 
 
+def test_a_fit_that_comes_to_no_number_says_so(encoder: TextEncoder, tmp_path: Path) -> None:
+    """A decay that makes weights nine times as large in each step."""
+    with pytest.raises(TrainerError, match="came to no number in step"):
+        tune(encoder, tmp_path / "new", learning_rate=1.0, weight_decay=10.0, epochs=12)
+
+
 def test_variants_are_learnt_from_too(encoder: TextEncoder, tmp_path: Path) -> None:
     augment = AugmentConfig(ways=("swap", "delete"), variants=2)
     _, cost = tune(encoder, tmp_path / "new", augment=augment)
