@@ -29,6 +29,13 @@ class Adapted(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
+    def __getattr__(self, name: str) -> Any:
+        """The layer's own, too: some models ask a layer of which kind it is."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """As the layer's own, its hidden states (n, tokens, hidden) adapted."""
         found: Any = self.layer(*inputs, **options)

@@ -15,9 +15,9 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -50,10 +50,10 @@ _SEED = 20_260_101  # of the default projection; another seed is another encoder
 Vectors = NDArray[np.float32]
 Pooling = Literal["mean", "last", "cls"]
 Precision = Literal["fp32", "bf16"]
-_POOLING_MODES: dict[Pooling, str] = {
-    "cls": "pooling_mode_cls_token",
-    "last": "pooling_mode_lasttoken",
-    "mean": "pooling_mode_mean_tokens",
+_POOLING_MODES: dict[Pooling, tuple[str, str]] = {  # as of 5.4, and before
+    "cls": ("cls", "pooling_mode_cls_token"),
+    "last": ("lasttoken", "pooling_mode_lasttoken"),
+    "mean": ("mean", "pooling_mode_mean_tokens"),
 }
 
 
@@ -179,10 +179,24 @@ class TextEncoder:
             pooled = states[torch.arange(len(states), device=states.device), last]
         return nn.functional.normalize(pooled.float(), dim=1)
 
+    def holding(self, model: nn.Module) -> Self:
+        """The same around another model, whose virtual tokens take positions from texts."""
+        longest = _longest(self.longest_tokens, self.tokenizer, model)
+        return replace(self, model=model, longest_tokens=longest)
+
     def save(self, folder: Path) -> None:
-        """Write a changed (fine-tuned, merged) encoder in Hugging Face form; it has a new hash."""
+        """Write a changed (fine-tuned, merged) encoder in Hugging Face form; it has a new hash.
+
+        Raises EncoderError where there is no room for it.
+        """
         model: Any = self.model
-        model.save_pretrained(folder)
+        weights = None  # its own
+        if model.config.is_encoder_decoder:  # named as of the whole model, whose encoder it is
+            weights = {f"encoder.{name}": weight for name, weight in model.state_dict().items()}
+        try:
+            model.save_pretrained(folder, state_dict=weights)
+        except SafetensorError as error:  # no OSError, though it speaks of one
+            raise EncoderError(f"{folder} cannot be written: {error}") from error
         self.tokenizer.save_pretrained(folder)
         for name in (PROJECTION, _POOLING):
             if (self.folder / name).exists():
@@ -257,8 +271,9 @@ def load(
     except Exception as error:  # transformers raises anything, down to KeyError
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise EncoderError(f"{folder} cannot be loaded as a text encoder: {reason}") from error
-    # A pooler is never used here, and many checkpoints lack it.
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    # Neither is used here: many checkpoints lack a pooler, and what `save` writes lacks a decoder.
+    unused = ("pooler.", "decoder.") if config.is_encoder_decoder else ("pooler.",)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
     if missing:
         raise EncoderError(f"{folder} lacks {len(missing)} weights, first {missing[0]}")
     words = len(tokenizer)
@@ -279,7 +294,7 @@ def load(
     target = torch.device("cpu") if quantized else devices.find(device)
     low = precision == "bf16" and target.type == "cuda"
     model = model.to(target, torch.bfloat16 if low else torch.float32).eval()
-    longest = _longest(longest_tokens, tokenizer, config)
+    longest = _longest(longest_tokens, tokenizer, model)
     pooling = _pooling(folder, config)
     return TextEncoder(
         folder=folder,
@@ -443,8 +458,8 @@ def _pooling(folder: Path, config: Any) -> Pooling:
     """As the directory says; else the last token of a decoder, the mean of an encoder."""
     if (folder / _POOLING).is_file():
         modes = json.loads((folder / _POOLING).read_text("utf-8"))
-        for pooling, mode in _POOLING_MODES.items():
-            if modes.get(mode):
+        for pooling, (mode, flag) in _POOLING_MODES.items():
+            if modes.get("pooling_mode") == mode or modes.get(flag):
                 return pooling
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -453,9 +468,17 @@ def _pooling(folder: Path, config: Any) -> Pooling:
     return "last" if decoder and not config.is_encoder_decoder else "mean"
 
 
-def _longest(longest_tokens: int, tokenizer: Any, config: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or longest_tokens
-    return min(longest_tokens, int(tokenizer.model_max_length), int(positions))
+def _longest(longest_tokens: int, tokenizer: Any, model: Any) -> int:
+    longest = min(longest_tokens, int(tokenizer.model_max_length))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not positions:
+        return longest
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)  # RoBERTa counts positions from the one after it
+    before = 0 if padding is None else padding + 1
+    for added in getattr(model, "peft_config", {}).values():
+        before += getattr(added, "num_virtual_tokens", 0)
+    return min(longest, int(positions) - before)
 
 
 def _batches(

@@ -47,7 +47,8 @@ def attentions(model: nn.Module) -> list[Attention]:
     for layer in layers(model):
         attention: Any = getattr(layer, "attention", None)
         own, output = getattr(attention, "self", None), getattr(attention, "output", None)
-        if not hasattr(own, "attention_head_size") or not hasattr(output, "dense"):
+        named = all(hasattr(own, each) for each in ("attention_head_size", "query", "key", "value"))
+        if not named or not hasattr(output, "dense"):
             raise EncoderError(
                 f"{type(model).__name__} has no attention as BERT's, so no head can be taken out"
             )

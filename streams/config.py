@@ -132,7 +132,12 @@ class TextsConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of the encoder's products on a GPU; on a CPU always fp32"
     )
-    longest_tokens: int = Field(default=256, ge=8, description="a text is cut here")
+    longest_tokens: int = Field(
+        default=256,
+        ge=8,
+        description="a text is cut here; as trainer.text.longest_tokens, or vectors are not those "
+        "that models learnt from",
+    )
     age_limit_days: float = Field(
         default=0, ge=0, description="older texts are skipped; 0: none is"
     )

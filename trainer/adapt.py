@@ -50,13 +50,19 @@ def adapt(
             "set trainer.text.adapt.epochs to 0"
         )
     torch.manual_seed(seed)
-    model: Any = AutoModelForMaskedLM.from_pretrained(
-        encoder.folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-    )
+    try:
+        model: Any = AutoModelForMaskedLM.from_pretrained(
+            encoder.folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+    except ValueError as error:  # a decoder, say
+        raise TrainerError(
+            f"{encoder.folder} is no model that fills in masks, so it cannot be adapted: "
+            "set trainer.text.adapt.epochs to 0"
+        ) from error
     model.to(encoder.device).train()
     mask = DataCollatorForLanguageModeling(encoder.tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
@@ -80,5 +86,8 @@ def adapt(
             schedule.step()
             done += 1
             on_progress(done, steps)
-    replace(encoder, model=model.base_model.eval()).save(folder)
+    adapted = model.base_model.eval()
+    if adapted.config.is_encoder_decoder:
+        adapted = adapted.get_encoder()
+    replace(encoder, model=adapted).save(folder)
     return encoders.load(folder, str(encoder.device), longest_tokens=encoder.longest_tokens)

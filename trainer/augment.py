@@ -52,7 +52,7 @@ class Vocabulary:
         rarity = {word: float(np.log(len(texts) / holders[word])) for word in words}
         told = np.array([counts[word] * rarity[word] for word in words])
         odds = np.cumsum(told.max(initial=0) - told + 1e-9)
-        return cls(words, rarity, odds / odds[-1])
+        return cls(words, rarity, odds / odds[-1:])  # of no words none
 
     def replace(self, words: Words, share: float, random: np.random.Generator) -> Words:
         """Words replaced with odds that fall with what they tell; `share` of them on average."""
@@ -77,7 +77,8 @@ def variants(
 ) -> list[str]:
     """One variant of each text (n), by a way drawn for each; of a single word, the word itself.
 
-    `translated` (n) are the texts there and back, where `translate` is among the ways.
+    `translated` (n) are the texts there and back, where `translate` is among the ways; one of which
+    nothing was left stays as it was.
     """
     ways: dict[Way, Vary] = {**_WAYS, "replace": vocabulary.replace}
     drawn = random.integers(len(config.ways), size=len(texts)).tolist()
@@ -85,7 +86,7 @@ def variants(
     for row, (text, number) in enumerate(zip(texts, drawn, strict=True)):
         way, words = config.ways[number], text.split()
         if way == "translate":
-            found.append(translated[row] if translated is not None else text)
+            found.append((translated[row].strip() if translated is not None else "") or text)
         else:
             varied = ways[way](words, config.share, random) if len(words) > 1 else words
             found.append(" ".join(varied))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -106,13 +106,14 @@ def ways(parent: TextEncoder) -> Mapping[str, Make]:
         count = min(each.count for each in heads.attentions(parent.model))
         left = max(2 * count // 3, 1)
         fewer = {f"{left} heads": _heads(left)} if left < count else {}
+    # GPT-2 multiplies by layers of another kind, which stay as they are.
+    linear = any(type(each) is nn.Linear for each in parent.model.modules())
     return {
         **{f"{number} layers": _layers(number) for number in kept},
         **fewer,
         "bf16": _stored(torch.bfloat16),
         "fp16": _stored(torch.float16),
-        "int8": _int8,
-        "int8 static": _int8_static,
+        **({"int8": _int8, "int8 static": _int8_static} if linear else {}),
         "student": _student,
     }
 
@@ -141,10 +142,16 @@ def _keep(encoder: TextEncoder, rows: Sequence[int]) -> None:
     """Leave only these layers."""
     stack = adapters.layers(encoder.model)
     kept = [stack[row] for row in rows]
+    settings: Any = encoder.model.config
+    if kinds := getattr(settings, "layer_types", None):
+        settings.layer_types = [kinds[row] for row in rows]
+    settings.num_hidden_layers = len(kept)
     del stack[:]
     stack.extend(kept)
-    settings: Any = encoder.model.config
-    settings.num_hidden_layers = len(kept)
+    for at, layer in enumerate(kept):  # a decoder's layers know their number
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                cast(Any, module).layer_idx = at
 
 
 def _layers(number: int) -> Make:
@@ -246,7 +253,8 @@ def _student(
     """Two layers that learn to give the parent's vectors of all but the newest texts."""
     torch.manual_seed(seed)
     student = _copy(parent)
-    _keep(student, (0, len(adapters.layers(student.model)) - 1))
+    last = len(adapters.layers(student.model)) - 1
+    _keep(student, sorted({0, last}))
     known = taken(reviews.texts, np.flatnonzero(reviews.span != TEST))
     wanted = torch.from_numpy(text.encode(parent, known, on_progress)).to(parent.device)
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=_STUDENT_RATE)

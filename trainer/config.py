@@ -3,7 +3,9 @@
 import sys
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+LEAST_ROWS = 50  # of which anything can be learnt
 
 Method = Literal[
     "auto",
@@ -68,12 +70,19 @@ class SplitConfig(BaseModel):
 class SampleConfig(BaseModel):
     """Which train rows are learnt from; raise `rows` until it stops paying."""
 
-    rows: int = Field(default=0, ge=0, description="at most; 0: all")
+    rows: int = Field(default=0, ge=0, description=f"at most, {LEAST_ROWS} or more; 0: all")
     by: Literal["newest", "rarity", "user"] = Field(
         default="newest",
         description="newest: forget what is older; rarity: prefer seldom stars; user: as many of "
         "each user as can be, newest first",
     )
+
+    @field_validator("rows")
+    @classmethod
+    def _teach(cls, rows: int) -> int:
+        if 0 < rows < LEAST_ROWS:
+            raise ValueError(f"fewer than {LEAST_ROWS} rows teach nothing; 0 takes all")
+        return rows
 
 
 class AugmentConfig(BaseModel):
@@ -199,7 +208,12 @@ class TextConfig(BaseModel):
     l2: float | None = Field(
         default=None, ge=0, le=10, description="of the head's squared weights; none: validated"
     )
-    longest_tokens: int = Field(default=256, ge=8, le=8_192, description="a text is cut here")
+    longest_tokens: int = Field(
+        default=256,
+        ge=8,
+        le=8_192,
+        description="a text is cut here; change texts.longest_tokens with it",
+    )
     pseudo_labels: float = Field(
         default=0.0,
         ge=0,
@@ -332,7 +346,7 @@ class TrainerConfig(BaseModel):
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     least_rated: int = Field(
-        default=200, ge=50, description="with fewer rated rows nothing is fitted"
+        default=200, ge=LEAST_ROWS, description="with fewer rated rows nothing is fitted"
     )
     clean: CleanConfig = Field(default_factory=CleanConfig)
     split: SplitConfig = Field(default_factory=SplitConfig)

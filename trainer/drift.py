@@ -35,7 +35,7 @@ class Spread(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    edges: tuple[float, ...]  # up to 9: equal tenths are one edge
+    edges: tuple[float, ...]  # equal tenths are one edge, with another just above it
     shares: tuple[float, ...]  # of edges + 1 bins, then missing
 
 
@@ -65,8 +65,11 @@ class Drift(BaseModel):
 
 def spread(column: NDArray[np.floating[Any]]) -> Spread:
     """Of a column (n)."""
-    known = column[~np.isnan(column)]
-    edges = np.unique(np.quantile(known, _TENTHS)) if len(known) else np.empty(0)
+    known = column[~np.isnan(column)].astype(np.float64)
+    tenths = np.quantile(known, _TENTHS) if len(known) else np.empty(0)
+    # What a tenth or more of the rows have, as 0 where little happens, has a bin of its own.
+    above = np.nextafter(tenths[1:][np.diff(tenths) == 0], np.inf)
+    edges = np.unique(np.concatenate([tenths, above]))
     return Spread(edges=tuple(edges.tolist()), shares=tuple(_shares(column, edges).tolist()))
 
 

@@ -15,11 +15,13 @@ step alone, so a fit that was killed goes on from its last checkpoint to the sam
 that `torchrun` or `accelerate launch` started share each batch and average gradients.
 """
 
+import logging
+import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +41,8 @@ from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
 from trainer.progress import OnProgress
 from trainer.tracking import Note, unnoted
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
 
@@ -148,7 +152,8 @@ def fine_tune(
 
     Raises:
         EncoderError: the encoder has no layers that the method could name.
-        TrainerError: the encoder does not take the method; the checkpoint is of another fit.
+        TrainerError: the encoder does not take the method; the checkpoint is of another fit; the
+            loss came to no number.
     """
     tuning = config.fine_tune
     require_plain(encoder)
@@ -158,12 +163,12 @@ def fine_tune(
     torch.manual_seed(seed)
     with _processes(base.device) as (rank, count):
         steps = tuning.epochs * len(_epoch(rows, tuning, seed, 0))
-        model = methods.trainable(base, config.method, tuning, steps)
-        reader = _Reader(replace(base, model=model), head, tuning).to(base.device)
+        base = base.holding(methods.trainable(base, config.method, tuning, steps))
+        reader = _Reader(base, head, tuning).to(base.device)
         fit = _Fit(reader, config, seed, steps, rank, count)
         fit.run(rows, validation, on_progress, checkpoint, note)
     trained = sum(each.numel() for each in reader.parameters() if each.requires_grad)
-    methods.write(replace(base, model=model), config.method, folder)
+    methods.write(base, config.method, folder)
     found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
     taught = tuning.cross_entropy or tuning.squared_error
     return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))
@@ -239,7 +244,14 @@ class _Fit:
             epoch, first = divmod(self.step, by_epoch)
             varied = self._varied(rows, epoch)
             for batch in _epoch(rows, self._config, self._seed, epoch)[first:]:
-                note("text/loss", self._take(varied, batch), self.step)
+                loss = self._take(varied, batch)
+                # In half precision the scaler leaves such a step out.
+                if not math.isfinite(loss) and not self._scaler.is_enabled():
+                    raise TrainerError(
+                        f"the fit of the encoder came to no number in step {self.step} of "
+                        f"{self._steps}: lower trainer.text.fine_tune's rates or weight_decay"
+                    )
+                note("text/loss", loss, self.step)
                 on_progress(self.step, self._steps)
                 # After an epoch validation may end it: what goes on from here would not ask.
                 judged = self._config.patience and self.step % by_epoch == 0
@@ -360,17 +372,23 @@ class _Fit:
             "best": self._best,
             "waited": self._waited,
             "ranks": {name: getattr(self._ranks, name) for name in _RANKS} if self._ranks else None,
+            "kept_ranks": self._ranks.peft_config.rank_pattern if self._ranks else None,
         }
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         part = checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(checkpoint)
+        try:
+            torch.save(state, part)
+            part.replace(checkpoint)
+        except (OSError, RuntimeError) as error:  # a full disk, which may have room again later
+            logger.warning("no checkpoint was written, the fit goes on: %s: %s", checkpoint, error)
+            part.unlink(missing_ok=True)
 
     def _resume(self, checkpoint: Path | None) -> None:
         if checkpoint is None or not checkpoint.exists():
             return
         state = torch.load(checkpoint, map_location=self._device, weights_only=True)
-        if state["steps"] != self._steps or "averaged" not in state:  # its steps were others
+        same = state["steps"] == self._steps and "averaged" in state  # else its steps were others
+        if not same or state["weights"].keys() != {name for name, _ in self._learnt()}:
             raise TrainerError(f"{checkpoint} is of another fit; delete it to begin anew")
         self._reader.load_state_dict(state["weights"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])
@@ -380,6 +398,8 @@ class _Fit:
         self._best, self._waited = state["best"], state["waited"]
         for name, value in (state["ranks"] or {}).items():
             setattr(self._ranks, name, value)
+        if self._ranks:
+            self._ranks.peft_config.rank_pattern = state["kept_ranks"]
 
     @property
     def _ranks(self) -> Any:

@@ -50,7 +50,8 @@ def trainable(
             cast(adapters.Adapted, layer).down.requires_grad_(True)
             cast(adapters.Adapted, layer).up.requires_grad_(True)
     elif method != "full":
-        model = _with_peft(model, method, config, steps)
+        model = _with_peft(model, method, config, steps).to(encoder.device)
+        _try(encoder.holding(model), method)
     return model.to(encoder.device)
 
 
@@ -91,6 +92,18 @@ def _with_peft(model: nn.Module, method: Method, config: FineTuneConfig, steps: 
         raise TrainerError(
             f"{type(model).__name__} does not take {method}: {error}; choose another text.method"
         ) from error
+
+
+def _try(encoder: TextEncoder, method: Method) -> None:
+    """Read a text: some models cannot with virtual tokens, and some read on without them."""
+    found: RuntimeError | str = "it does not hear what is added"
+    try:
+        if encoder.embed(encoder.tokens(["text"])).requires_grad:
+            return
+    except RuntimeError as error:
+        found = error
+    name = type(cast(Any, encoder.model).get_base_model()).__name__
+    raise TrainerError(f"{name} does not take {method}: {found}; choose another text.method")
 
 
 def write(encoder: TextEncoder, method: Method, folder: Path) -> None:

@@ -254,6 +254,10 @@ def _judge(log: Log, what: What, config: TrainerConfig, encoder: str) -> Judge:
 def _digest(log: Log, config: TrainerConfig, encoder: str) -> str:
     """Of all that a trial's error hangs on: trials of another shop say nothing of this one."""
     digest = hashlib.sha256(np.ascontiguousarray(log.events).data)
+    for words in log.reviews.select("title", "text").iter_rows():
+        digest.update(repr(words).encode())
+    for known, record in (*log.items, *log.users):
+        digest.update(f"{known} {record!r}".encode())
     digest.update(f"{config.model_dump_json()} {encoders.setting_hash(encoder)}".encode())
     return digest.hexdigest()[:16]
 
@@ -313,7 +317,6 @@ def _found(study: optuna.Study) -> Searched:
     done = study.get_trials(states=(TrialState.COMPLETE,))
     if not done:
         raise TrainerError("no trial came to its end: see what was logged above")
-    first = _in_force(study)[0]
     best = min(done, key=_error)
     importance: Mapping[str, float] = {}
     if len(done) > _DRAWN:
@@ -321,7 +324,7 @@ def _found(study: optuna.Study) -> Searched:
     return Searched(
         {} if _IN_FORCE in best.user_attrs else best.params,
         _error(best),
-        _error(first),
+        min(map(_error, _in_force(study)), default=math.inf),  # they may have come to no number
         len(study.trials),
         importance,
     )

@@ -2,16 +2,22 @@
 
 Weights & Biases and MLflow are not among our requirements: who names a project or a URI installs
 them. Without a network, Weights & Biases writes what `wandb sync` sends later.
+
+A place that cannot be opened ends a fit before it begins. One that fails later, as by a full disk
+or a server that went away, gets no more figures: hours of a fit are worth more.
 """
 
 import importlib
+import logging
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from trainer.config import TrackingConfig
 from trainer.exceptions import TrainerError
+
+logger = logging.getLogger(__name__)
 
 Note = Callable[[str, float, int], None]
 """Called with a figure's name, its value, and the step or epoch."""
@@ -31,20 +37,58 @@ def tracking(config: TrackingConfig, run: str, settings: Mapping[str, Any]) -> G
         settings: what it was started with.
 
     Raises:
-        TrainerError: what was configured is not installed.
+        TrainerError: what was configured is not installed, or cannot be opened.
     """
+    places = {"TensorBoard": _tensorboard(Path(config.folder) / run)}
+    if config.wandb_project:
+        places["Weights & Biases"] = _wandb(config, run, settings)
+    if config.mlflow_uri:
+        places["MLflow"] = _mlflow(config, run, settings)
     with ExitStack() as stack:
-        notes = [stack.enter_context(_tensorboard(Path(config.folder) / run))]
-        if config.wandb_project:
-            notes.append(stack.enter_context(_wandb(config, run, settings)))
-        if config.mlflow_uri:
-            notes.append(stack.enter_context(_mlflow(config, run, settings)))
+        notes = [stack.enter_context(_spared(name, place)) for name, place in places.items()]
 
         def note(name: str, value: float, step: int) -> None:
             for each in notes:
                 each(name, value, step)
 
         yield note
+
+
+@contextmanager
+def _spared(name: str, place: AbstractContextManager[Note]) -> Generator[Note]:
+    """A place whose failures a fit does not see."""
+    try:
+        told = place.__enter__()
+    except TrainerError:
+        raise
+    except Exception as error:  # each library raises its own
+        raise TrainerError(f"{name} takes no figures: {error}; see trainer.tracking") from error
+    failed = False
+
+    def fail(error: Exception) -> None:
+        nonlocal failed
+        if not failed:
+            logger.warning("%s takes no more figures, the fit goes on: %s", name, error)
+        failed = True
+
+    def note(figure: str, value: float, step: int) -> None:
+        if not failed:
+            try:
+                told(figure, value, step)
+            except Exception as error:  # noqa: BLE001 - each library raises its own
+                fail(error)
+
+    ended: BaseException | None = None
+    try:
+        yield note
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        try:
+            place.__exit__(type(ended) if ended else None, ended, None)
+        except Exception as error:  # noqa: BLE001 - each library raises its own
+            fail(error)
 
 
 @contextmanager

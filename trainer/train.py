@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from trainer.clean import Cleaned
 from trainer.config import TrainerConfig
 from trainer.data import Log
 from trainer.exceptions import TrainerError
+from trainer.fine_tune import is_first
 from trainer.fit import Fitted
 from trainer.gate import Verdict
 from trainer.metrics import Floats
@@ -45,7 +47,7 @@ from trainer.prepare import (
 )
 from trainer.progress import tracker
 from trainer.text import TextModel
-from trainer.tracking import Note, tracking
+from trainer.tracking import Note, tracking, unnoted
 
 _LIMITS = (
     "Measured on the newest rows of the shop it was fitted on; another shop needs its own fit.",
@@ -119,7 +121,10 @@ def train(
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
     with (
         tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder,
-        tracking(config.tracking, run, config.model_dump(mode="json")) as note,
+        # Processes that fit together have the same to tell.
+        tracking(config.tracking, run, config.model_dump(mode="json"))
+        if is_first()
+        else nullcontext(unnoted) as note,
     ):
         base = base_encoder(encoder, other or stable, config)
         served = stable is not None and stable.encoder_folder is not None

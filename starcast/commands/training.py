@@ -3,6 +3,7 @@
 What they call imports torch, which takes seconds, so they import it only when they run.
 """
 
+import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -53,6 +54,15 @@ FileOrArchive = Annotated[
     Path | None,
     typer.Argument(exists=True, dir_okay=False, help="A record file; else the archive."),
 ]
+
+
+def _alone(context: typer.Context) -> None:
+    """End a command that processes of one launcher would all do, over each other's work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise fail(
+            f"starcast {context.info_name} is not shared among processes, as `starcast train` is: "
+            "run it without torchrun or accelerate launch."
+        )
 
 
 def train(
@@ -147,6 +157,7 @@ def retrain(
     """Fit a model from the archive and let it serve if it passes the gate."""
     if once and every:
         raise typer.BadParameter("take --once or --every, not both")
+    _alone(context)
     from model import registry
     from trainer.retrain import parse_every, retrain_every
 
@@ -231,6 +242,7 @@ def evaluate(
     check_output(json_out, events)
     if json_out is not None and json_out.suffix == _PLOT:
         raise typer.BadParameter(f"{json_out} is where the plot goes; give the figures another end")
+    _alone(context)
     from trainer import data
     from trainer import evaluate as evaluation
     from trainer.assess import assess, summary
@@ -287,6 +299,7 @@ def search(
 ) -> None:
     """Look for better settings of a model, on validation rows."""
     check_output(out, events)
+    _alone(context)
     from trainer import search as searching
 
     settings = settings_of(context)
@@ -330,6 +343,7 @@ def compress(
 ) -> None:
     """Make the text encoder smaller and faster, and train a model with the one chosen."""
     check_output(json_out, events)
+    _alone(context)
     from model import registry
     from trainer import compress as compressing
     from trainer.prepare import cleaned, review_texts

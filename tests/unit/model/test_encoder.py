@@ -5,16 +5,21 @@ import socket
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertForMaskedLM,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -75,12 +80,30 @@ def t5(folder: Path) -> None:
     T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
+def bart(folder: Path) -> None:
+    size = save_tokenizer(folder, special=True)
+    config = BartConfig(
+        vocab_size=size,
+        d_model=HIDDEN,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=40,
+        init_std=0.5,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bert": (bert, "mean"),
     "masked bert": (masked_bert, "mean"),
     "gpt2": (gpt2, "last"),
     "llama": (llama, "last"),
     "t5": (t5, "mean"),
+    "bart": (bart, "mean"),
 }
 
 
@@ -183,9 +206,10 @@ def test_last_token_pooling_by_hand(folders: dict[str, Path]) -> None:
     np.testing.assert_allclose(found, last / np.linalg.norm(last), atol=1e-5)
 
 
-def test_pooling_as_the_directory_says(own: Path) -> None:
+@pytest.mark.parametrize("said", [{"pooling_mode_cls_token": True}, {"pooling_mode": "cls"}])
+def test_pooling_as_the_directory_says(said: dict[str, Any], own: Path) -> None:
     (own / "1_Pooling").mkdir()
-    (own / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (own / "1_Pooling/config.json").write_text(json.dumps(said))
     encoder = encoders.load(own, "cpu")
     assert encoder.pooling == "cls"
     with torch.no_grad():
@@ -206,6 +230,26 @@ def test_texts_are_cut(encoder: TextEncoder) -> None:
 def test_a_text_is_never_longer_than_the_model(folders: dict[str, Path]) -> None:
     encoder = encoders.load(folders["bert"], "cpu", longest_tokens=10_000)
     assert encoder.longest_tokens == 40
+    assert encoder.encode(["good " * 500]).any()
+
+
+def test_positions_before_the_first_are_not_for_texts(tmp_path: Path) -> None:
+    """RoBERTa counts from the one after padding's: of 40 positions a text has 38."""
+    torch.manual_seed(0)
+    size = save_tokenizer(tmp_path, special=True)
+    RobertaModel(
+        RobertaConfig(
+            vocab_size=size,
+            pad_token_id=1,
+            hidden_size=HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=40,
+        )
+    ).save_pretrained(tmp_path)
+    encoder = encoders.load(tmp_path, "cpu", longest_tokens=10_000)
+    assert encoder.longest_tokens == 38
     assert encoder.encode(["good " * 500]).any()
 
 
@@ -278,7 +322,7 @@ def test_gradients_reach_the_weights(encoder: TextEncoder) -> None:
     assert any(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "bart"])
 def test_a_changed_encoder_is_saved(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = encoders.load(folders[name], "cpu")
     before = encoder.encode(TEXTS)

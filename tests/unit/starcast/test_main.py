@@ -147,6 +147,19 @@ def test_peers_of_an_evaluation_are_named(
     assert asked == [wanted]
 
 
+@pytest.mark.parametrize("command", ["retrain", "evaluate", "search", "compress"])
+def test_what_processes_do_not_share_is_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = tmp_path / "history.jsonl"
+    history.touch()
+    arguments = {"retrain": [], "evaluate": ["--events", str(history)], "search": ["rating"]}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = RUNNER.invoke(app, [command, *arguments.get(command, [])])
+    assert found.exit_code == 1
+    assert f"starcast {command} is not shared among processes" in found.stderr.replace("\n", " ")
+
+
 def test_names_of_settings_are_whole() -> None:
     names = [row["name"] for row in json.loads(RUNNER.invoke(app, ["config", "--json"]).stdout)]
     printed = RUNNER.invoke(app, ["config"]).stdout

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2Model
 
 from model import encoder as encoders
 from model.encoder import TextEncoder
-from tests.unit.trainer.shop import WORDS
+from tests.unit.trainer.shop import WORDS, write_encoder
 from trainer.adapt import adapt
 from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
@@ -45,6 +46,14 @@ def test_without_a_mask_token_there_is_nothing_to_fill_in(
     blind = replace(encoder, tokenizer=SimpleNamespace(mask_token=None))
     with pytest.raises(TrainerError, match="no mask token"):
         adapt(blind, TEXTS, AdaptConfig(epochs=1), tmp_path, 0, lambda done, total: None)
+
+
+def test_a_decoder_fills_in_nothing_though_it_knows_a_mask(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=20, n_embd=24, n_layer=1, n_head=2, n_positions=40)
+    GPT2Model(config).save_pretrained(write_encoder(tmp_path, mask="[MASK]"))
+    decoder = encoders.load(tmp_path, "cpu")
+    with pytest.raises(TrainerError, match="no model that fills in masks"):
+        adapt(decoder, TEXTS, AdaptConfig(epochs=1), tmp_path, 0, lambda done, total: None)
 
 
 def test_weights_kept_in_half_are_adapted_in_full_precision(

@@ -95,3 +95,15 @@ def test_a_translation_is_taken_as_given() -> None:
 def test_translating_needs_both_directories() -> None:
     with pytest.raises(ValidationError, match="needs the directories"):
         AugmentConfig(ways=("translate",), there="a")
+
+
+def test_what_is_lost_on_the_way_back_stays_as_it_was() -> None:
+    config = AugmentConfig(ways=("translate",), there="a", back="b")
+    vocabulary = Vocabulary.of(TEXTS[:3])
+    told = variants(TEXTS[:3], config, vocabulary, chance(), ["shiny strings", "", " "])
+    assert told == ["shiny strings", *TEXTS[1:3]]
+
+
+def test_texts_without_words_stay_so() -> None:
+    config = AugmentConfig(ways=("replace",))
+    assert variants(["", " "], config, Vocabulary.of(["", " "]), chance()) == ["", ""]

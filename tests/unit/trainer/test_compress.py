@@ -3,12 +3,24 @@
 import json
 from pathlib import Path
 from shutil import copytree
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2Model,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from model import encoder as encoders
 from model.exceptions import EncoderError
+from tests.unit.trainer.shop import write_encoder
 from tests.unit.trainer.test_text import texts
 from trainer import compress as compressing
 from trainer.compress import Compressed, choose, compress, ways
@@ -58,6 +70,38 @@ def test_a_student_learns_what_its_parent_says(found: list[Compressed]) -> None:
     words = ["good thing", "awful thing", "fair thing"]
     by_name = {each.name: encoders.load(each.folder, "cpu").encode(words) for each in found}
     assert ((by_name["student"] * by_name["parent"]).sum(1) > 0.99).all()
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 20,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2Model(GPT2Config(vocab_size=20, n_embd=24, n_layer=3, n_head=2, n_positions=40)),
+        Qwen3Model(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=12)),  # layers of kinds
+        DebertaV2Model(DebertaV2Config(**SIZES)),  # attention of another kind
+        AlbertModel(AlbertConfig(**SIZES)),  # one layer, read three times
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_encoders_of_other_kinds_become_smaller(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(write_encoder(tmp_path / "parent"))
+    parent = encoders.load(tmp_path / "parent", "cpu")
+    assert ("int8" in ways(parent)) == (not isinstance(model, GPT2Model))  # it has nothing to take
+    for name, make in ways(parent).items():
+        make(parent, texts(), tmp_path / name, 7, lambda done, total: None)
+        smaller = encoders.load(tmp_path / name, "cpu")
+        assert np.isfinite(smaller.encode(["good thing", "awful"])).all()
+        if name == "student":
+            assert cast(Any, smaller.model).config.num_hidden_layers <= 2
 
 
 def test_what_was_cut_short_is_made_again(

@@ -22,7 +22,8 @@ def test_spread_by_hand() -> None:
     found = spread(np.array([*range(1, 11), np.nan, np.nan], np.float64))
     assert len(found.edges) == 9
     assert found.shares == pytest.approx([1 / 12] * 10 + [2 / 12])
-    assert spread(np.array([2.0, 2.0])) == Spread(edges=(2.0,), shares=(0.0, 1.0, 0.0))
+    above = float(np.nextafter(2, 3))
+    assert spread(np.array([2.0, 2.0])) == Spread(edges=(2.0, above), shares=(0.0, 1.0, 0.0, 0.0))
     assert spread(np.array([np.nan])) == Spread(edges=(), shares=(0.0, 1.0))
 
 
@@ -33,6 +34,14 @@ def test_stability_by_hand() -> None:
     assert stability(expected, column) == pytest.approx(wanted)
     assert stability(expected, np.array([-1.0, 1.0])) == 0
     assert stability(expected, np.array([np.nan])) > 5
+
+
+def test_what_happened_seldom_and_now_happens_is_a_change() -> None:
+    """Most features of behaviour are 0 in most rows."""
+    seldom, often = (np.repeat([0.0, 1.0], counts) for counts in ((95, 5), (5, 95)))
+    for before, after in ((seldom, often), (often, seldom), (np.zeros(9), np.ones(9))):
+        assert stability(spread(before), before) == 0
+        assert stability(spread(before), after) > 1
 
 
 def rows(shift: float = 0.0, seed: int = 0) -> np.ndarray:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 from typing import Any, get_args
 
 import numpy as np
@@ -205,6 +206,12 @@ def test_weights_of_the_last_steps_are_averaged(encoder: TextEncoder, tmp_path: 
     assert np.allclose(biases(4, 0.5), (third + fourth) / 2, atol=1e-6)
 
 
+def test_a_fit_that_comes_to_no_number_says_so(encoder: TextEncoder, tmp_path: Path) -> None:
+    """A decay that makes weights nine times as large in each step."""
+    with pytest.raises(TrainerError, match="came to no number in step"):
+        tune(encoder, tmp_path / "new", learning_rate=1.0, weight_decay=10.0, epochs=12)
+
+
 def test_variants_are_learnt_from_too(encoder: TextEncoder, tmp_path: Path) -> None:
     augment = AugmentConfig(ways=("swap", "delete"), variants=2)
     _, cost = tune(encoder, tmp_path / "new", augment=augment)
@@ -226,9 +233,15 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["full", "adalora"])
+@pytest.mark.parametrize(
+    ("method", "done"), [("full", 11), ("adalora", 11), ("adalora", 14)]
+)  # after 12 AdaLoRA's ranks stay as they are
 def test_a_killed_fit_goes_on_to_the_same_weights(
-    method: Method, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    done: int,
+    encoder: TextEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings: dict[str, Any] = {"epochs": 2, "method": method}
     whole, _ = tune(encoder, tmp_path / "whole", **settings)
@@ -237,7 +250,7 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
     take = module._Fit._take
 
     def killed(self: Any, *arguments: Any) -> float:
-        if self.step == 11:
+        if self.step == done:
             raise _KilledError
         return take(self, *arguments)
 
@@ -253,7 +266,7 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
 
     monkeypatch.setattr(module._Fit, "_take", counted)
     found, _ = tune(encoder, tmp_path / "again", **settings, checkpoint=checkpoint)
-    assert steps == list(range(11, 16))
+    assert steps == list(range(done, 16))
     assert (words(found) == words(whole)).all()
     assert not checkpoint.exists()
 
@@ -289,6 +302,58 @@ def test_a_checkpoint_of_another_fit_is_refused(
     torch.save({"steps": steps}, checkpoint)
     with pytest.raises(TrainerError, match="of another fit"):
         tune(encoder, tmp_path / "new", checkpoint=checkpoint)
+
+
+SMALL = """
+import resource, signal, sys
+from pathlib import Path
+from model import encoder as encoders
+from model.exceptions import EncoderError
+from tests.unit.trainer.test_fine_tune import tune
+from trainer import fine_tune as module
+import torch
+torch.set_num_threads(1)
+module.CHECKPOINT_SECONDS = -1.0
+folder = Path(sys.argv[1])
+encoder = encoders.load(folder / "encoder", "cpu")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+try:
+    tune(encoder, folder / "new", checkpoint=folder / "checkpoint")
+except EncoderError as error:
+    print(error)
+print(sorted(each.name for each in folder.iterdir()))
+"""
+
+
+def test_a_full_disk_leaves_no_checkpoint_and_says_so(encoder_folder: Path, tmp_path: Path) -> None:
+    """Files of 2 KB at most stand for it; the fit itself goes on to its end."""
+    copytree(encoder_folder, tmp_path / "encoder")
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no checkpoint was written") == 8  # of as many steps
+    assert "new cannot be written" in done.stdout
+    assert "checkpoint" not in done.stdout
+
+
+def test_a_checkpoint_of_another_method_is_refused(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    checkpoint = tmp_path / "checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # it stays
+        tune(encoder, tmp_path / "first", method="lora", checkpoint=checkpoint)
+    with pytest.raises(TrainerError, match="of another fit"):
+        tune(encoder, tmp_path / "new", method="adapters", checkpoint=checkpoint)
 
 
 def test_what_was_added_is_not_fitted_twice(encoder: TextEncoder, tmp_path: Path) -> None:

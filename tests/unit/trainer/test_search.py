@@ -1,11 +1,13 @@
 """The search for settings, on a shop and an encoder that are tiny."""
 
+import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+import polars as pl
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -76,6 +78,26 @@ def test_a_search_of_other_data_or_settings_is_another(shop_file: Path, tmp_path
     newer = replace(log, events=log.events.copy())
     newer.events["time"] += 1
     assert search(newer, "rating", SMALL, study, 2, encoder="none").trials == 2
+
+
+def test_settings_in_force_that_come_to_no_number_are_the_worst(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([math.nan, 0.5])
+    monkeypatch.setattr(module, "_judge", lambda *_: lambda *_: next(answers))
+    found = search(from_file(shop_file), "rating", SMALL, tmp_path / "study", 2, encoder="none")
+    assert (found.rmse, found.default_rmse) == (0.5, math.inf)
+    assert found.settings
+
+
+def test_a_search_of_other_words_or_attributes_is_another(shop_file: Path) -> None:
+    log = from_file(shop_file)
+    (known, item), *items = log.items
+    cheaper = replace(log, items=[(known, item.model_copy(update={"price": 1.0})), *items])
+    mended = replace(log, reviews=log.reviews.with_columns(text=pl.col("text") + "!"))
+    digests = {module._digest(each, SMALL, "none") for each in (log, cheaper, mended)}
+    assert len(digests) == 3
+    assert module._digest(from_file(shop_file), SMALL, "none") in digests
 
 
 def test_a_search_killed_in_its_first_trial_tries_the_settings_in_force(

@@ -1,8 +1,10 @@
 """Splits by time."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from trainer.config import SampleConfig, SplitConfig
 from trainer.split import by_instant, by_time, sample
@@ -59,7 +61,7 @@ STARS = np.array([5.0, 5, 5, 5, 5, 1])
 
 def test_samples_by_hand() -> None:
     def chosen(rows: int, by: str) -> list[int]:
-        config = SampleConfig.model_validate({"rows": rows, "by": by})
+        config = SampleConfig.model_construct(rows=rows, by=by)  # fewer than are allowed
         return sample(USERS, STARS, config, 3).tolist()
 
     assert chosen(2, "newest") == [4, 5]
@@ -86,3 +88,9 @@ def test_a_span_has_a_row_though_its_share_is_less() -> None:
         for time in (np.arange(50), np.zeros(50, np.int64)):
             split = cut(time, config)
             assert [len(span) for span in (split.train, split.validation, split.test)] == [48, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 49])
+def test_samples_that_teach_nothing_are_refused(rows: int) -> None:
+    with pytest.raises(ValidationError, match="teach nothing; 0 takes all"):
+        SampleConfig(rows=rows)

@@ -53,3 +53,59 @@ def test_weights_and_biases_is_told_the_same_offline(
     with tracking(config, "run", {}) as note:
         note("loss", 2.0, 1)
     assert told == ["offline", {"loss": 2.0, "loss step": 1}, "finished"]
+
+
+def test_a_place_that_fails_while_a_fit_goes_on_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that goes away after two figures, and does not answer at the end."""
+    told: list[float] = []
+
+    def log(figures: dict[str, float]) -> None:
+        if len(told) == 2:
+            raise ConnectionError("no route")
+        told.append(figures["loss"])
+
+    def finish() -> None:
+        raise ConnectionError("no route")
+
+    run = SimpleNamespace(log=log, finish=finish)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    config = TrackingConfig(folder=str(tmp_path), wandb_project="shop")
+    with tracking(config, "run", {}) as note:
+        for step in range(5):
+            note("loss", float(step), step)
+    assert told == [0, 1]
+    assert [each.getMessage() for each in caplog.records] == [
+        "Weights & Biases takes no more figures, the fit goes on: no route"
+    ]
+    events: Any = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert len(events.Scalars("loss")) == 5
+
+
+def test_a_place_is_told_of_a_fit_that_ends_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    run = SimpleNamespace(log=lambda figures: None, finish=lambda: told.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    config = TrackingConfig(folder=str(tmp_path), wandb_project="shop")
+    with pytest.raises(ZeroDivisionError), tracking(config, "run", {}):
+        raise ZeroDivisionError
+    assert told == ["finished"]
+
+
+def test_a_place_that_cannot_be_opened_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = TrackingConfig(folder=str(tmp_path), wandb_project="shop")
+    with (
+        pytest.raises(TrainerError, match="Weights & Biases takes no figures: not logged in"),
+        tracking(config, "run", {}),
+    ):
+        pytest.fail("it opened")

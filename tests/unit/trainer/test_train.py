@@ -18,7 +18,7 @@ from tests.unit.trainer.shop import shop
 from tests.unit.trainer.test_data import write_archive
 from trainer import train as module
 from trainer.assess import assess, summary
-from trainer.config import TrainerConfig
+from trainer.config import TrackingConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.exceptions import TrainerError
 from trainer.retrain import retrain_once
@@ -218,3 +218,19 @@ def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Pat
     assert registry.read(models).stable is None
     metrics = json.loads((Path(models) / done.result.version / "metrics.json").read_text())
     assert metrics["gate"]["passed"] is False
+
+
+@pytest.mark.parametrize(("rank", "tells"), [("0", True), ("1", False)])
+def test_of_processes_that_fit_together_one_tells_figures(
+    rank: str, tells: bool, shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(module, "base_encoder", stop)
+    folder = tmp_path / "runs"
+    tracked = CONFIG.model_copy(update={"tracking": TrackingConfig(folder=str(folder))})
+    with pytest.raises(KeyboardInterrupt):
+        train(from_file(shop_file), str(tmp_path), tracked)
+    assert folder.exists() == tells
