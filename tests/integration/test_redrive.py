@@ -253,7 +253,7 @@ def test_a_record_that_kafka_does_not_take_spoils_no_other(cluster: KafkaConfig)
 class NoName(str):
     """A header's name whose bytes are not UTF-8."""
 
-    def encode(self, *_: object) -> bytes:
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         return b"\xff"
 
 
