@@ -408,7 +408,7 @@ def _read_sources(
     """The events at given positions, and what lies between them."""
     offsets: dict[tuple[str, int], list[int]] = {}
     for topic, partition, offset in sources:
-        if topic in ("reviews", "behavior"):
+        if topic in ("reviews", "behavior") and partition < kafka.partitions:
             offsets.setdefault((topic_name(kafka, topic), partition), []).append(offset)
     spans = {
         where: (max(min(found), max(found) - LONGEST_SPAN), max(found))

@@ -110,9 +110,10 @@ class _Run:
 
 def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
     """A Faust app without web server, leader topic, tables or topics of its own."""
+    servers = map(str.strip, kafka.bootstrap_servers.split(","))
     return faust.App(
         f"{kafka.group_id}-insights",
-        broker=[f"kafka://{server}" for server in kafka.bootstrap_servers.split(",")],
+        broker=[f"kafka://{server}" for server in servers if server],  # Faust takes "" for its own
         broker_client_id=f"{kafka.group_id}-insights",
         broker_credentials=broker_credentials(kafka),
         broker_session_timeout=kafka.session_timeout_ms / 1_000,

@@ -105,6 +105,11 @@ def test_the_app_keeps_to_itself(tmp_path: Path) -> None:
     assert app.conf.producer_max_request_size == LARGEST_MESSAGE  # a dead letter may have it
 
 
+def test_servers_are_told_apart_as_librdkafka_does(tmp_path: Path) -> None:
+    app = make_app(KafkaConfig(bootstrap_servers="one:9092, two:9092 ,"), str(tmp_path))
+    assert [str(url) for url in app.conf.broker] == ["kafka://one:9092", "kafka://two:9092"]
+
+
 def in_loop(work: Coroutine[Any, Any, Any]) -> Any:
     """What comes of it, in a thread of its own: a browser's test leaves a loop in this one."""
     with ThreadPoolExecutor(1) as thread:
