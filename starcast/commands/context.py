@@ -29,6 +29,7 @@ from starcast import log
 from starcast.settings import Settings, load
 
 _ADDRESS = re.compile(r"\w{2,}:/")  # what a path makes of s3://…; a single letter is a drive
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 WIDTH = 120  # of tables that go to a file or a pipe
 
@@ -119,6 +120,11 @@ def check_output(out: Path | None, *inputs: Path | None) -> None:
         raise typer.BadParameter(
             f"{out} cannot be written: {problem.strerror}; name another"
         ) from None
+
+
+def plain(text: str) -> str:
+    """Text from outside, for a terminal: what would steer it, as ESC does, is written out."""
+    return _STEERING.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def fail(message: str, code: int = 1) -> typer.Exit:

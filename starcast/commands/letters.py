@@ -12,7 +12,7 @@ from rich.text import Text
 
 from schemas.codec import encode
 from schemas.records import format_time
-from starcast.commands.context import fail, notes, output, settings_of
+from starcast.commands.context import fail, notes, output, plain, settings_of
 from starcast.commands.times import parse_time
 from streams.dead_letters import Letter, Wanted, read_letters, redrive
 
@@ -62,7 +62,7 @@ def list_(
             _print_line(letter)
         else:
             sent_again = ("yes" if letter.redriven else "",) if everything else ()
-            table.add_row(*map(Text, _row(letter) + sent_again))
+            table.add_row(*map(Text, map(plain, _row(letter) + sent_again)))
     if not as_json and found:
         output.print(table)
     more = f", {found - limit} of them not shown (--limit)" if found > limit else ""
@@ -97,7 +97,7 @@ def show(
         *((f"header {header.key}", _readable(header.value)) for header in about.headers),
         ("value", _part(letter, "value")),
     ):
-        output.print(Text(f"{name:<14}", style="bold") + Text(value), soft_wrap=True)
+        output.print(Text(f"{plain(name):<14}", style="bold") + Text(plain(value)), soft_wrap=True)
 
 
 @app.command("redrive")
