@@ -422,13 +422,16 @@ def _read_sources(
 
 
 def _titles(feed: Feed, store: Store, predictions: Sequence[Prediction]) -> dict[str, str]:
-    """Titles of the items shown, and of the top items of the newest windows, as far as known."""
+    """Titles, as they are now, of the items shown and of the top items of the newest windows.
+
+    Beside them those that were seen before: a page may show an older window.
+    """
     known = feed.snapshot.titles
     wanted = {each.item_id for each in predictions}
     for window in feed.snapshot.windows[-20:]:
         for kind in window.kinds.values():
             wanted |= {name for name, _ in kind.top_items}
-    ids = sorted(wanted - {name for name, title in known.items() if title})
+    ids = sorted(wanted)
     if not ids:
         return known
     try:

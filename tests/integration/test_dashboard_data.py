@@ -115,7 +115,6 @@ def test_from_no_topics_to_predictions_with_what_came_of_them(
         keeper = Store(RedisConfig(url=SecretStr(store)), LAYOUT_HASH, cluster.partitions)
         (key,) = store_keys(keeper, ITEM_KIND, hash_ids(["i"]))
         keeper.client.set(key, np.zeros(1, ITEM_ATTRIBUTES).tobytes() + "Saitensatz ♪".encode())
-        keeper.close()
         send(
             cluster,
             "predicted-ratings",
@@ -132,6 +131,9 @@ def test_from_no_topics_to_predictions_with_what_came_of_them(
             ("interaction", "review", 5.0),
         ]
         assert {p.title for p in found.predictions} == {"Saitensatz ♪"}
+        keeper.client.set(key, np.zeros(1, ITEM_ATTRIBUTES).tobytes() + b"renamed")
+        wait_for(feed, lambda now: {p.title for p in now.predictions} == {"renamed"})
+        keeper.close()
 
 
 def test_a_source_that_cannot_be_ends_nothing(kafka: str, store: str, tmp_path: Path) -> None:
