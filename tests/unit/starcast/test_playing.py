@@ -9,6 +9,6 @@ from starcast.commands.playing import _line
 
 @pytest.mark.parametrize("field", ["user_id", "item_id", "model_version"])
 def test_what_steers_a_terminal_is_written_out(field: str) -> None:
-    record = PredictedRating.model_validate(EXAMPLES["predicted-ratings"] | {field: "Ö\x1b[2J"})
+    record = PredictedRating.model_validate({**EXAMPLES["predicted-ratings"], field: "Ö\x1b[2J"})
     assert r"Ö\x1b[2J" in _line(record).plain
     assert "\x1b" not in _line(record).plain
