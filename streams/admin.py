@@ -4,16 +4,18 @@
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import stamina
 import structlog
 from confluent_kafka import (
-    OFFSET_INVALID,
+    OFFSET_BEGINNING,
+    OFFSET_END,
     Consumer,
-    IsolationLevel,
     KafkaError,
     KafkaException,
     TopicPartition,
@@ -24,7 +26,6 @@ from confluent_kafka.admin import (  # its stubs export the client alone
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
     ConfigResource,  # pyright: ignore[reportPrivateImportUsage]
     NewTopic,  # pyright: ignore[reportPrivateImportUsage]
-    OffsetSpec,  # pyright: ignore[reportPrivateImportUsage]
     ResourceType,  # pyright: ignore[reportPrivateImportUsage]
     TopicMetadata,  # pyright: ignore[reportPrivateImportUsage]
 )
@@ -103,42 +104,43 @@ def error_of(exception: KafkaException) -> KafkaError:
 
 
 def watermarks(
-    admin: AdminClient, places: Iterable[TopicPartition], seconds: float, *, stable: bool = False
+    consumer: Consumer, places: Iterable[TopicPartition], seconds: float
 ) -> dict[tuple[str, int], tuple[int, int]]:
-    """The first offset of each partition and the next one to be written, by topic and partition.
+    """The first offset of each partition and the next one to be read, by topic and partition.
 
-    Of what is `stable`: where the oldest transaction begins that is still open, if one is.
+    For a consumer of what is committed that is where the oldest open transaction begins. A consumer
+    is asked, since the process of an administrative client may end by a signal when its broker goes
+    away meanwhile (`list_offsets` of librdkafka 2.16).
 
-    Raises KafkaException when it is not answered within `seconds`, or in part: a broker that goes
-    away meanwhile leaves librdkafka (2.16) with no offset, and no error either.
+    Raises KafkaException when it is not answered within `seconds`, or in part.
     """
-    asked = list(places)
+    asked = [(place.topic, place.partition) for place in places]
     if not asked:
         return {}
     lows, highs = (
-        {(where.topic, where.partition): int(each.result().offset) for where, each in found.items()}
-        for found in _ask_ends(admin, asked, seconds, stable)
+        {
+            (told.topic, told.partition): _offset(told)
+            for told in consumer.offsets_for_times(
+                [TopicPartition(*place, end) for place in asked], seconds
+            )
+        }
+        for end in (OFFSET_BEGINNING, OFFSET_END)
     )
-    if untold := [place for place in lows if min(lows[place], highs[place]) < 0]:
+    return {place: (lows[place], highs[place]) for place in asked}
+
+
+def _offset(told: TopicPartition) -> int:
+    """What Kafka told; raises KafkaException where it told none."""
+    if told.error is not None:
+        raise KafkaException(told.error)
+    if told.offset < 0:
         raise KafkaException(
             KafkaError(
                 KafkaError.OFFSET_NOT_AVAILABLE,
-                f"Kafka does not tell where {untold[0][0]} partition {untold[0][1]} begins or ends",
+                f"Kafka does not tell where {told.topic} partition {told.partition} begins or ends",
             )
         )
-    return {place: (low, highs[place]) for place, low in lows.items()}
-
-
-def _ask_ends(
-    admin: AdminClient, places: list[TopicPartition], seconds: float, stable: bool = False
-) -> list[dict[TopicPartition, Any]]:
-    """Futures of where each partition begins, and of where it ends."""
-    futures: list[dict[TopicPartition, Any]] = []
-    isolation = {"isolation_level": IsolationLevel.READ_COMMITTED} if stable else {}
-    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):
-        asked: dict[TopicPartition, Any] = dict.fromkeys(places, spec)
-        futures.append(admin.list_offsets(asked, request_timeout=seconds, **isolation))
-    return futures
+    return told.offset
 
 
 def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
@@ -160,16 +162,25 @@ def client_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
 
 def reader_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
     """The configuration of a consumer that joins no group: settings for members do not matter."""
-    return client_config(
-        kafka,
-        group_id=f"{kafka.group_id}-reader",  # required, never joined
-        session_timeout_ms=6_000,
-        max_poll_interval_ms=300_000,
-        enable_auto_commit=False,
-        enable_partition_eof=True,
-        isolation_level="read_committed",
-        **options,
-    )
+    reader: dict[str, Any] = {
+        "group_id": f"{kafka.group_id}-reader",  # required, never joined
+        "session_timeout_ms": 6_000,
+        "max_poll_interval_ms": 300_000,
+        "enable_auto_commit": False,
+        "enable_partition_eof": True,
+        "isolation_level": "read_committed",
+    }
+    return client_config(kafka, **reader | options)
+
+
+@contextmanager
+def reader(kafka: KafkaConfig, **options: Any) -> Generator[Consumer]:
+    """A consumer that joins no group, closed in the end."""
+    consumer = Consumer(reader_config(kafka, **options))
+    try:
+        yield consumer
+    finally:
+        consumer.close()
 
 
 def reach(kafka: KafkaConfig, seconds: float | None = None) -> AdminClient:
@@ -252,7 +263,7 @@ def show_topics(kafka: KafkaConfig) -> list[TopicReport]:
     names = [topic_name(kafka, topic.name) for topic in TOPICS]
     present = [name for name in names if name in found and found[name].partitions]
     configs = _configs(kafka, admin, present)
-    counts = _counts(kafka, admin, present, found)
+    counts = _counts(kafka, present, found)
     reports: list[TopicReport] = []
     for name, topic in zip(names, TOPICS, strict=True):
         wanted = kafka.partitions if topic.keyed else 1
@@ -344,22 +355,11 @@ def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
         for name in names.keys() & present.keys()
         for partition in present[name].partitions
     ]
-    # A member that never joins asks: librdkafka (2.16, issue 5040) ends the process of an
-    # administrative client that asks while the group is given another coordinator.
-    member = Consumer(
-        client_config(
-            kafka,
-            group_id=group,
-            session_timeout_ms=6_000,
-            max_poll_interval_ms=300_000,
-            enable_auto_commit=False,
-            isolation_level="read_uncommitted",  # what is committed now, whatever is under way
-        )
-    )
-    try:
-        found = _request(kafka, lambda: _coordinated(member, asked))
-    finally:
-        member.close()
+    # A consumer asks: librdkafka (2.16, issue 5040) ends the process of an administrative client
+    # that asks while the group is given another coordinator. It is told what is committed now,
+    # whatever is under way.
+    with reader(kafka, group_id=group, isolation_level="read_uncommitted") as consumer:
+        found = _request(kafka, lambda: _coordinated(consumer, asked))
     places: dict[str, dict[int, int]] = {}
     for place in found:
         if place.offset >= 0:
@@ -438,7 +438,7 @@ def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[Topic
             or len(found[report.name].partitions) < report.wanted_partitions
         ]
         if not waiting:
-            counts = _counts(kafka, admin, [report.name for report in made], found)
+            counts = _counts(kafka, [report.name for report in made], found)
             waiting = [report.name for report in made if report.name not in counts]
         if not waiting:
             return
@@ -496,23 +496,18 @@ def _configs(kafka: KafkaConfig, admin: AdminClient, names: list[str]) -> dict[s
 
 
 def _counts(
-    kafka: KafkaConfig, admin: AdminClient, names: list[str], found: Mapping[str, TopicMetadata]
+    kafka: KafkaConfig, names: list[str], found: Mapping[str, TopicMetadata]
 ) -> dict[str, int]:
     """The span of offsets of each topic whose leaders all answer."""
-    partitions = [TopicPartition(name, each) for name in names for each in found[name].partitions]
-    counts = dict.fromkeys(names, 0)
-    if not partitions:
-        return counts
-    for sign, futures in zip((-1, 1), _ask_ends(admin, partitions, REQUEST_SECONDS), strict=True):
-        for partition, future in futures.items():
+    counts: dict[str, int] = {}
+    with reader(kafka, isolation_level="read_uncommitted") as consumer:
+        for name in names:
+            places = [TopicPartition(name, each) for each in found[name].partitions]
             try:
-                place = _request(kafka, future.result).offset
+                told = _request(kafka, partial(watermarks, consumer, places, REQUEST_SECONDS))
             except _NoLeaderError:
-                place = OFFSET_INVALID
-            if place < 0:  # or its broker went away meanwhile, of which librdkafka says no more
-                counts.pop(partition.topic, None)
-            elif partition.topic in counts:
-                counts[partition.topic] += sign * place
+                continue
+            counts[name] = sum(high - low for low, high in told.values())
     return counts
 
 
@@ -525,6 +520,7 @@ def _request(kafka: KafkaConfig, ask: Callable[[], _Answer]) -> _Answer:
         if error.code() in (
             KafkaError._TRANSPORT,  # pyright: ignore[reportPrivateUsage]
             KafkaError._TIMED_OUT,  # pyright: ignore[reportPrivateUsage]
+            KafkaError._ALL_BROKERS_DOWN,  # pyright: ignore[reportPrivateUsage]
         ):
             raise unreachable(kafka, error.str(), REQUEST_SECONDS) from None
         if error.code() in _NO_LEADER:

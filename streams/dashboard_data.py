@@ -19,9 +19,6 @@ from confluent_kafka import (
     Message,
     TopicPartition,
 )
-from confluent_kafka.admin import (
-    AdminClient,
-)
 from pydantic import ValidationError
 
 from model import registry
@@ -222,24 +219,26 @@ def _follow_registry(feed: Feed, url: str, wait: Wait) -> None:
 def _follow_kafka(feed: Feed, kafka: KafkaConfig, store: Store, wait: Wait) -> None:
     """Look at the ends of the topics again and again, outside any consumer group.
 
-    A failure takes new clients: an old one may go on with what it knew of a broker's last life.
+    A failure takes a new consumer: an old one may go on with what it knew of a broker's last life.
     """
-    clients: tuple[AdminClient, Consumer] | None = None
+    consumer: Consumer | None = None
     going = True
     while going:
         try:
-            clients = clients or (reach(kafka, ANSWER_SECONDS), _consumer(kafka))
-            _look(feed, kafka, store, *clients)
+            if consumer is None:
+                reach(kafka, ANSWER_SECONDS)
+                consumer = _consumer(kafka)
+            _look(feed, kafka, store, consumer)
             feed.link("broker", None)
         except (KafkaException, StarcastError) as error:
             told = error.args[0]
             feed.link("broker", told.str() if isinstance(told, KafkaError) else str(told))
-            if clients is not None:
-                clients[1].close()
-            clients = None
+            if consumer is not None:
+                consumer.close()
+            consumer = None
         going = wait(KAFKA_SECONDS)
-    if clients is not None:
-        clients[1].close()
+    if consumer is not None:
+        consumer.close()
 
 
 def _consumer(kafka: KafkaConfig) -> Consumer:
@@ -262,9 +261,7 @@ def _ignore(_: KafkaError) -> None:
     """What matters is told by the next look."""
 
 
-def _look(
-    feed: Feed, kafka: KafkaConfig, store: Store, admin: AdminClient, consumer: Consumer
-) -> None:
+def _look(feed: Feed, kafka: KafkaConfig, store: Store, consumer: Consumer) -> None:
     """One look: which topics there are, what they hold, and their newest records."""
     found = consumer.list_topics(timeout=ANSWER_SECONDS).topics
     partitions = {
@@ -274,7 +271,7 @@ def _look(
     }
     missing = tuple(topic.name for topic in TOPICS if topic.name not in partitions)
     counts = {
-        name: _count(admin, kafka, name, partitions.get(name, []))
+        name: _count(consumer, kafka, name, partitions.get(name, []))
         for name in ("reviews", "behavior", "predicted-ratings")
     }
     feed.update(
@@ -293,10 +290,10 @@ def _look(
     _show(feed, kafka, store, consumer, predicted)
 
 
-def _count(admin: AdminClient, kafka: KafkaConfig, topic: str, partitions: Sequence[int]) -> int:
+def _count(consumer: Consumer, kafka: KafkaConfig, topic: str, partitions: Sequence[int]) -> int:
     """Offsets between the beginning and the end of a topic."""
     places = [TopicPartition(topic_name(kafka, topic), partition) for partition in partitions]
-    found = watermarks(admin, places, ANSWER_SECONDS).values()
+    found = watermarks(consumer, places, ANSWER_SECONDS).values()
     return sum(max(high, 0) - max(low, 0) for low, high in found)
 
 

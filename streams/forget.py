@@ -24,6 +24,7 @@ from streams.admin import (
     error_of,
     group_name,
     reach,
+    reader,
     refused_option,
     topic_configs,
     topic_name,
@@ -311,7 +312,8 @@ def _decided(kafka: KafkaConfig, topic: str, partitions: Iterable[int]) -> dict[
     if not kafka.exactly_once:
         return {}
     places = [TopicPartition(topic_name(kafka, topic), each) for each in partitions]
-    found = watermarks(reach(kafka), places, REQUEST_SECONDS, stable=True)
+    with reader(kafka) as consumer:  # of what is committed
+        found = watermarks(consumer, places, REQUEST_SECONDS)
     return {partition: end for (_, partition), (_, end) in found.items()}
 
 

@@ -7,7 +7,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from schemas import archive
 from schemas.journal import Joiner, Transaction
-from streams.admin import reader_config, topic_name
+from streams.admin import reader, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.tail import bounds
@@ -39,10 +39,7 @@ def read_journals(
     archive. Raises `JournalGapError` when neither reaches back to a start, `StoreAheadError` when
     the journal ends before it.
     """
-    consumer = Consumer(
-        reader_config(kafka, auto_offset_reset="error", fetch_wait_max_ms=SHORT_POLL_MS)
-    )
-    try:
+    with reader(kafka, auto_offset_reset="error", fetch_wait_max_ms=SHORT_POLL_MS) as consumer:
         # Else leaders are found half a second late.
         consumer.list_topics(topic_name(kafka, TOPIC), END_SECONDS)
         left = dict(starts)
@@ -64,8 +61,6 @@ def read_journals(
                     yield partition, transaction
                     # Retention may have cut into it: its last piece may stand after `low`.
                     left[partition] = max(low, transaction.last_offset + 1)
-    finally:
-        consumer.close()
 
 
 def _read(

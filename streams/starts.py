@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
 
-from streams.admin import client_config, error_of, group_name, topic_name, watermarks
+from streams.admin import error_of, group_name, topic_name, watermarks
 from streams.config import KafkaConfig
 from streams.exceptions import StoreAheadError, StoreError
 from streams.processor import Offsets, Position, Processor
@@ -45,14 +44,14 @@ def claim(
             raise
         committed = moved
         starts = processor.claim(committed)
-    ends = _ends(config, starts)
+    ends = _ends(consumer, config, starts)
     # Retention may have passed a start meanwhile, and what left Kafka is in the archive.
     while passed := _passed(starts, ends):
         again = processor.claim({each: committed[each] for each in passed})
         if again == {each: starts[each] for each in passed}:
             break
         starts = {each: starts[each] for each in starts if each not in passed} | again
-        ends = _ends(config, starts)
+        ends = _ends(consumer, config, starts)
     return {
         (topic, partition): _start(processor, config, topic, partition, at, *ends[topic, partition])
         for partition, topics in starts.items()
@@ -89,10 +88,12 @@ def _committed(
     return committed
 
 
-def _ends(config: KafkaConfig, starts: Offsets) -> dict[Position, tuple[int, int]]:
-    """The first offset of each input and the next one to be written."""
+def _ends(
+    consumer: Consumer, config: KafkaConfig, starts: Offsets
+) -> dict[Position, tuple[int, int]]:
+    """The first offset of each input and the next one to be read."""
     places = _places(config, starts)
-    found = watermarks(AdminClient(client_config(config)), places, CONTROL_SECONDS)
+    found = watermarks(consumer, places, CONTROL_SECONDS)
     return {
         (topic.removeprefix(config.topic_prefix), partition): each
         for (topic, partition), each in found.items()

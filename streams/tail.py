@@ -21,17 +21,15 @@ from confluent_kafka import (
     Message,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient
 
 from schemas import archive
 from schemas.topics import BY_NAME
 from streams.admin import (
     REQUEST_SECONDS,
     TopicError,
-    client_config,
     error_of,
     reach,
-    reader_config,
+    reader,
     topic_name,
     unreachable,
     watermarks,
@@ -72,14 +70,11 @@ def read_topic(
             f"Topic {name} does not exist at {kafka.bootstrap_servers}. "
             "Make all topics with `starcast topics apply`."
         )
-    consumer = Consumer(
-        reader_config(
-            kafka,
-            fetch_wait_max_ms=LONG_POLL_MS if follow else SHORT_POLL_MS,
-            auto_offset_reset="earliest",
-        )
-    )
-    try:
+    with reader(
+        kafka,
+        fetch_wait_max_ms=LONG_POLL_MS if follow else SHORT_POLL_MS,
+        auto_offset_reset="earliest",
+    ) as consumer:
         left = set(found.partitions if partitions is None else partitions)
         consumer.list_topics(name, REQUEST_SECONDS)  # else its leaders are found half a second late
         moved = time.monotonic()
@@ -100,15 +95,14 @@ def read_topic(
                 raise unreachable(kafka, reason, STALL_SECONDS)
             if batch or follow:
                 yield batch
-    finally:
-        consumer.close()
 
 
 def bounds(kafka: KafkaConfig, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
     """Where partitions begin, since retention has taken what stood before, and where they end."""
     name = topic_name(kafka, topic)
     places = [TopicPartition(name, partition) for partition in partitions]
-    found = watermarks(AdminClient(client_config(kafka)), places, REQUEST_SECONDS)
+    with reader(kafka, isolation_level="read_uncommitted") as consumer:
+        found = watermarks(consumer, places, REQUEST_SECONDS)
     return {partition: each for (_, partition), each in found.items()}
 
 

@@ -25,6 +25,7 @@ KINDS = (
     "broker killed",
     "archiver killed",
     "bundle damaged",
+    "users forgotten",
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from confluent_kafka import Message, Producer
+from confluent_kafka import Message, Producer, TopicPartition
 from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
@@ -31,8 +31,10 @@ from streams.admin import (
     check_topics,
     client_config,
     reach,
+    reader,
     show_topics,
     topic_name,
+    watermarks,
 )
 from streams.catalog import Catalog
 from streams.config import KafkaConfig, RedisConfig
@@ -363,3 +365,24 @@ def test_no_broker_is_told_by_every_way_in(monkeypatch: pytest.MonkeyPatch) -> N
         list(read_topic(nowhere, "users"))
     with pytest.raises(UnreachableError):
         show_topics(nowhere)
+
+
+def test_what_is_committed_ends_where_the_oldest_open_transaction_begins(kafka: str) -> None:
+    config = KafkaConfig(bootstrap_servers=kafka, topic_prefix="open.", partitions=2)
+    apply_topics(config)
+    place = TopicPartition(topic_name(config, "reviews"), 1)
+    producer = Producer(client_config(config, transactional_id="open"))
+    producer.init_transactions(30)
+    for commits in (True, False):
+        producer.begin_transaction()
+        producer.produce(place.topic, b"{}", partition=1)
+        producer.flush(30)
+        if commits:
+            producer.commit_transaction(30)
+    told: dict[str, tuple[int, int]] = {}
+    for isolation in ("read_committed", "read_uncommitted"):
+        with reader(config, isolation_level=isolation) as consumer:
+            told[isolation] = watermarks(consumer, [place], 30)[place.topic, 1]
+    producer.abort_transaction(30)
+    # A record, the marker that it is committed, and a record that is not.
+    assert told == {"read_committed": (0, 2), "read_uncommitted": (0, 3)}

@@ -189,7 +189,6 @@ def scripted() -> Generator[World]:
     with (
         patch.object(loops, "Consumer", broker.consumer),
         patch.object(senders, "Producer", broker.producer),
-        patch.object(starts, "AdminClient"),
         patch.object(starts, "watermarks", broker.watermarks),
         patch.object(loops, "time", clock),
         patch.object(senders, "time", clock),

@@ -1,11 +1,18 @@
-from concurrent.futures import Future
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+)
 
 from schemas.exceptions import UnreachableError
 from schemas.topics import BY_NAME
@@ -119,45 +126,62 @@ def test_refused_option_says_where_options_are_set() -> None:
     assert "STARCAST_KAFKA__OPTIONS" in str(admin.refused_option(problem))
 
 
-class Offsets(AdminClient):
-    """Answers what it is told: offsets of the beginnings, then of the ends."""
+@dataclass
+class Offsets:
+    """A consumer that is told, of each partition in order, the offset of its beginning and end."""
 
-    def __init__(self, *answers: list[int | KafkaException]) -> None:
-        self.answers = [*answers]
+    lows: list[int | KafkaError]
+    highs: list[int | KafkaError]
+    closed: bool = False
 
-    def list_offsets(self, topic_partition_offsets: Any, **_: Any) -> Any:
-        futures: dict[TopicPartition, Future[Any]] = {}
-        for place, answer in zip(topic_partition_offsets, self.answers.pop(0), strict=True):
-            futures[place] = Future()
-            if isinstance(answer, KafkaException):
-                futures[place].set_exception(answer)
-            else:
-                futures[place].set_result(SimpleNamespace(offset=answer))
-        return futures
+    def offsets_for_times(self, asked: list[TopicPartition], _: float) -> list[TopicPartition]:
+        told = {OFFSET_BEGINNING: self.lows, OFFSET_END: self.highs}[asked[0].offset]
+        found = [
+            SimpleNamespace(
+                topic=each.topic,
+                partition=each.partition,
+                offset=OFFSET_INVALID if isinstance(offset, KafkaError) else offset,
+                error=offset if isinstance(offset, KafkaError) else None,
+            )
+            for each, offset in zip(asked, told, strict=True)
+        ]
+        return cast(list[TopicPartition], found[::-1])  # in an order of its own
+
+    def close(self) -> None:
+        self.closed = True
 
 
 PLACES = [TopicPartition("reviews", 0), TopicPartition("reviews", 1)]
 
 
 def test_watermarks_are_where_partitions_begin_and_end() -> None:
-    found = watermarks(Offsets([0, 3], [0, 9]), PLACES, 1)
+    found = watermarks(cast(Consumer, Offsets([0, 3], [0, 9])), PLACES, 1)
     assert found == {("reviews", 0): (0, 0), ("reviews", 1): (3, 9)}
-    assert watermarks(Offsets(), [], 1) == {}
+    assert watermarks(cast(Consumer, Offsets([], [])), [], 1) == {}
 
 
-@pytest.mark.parametrize("untold", [-1001, KafkaException(KafkaError(KafkaError._TIMED_OUT))])
-def test_a_watermark_that_is_not_told_is_an_error(untold: int | KafkaException) -> None:
+@pytest.mark.parametrize("untold", [-1001, KafkaError(KafkaError._TIMED_OUT)])
+def test_a_watermark_that_is_not_told_is_an_error(untold: int | KafkaError) -> None:
     """In a fault run a broker was killed while it was asked: the end came as -1001, no error."""
     with pytest.raises(KafkaException):
-        watermarks(Offsets([0, 3], [0, untold]), PLACES, 1)
+        watermarks(cast(Consumer, Offsets([0, 3], [0, untold])), PLACES, 1)
 
 
-def test_a_topic_is_not_counted_where_an_offset_is_not_told() -> None:
-    found: Any = {name: SimpleNamespace(partitions={0: None}) for name in ("reviews", "users")}
-    no_leader = KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
-    for untold in (-1001, no_leader):
-        counts = _counts(KafkaConfig(), Offsets([2, 0], [9, untold]), [*found], found)
-        assert counts == {"reviews": 7}
+@pytest.mark.parametrize("untold", [-1001, KafkaError(KafkaError.LEADER_NOT_AVAILABLE)])
+def test_a_topic_is_not_counted_where_an_offset_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, untold: int | KafkaError
+) -> None:
+    found: Any = {name: SimpleNamespace(partitions={0: None}) for name in ("users", "reviews")}
+
+    class Topics(Offsets):
+        def offsets_for_times(self, asked: list[TopicPartition], _: float) -> list[TopicPartition]:
+            self.highs = [9 if asked[0].topic == "reviews" else untold]
+            return super().offsets_for_times(asked, _)
+
+    consumer = Topics([2], [])
+    monkeypatch.setattr(admin, "Consumer", lambda _: consumer)
+    assert _counts(KafkaConfig(), [*found], found) == {"reviews": 7}
+    assert consumer.closed
 
 
 @dataclass
