@@ -90,11 +90,17 @@ def predict(
 def attempt(
     predictor: Predictor, events: Rows, observation: Observation, lookups: Lookups
 ) -> Predictions:
-    """What a version on trial says of EVENT rows (n); raises TrialError whatever fails."""
+    """What a version on trial says of EVENT rows (n).
+
+    Raises TrialError whatever fails, also where it says what is no number.
+    """
     try:
-        return predictor.predict(events, observation, lookups)
+        said = predictor.predict(events, observation, lookups)
     except Exception as error:
         raise TrialError(f"{type(error).__name__}: {error}") from error
+    if not said.finite:
+        raise TrialError("it says what is no number")
+    return said
 
 
 def in_order(parts: Sequence[Part], column: Callable[[Predictions], NDArray[Any]]) -> NDArray[Any]:

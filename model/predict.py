@@ -13,6 +13,7 @@ from model import ladder
 from model.bundle import Bundle
 from model.calibration import Calibration, Reals, Singles, calibrate
 from model.events import EVENT, REVIEW, Rows, blank
+from model.exceptions import BundleError
 from model.ids import NONE, hash_ids
 from model.lookups import Lookups, table, vectors_of
 from model.network import FusedNetwork, Inputs, gather, tensors
@@ -35,6 +36,11 @@ class Predictions:
     high: Singles  # (n,)
     tier: NDArray[np.uint8]  # (n,) positions in ladder.TIERS
     version: str
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it are numbers; weights that are numbers may give others."""
+        return bool(np.isfinite(self.distribution).all())
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ def warm(predictor: Predictor) -> None:
 
     After it all loops of `model.compiled` are compiled. At a machine's first run that takes ten
     seconds and more, in which a worker that has partitions would be silent and lose them.
+
+    Raises BundleError where it says what is no number.
     """
     items = hash_ids(["a", "b", "c"])
     attributes = blank(ITEM_ATTRIBUTES, len(items))
@@ -91,7 +99,8 @@ def warm(predictor: Predictor) -> None:
     events["action"], events["rating"], events["time"] = REVIEW, 4, 1
     history = History(table(items, attributes), vectors=vectors_of(items, vectors))
     (batch,) = history.run(events)
-    predictor.predict(events, batch.result.observation, batch.lookups)
+    if not predictor.predict(events, batch.result.observation, batch.lookups).finite:
+        raise BundleError(f"{predictor.version} predicts what is no number; train again")
     recover(
         from_bytes(to_bytes(blank(USER, 1)), USER),
         np.zeros(len(events), np.intp),

@@ -84,6 +84,7 @@ Stars = Annotated[float, Field(strict=True, ge=1, le=5, allow_inf_nan=False)]
 Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 Whole = Annotated[int, Field(le=LARGEST)]
+Difference = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]  # `model` holds them in 32 bits
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Distribution = Annotated[list[Real], Field(min_length=5, max_length=5)]
 Interval = Annotated[list[Real], Field(min_length=2, max_length=2)]
@@ -213,14 +214,20 @@ class ItemUpdate(Record):
 
     item_id: Identifier
     source: UpdateSource
-    counts: dict[str, Whole]  # by action, "review" among them
-    rating_count: Whole = 0
+    counts: dict[str, Difference]  # by action, "review" among them
+    rating_count: Difference = 0
     rating_sum: Real = 0.0
     rating_square_sum: Real = 0.0
-    rating_histogram: Annotated[list[Whole], Field(min_length=5, max_length=5)] = [0, 0, 0, 0, 0]
-    price_count: Whole = 0
+    rating_histogram: Annotated[list[Difference], Field(min_length=5, max_length=5)] = [
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
+    price_count: Difference = 0
     price_log_sum: Real = 0.0
-    sessions: Whole = 0
+    sessions: Difference = 0
     first_event_time: Time
     last_event_time: Time
 

@@ -27,6 +27,7 @@ from schemas.exceptions import ContractError, UnreachableError
 from schemas.topics import BY_NAME
 from streams.compaction import WRITER, Compactor, compact, until_committed
 from streams.config import ArchiveConfig
+from streams.dead_letters import headers_of
 from streams.exceptions import StoreError
 from streams.memory import give_back
 from streams.metrics import Metrics
@@ -267,7 +268,7 @@ class Archiver:
                     timestamp if kind else None,
                     _bytes(key),
                     _bytes(value),
-                    [(name, _bytes(found)) for name, found in message.headers() or []],
+                    [(name, _bytes(found)) for name, found in headers_of(message)],
                 )
             )
             self._bytes += len(key or b"") + len(value or b"")

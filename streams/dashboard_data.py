@@ -405,7 +405,7 @@ def _read_sources(
     """The events at given positions, and what lies between them."""
     offsets: dict[tuple[str, int], list[int]] = {}
     for topic, partition, offset in sources:
-        if topic in ("reviews", "behavior"):
+        if topic in ("reviews", "behavior") and partition < kafka.partitions:
             offsets.setdefault((topic_name(kafka, topic), partition), []).append(offset)
     spans = {
         where: (max(min(found), max(found) - LONGEST_SPAN), max(found))
@@ -419,13 +419,16 @@ def _read_sources(
 
 
 def _titles(feed: Feed, store: Store, predictions: Sequence[Prediction]) -> dict[str, str]:
-    """Titles of the items shown, and of the top items of the newest windows, as far as known."""
+    """Titles, as they are now, of the items shown and of the top items of the newest windows.
+
+    Beside them those that were seen before: a page may show an older window.
+    """
     known = feed.snapshot.titles
     wanted = {each.item_id for each in predictions}
     for window in feed.snapshot.windows[-20:]:
         for kind in window.kinds.values():
             wanted |= {name for name, _ in kind.top_items}
-    ids = sorted(wanted - {name for name, title in known.items() if title})
+    ids = sorted(wanted)
     if not ids:
         return known
     try:

@@ -7,9 +7,10 @@ header. A letter that is marked has been sent and is left alone from then on.
 """
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import methodcaller
 from typing import Any
 
 import orjson
@@ -31,7 +32,7 @@ ATTEMPTS_HEADER = "starcast-attempts"
 FIRST_FAILED_HEADER = "starcast-first-failed-at"
 REDRIVEN_HEADER = "starcast-redriven-from"  # of a record sent again: its letter's position
 MARK_HEADER = "starcast-redriven"  # of a mark: the position of the letter that was sent
-LEFT_OUT_HEADER = "starcast-left-out"  # in a letter: what of its record was too large for it
+LEFT_OUT_HEADER = "starcast-left-out"  # in a letter: what of its record it could not take
 
 LARGEST_LETTER = LARGEST_MESSAGE - 64 * 1024  # bytes: Kafka and vain compression add to them
 LONGEST_REASON = 1_000  # characters, in a letter that was too large
@@ -48,7 +49,23 @@ _FENCED = (
     KafkaError._PURGE_INFLIGHT,  # pyright: ignore[reportPrivateUsage]
     KafkaError.INVALID_PRODUCER_EPOCH,
 )
+_ask_headers: Callable[[Any], Any] = methodcaller("headers")
+_UNREADABLE = (LEFT_OUT_HEADER, b"headers")
 _LOG = structlog.get_logger(__name__)
+
+
+def headers_of(message: Message) -> list[tuple[str, Any]]:
+    """A message's headers; only LEFT_OUT_HEADER in place of those that cannot be read.
+
+    A name may be any bytes in Kafka. At one that is not UTF-8 confluent-kafka (2.16) gives a list
+    that lacks an object, and an error: Python looks for it where C calls, while after some calls
+    in Python itself it takes the list, and dies. So does who asks a second time.
+    """
+    try:
+        found = _ask_headers(message) or []
+    except SystemError:
+        return [_UNREADABLE]
+    return list(found.items()) if isinstance(found, dict) else found
 
 
 def _text(value: bytes | str | None) -> str | None:
@@ -64,9 +81,11 @@ def dead_letter(
     `topic` is the message's topic without the prefix in settings. What is too large is left out,
     since Kafka would refuse the letter, and its transaction, each time anew.
     """
-    found = message.headers() or []
-    headers = list(found.items()) if isinstance(found, dict) else found
-    headers = [each for each in headers if each[0] != LEFT_OUT_HEADER]  # that is ours to say
+    headers = headers_of(message)
+    if headers and headers[0] is _UNREADABLE:
+        reason += " (headers left out: a name is not UTF-8)"
+    else:
+        headers = [each for each in headers if each[0] != LEFT_OUT_HEADER]  # that is ours to say
     history = dict(headers)
     attempts = history.get(ATTEMPTS_HEADER)
     first = history.get(FIRST_FAILED_HEADER)
@@ -145,7 +164,7 @@ class Letter:
 
     @property
     def left_out(self) -> str:
-        """What of its record was too large for it, as "value, headers"; empty for nothing."""
+        """What of its record it could not take, as "value, headers"; empty for nothing."""
         found = dict(_headers(self.letter)).get(LEFT_OUT_HEADER)
         return (found or b"").decode(errors="replace")
 
@@ -385,8 +404,8 @@ def redriven(letter: Letter) -> Outgoing:
         source = about.source
         where = f"{source.topic} partition {source.partition} offset {source.offset}"
         raise LetterError(
-            f"Dead letter {letter.position} has no {letter.left_out} of {where}: too large for it. "
-            f"Take the record from there while {source.topic} keeps it, and produce it anew."
+            f"Dead letter {letter.position} has no {letter.left_out} of {where}: it could not take "
+            f"them. Take the record from there while {source.topic} keeps it, and produce it anew."
         )
     kept = [header for header in _headers(about) if not header[0].startswith(HEADER_PREFIX)]
     history = [
@@ -420,7 +439,7 @@ def _marked(message: Message) -> str | None:
     """The position of the letter that a mark is about, when the message is a mark."""
     if message.value() is not None:
         return None
-    found = dict(message.headers() or []).get(MARK_HEADER)
+    found = dict(headers_of(message)).get(MARK_HEADER)
     return found.decode(errors="replace") if isinstance(found, bytes) else found
 
 

@@ -5,6 +5,7 @@ The thread answers even when a processor is busy, so `/health` says that the pro
 """
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,15 @@ Check = Callable[[], str | None]  # None when ready, else the reason why not
 
 class PortError(StarcastError):
     """A port cannot be listened on."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up, as balancers do that look whether a port is open, is no news."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 @contextmanager
@@ -62,13 +72,12 @@ def serve_health(
             """Scrapes are no news."""
 
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = _Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise PortError(
             f"Health and metrics cannot listen on {host}:{port}: {error}. Set "
             "STARCAST_WEB__METRICS_PORT to another port, or to 0 for none."
         ) from error
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="health", daemon=True)
     thread.start()
     try:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import faust
-import redis as redis_client
 import structlog
 from confluent_kafka import Message
 from faust.auth import SASLCredentials, SSLCredentials
@@ -111,9 +110,10 @@ class _Run:
 
 def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
     """A Faust app without web server, leader topic, tables or topics of its own."""
+    servers = map(str.strip, kafka.bootstrap_servers.split(","))
     return faust.App(
         f"{kafka.group_id}-insights",
-        broker=[f"kafka://{server}" for server in kafka.bootstrap_servers.split(",")],
+        broker=[f"kafka://{server}" for server in servers if server],  # Faust takes "" for its own
         broker_client_id=f"{kafka.group_id}-insights",
         broker_credentials=broker_credentials(kafka),
         broker_session_timeout=kafka.session_timeout_ms / 1_000,
@@ -416,17 +416,15 @@ async def _write(run: _Run, metrics: Metrics) -> bool:
                 approximate=False,
             )
             metrics.state_writes.labels("insights", "written").inc()
-        except redis_client.ResponseError as error:
+        except STORE_ERRORS as error:
             if "equal or smaller" not in str(error):
-                raise
+                metrics.state_writes.labels("insights", "failed").inc()
+                _LOG.warning("insights waits for the store", reason=str(error))
+                await asyncio.sleep(FIRST_PAUSE_SECONDS)
+                return False
             # A newer window is there: another process has taken over, or a clock went back.
             metrics.state_writes.labels("insights", "fenced").inc()
             _LOG.warning("the store has a newer window", end_ms=window.end_ms)
-        except STORE_ERRORS as error:
-            metrics.state_writes.labels("insights", "failed").inc()
-            _LOG.warning("insights waits for the store", reason=str(error))
-            await asyncio.sleep(FIRST_PAUSE_SECONDS)
-            return False
         if run.unwritten and run.unwritten[0] is window:  # else the partition went meanwhile
             run.unwritten.popleft()
     return True

@@ -37,7 +37,14 @@ from confluent_kafka import (
 )
 
 from schemas.exceptions import UnreachableError
-from streams.admin import client_config, error_of, group_name, refused_option, topic_name
+from streams.admin import (
+    check_topics,
+    client_config,
+    error_of,
+    group_name,
+    refused_option,
+    topic_name,
+)
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreError
@@ -132,8 +139,9 @@ class Loop:
     def run(self) -> None:
         """Work until stopped.
 
-        Raises `BrokerError` when Kafka fences this worker for good, and what `claim` raises when
-        Kafka and the processor's own store do not belong together.
+        Raises `BrokerError` when Kafka fences this worker for good, `TopicError` when topics have
+        got more partitions, and what `claim` raises when Kafka and the processor's own store do not
+        belong together.
         """
         sys.setswitchinterval(SWITCH_SECONDS)
         self._sender.start()
@@ -262,6 +270,8 @@ class Loop:
         started = time.monotonic()
         if started < self._retry_at:
             return
+        if any(partition >= self._config.partitions for _, partition in self._owned):
+            check_topics(self._config)  # which tells: their states would lie where nobody looks
         if not (claimable := self._claimable()):
             return
         self._settle()  # what is compared with the commits must have been committed

@@ -3,6 +3,7 @@
 LEAST = 100  # events: a transaction costs as much with fewer
 SHRINK, GROW = 0.5, 1.25  # a turn changes the size by these factors at most
 NEWEST = 0.2  # what the last turn counts in a running mean
+LONG_SECONDS = 2.0  # to process a batch, where a transaction may stay open for ten
 GATHER_SECONDS = 0.1  # a commit that is slow for once keeps no batch waiting for longer
 
 
@@ -51,7 +52,10 @@ class Overlap:
 
     def processed(self, seconds: float) -> None:
         """A batch was processed."""
-        self._processing += NEWEST * (seconds - self._processing)
+        # A long one counts in whole: its transaction may have been opened so long before its end
+        # that Kafka aborted it, as it would again.
+        weight = NEWEST if seconds < LONG_SECONDS else 1.0
+        self._processing += weight * (seconds - self._processing)
 
     def opened(self, seconds: float) -> None:
         """A transaction took so long to begin and to note its offsets."""

@@ -17,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import quote
 
 import structlog
 
@@ -262,7 +263,8 @@ def worker_slot(kafka: KafkaConfig, name: str) -> Generator[int]:
             f"has none: {error}. Make space there, or set TMPDIR to another."
         ) from error
     for slot in range(SLOTS):
-        path = folder / f"{kafka.topic_prefix}{kafka.group_id}-{name}-{slot}.lock"
+        worker = f"{kafka.topic_prefix}{kafka.group_id}-{name}-{slot}"
+        path = folder / f"{quote(worker, safe='')}.lock"  # a group's name may have a slash
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -185,6 +185,7 @@ class Scorer:
             if len(scored) < len(events):
                 events, observation = events.take(scored), observed.take(scored)
             answers = self._models.predict(serving, events, observation, lookups)
+            truths = _truths(arrivals, parts)[scored]
         with self._phase("encode"):
             predicted_at = int(time.time() * 1_000)
             ratings = _prediction_records(arrivals, parts, scored, answers, predicted_at)
@@ -206,14 +207,14 @@ class Scorer:
             took = time.monotonic() - began
 
         def finish(_: dict[Position, int]) -> None:
-            self._count_scored(arrivals, scored, answers, predicted_at)
+            self._count_scored(arrivals, scored, truths, answers, predicted_at)
             self._pace.took(len(messages), took)
             if serving.shadow is not None and len(scored):
                 # After the commit: nobody waits for it, and no event is counted twice.
                 with self._phase("shadow"):
                     said = self._models.predict_beside(serving, events, observation, lookups)
                 if said is not None:
-                    self._count_shadow(said, events["rating"])
+                    self._count_shadow(said, truths)
 
         return Outcome(
             batches=[ratings, updates],
@@ -316,16 +317,22 @@ class Scorer:
         self,
         arrivals: _Arrivals,
         scored: NDArray[np.intp],
+        truths: NDArray[np.float32],
         answers: Sequence[Part],
         predicted_at: int,
     ) -> None:
         for part in answers:
             mine = scored[part.rows]
             if len(mine):
-                self._count_part(arrivals, mine, part, predicted_at)
+                self._count_part(arrivals, mine, truths[part.rows], part, predicted_at)
 
     def _count_part(
-        self, arrivals: _Arrivals, scored: NDArray[np.intp], part: Part, predicted_at: int
+        self,
+        arrivals: _Arrivals,
+        scored: NDArray[np.intp],
+        truths: NDArray[np.float32],
+        part: Part,
+        predicted_at: int,
     ) -> None:
         events, predictions = arrivals.events.take(scored), part.predictions
         self._watermark = max(self._watermark, int(events["time"].max()))
@@ -344,7 +351,7 @@ class Scorer:
             Scored(
                 version=predictions.version,
                 ratings=predictions.rating,
-                truths=events["rating"],
+                truths=truths,
                 tiers=predictions.tier,
                 items=list(map(arrivals.ids["item_id"].__getitem__, scored.tolist())),
                 actions=actions,
@@ -413,6 +420,15 @@ def _order(arrivals: _Arrivals) -> NDArray[np.intp]:
     for rows in np.split(by_log, np.flatnonzero(np.diff(log)) + 1):
         arrival[rows] = np.maximum.accumulate(arrival[rows])
     return np.lexsort((offset, topic, arrival, partition))
+
+
+def _truths(arrivals: _Arrivals, parts: Sequence[_Part]) -> NDArray[np.float32]:
+    """The stars that each event gives (n), nan for none.
+
+    Nor for a repetition: its user's state had them when it was predicted.
+    """
+    repeated = np.concatenate([part.result.duplicate for part in parts])
+    return np.where(repeated, np.float32(np.nan), arrivals.events["rating"])
 
 
 def _disorder(

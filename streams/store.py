@@ -16,7 +16,7 @@ from hashlib import sha256
 from importlib.resources import files
 from itertools import accumulate, chain, pairwise
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.cluster import RedisCluster
@@ -97,7 +97,7 @@ def _primary(url: str, options: dict[str, Any]) -> Any:
     """A client of the primary that sentinels name: redis+sentinel://[:password@]a:1,b:2/name[/0]."""
     parts = urlsplit(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
-    user, _, password = credentials.partition(":")
+    user, _, password = map(unquote, credentials.partition(":"))
     sentinels = [
         (host, int(port or SENTINEL_PORT))
         for host, _, port in (each.partition(":") for each in hosts.split(","))

@@ -231,18 +231,18 @@ class Texts:
             counts["skipped: no star head"] = len(inputs.records)
             return [], None
         oldest = self._oldest()
+        said = [review_text(each.title, each.text) for each in inputs.records]  # "": no words
         rows = [
             at
             for at, review in enumerate(inputs.records)
-            if (review.title or review.text) and time_ms(review.event_time) >= oldest
+            if said[at] and time_ms(review.event_time) >= oldest
         ]
         counts["skipped: too old or no text"] = len(inputs.records) - len(rows)
         if not rows:
             return [], None
         reviews: list[Review] = [inputs.records[at] for at in rows]
-        stars = text_encoder.stars(
-            self._vectors(text_encoder, [review_text(each.title, each.text) for each in reviews])
-        ).astype(np.float64)  # (n, 5)
+        hidden = self._vectors(text_encoder, [said[at] for at in rows])
+        stars = text_encoder.stars(hidden).astype(np.float64)  # (n, 5)
         mean = stars @ STARS
         deviation = np.sqrt(np.maximum(stars @ STARS**2 - mean**2, 0))
         count = len(reviews)

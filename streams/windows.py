@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import datasketches  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, computed_field
+from pydantic import BaseModel, ValidationError, computed_field
 
 from schemas.exceptions import ContractError
 from schemas.records import Alert, ErrorSums, Kind, ScoreDigest
@@ -347,9 +347,19 @@ def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> l
 
 
 def last_window(client: Any, key: str) -> Window | None:
-    """The newest window in the store's stream; raises the errors of the client."""
+    """The newest window in the store's stream; raises the errors of the client.
+
+    Of one that another release wrote in another form nothing is known but its end.
+    """
     rows: Any = client.xrevrange(key, count=1)
-    return Window.model_validate_json(rows[0][1][WINDOW_FIELD]) if rows else None
+    if not rows:
+        return None
+    name, fields = rows[0]
+    try:
+        return Window.model_validate_json(fields[WINDOW_FIELD])
+    except (ValidationError, KeyError):
+        end = int(name.partition(b"-")[0])
+        return Window(start_ms=end, end_ms=end, step_ms=1, kinds={})
 
 
 def encode_latency(milliseconds: NDArray[np.float32]) -> str | None:

@@ -32,6 +32,7 @@ from starcast import log
 from starcast.settings import Settings, load
 
 _ADDRESS = re.compile(r"\w{2,}:/")  # what a path makes of s3://…; a single letter is a drive
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 WIDTH = 120  # of tables that go to a file or a pipe
 
@@ -157,6 +158,11 @@ def parse_time(text: str) -> datetime:
             f"{text!r} is no time; write 2026-11-24T10:15:00Z or 2026-11-24"
         ) from None
     return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def plain(text: str) -> str:
+    """Text from outside, for a terminal: what would steer it, as ESC does, is written out."""
+    return _STEERING.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def fail(message: str, code: int = 1) -> typer.Exit:

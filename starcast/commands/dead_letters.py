@@ -18,6 +18,7 @@ from starcast.commands.context import (
     notes,
     output,
     parse_time,
+    plain,
     print_json,
     settings_of,
 )
@@ -68,7 +69,7 @@ def list_(
             _print_line(letter)
         else:
             sent_again = ("yes" if letter.redriven else "",) if everything else ()
-            table.add_row(*map(Text, _row(letter) + sent_again))
+            table.add_row(*map(Text, map(plain, _row(letter) + sent_again)))
     if not as_json and found:
         output.print(table)
     more = f", {found - limit} of them not shown (--limit)" if found > limit else ""
@@ -103,7 +104,7 @@ def show(
         *((f"header {header.key}", _readable(header.value)) for header in about.headers),
         ("value", _part(letter, "value")),
     ):
-        output.print(Text(f"{name:<14}", style="bold") + Text(value), soft_wrap=True)
+        output.print(Text(f"{plain(name):<14}", style="bold") + Text(plain(value)), soft_wrap=True)
 
 
 @app.command("redrive")

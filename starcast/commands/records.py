@@ -23,6 +23,7 @@ from starcast.commands.context import (
     notes,
     output,
     parse_time,
+    plain,
     print_counts,
     progress_bar,
     settings_of,
@@ -196,10 +197,10 @@ def _line(record: PredictedRating) -> Text:
     whole = round(rating or 0)
     return Text.assemble(
         (f"{record.predicted_at.astimezone(UTC):%H:%M:%S} ", "dim"),
-        f"{record.kind:<11} {record.user_id:<16.16} {record.item_id:<16.16} ",
+        f"{record.kind:<11} {plain(record.user_id):<16.16} {plain(record.item_id):<16.16} ",
         ("★" * whole + "☆" * (5 - whole), shade),
         (f" {rating:.2f}" if rating is not None else f" {record.status or '-'}", shade),
         (f" [{low:.1f}, {high:.1f}]" if low is not None and high is not None else "", "dim"),
         (f" #{record.rank} of {record.of}" if record.rank else ""),
-        (f"  {record.tier}, {record.model_version}", "dim"),
+        (f"  {record.tier}, {plain(record.model_version)}", "dim"),
     )

@@ -13,10 +13,13 @@ from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
     ConfigResource,  # pyright: ignore[reportPrivateImportUsage]
+    NewPartitions,  # pyright: ignore[reportPrivateImportUsage]
     ResourceType,  # pyright: ignore[reportPrivateImportUsage]
 )
+from pydantic import SecretStr
 
 from model.ids import hash_ids, partitions_of
+from model.state import LAYOUT_HASH
 from schemas.codec import encode
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.records import DeadLetter, Header, Record, Review, Source, User
@@ -33,7 +36,8 @@ from streams.admin import (
     topic_name,
     watermarks,
 )
-from streams.config import KafkaConfig
+from streams.catalog import Catalog
+from streams.config import KafkaConfig, RedisConfig
 from streams.dead_letters import (
     ATTEMPTS_HEADER,
     FIRST_FAILED_HEADER,
@@ -43,7 +47,10 @@ from streams.dead_letters import (
     read_letters,
     redrive,
 )
+from streams.loop import Loop
+from streams.metrics import make_metrics
 from streams.producer import Outgoing, Sent, outgoing, play
+from streams.store import Store
 from streams.tail import read_topic
 
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -67,6 +74,23 @@ def real(kafka: str) -> KafkaConfig:
     return KafkaConfig(
         bootstrap_servers=kafka, topic_prefix=f"{uuid.uuid4().hex[:8]}.", partitions=3
     )
+
+
+def test_a_topic_that_grows_ends_its_workers(real: KafkaConfig, store: str) -> None:
+    """What the new partition holds is for nobody: no other topic has a partition beside it."""
+    apply_topics(real)
+    admin_client = reach(real)
+    items = NewPartitions(topic_name(real, "items"), real.partitions + 1)
+    (grown,) = admin_client.create_partitions([items]).values()
+    grown.result()
+    stop, metrics = threading.Event(), make_metrics()
+    states = Store(RedisConfig(url=SecretStr(store)), LAYOUT_HASH, real.partitions)
+    loop = Loop(Catalog(states, real.topic_prefix, metrics), real, metrics, stop)
+    late = threading.Timer(30, stop.set)  # a worker that goes on fails the test
+    late.start()
+    with pytest.raises(TopicError, match=r"items \(4, not 3\)"):
+        loop.run()
+    late.cancel()
 
 
 def users(count: int) -> list[tuple[str, Record]]:

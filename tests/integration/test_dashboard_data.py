@@ -115,7 +115,6 @@ def test_from_no_topics_to_predictions_with_what_came_of_them(
         keeper = Store(RedisConfig(url=SecretStr(store)), LAYOUT_HASH, cluster.partitions)
         (key,) = store_keys(keeper, ITEM_KIND, hash_ids(["i"]))
         keeper.client.set(key, np.zeros(1, ITEM_ATTRIBUTES).tobytes() + "Saitensatz ♪".encode())
-        keeper.close()
         send(
             cluster,
             "predicted-ratings",
@@ -132,6 +131,25 @@ def test_from_no_topics_to_predictions_with_what_came_of_them(
             ("interaction", "review", 5.0),
         ]
         assert {p.title for p in found.predictions} == {"Saitensatz ♪"}
+        keeper.client.set(key, np.zeros(1, ITEM_ATTRIBUTES).tobytes() + b"renamed")
+        wait_for(feed, lambda now: {p.title for p in now.predictions} == {"renamed"})
+        keeper.close()
+
+
+def test_a_source_that_cannot_be_ends_nothing(kafka: str, store: str, tmp_path: Path) -> None:
+    prefix = f"{uuid.uuid4().hex[:8]}."
+    cluster = KafkaConfig(bootstrap_servers=kafka, topic_prefix=prefix, partitions=3)
+    apply_topics(cluster)
+    (place,) = send(cluster, "reviews", review(1, 5.0))
+    send(
+        cluster,
+        "predicted-ratings",
+        predicted(0, "reviews", (2**31, 7)),
+        predicted(1, "reviews", place),
+    )
+    with feed_of(cluster, store, tmp_path) as feed:
+        found = wait_for(feed, lambda now: len(now.predictions) == 2)
+        assert [each.truth for each in found.predictions] == [5.0, None]
 
 
 def test_many_predictions_are_only_looked_at_from_their_end(

@@ -1,5 +1,6 @@
 """Dead letters that are sent again, each once and in order, on a real and an embedded broker."""
 
+import asyncio
 import base64
 import threading
 import uuid
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from confluent_kafka import Message
 from structlog.testing import capture_logs
 
@@ -18,9 +21,11 @@ from schemas.codec import encode
 from schemas.records import DeadLetter, Source
 from schemas.topics import BY_NAME
 from streams import dead_letters
-from streams.admin import TopicError, apply_topics
-from streams.config import KafkaConfig
+from streams.admin import TopicError, apply_topics, topic_name
+from streams.archiver import Archiver
+from streams.config import ArchiveConfig, KafkaConfig
 from streams.dead_letters import (
+    LEFT_OUT_HEADER,
     MARK_HEADER,
     Wanted,
     _Redriver,
@@ -29,6 +34,7 @@ from streams.dead_letters import (
     redrive,
 )
 from streams.exceptions import BrokerError
+from streams.metrics import make_metrics
 from streams.producer import Outgoing, Sent, play
 from streams.tail import read_topic
 from tests.shops import make_shop
@@ -242,6 +248,51 @@ def test_a_record_that_kafka_does_not_take_spoils_no_other(cluster: KafkaConfig)
     assert (sent.sent.total(), sent.delivered) == (4, Counter(reviews=3))
     assert [len(each or b"") for each in values(cluster)] == [5, most - 400, 5]
     assert numbers(cluster) == [1]
+
+
+class NoName(str):
+    """A header's name whose bytes are not UTF-8."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return b"\xff"
+
+
+def send_with(headers: list[tuple[str, bytes]], kafka: KafkaConfig, value: bytes) -> None:
+    """By aiokafka's producer in Python: others take names that are text alone."""
+
+    async def send() -> None:
+        producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers)
+        async with producer:
+            name = topic_name(kafka, "reviews")
+            await producer.send_and_wait(name, value, key=b"ann", headers=headers)
+
+    asyncio.run(send())
+
+
+def test_a_header_whose_name_is_no_text_stops_nothing(
+    real: KafkaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in ("producer", "message_accumulator"):
+        name = f"aiokafka.producer.{module}.DefaultRecordBatchBuilder"
+        monkeypatch.setattr(name, _DefaultRecordBatchBuilderPy)
+    send_with([(NoName("trace"), b"1"), ("page", b"2")], real, b"{")
+    send_with([("page", b"2")], real, b"{")
+    for _ in range(100):  # Python calls in another way what it has called often
+        dead_letter(Message(headers=[]), "reviews", "scorer", "not JSON")
+    letters = [dead_letter(each, "reviews", "scorer", "not JSON") for each in read(real, "reviews")]
+    write(real, *(DeadLetter.model_validate_json(each.value or b"") for each in letters))
+    (spoilt, whole) = read_letters(real)
+    assert (spoilt.left_out, whole.left_out) == ("headers", "")
+    assert spoilt.letter.reason == "not JSON (headers left out: a name is not UTF-8)"
+    assert base64.b64decode(spoilt.letter.value or "") == b"{"
+    (failed,) = redrive(real).failed
+    assert "0/0 has no headers of reviews" in failed
+    archiver = Archiver(ArchiveConfig(url=str(tmp_path)), real.topic_prefix, make_metrics())
+    archiver.process(read(real, "reviews"))
+    archiver.close()
+    rows = archive.read(str(tmp_path), "reviews").collect()["kafka_headers"].to_list()
+    assert rows[0] == [{"key": LEFT_OUT_HEADER, "value": b"headers"}]
+    assert rows[1] == [{"key": "page", "value": b"2"}]
 
 
 def test_a_record_that_kafka_refuses_all_the_same_is_said(

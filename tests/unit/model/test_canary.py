@@ -1,16 +1,19 @@
 """Two versions over one batch."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.canary import Canary, Part, in_order, is_chosen, predict
+from model.exceptions import BundleError, TrialError
 from model.ids import hash_ids, partitions_of
-from model.predict import Predictor
+from model.predict import Predictor, warm
 from tests.unit.model.shop import Observed
 from tests.unit.model.test_predict import MODELS, SHOP, trained
 
@@ -101,6 +104,28 @@ def test_a_whole_batch_of_the_canarys() -> None:
     (part,) = both(SHOP, Canary(OTHER, 1.0))
     assert (part.role, len(part.predictions.rating)) == ("canary", len(SHOP.events))
     assert part.predictions.version == "other"
+
+
+def overflowing(predictor: Predictor) -> Predictor:
+    """One whose weights are numbers, and whose predictions are not."""
+    network = deepcopy(predictor.network)
+    assert network is not None
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter *= 1e38
+    return replace(predictor, network=network)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_canary_that_says_no_numbers_fails(share: float) -> None:
+    with pytest.raises(TrialError, match="no number"):
+        both(SHOP, Canary(overflowing(OTHER), share))
+
+
+def test_a_version_that_says_no_numbers_does_not_get_warm() -> None:
+    warm(OTHER)
+    with pytest.raises(BundleError, match="other predicts what is no number"):
+        warm(overflowing(OTHER))
 
 
 def test_an_empty_batch() -> None:

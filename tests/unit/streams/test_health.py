@@ -1,8 +1,11 @@
 import json
 import socket
+import struct
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from threading import enumerate as enumerate_threads
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -72,6 +75,22 @@ def test_a_client_that_says_nothing_does_not_block_others() -> None:
         socket.create_connection((HOST, port)),
     ):
         assert get(port, "/health")[0] == 200
+
+
+def hang_up(port: int, said: bytes) -> None:
+    with socket.create_connection((HOST, port)) as client:
+        client.sendall(said)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_a_client_that_hangs_up_leaves_no_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    with serve_health(HOST, 0, CollectorRegistry(), {}) as port:
+        for said in (b"", b"GET /metrics HTTP/1.1\r\n\r\n"):
+            hang_up(port, said)
+        assert get(port, "/health")[0] == 200  # which is taken after them
+        while any("process_request" in thread.name for thread in enumerate_threads()):
+            time.sleep(0.01)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_taken_port_is_one_message() -> None:

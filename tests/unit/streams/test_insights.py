@@ -17,7 +17,7 @@ from streams.embedded import HOST, free_port
 from streams.insights import _resume, _Run, _write, broker_credentials, make_app
 from streams.metrics import make_metrics
 from streams.store import connect
-from streams.windows import Window
+from streams.windows import WINDOW_FIELD, Window
 
 
 def credentials(**options: str) -> SASLCredentials | SSLCredentials | None:
@@ -105,6 +105,11 @@ def test_the_app_keeps_to_itself(tmp_path: Path) -> None:
     assert app.conf.producer_max_request_size == LARGEST_MESSAGE  # a dead letter may have it
 
 
+def test_servers_are_told_apart_as_librdkafka_does(tmp_path: Path) -> None:
+    app = make_app(KafkaConfig(bootstrap_servers="one:9092, two:9092 ,"), str(tmp_path))
+    assert [str(url) for url in app.conf.broker] == ["kafka://one:9092", "kafka://two:9092"]
+
+
 def in_loop(work: Coroutine[Any, Any, Any]) -> Any:
     """What comes of it, in a thread of its own: a browser's test leaves a loop in this one."""
     with ThreadPoolExecutor(1) as thread:
@@ -121,3 +126,30 @@ def test_a_cluster_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     run.unwritten.append(window)
     assert not in_loop(_write(run, make_metrics()))
     assert list(run.unwritten) == [window]
+
+
+def test_a_store_that_refuses_is_waited_for(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is full, or a replica: an app that starts again would send its alerts again."""
+    monkeypatch.setattr("streams.insights.FIRST_PAUSE_SECONDS", 0.0)
+    client = connect(RedisConfig(url=SecretStr(store)))
+    run = _Run(InsightsConfig(), client, "windows")
+    window = Window(start_ms=0, end_ms=60_000, step_ms=60_000, kinds={})
+    run.unwritten.append(window)
+    client.config_set("maxmemory", 1)
+    try:
+        assert not in_loop(_write(run, make_metrics()))
+    finally:
+        client.config_set("maxmemory", 0)
+    assert list(run.unwritten) == [window]
+    assert in_loop(_write(run, make_metrics()))
+    assert (client.xlen("windows"), list(run.unwritten)) == (1, [])
+
+
+@pytest.mark.parametrize("field", [WINDOW_FIELD, b"other"])
+def test_a_window_of_another_release_tells_where_it_ends(store: str, field: bytes) -> None:
+    client = connect(RedisConfig(url=SecretStr(store)))
+    client.xadd("windows", {field: b'{"start_ms": 0}'}, id="60000-0")
+    run = _Run(InsightsConfig(), client, "windows")
+    in_loop(_resume(run))
+    assert run.steps is not None
+    assert run.steps.closed == 60_000

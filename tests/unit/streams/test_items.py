@@ -139,11 +139,13 @@ def test_updates_add_up(store: str) -> None:
 def test_bad_updates_become_dead_letters_and_are_passed(store: str) -> None:
     items = make(store)
     claim_all(items)
-    batch = messages([b"{}", update("a"), b"\xff", encode(update("a")).replace(b"4.0", b'"4"')])
+    good = encode(update("a"))
+    strange = [good.replace(b"4.0", b'"4"'), good.replace(b'"view":2', b'"view":2147483648')]
+    batch = messages([b"{}", update("a"), b"\xff", *strange])
     outcome = items.process(batch)
     letters = [DeadLetter.model_validate_json(each.value or b"") for each in outcome.outputs]
     assert [each.source.offset for each in letters] == [
-        each.offset() for each in batch if each.value() != encode(update("a"))
+        each.offset() for each in batch if each.value() != good
     ]
     assert {each.processor for each in letters} == {"items"}
     assert outcome.finish is not None

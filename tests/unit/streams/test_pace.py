@@ -77,6 +77,13 @@ def test_a_transaction_is_opened_just_in_time() -> None:
     assert overlap.spare(0.04) == 0
 
 
+def test_no_transaction_is_opened_long_before_a_slow_batch_ends() -> None:
+    overlap = Overlap()
+    overlap.processed(0.25)
+    overlap.processed(70)
+    assert overlap.spare(0) == 70
+
+
 seconds = st.floats(0, 100)
 
 

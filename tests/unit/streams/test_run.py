@@ -28,7 +28,7 @@ def test_workers_of_a_host_have_numbers_of_their_own() -> None:
         taken = [stack.enter_context(worker_slot(kafka, "scorer")) for _ in range(3)]
         assert taken == [0, 1, 2]
         assert stack.enter_context(worker_slot(kafka, "items")) == 0
-        other = kafka.model_copy(update={"group_id": "other"})
+        other = kafka.model_copy(update={"group_id": "team/other"})
         assert stack.enter_context(worker_slot(other, "scorer")) == 0
     with worker_slot(kafka, "scorer") as slot:
         assert slot == 0

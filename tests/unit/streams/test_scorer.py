@@ -657,6 +657,20 @@ def test_digests_tell_of_what_was_scored(make: Make) -> None:
     assert b'"kinds":{"interaction":1}' in (output.value or b"")
 
 
+def test_a_repetitions_stars_are_no_answer(make: Make) -> None:
+    """Its user's state had them when it was predicted: it would err by next to nothing."""
+    scorer = make()
+    reviews = [record("reviews", number) for number in (0, 1, 1)]
+    finish(scorer, scorer.process(log("reviews", 0, reviews)))
+    outcome = scorer.process(log("reviews", 0, reviews[:2], 3))
+    finish(scorer, outcome)
+    first, second = (digests(each).values() for each in (outcome, scorer.idle()))
+    assert [(each.kinds, each.errors.count, each.errors.rating) for each in (*first, *second)] == [
+        ({"interaction": 3}, 2, 2.0 + 1.0),
+        ({"interaction": 2}, 0, 0.0),
+    ]
+
+
 def test_digests_that_are_due_go_with_a_batch(make: Make) -> None:
     """Under load nothing is ever idle."""
     scorer = make()

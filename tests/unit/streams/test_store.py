@@ -212,6 +212,12 @@ def test_a_sentinel_address_that_is_none(url: str) -> None:
         make(url)
 
 
+def test_credentials_for_a_primary_are_decoded() -> None:
+    client = make("redis+sentinel://a%40b:c%2Fd%3A@one/shop").client
+    told = client.connection_pool.connection_kwargs
+    assert (told["username"], told["password"]) == ("a@b", "c/d:")
+
+
 def test_tokens_rise_though_the_clock_goes_back(store: str) -> None:
     mine = make(store)
     first = mine.claim(KIND, 3)

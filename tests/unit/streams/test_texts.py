@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from confluent_kafka import Message
 from prometheus_client import CollectorRegistry
@@ -259,6 +260,17 @@ def test_texts_past_the_age_limit_are_skipped_and_counted(store: str, bundles: P
     finish(outcome)
     assert {len(batch.messages) for batch in outcome.batches} == {1}
     assert counts(texts) == {"review": 1, "skipped: too old or no text": 1}
+
+
+def test_a_text_without_words_says_nothing(store: str, bundles: Path) -> None:
+    """Spaces and tags are a text; what a star head makes of none is no review's opinion."""
+    texts = make(store, bundles)
+    blank = [review("spaces", " \n"), review("tags", "<p>&nbsp;</p>"), review("words")]
+    outcome = texts.process(messages("reviews", blank))
+    finish(outcome)
+    for batch in outcome.batches:
+        assert [orjson.loads(each["value"])["event_id"] for each in batch.messages] == ["words"]
+    assert counts(texts) == {"review": 1, "skipped: too old or no text": 2}
 
 
 def test_without_a_star_head_reviews_are_skipped_and_counted(
