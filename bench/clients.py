@@ -5,7 +5,7 @@ from typing import Any
 
 from confluent_kafka import Consumer, Producer
 
-from streams.admin import client_config
+from streams.clients import client_config
 from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
 

@@ -20,7 +20,7 @@ from bench.processes import START_SECONDS, Worker, started
 from schemas.exceptions import StarcastError
 from starcast.settings import Settings
 from starcast.workers import is_ready
-from streams.admin import topic_name
+from streams.clients import topic_name
 from streams.config import KafkaConfig, ModelsConfig, RedisConfig, StatesConfig
 from streams.embedded import Child
 from streams.producer import Outgoing

@@ -21,7 +21,7 @@ from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer, hand_over,
 from bench.pool import Template
 from schemas.codec import format_times
 from schemas.exceptions import StarcastError
-from streams.admin import client_config, topic_name
+from streams.clients import client_config, topic_name
 from streams.config import KafkaConfig, ScorerConfig
 from streams.loop import (
     FETCH_BYTES,

@@ -53,7 +53,8 @@ from starcast.commands.context import stopping
 from starcast.log import LogConfig, configure
 from starcast.settings import Settings
 from starcast.workers import ANSWER_SECONDS
-from streams.admin import apply_topics, client_config, reach, topic_name
+from streams.admin import apply_topics
+from streams.clients import client_config, reach, topic_name
 from streams.config import (
     ArchiveConfig,
     InsightsConfig,

@@ -15,7 +15,8 @@ from schemas.exceptions import StarcastError
 from schemas.files import read_values
 from schemas.topics import BY_NAME
 from starcast.settings import Settings
-from streams.admin import apply_topics, committed, group_name
+from streams.admin import apply_topics, committed
+from streams.clients import group_name
 from streams.producer import Outgoing, Sent, play
 from streams.run import run_processors
 from streams.tail import read_topic

@@ -15,7 +15,8 @@ from deltalake.fs import DeltaStorageHandler
 
 from schemas.exceptions import StarcastError
 from starcast.settings import Settings, hide_password
-from streams.admin import reach, show_topics
+from streams.admin import show_topics
+from streams.clients import reach
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
 from streams.store import STORE_ERRORS, connect
 

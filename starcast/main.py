@@ -20,7 +20,7 @@ from starcast.commands import (
     training,
 )
 from starcast.commands.context import Chosen, fail
-from streams.admin import error_of, refused_option
+from streams.clients import error_of, refused_option
 
 app = typer.Typer(
     help="Events in, predicted ratings out, a model trained from the stream.",

@@ -30,7 +30,7 @@ from pydantic_settings import (
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig
 from streams import config as streams_config
-from streams.admin import option_name
+from streams.clients import option_name
 from trainer.config import TrainerConfig
 
 PREFIX = "STARCAST_"

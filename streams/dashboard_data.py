@@ -29,8 +29,8 @@ from schemas.codec import decode
 from schemas.exceptions import StarcastError
 from schemas.records import Alert, Behavior, PredictedRating, Review
 from schemas.topics import BY_NAME, TOPICS
-from streams.admin import client_config, reach, topic_name, watermarks
 from streams.catalog import title_of
+from streams.clients import client_config, reach, topic_name, watermarks
 from streams.config import KafkaConfig, RedisConfig
 from streams.exceptions import StoreError
 from streams.reader import ITEM_KIND, store_keys

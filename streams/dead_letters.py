@@ -20,7 +20,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from schemas.codec import decode
 from schemas.records import EARLIEST_TIME, LATEST_TIME, DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams.admin import client_config, error_of, reach, refused_option, topic_name
+from streams.clients import client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, LetterError
 from streams.processor import Output

@@ -17,20 +17,19 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 from model.ids import hash_ids, partitions_of
 from schemas import archive
 from schemas.journal import TOPICS
-from streams.admin import (
+from streams.admin import committed, topic_configs
+from streams.claims import header_offset
+from streams.clients import (
     REQUEST_SECONDS,
     client_config,
-    committed,
     error_of,
     group_name,
     reach,
     reader,
     refused_option,
-    topic_configs,
     topic_name,
     watermarks,
 )
-from streams.claims import header_offset
 from streams.config import KafkaConfig
 from streams.erasure import (
     OF_USERS,

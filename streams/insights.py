@@ -28,7 +28,7 @@ from schemas.exceptions import ContractError, StarcastError, UnreachableError
 from schemas.records import Alert, ScoreDigest
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
 from streams import windows
-from streams.admin import REPEAT_SECONDS, KafkaOptionError, option_name, reach, topic_name
+from streams.clients import REPEAT_SECONDS, KafkaOptionError, option_name, reach, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.dead_letters import dead_letter
 from streams.metrics import Metrics, make_metrics

@@ -7,7 +7,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from schemas import archive
 from schemas.journal import Joiner, Transaction
-from streams.admin import reader, topic_name
+from streams.clients import reader, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.tail import bounds

@@ -37,14 +37,8 @@ from confluent_kafka import (
 )
 
 from schemas.exceptions import UnreachableError
-from streams.admin import (
-    check_topics,
-    client_config,
-    error_of,
-    group_name,
-    refused_option,
-    topic_name,
-)
+from streams.admin import check_topics
+from streams.clients import client_config, error_of, group_name, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreError

@@ -18,7 +18,8 @@ from schemas.codec import encode
 from schemas.exceptions import ContractError
 from schemas.records import Record
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams.admin import TopicError, client_config, error_of, reach, refused_option, topic_name
+from streams.admin import TopicError
+from streams.clients import client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
 
 DELIVERY_SECONDS = 120.0  # a broker that is gone for longer fails what was sent to it meanwhile

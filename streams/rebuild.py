@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS
-from streams.admin import committed, group_name
+from streams.admin import committed
 from streams.catalog import KINDS, Catalog, prices_key
 from streams.claims import header_data, header_offset
+from streams.clients import group_name
 from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import FencedError, JournalGapError
 from streams.items import Items

@@ -24,7 +24,8 @@ import structlog
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from streams import coverage
-from streams.admin import check_topics, reach
+from streams.admin import check_topics
+from streams.clients import reach
 from streams.config import (
     ArchiveConfig,
     InsightsConfig,

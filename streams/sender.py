@@ -16,7 +16,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from schemas.topics import LARGEST_MESSAGE
-from streams.admin import client_config, error_of, group_name, refused_option, topic_name
+from streams.clients import client_config, error_of, group_name, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, StoreError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
-from streams.admin import error_of, group_name, topic_name, watermarks
+from streams.clients import error_of, group_name, topic_name, watermarks
 from streams.config import KafkaConfig
 from streams.exceptions import StoreAheadError, StoreError
 from streams.processor import Offsets, Position, Processor

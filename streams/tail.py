@@ -24,9 +24,9 @@ from confluent_kafka import (
 
 from schemas import archive
 from schemas.topics import BY_NAME
-from streams.admin import (
+from streams.admin import TopicError
+from streams.clients import (
     REQUEST_SECONDS,
-    TopicError,
     error_of,
     reach,
     reader,

@@ -25,7 +25,8 @@ from model.state_bytes import from_bytes
 from schemas import archive
 from schemas.records import Behavior, DeadLetter, PredictedRating, Record, Review
 from starcast.settings import Settings, variables
-from streams.admin import apply_topics, reach, topic_name
+from streams.admin import apply_topics
+from streams.clients import reach, topic_name
 from streams.coverage import share
 from streams.loop import Loop
 from streams.metrics import make_metrics

@@ -22,7 +22,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from bench.peers.work import OUTPUT, WAIT_SECONDS
 from schemas.exceptions import StarcastError
-from streams.admin import reader_config
+from streams.clients import reader_config
 from streams.config import KafkaConfig
 
 ENVIRONMENTS = Path(".cache/peers")

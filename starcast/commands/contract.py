@@ -21,7 +21,7 @@ from starcast.commands.context import (
     write_json,
 )
 from starcast.settings import load_with_sources
-from streams.admin import client_config
+from streams.clients import client_config
 
 Out = Annotated[Path | None, typer.Option("--out", help="Write to this file.")]
 

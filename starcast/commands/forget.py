@@ -7,7 +7,7 @@ import typer
 
 from starcast.commands.context import fail, notes, print_marked, settings_of
 from starcast.commands.state import shop_of
-from streams.admin import reach
+from streams.clients import reach
 
 WAIT_SECONDS = 60.0  # workers read on within a second, the archiver commits within some
 

@@ -30,7 +30,8 @@ from starcast.commands.context import (
     settings_of,
     stopping,
 )
-from streams.admin import TopicReport, apply_topics, reach, show_topics
+from streams.admin import TopicReport, apply_topics, show_topics
+from streams.clients import reach
 from streams.config import KafkaConfig
 
 FIRST_WAIT_SECONDS = 1.0  # a broker that is starting is asked again this soon,

@@ -25,7 +25,8 @@ from model import registry
 from schemas.codec import encode
 from schemas.records import Behavior, Item, Kind, PredictedRating, Record, Review, Role, Source
 from streams import embedded
-from streams.admin import apply_topics, client_config
+from streams.admin import apply_topics
+from streams.clients import client_config
 from streams.config import KafkaConfig
 from streams.embedded import HOST, Child, free_port
 from tests.digests import digest

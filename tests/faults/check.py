@@ -24,7 +24,7 @@ from schemas.exceptions import StarcastError
 from schemas.journal import Piece
 from schemas.journal import decode as decode_journal
 from schemas.topics import BY_NAME, TOPICS
-from streams.admin import client_config, reader_config
+from streams.clients import client_config, reader_config
 from streams.config import KafkaConfig
 from streams.reader import ITEM_STATE, USER_KIND, USER_STATE, store_keys
 from streams.tail import read_topic

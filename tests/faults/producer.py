@@ -7,7 +7,7 @@ from typing import Any
 
 from confluent_kafka import Producer
 
-from streams.admin import client_config
+from streams.clients import client_config
 from streams.config import KafkaConfig
 
 DELIVERY_MS = 600_000  # a producer outside waits for brokers that are down

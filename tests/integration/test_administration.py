@@ -24,19 +24,10 @@ from schemas.codec import encode
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.records import DeadLetter, Header, Record, Review, Source, User
 from schemas.topics import TOPICS
-from streams import admin
-from streams.admin import (
-    TopicError,
-    apply_topics,
-    check_topics,
-    client_config,
-    reach,
-    reader,
-    show_topics,
-    topic_name,
-    watermarks,
-)
+from streams import clients
+from streams.admin import TopicError, apply_topics, check_topics, show_topics
 from streams.catalog import Catalog
+from streams.clients import client_config, reach, reader, topic_name, watermarks
 from streams.config import KafkaConfig, RedisConfig
 from streams.dead_letters import (
     ATTEMPTS_HEADER,
@@ -355,7 +346,7 @@ def test_a_review_can_be_played_from_the_contract(cluster: KafkaConfig) -> None:
 
 
 def test_no_broker_is_told_by_every_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "REACH_SECONDS", 0.5)
+    monkeypatch.setattr(clients, "REACH_SECONDS", 0.5)
     nowhere = KafkaConfig(bootstrap_servers="127.0.0.1:1")
     with pytest.raises(UnreachableError):
         reach(nowhere, 0.5)

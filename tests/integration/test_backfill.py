@@ -76,7 +76,7 @@ def test_a_refused_record_is_an_error(settings: Settings, tmp_path: Path) -> Non
 
 
 def test_no_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.admin.REACH_SECONDS", 0.5)
+    monkeypatch.setattr("streams.clients.REACH_SECONDS", 0.5)
     nowhere = Settings()
     nowhere.kafka.bootstrap_servers = "127.0.0.1:1"
     with pytest.raises(UnreachableError):

@@ -214,7 +214,7 @@ def test_doctor_tells_what_is_wrong_and_what_to_do(
 
 
 def test_doctor_without_servers(kafka_config: KafkaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.admin.REACH_SECONDS", 0.5)
+    monkeypatch.setattr("streams.clients.REACH_SECONDS", 0.5)
     monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
     monkeypatch.setenv("STARCAST_REDIS__URL", "redis://:hunter2@127.0.0.1:1/0")
     result = run("doctor", "--json")
@@ -228,7 +228,7 @@ def test_doctor_without_servers(kafka_config: KafkaConfig, monkeypatch: pytest.M
 def test_run_gives_up_without_a_broker(
     kafka_config: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streams.admin.REACH_SECONDS", 0.2)
+    monkeypatch.setattr("streams.clients.REACH_SECONDS", 0.2)
     monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
     result = CliRunner().invoke(app, ["run", "scorer", "--wait", "2"])
     assert result.exit_code == 1

@@ -19,7 +19,8 @@ from model.ids import hash_ids
 from model.state import ITEM_ATTRIBUTES, LAYOUT_HASH
 from schemas.codec import encode
 from schemas.records import Alert, Behavior, Kind, PredictedRating, Record, Review, Source
-from streams.admin import apply_topics, client_config, topic_name
+from streams.admin import apply_topics
+from streams.clients import client_config, topic_name
 from streams.config import KafkaConfig, RedisConfig
 from streams.dashboard_data import Feed, Snapshot, follow
 from streams.embedded import kafka_answers

@@ -20,7 +20,7 @@ from schemas.records import Review, ScoreRequest, User
 from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
-from streams.admin import client_config
+from streams.clients import client_config
 from streams.embedded import embedded
 from streams.erasure import ErasureError
 from streams.forget import unarchived

@@ -15,7 +15,8 @@ from pydantic import SecretStr
 from schemas.codec import encode
 from schemas.records import Alert, DeadLetter, ScoreDigest
 from streams import embedded
-from streams.admin import apply_topics, client_config, topic_name
+from streams.admin import apply_topics
+from streams.clients import client_config, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.insights import run_insights
 from streams.metrics import Metrics, make_metrics

@@ -21,7 +21,8 @@ from model.lookups import Table
 from model.replay import History
 from model.state import LAYOUT_HASH
 from model.state_bytes import to_bytes
-from streams.admin import apply_topics, reader_config
+from streams.admin import apply_topics
+from streams.clients import reader_config
 from streams.config import KafkaConfig, RedisConfig
 from streams.producer import Outgoing, play
 from streams.reader import (

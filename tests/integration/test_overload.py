@@ -17,7 +17,8 @@ from confluent_kafka import Message
 from schemas.records import Behavior, Review, ScoreRequest
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
-from streams.admin import TopicError, apply_topics, topic_name
+from streams.admin import TopicError, apply_topics
+from streams.clients import topic_name
 from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
 from streams.producer import Outgoing, Sender, outgoing, play

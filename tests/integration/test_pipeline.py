@@ -33,7 +33,7 @@ from schemas.records import (
 from schemas.topics import BY_NAME
 from starcast.shop import shop as generated_shop
 from streams import embedded
-from streams.admin import client_config, reach
+from streams.clients import client_config, reach
 from streams.embedded import HOST, Child, free_port, start_child
 from streams.exceptions import StoreAheadError
 from streams.producer import Outgoing

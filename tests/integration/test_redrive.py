@@ -21,8 +21,9 @@ from schemas.codec import encode
 from schemas.records import DeadLetter, Source
 from schemas.topics import BY_NAME
 from streams import dead_letters
-from streams.admin import TopicError, apply_topics, topic_name
+from streams.admin import TopicError, apply_topics
 from streams.archiver import Archiver
+from streams.clients import topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.dead_letters import (
     LEFT_OUT_HEADER,

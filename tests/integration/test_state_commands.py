@@ -24,7 +24,7 @@ from schemas.records import Item
 from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
-from streams.admin import reach
+from streams.clients import reach
 from streams.exceptions import FencedError, JournalGapError
 from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE, store_keys
 from streams.recount import check_states

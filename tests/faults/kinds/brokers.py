@@ -5,7 +5,7 @@ from random import Random
 
 from confluent_kafka import KafkaException
 
-from streams.admin import reach
+from streams.clients import reach
 from tests.faults.kinds.kind import ADMIN_SECONDS, Kind, transactional_id
 from tests.faults.process import until
 from tests.faults.world import FaultyShop, NotReached, World

@@ -6,7 +6,7 @@ from random import Random
 from confluent_kafka import KafkaException, TopicPartition
 
 from schemas import archive
-from streams.admin import reach
+from streams.clients import reach
 from tests.faults.kinds.kind import ADMIN_SECONDS, Kind
 from tests.faults.process import until
 from tests.faults.world import PARTITIONS, FaultyShop, NotReached, World

@@ -9,7 +9,7 @@ from random import Random
 
 from confluent_kafka import KafkaException, Producer
 
-from streams.admin import client_config
+from streams.clients import client_config
 from tests.faults.kinds.kind import ADMIN_SECONDS, Kind, some_worker, transactional_id
 from tests.faults.worker import Order, Point
 from tests.faults.world import OVERRUN_SECONDS, FaultyShop, NotReached, Worker, World, add_worker

@@ -294,7 +294,7 @@ def test_the_folder_of_an_output_is_made(tmp_path: Path) -> None:
 def test_no_broker_is_told_in_a_line_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("streams.admin.REACH_SECONDS", 0.5)
+    monkeypatch.setattr("streams.clients.REACH_SECONDS", 0.5)
     address = f"{HOST}:{free_port()}"
     monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", address)
     for command in (["topics", "show"], ["consume"], ["dead-letters", "list"]):

@@ -8,9 +8,19 @@ once and in order.
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
 
-from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    OFFSET_INVALID,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
 
 Place = tuple[str, int]
 Rebalance = Callable[[Any, list[TopicPartition]], None]
@@ -58,7 +68,7 @@ class Broker:
     def watermarks(
         self, _: Any, places: Iterable[TopicPartition], __: float
     ) -> dict[Place, tuple[int, int]]:
-        """In place of `streams.admin.watermarks`."""
+        """In place of `streams.clients.watermarks`."""
         self.may_fail("watermarks")
         return {
             place: (self.first.get(place, 0), len(self.logs.get(place, [])))
@@ -311,3 +321,28 @@ class ScriptedProducer:
 
     def _end(self) -> None:
         self.begun, self.outputs, self.offsets, self.reports = False, [], [], []
+
+
+@dataclass
+class Offsets:
+    """A consumer that is told, of each partition in order, the offset of its beginning and end."""
+
+    lows: list[int | KafkaError]
+    highs: list[int | KafkaError]
+    closed: bool = False
+
+    def offsets_for_times(self, asked: list[TopicPartition], _: float) -> list[TopicPartition]:
+        told = {OFFSET_BEGINNING: self.lows, OFFSET_END: self.highs}[asked[0].offset]
+        found = [
+            SimpleNamespace(
+                topic=each.topic,
+                partition=each.partition,
+                offset=OFFSET_INVALID if isinstance(offset, KafkaError) else offset,
+                error=offset if isinstance(offset, KafkaError) else None,
+            )
+            for each, offset in zip(asked, told, strict=True)
+        ]
+        return cast(list[TopicPartition], found[::-1])  # in an order of its own
+
+    def close(self) -> None:
+        self.closed = True

@@ -2,7 +2,7 @@ import pytest
 from confluent_kafka import Consumer
 from pydantic import ValidationError
 
-from streams.admin import client_config
+from streams.clients import client_config
 from streams.config import KafkaConfig, ScorerConfig
 from streams.loop import fetching
 

@@ -11,7 +11,7 @@ from faust.auth import SASLCredentials, SSLCredentials
 from pydantic import SecretStr
 
 from schemas.topics import LARGEST_MESSAGE
-from streams.admin import KafkaOptionError
+from streams.clients import KafkaOptionError
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.embedded import HOST, free_port
 from streams.insights import _resume, _Run, _write, broker_credentials, make_app

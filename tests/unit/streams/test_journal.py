@@ -10,7 +10,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from schemas import journal as contract
 from schemas.exceptions import ContractError
 from schemas.journal import Transaction
-from streams import admin, journal
+from streams import clients, journal
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.journal import read_journal, read_journals
@@ -61,7 +61,7 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def stands(consumer: Scripted, **lows: int) -> Scripted:
         begins = {int(name.removeprefix("p")): low for name, low in lows.items()}
-        monkeypatch.setattr(admin, "Consumer", consumer)
+        monkeypatch.setattr(clients, "Consumer", consumer)
         monkeypatch.setattr(
             journal,
             "bounds",

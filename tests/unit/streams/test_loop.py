@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
-from streams.admin import KafkaOptionError
+from streams.clients import KafkaOptionError
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.loop import Loop

@@ -11,7 +11,7 @@ import pytest
 
 from schemas.exceptions import StarcastError, UnreachableError
 from starcast.settings import Settings
-from streams import admin
+from streams import clients
 from streams import run as running
 from streams.config import KafkaConfig
 from streams.run import PROCESSORS, _run_threads, run_processors, worker_slot
@@ -104,7 +104,7 @@ def test_processors_are_known_by_name() -> None:
 
 
 def test_a_broker_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "REACH_SECONDS", 0.3)
+    monkeypatch.setattr(clients, "REACH_SECONDS", 0.3)
     settings = Settings(kafka=KafkaConfig(bootstrap_servers="127.0.0.1:1"))
     with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1.*STARCAST_KAFKA__BOOTSTRAP"):
         run_processors(["items"], settings, threading.Event())

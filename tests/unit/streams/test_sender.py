@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from schemas.topics import LARGEST_MESSAGE
 from streams import sender as senders
-from streams.admin import KafkaOptionError
+from streams.clients import KafkaOptionError
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError
 from streams.processor import Outcome, OutputBatch
