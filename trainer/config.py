@@ -345,6 +345,11 @@ class TrainerConfig(BaseModel):
         default=0, ge=0, le=1_024, description="torch threads; 0: as torch decides"
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
+    checkpoints: str = Field(
+        default=".starcast/checkpoints",
+        description="folder where `train` and `retrain` take up the fit of an encoder that was "
+        "killed, once a minute a file; of several hosts it has to be the same storage",
+    )
     least_rated: int = Field(
         default=200, ge=LEAST_ROWS, description="with fewer rated rows nothing is fitted"
     )

@@ -113,6 +113,7 @@ def ours(
         return answers
 
     answers = kept.get("text model", make)
+    (kept.folder / "checkpoint").unlink(missing_ok=True)  # of no more use
     name = str(answers["encoder"])
     if not name:
         return answers, base

@@ -147,7 +147,8 @@ def fine_tune(
         folder: where the new encoder is written.
         seed: of dropout, of the order of texts and of their variants.
         on_progress: called with steps done and steps in all.
-        checkpoint: a file to go on from, and to write every `CHECKPOINT_SECONDS`.
+        checkpoint: a file to go on from, and to write every `CHECKPOINT_SECONDS` and in the end;
+            who calls deletes it when the result is safe. All processes go on from it, or none.
         note: where the loss is told.
 
     Raises:
@@ -227,6 +228,7 @@ class _Fit:
         self._averaged: list[Tensor] = []  # as `_weights`, once there are some
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._waited = 0
+        self._ended = False
 
     def run(
         self,
@@ -240,7 +242,7 @@ class _Fit:
         self._resume(checkpoint)
         saved = time.monotonic()
         by_epoch = len(_epoch(rows, self._config, self._seed, 0))
-        while self.step < self._steps:
+        while self.step < self._steps and not self._ended:
             epoch, first = divmod(self.step, by_epoch)
             varied = self._varied(rows, epoch)
             for batch in _epoch(rows, self._config, self._seed, epoch)[first:]:
@@ -259,16 +261,16 @@ class _Fit:
                 if checkpoint is not None and due and not judged:
                     self._save(checkpoint)
                     saved = time.monotonic()
-            if self._config.patience and self._enough(validation, note):
-                break
+            self._ended = bool(self._config.patience) and self._enough(validation, note)
+        self._ended = True
+        if checkpoint is not None:
+            self._save(checkpoint)
         if self._best is not None:
             self._reader.load_state_dict(self._best[1], strict=False)
         with torch.no_grad():
             for each, averaged in zip(self._weights, self._averaged, strict=False):
                 each.copy_(averaged)
         self._reader.eval()
-        if checkpoint is not None and self._rank == 0:
-            checkpoint.unlink(missing_ok=True)
 
     def _take(self, rows: Labelled, batch: NDArray[np.int64]) -> float:
         """One step on a batch, of all parts and processes; returns the loss."""
@@ -371,6 +373,7 @@ class _Fit:
             "averaged": self._averaged,
             "best": self._best,
             "waited": self._waited,
+            "ended": self._ended,
             "ranks": {name: getattr(self._ranks, name) for name in _RANKS} if self._ranks else None,
             "kept_ranks": self._ranks.peft_config.rank_pattern if self._ranks else None,
         }
@@ -384,10 +387,15 @@ class _Fit:
             part.unlink(missing_ok=True)
 
     def _resume(self, checkpoint: Path | None) -> None:
-        if checkpoint is None or not checkpoint.exists():
+        if checkpoint is None or not self._all_have(checkpoint):
             return
-        state = torch.load(checkpoint, map_location=self._device, weights_only=True)
-        same = state["steps"] == self._steps and "averaged" in state  # else its steps were others
+        try:
+            state = torch.load(checkpoint, map_location=self._device, weights_only=True)
+        except Exception as error:  # torch raises many kinds; a machine that fell may leave a half
+            raise TrainerError(
+                f"{checkpoint} cannot be read; delete it to begin anew: {error}"
+            ) from error
+        same = state["steps"] == self._steps and "ended" in state  # else its steps were others
         if not same or state["weights"].keys() != {name for name, _ in self._learnt()}:
             raise TrainerError(f"{checkpoint} is of another fit; delete it to begin anew")
         self._reader.load_state_dict(state["weights"], strict=False)
@@ -395,11 +403,20 @@ class _Fit:
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
         self.step, self._averaged = state["step"], state["averaged"]
-        self._best, self._waited = state["best"], state["waited"]
+        self._best, self._waited, self._ended = state["best"], state["waited"], state["ended"]
         for name, value in (state["ranks"] or {}).items():
             setattr(self._ranks, name, value)
         if self._ranks:
             self._ranks.peft_config.rank_pattern = state["kept_ranks"]
+
+    def _all_have(self, checkpoint: Path) -> bool:
+        """Whether all processes see it; else they would not take the same steps."""
+        seen = torch.tensor(int(checkpoint.exists()), device=self._device)
+        if self._count > 1:
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MIN)
+            if not seen and checkpoint.exists():
+                logger.warning("%s is not seen by all processes; the fit begins anew", checkpoint)
+        return bool(seen)
 
     @property
     def _ranks(self) -> Any:

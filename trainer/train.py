@@ -25,7 +25,7 @@ from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead, TextEncoder
 from model.network import FusedNetwork, default_config
-from trainer import drift, fit, gate, report, text
+from trainer import checkpoints, drift, fit, gate, report, text
 from trainer.assess import Assessment, Compared, bundle_encoder, compare
 from trainer.calibrate import fit_calibration
 from trainer.clean import Cleaned
@@ -46,8 +46,8 @@ from trainer.prepare import (
     unrated_texts,
 )
 from trainer.progress import tracker
-from trainer.text import TextModel
-from trainer.tracking import Note, tracking, unnoted
+from trainer.text import ReviewTexts, TextModel
+from trainer.tracking import tracking, unnoted
 
 _LIMITS = (
     "Measured on the newest rows of the shop it was fitted on; another shop needs its own fit.",
@@ -131,7 +131,14 @@ def train(
         kept = encoder == "auto" and other is None and served
         config = config.model_copy(update={"text": text.settled(config.text, kept)})
         place = Path(folder) / "encoder"
-        texts = _fit_texts(base, log, found.reviews, config, place, progress, note)
+        reviews = _review_texts(base, log, found.reviews, config)
+        texts, checkpoint = None, None
+        if reviews is not None and base is not None:
+            checkpoint = checkpoints.of_fit(
+                Path(config.checkpoints), reviews, base, config.text, config.seed
+            )
+            bar = tracker(progress, "reading review texts")
+            texts = text.fit(reviews, base, config.text, place, config.seed, bar, checkpoint, note)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
         start = _start(stable, other, data)
@@ -181,6 +188,8 @@ def train(
                 compared.rating,
             ),
         )
+        if checkpoint is not None and is_first():
+            checkpoint.unlink(missing_ok=True)
     page = report.render(
         written.version,
         {
@@ -222,24 +231,14 @@ def base_encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> 
     return encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
 
 
-def _fit_texts(
-    encoder: TextEncoder | None,
-    log: Log,
-    reviews: pl.DataFrame,
-    config: TrainerConfig,
-    folder: Path,
-    progress: Progress | None,
-    note: Note,
-) -> TextModel | None:
-    """The star head, when there is an encoder, enough texts, and settings want one."""
+def _review_texts(
+    encoder: TextEncoder | None, log: Log, reviews: pl.DataFrame, config: TrainerConfig
+) -> ReviewTexts | None:
+    """What a star head is fitted to, when there is an encoder, enough texts, and settings want."""
     if encoder is None or config.text.method == "none":
         return None
     texts = review_texts(reviews, config.text, config.split)
-    if texts is None:
-        return None
-    texts = replace(texts, unrated=unrated_texts(log, config.text))
-    bar = tracker(progress, "reading review texts")
-    return text.fit(texts, encoder, config.text, folder, config.seed, bar, note=note)
+    return None if texts is None else replace(texts, unrated=unrated_texts(log, config.text))
 
 
 def _replayed(

@@ -252,7 +252,6 @@ def scripted_shop(
     with (
         patch.object(loops, "Consumer", kafka.consumer),
         patch.object(senders, "Producer", kafka.producer),
-        patch.object(starts, "AdminClient"),
         patch.object(starts, "watermarks", kafka.watermarks),
         patch.object(user_states, "read_journals", kafka.read_journals),
         patch.object(items, "bounds", lambda *_: {}),

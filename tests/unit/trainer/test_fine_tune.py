@@ -268,7 +268,10 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
     found, _ = tune(encoder, tmp_path / "again", **settings, checkpoint=checkpoint)
     assert steps == list(range(done, 16))
     assert (words(found) == words(whole)).all()
-    assert not checkpoint.exists()
+    # Until its result is safe, what has ended need not be done again.
+    found, _ = tune(encoder, tmp_path / "once more", **settings, checkpoint=checkpoint)
+    assert steps == list(range(done, 16))
+    assert (words(found) == words(whole)).all()
 
 
 def test_a_fit_killed_in_validation_asks_it_again(
@@ -292,6 +295,18 @@ def test_a_fit_killed_in_validation_asks_it_again(
     assert again == cost
     assert cost.steps < 9 * 6
     assert (words(found) == words(whole)).all()
+    monkeypatch.setattr(module._Fit, "_enough", killed)  # it has been asked for the last time
+    found, again = tune(encoder, tmp_path / "once more", **settings, checkpoint=checkpoint)
+    assert again == cost
+    assert (words(found) == words(whole)).all()
+
+
+def test_a_checkpoint_that_is_half_there_is_told(encoder: TextEncoder, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    tune(encoder, tmp_path / "whole", checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1_000])
+    with pytest.raises(TrainerError, match="checkpoint cannot be read; delete it"):
+        tune(encoder, tmp_path / "again", checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("steps", [1, 8])  # as many, but written before weights were averaged
@@ -339,7 +354,7 @@ def test_a_full_disk_leaves_no_checkpoint_and_says_so(encoder_folder: Path, tmp_
         env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("no checkpoint was written") == 8  # of as many steps
+    assert done.stderr.count("no checkpoint was written") == 9  # of 8 steps, and in the end
     assert "new cannot be written" in done.stdout
     assert "checkpoint" not in done.stdout
 
@@ -371,15 +386,20 @@ from trainer.fine_tune import is_first
 import numpy as np, os, torch
 torch.set_num_threads(1)
 encoder = encoders.load(Path(sys.argv[1]), "cpu")
-found, _ = tune(encoder, Path(sys.argv[2]) / os.environ["RANK"], dropout=0)
+folder = Path(sys.argv[2]) / os.environ["RANK"]
+found, _ = tune(encoder, folder, dropout=0, checkpoint=folder / "checkpoint")
 np.save(Path(sys.argv[2]) / (os.environ["RANK"] + ".npy"), words(found))
 """
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_two_processes_fit_as_one(
-    encoder: TextEncoder, encoder_folder: Path, tmp_path: Path
+    alone: bool, encoder: TextEncoder, encoder_folder: Path, tmp_path: Path
 ) -> None:
+    """A checkpoint that one of them sees `alone` would give them other numbers of steps."""
     one, _ = tune(encoder, tmp_path / "one", dropout=0)
+    if alone:
+        tune(encoder, tmp_path / "0", dropout=0, checkpoint=tmp_path / "0" / "checkpoint")
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -391,6 +411,7 @@ def test_two_processes_fit_as_one(
         env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr
+    assert ("not seen by all processes" in done.stderr) == alone
     first, second = (np.load(tmp_path / f"{rank}.npy") for rank in (0, 1))
     assert (first == second).all()
     assert np.allclose(first, words(one), atol=1e-4)

@@ -16,9 +16,10 @@ from model.predict import predictor
 from schemas.files import write_records
 from tests.unit.trainer.shop import shop
 from tests.unit.trainer.test_data import write_archive
+from trainer import fine_tune as tuning
 from trainer import train as module
 from trainer.assess import assess, summary
-from trainer.config import TrackingConfig, TrainerConfig
+from trainer.config import TextConfig, TrackingConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.exceptions import TrainerError
 from trainer.retrain import retrain_once
@@ -102,6 +103,49 @@ def test_what_is_judged_was_fitted_without_the_newest_rows(
     assert found.evaluations == result.evaluations
     assert found.verdict == result.verdict
     assert found.sha256 != result.sha256
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", ["_take", "fit_network"])
+def test_a_training_that_was_killed_takes_no_step_twice(
+    at: str,
+    shop_file: Path,
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log, fine_tune = from_file(shop_file), {"epochs": 1, "batch_texts": 64}
+    text = TextConfig.model_validate({"method": "full", "fine_tune": fine_tune})
+    config = CONFIG.model_copy(update={"text": text, "checkpoints": str(tmp_path / "checkpoints")})
+    steps: list[int] = []
+    take = tuning._Fit._take
+
+    def counted(self: Any, *arguments: Any) -> float:
+        steps.append(self.step)
+        return take(self, *arguments)
+
+    def killed(*arguments: Any) -> float:
+        if at == "_take" and len(steps) < 2:
+            return counted(*arguments)
+        raise _KilledError
+
+    monkeypatch.setattr(tuning, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    monkeypatch.setattr(tuning._Fit, "_take", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning._Fit if at == "_take" else module, at, killed)
+        with pytest.raises(_KilledError):
+            train(log, str(tmp_path / "models"), config, encoder=str(encoder_folder))
+    done = len(steps)
+    again = train(log, str(tmp_path / "models"), config, encoder=str(encoder_folder))
+    assert steps == list(range(len(steps)))
+    assert (len(steps) > done == 2) if at == "_take" else (len(steps) == done)
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+    whole = train(log, str(tmp_path / "models"), config, encoder=str(encoder_folder))
+    assert again.text == whole.text
+    assert again.evaluations == whole.evaluations
 
 
 @pytest.mark.parametrize(("ended", "started"), [(2, True), (3, False), (9, False)])
