@@ -21,7 +21,7 @@ from msgspec import Meta
 from msgspec.structs import astuple
 from numpy.typing import NDArray
 
-from schemas.records import EARLIEST_TIME, LATEST_TIME, NO_NUL, RFC3339, Real, Record, Time
+from schemas.records import EARLIEST_TIME, LATEST_TIME, NO_NUL, RFC3339, Record, Time
 
 Columns = Mapping[str, Any]
 """By field, of n records: a list of strings (None: absent), or an array: numbers (n; nan: absent),
@@ -126,9 +126,10 @@ def _field(hint: Any) -> _Field:
     if kind is float:
         column = partial(np.array, dtype=np.float64)
         return _Field(Annotated[float, Meta(**checked)], column, column)
-    if kind == list[Real] and checked["min_length"] == checked["max_length"]:
+    if get_origin(kind) is list and checked["min_length"] == checked["max_length"]:
+        (number,) = get_args(kind)
         table = partial(_table, length=checked["max_length"])
-        return _Field(Annotated[list[float], Meta(**checked)], table, table)
+        return _Field(Annotated[list[_field(number).type], Meta(**checked)], table, table)
     raise TypeError(f"no column is made of {hint}")
 
 

@@ -86,7 +86,8 @@ Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 Whole = Annotated[int, Field(le=LARGEST)]
 Difference = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]  # `model` holds them in 32 bits
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Distribution = Annotated[list[Real], Field(min_length=5, max_length=5)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Distribution = Annotated[list[Share], Field(min_length=5, max_length=5)]
 Interval = Annotated[list[Real], Field(min_length=2, max_length=2)]
 
 Action = Literal["view", "click", "wishlist", "share", "cart", "remove_from_cart", "purchase"]

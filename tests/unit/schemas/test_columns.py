@@ -73,6 +73,16 @@ def test_columns_by_hand() -> None:
     assert check("behavior", values)
 
 
+@pytest.mark.parametrize("share", [-1e-9, 1.5, 1e308])
+def test_a_share_beyond_its_limits_is_refused(share: float) -> None:
+    """A user's state would be infinite from then on."""
+    shares = [0.2, share, 0.2, 0.2, 0.2]
+    refused = value("text-features", distribution=shares)
+    assert not check("text-features", [refused])
+    assert decode(BY_NAME["text-features"], [refused], [(0, 0)]).rejections
+    assert check("text-features", [value("text-features", distribution=[0, 0.0, 0, 0, 1])])
+
+
 names = st.text(min_size=1, max_size=20)
 
 
@@ -100,7 +110,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "session_id": maybe(names),
     },
     "text-features": {
-        "distribution": st.lists(st.floats(0, 1), min_size=4, max_size=6),
+        "distribution": st.lists(
+            st.floats(0, 1) | st.sampled_from([-0.1, 1.1, 1e308, 1]), min_size=4, max_size=6
+        ),
         "encoder": st.text(max_size=5),
     },
 }
