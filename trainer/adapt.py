@@ -6,6 +6,7 @@ Gururangan et al. 2020, "Don't Stop Pretraining", section 4). It needs no rating
 without stars count too.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch import nn
 
 from model import encoder as encoders
 from model.encoder import TextEncoder
-from trainer import batches
+from trainer import batches, checkpoints
 from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import require_plain
+from trainer.fine_tune import is_first, require_plain, seed_of
 from trainer.progress import OnProgress
 
 _CLIP = 1.0
@@ -34,8 +35,11 @@ def adapt(
     folder: Path,
     seed: int,
     on_progress: OnProgress,
+    checkpoint: Path | None = None,
 ) -> TextEncoder:
     """The encoder after `config.epochs` passes over `texts`, written to `folder`.
+
+    `checkpoint` is a file to go on from, and to write every half minute and in the end.
 
     Raises:
         TrainerError: it is no model that fills in masks, or more than plain weights.
@@ -71,23 +75,46 @@ def adapt(
         optimizer,
         lambda step: min((step + 1) / max(steps * _WARM_UP, 1), 1 - step / max(steps, 1)),
     )
-    random = np.random.default_rng(seed)
-    done = 0
-    for _ in range(config.epochs):
-        for chosen in batches.shuffled(len(texts), config.batch_texts, random):
-            rows = [str(texts[at]) for at in chosen.tolist()]
-            cut = encoder.tokenizer(rows, truncation=True, max_length=encoder.longest_tokens)
-            tokens: Any = mask([{"input_ids": each} for each in cut["input_ids"]])
-            loss = model(**{name: each.to(encoder.device) for name, each in tokens.items()}).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-            optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-            schedule.step()
-            done += 1
-            on_progress(done, steps)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    done, saved = 0, time.monotonic()
+    if checkpoint is not None and checkpoint.exists():
+        state = checkpoints.load(checkpoint, encoder.device)
+        done = state["done"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    def save() -> None:
+        if checkpoint is not None and is_first():
+            state = {name: part.state_dict() for name, part in parts.items()}
+            checkpoints.save(checkpoint, {"done": done, **state})
+
+    order = _order(len(texts), config, seed)
+    for chosen in order[done:]:
+        torch.manual_seed(seed_of(seed, done))  # of what is masked
+        rows = [str(texts[at]) for at in chosen.tolist()]
+        cut = encoder.tokenizer(rows, truncation=True, max_length=encoder.longest_tokens)
+        tokens: Any = mask([{"input_ids": each} for each in cut["input_ids"]])
+        loss = model(**{name: each.to(encoder.device) for name, each in tokens.items()}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        schedule.step()
+        done += 1
+        on_progress(done, len(order))
+        if time.monotonic() - saved > checkpoints.CHECKPOINT_SECONDS:
+            save()
+            saved = time.monotonic()
+    save()
     adapted = model.base_model.eval()
     if adapted.config.is_encoder_decoder:
         adapted = adapted.get_encoder()
     replace(encoder, model=adapted).save(folder)
     return encoders.load(folder, str(encoder.device), longest_tokens=encoder.longest_tokens)
+
+
+def _order(count: int, config: AdaptConfig, seed: int) -> list[batches.Rows]:
+    """The texts of each step."""
+    random = np.random.default_rng(seed)
+    epochs = (batches.shuffled(count, config.batch_texts, random) for _ in range(config.epochs))
+    return [chosen for epoch in epochs for chosen in epoch]

@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from model import encoder as encoders
 from model.encoder import TextEncoder, review_text
-from trainer import text
+from trainer import checkpoints, text
 from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
 from trainer.copies import copies
@@ -113,7 +113,7 @@ def ours(
         return answers
 
     answers = kept.get("text model", make)
-    (kept.folder / "checkpoint").unlink(missing_ok=True)  # of no more use
+    checkpoints.drop(kept.folder / "checkpoint")
     name = str(answers["encoder"])
     if not name:
         return answers, base

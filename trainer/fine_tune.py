@@ -35,7 +35,7 @@ from model import adapters
 from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
 from model.state import STARS
-from trainer import batches, methods
+from trainer import batches, checkpoints, methods
 from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
@@ -43,8 +43,6 @@ from trainer.progress import OnProgress
 from trainer.tracking import Note, unnoted
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_SECONDS = 30.0  # a kill costs no more work than this, and a step
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RANKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator
@@ -147,7 +145,7 @@ def fine_tune(
         folder: where the new encoder is written.
         seed: of dropout, of the order of texts and of their variants.
         on_progress: called with steps done and steps in all.
-        checkpoint: a file to go on from, and to write every `CHECKPOINT_SECONDS` and in the end;
+        checkpoint: a file to go on from, and to write every half minute and in the end;
             who calls deletes it when the result is safe. All processes go on from it, or none.
         note: where the loss is told.
 
@@ -257,7 +255,7 @@ class _Fit:
                 on_progress(self.step, self._steps)
                 # After an epoch validation may end it: what goes on from here would not ask.
                 judged = self._config.patience and self.step % by_epoch == 0
-                due = time.monotonic() - saved > CHECKPOINT_SECONDS
+                due = time.monotonic() - saved > checkpoints.CHECKPOINT_SECONDS
                 if checkpoint is not None and due and not judged:
                     self._save(checkpoint)
                     saved = time.monotonic()
@@ -274,7 +272,7 @@ class _Fit:
 
     def _take(self, rows: Labelled, batch: NDArray[np.int64]) -> float:
         """One step on a batch, of all parts and processes; returns the loss."""
-        torch.manual_seed(_seed_of(self._seed, self.step, self._rank))
+        torch.manual_seed(seed_of(self._seed, self.step, self._rank))
         self._reader.train()
         mine, share = batch[self._rank :: self._count], self._count / len(batch)
         if not len(mine):  # the others wait for its gradients all the same
@@ -377,24 +375,12 @@ class _Fit:
             "ranks": {name: getattr(self._ranks, name) for name in _RANKS} if self._ranks else None,
             "kept_ranks": self._ranks.peft_config.rank_pattern if self._ranks else None,
         }
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        part = checkpoint.with_suffix(".part")
-        try:
-            torch.save(state, part)
-            part.replace(checkpoint)
-        except (OSError, RuntimeError) as error:  # a full disk, which may have room again later
-            logger.warning("no checkpoint was written, the fit goes on: %s: %s", checkpoint, error)
-            part.unlink(missing_ok=True)
+        checkpoints.save(checkpoint, state)
 
     def _resume(self, checkpoint: Path | None) -> None:
         if checkpoint is None or not self._all_have(checkpoint):
             return
-        try:
-            state = torch.load(checkpoint, map_location=self._device, weights_only=True)
-        except Exception as error:  # torch raises many kinds; a machine that fell may leave a half
-            raise TrainerError(
-                f"{checkpoint} cannot be read; delete it to begin anew: {error}"
-            ) from error
+        state = checkpoints.load(checkpoint, self._device)
         same = state["steps"] == self._steps and "ended" in state  # else its steps were others
         if not same or state["weights"].keys() != {name for name, _ in self._learnt()}:
             raise TrainerError(f"{checkpoint} is of another fit; delete it to begin anew")
@@ -437,7 +423,8 @@ def rate(step: int, steps: int, config: FineTuneConfig) -> float:
     return left if config.schedule == "linear" else 1.0
 
 
-def _seed_of(*parts: int) -> int:
+def seed_of(*parts: int) -> int:
+    """A seed for what these numbers name, such as a fit's seed and a step."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 

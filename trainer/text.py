@@ -18,6 +18,7 @@ from torch import nn
 
 from model.encoder import StarHead, TextEncoder
 from model.state import STARS
+from trainer import checkpoints
 from trainer.adapt import adapt
 from trainer.config import AdaptConfig, TextConfig
 from trainer.fine_tune import Cost, Labelled, fine_tune, joined, taken
@@ -81,6 +82,15 @@ def untouched(config: TextConfig) -> TextConfig:
     return config.model_copy(update={"method": "frozen", "adapt": AdaptConfig(epochs=0)})
 
 
+def checkpoint_of(
+    root: Path, reviews: ReviewTexts, encoder: TextEncoder, config: TextConfig, seed: int
+) -> Path:
+    """The checkpoint of a fit, below `root`."""
+    settings = config.model_dump(mode="json")
+    rows = [reviews.texts, reviews.rating, reviews.span, reviews.unrated]
+    return checkpoints.named(root, [encoder.hash, settings, seed, *rows])
+
+
 def fit(
     reviews: ReviewTexts,
     encoder: TextEncoder,
@@ -109,7 +119,10 @@ def fit(
     if config.adapt.epochs:
         known = taken(reviews.texts, np.flatnonzero(reviews.span != TEST))
         place = folder / "adapted"
-        encoder = adapt(encoder, [*known, *reviews.unrated], config.adapt, place, seed, on_progress)
+        kept = None if checkpoint is None else checkpoint.with_suffix(".adapted")
+        encoder = adapt(
+            encoder, [*known, *reviews.unrated], config.adapt, place, seed, on_progress, kept
+        )
     probed = reviews if config.method == "frozen" else _known(reviews, _PROBED)
     vectors = encode(encoder, probed.texts, on_progress)
     head, l2 = _probe(vectors, probed, config.l2)

@@ -134,9 +134,8 @@ def train(
         reviews = _review_texts(base, log, found.reviews, config)
         texts, checkpoint = None, None
         if reviews is not None and base is not None:
-            checkpoint = checkpoints.of_fit(
-                Path(config.checkpoints), reviews, base, config.text, config.seed
-            )
+            root = Path(config.checkpoints)
+            checkpoint = text.checkpoint_of(root, reviews, base, config.text, config.seed)
             bar = tracker(progress, "reading review texts")
             texts = text.fit(reviews, base, config.text, place, config.seed, bar, checkpoint, note)
         used = texts.encoder if texts else base
@@ -189,7 +188,7 @@ def train(
             ),
         )
         if checkpoint is not None and is_first():
-            checkpoint.unlink(missing_ok=True)
+            checkpoints.drop(checkpoint)
     page = report.render(
         written.version,
         {

@@ -1,7 +1,9 @@
 """Adaptation to a shop's words."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from transformers import GPT2Config, GPT2Model
 from model import encoder as encoders
 from model.encoder import TextEncoder
 from tests.unit.trainer.shop import WORDS, write_encoder
+from trainer import checkpoints
 from trainer.adapt import adapt
 from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
@@ -38,6 +41,30 @@ def test_an_adapted_encoder_reads_otherwise_and_the_same_each_time(
     assert steps[:6] == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
     assert first.hash == second.hash != encoder.hash
     assert not np.allclose(first.encode(TEXTS[:5]), encoder.encode(TEXTS[:5]), atol=1e-4)
+
+
+@pytest.mark.parametrize("at", [4, 6])  # in the second epoch, and after the last step
+def test_one_that_was_killed_goes_on_to_the_same_weights(
+    at: int, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AdaptConfig(epochs=2, batch_texts=16, learning_rate=1e-3)
+    whole = adapt(encoder, TEXTS, config, tmp_path / "whole", 3, lambda done, total: None)
+    steps: list[int] = []
+
+    def killed(done: int, total: int) -> None:
+        steps.append(done)
+        if done == at + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    checkpoint = tmp_path / "checkpoint"
+    run = partial(adapt, encoder, TEXTS, config, checkpoint=checkpoint, seed=3)
+    with pytest.raises(KeyboardInterrupt) if at < 6 else nullcontext():
+        run(folder=tmp_path / "killed", on_progress=killed)
+    steps = steps[:at]
+    found = run(folder=tmp_path / "again", on_progress=lambda done, total: steps.append(done))
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert found.hash == whole.hash
 
 
 def test_without_a_mask_token_there_is_nothing_to_fill_in(

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder
 from tests.unit.trainer.shop import WORDS
+from trainer import checkpoints
 from trainer import fine_tune as module
 from trainer.config import AugmentConfig, FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
@@ -245,7 +246,7 @@ def test_a_killed_fit_goes_on_to_the_same_weights(
 ) -> None:
     settings: dict[str, Any] = {"epochs": 2, "method": method}
     whole, _ = tune(encoder, tmp_path / "whole", **settings)
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1.0)  # after each step
     checkpoint = tmp_path / "checkpoint"
     take = module._Fit._take
 
@@ -280,7 +281,7 @@ def test_a_fit_killed_in_validation_asks_it_again(
     """A rate that spoils everything, so the second epoch, the first that is worse, ends it."""
     settings: dict[str, Any] = {"patience": 1, "epochs": 9, "learning_rate": 0.5, "clip": 100.0}
     whole, cost = tune(encoder, tmp_path / "whole", **settings)
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1.0)  # after each step
     enough = module._Fit._enough
 
     def killed(self: Any, *arguments: Any) -> bool:
@@ -325,10 +326,10 @@ from pathlib import Path
 from model import encoder as encoders
 from model.exceptions import EncoderError
 from tests.unit.trainer.test_fine_tune import tune
-from trainer import fine_tune as module
+from trainer import checkpoints
 import torch
 torch.set_num_threads(1)
-module.CHECKPOINT_SECONDS = -1.0
+checkpoints.CHECKPOINT_SECONDS = -1.0
 folder = Path(sys.argv[1])
 encoder = encoders.load(folder / "encoder", "cpu")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -362,7 +363,7 @@ def test_a_full_disk_leaves_no_checkpoint_and_says_so(encoder_folder: Path, tmp_
 def test_a_checkpoint_of_another_method_is_refused(
     encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1.0)  # after each step
     checkpoint = tmp_path / "checkpoint"
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # it stays

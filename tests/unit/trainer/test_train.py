@@ -16,6 +16,7 @@ from model.predict import predictor
 from schemas.files import write_records
 from tests.unit.trainer.shop import shop
 from tests.unit.trainer.test_data import write_archive
+from trainer import checkpoints
 from trainer import fine_tune as tuning
 from trainer import train as module
 from trainer.assess import assess, summary
@@ -132,7 +133,7 @@ def test_a_training_that_was_killed_takes_no_step_twice(
             return counted(*arguments)
         raise _KilledError
 
-    monkeypatch.setattr(tuning, "CHECKPOINT_SECONDS", -1.0)  # after each step
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1.0)  # after each step
     monkeypatch.setattr(tuning._Fit, "_take", counted)
     with monkeypatch.context() as patched:
         patched.setattr(tuning._Fit if at == "_take" else module, at, killed)
