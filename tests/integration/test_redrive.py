@@ -5,6 +5,7 @@ import base64
 import threading
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,8 @@ def send_with(headers: list[tuple[str, bytes]], kafka: KafkaConfig, value: bytes
             name = topic_name(kafka, "reviews")
             await producer.send_and_wait(name, value, key=b"ann", headers=headers)
 
-    asyncio.run(send())
+    with ThreadPoolExecutor(1) as other:  # Playwright's loop may run in this thread
+        other.submit(lambda: asyncio.run(send())).result()
 
 
 def test_a_header_whose_name_is_no_text_stops_nothing(
