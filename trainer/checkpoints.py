@@ -36,14 +36,15 @@ def named(root: Path, about: Sequence[Any]) -> Path:
 
 def save(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Write what a fit goes on from, in whole or not at all; where it cannot, say so."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     part = checkpoint.with_suffix(".part")
     try:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dict(state), part)
         part.replace(checkpoint)
     except (OSError, RuntimeError) as error:  # a full disk, which may have room again later
         logger.warning("no checkpoint was written, the fit goes on: %s: %s", checkpoint, error)
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def load(checkpoint: Path, device: torch.device) -> dict[str, Any]:

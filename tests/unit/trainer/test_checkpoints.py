@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model import encoder as encoders
 from model.encoder import TextEncoder
-from trainer.checkpoints import STALE_SECONDS, drop
+from trainer.checkpoints import STALE_SECONDS, drop, load, save
 from trainer.config import TextConfig
 from trainer.text import TEST, TRAIN, ReviewTexts, checkpoint_of
 
@@ -53,3 +54,13 @@ def test_what_nobody_took_up_again_goes_after_a_day(encoder: TextEncoder, tmp_pa
     mine.with_suffix(".adapted").touch()
     drop(mine)
     assert {*tmp_path.iterdir()} == {new}
+
+
+def test_where_nothing_can_be_written_the_fit_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    save(tmp_path / "file" / "1.checkpoint", {"step": 1})
+    assert "no checkpoint was written" in caplog.text
+    save(tmp_path / "new" / "1.checkpoint", {"step": 1})
+    assert load(tmp_path / "new" / "1.checkpoint", torch.device("cpu")) == {"step": 1}
