@@ -562,9 +562,9 @@ def _versions(
     dtype: np.dtype[Any],
 ) -> Table:
     """Rows of distinct hashes as of the versions read; blank where nothing was read."""
+    # Row by row: to concatenate them asks numpy of each anew whether their fields are the same.
+    found = np.empty(len(hashes), dtype)
     blank_row = from_bytes([None], dtype)
-    found = [
-        rows.get((item, version), blank_row)
-        for item, version in zip(hashes.tolist(), versions.tolist(), strict=True)
-    ]
-    return table(hashes, np.concatenate([blank_row[:0], *found]))
+    for at, place in enumerate(zip(hashes.tolist(), versions.tolist(), strict=True)):
+        found[at] = rows.get(place, blank_row)[0]
+    return table(hashes, found)
