@@ -17,9 +17,7 @@ from confluent_kafka import (
     KafkaException,
     TopicPartition,
 )
-from confluent_kafka.admin import (  # its stubs export the client alone
-    AdminClient,  # pyright: ignore[reportPrivateImportUsage]
-)
+from confluent_kafka.admin import AdminClient
 
 from schemas.exceptions import StarcastError, UnreachableError
 from streams.config import KafkaConfig

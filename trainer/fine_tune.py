@@ -399,7 +399,7 @@ class _Fit:
         """Whether all processes see it; else they would not take the same steps."""
         seen = torch.tensor(int(checkpoint.exists()), device=self._device)
         if self._count > 1:
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MIN)
+            distributed.all_reduce(seen, distributed.ReduceOp.MIN)
             if not seen and checkpoint.exists():
                 logger.warning("%s is not seen by all processes; the fit begins anew", checkpoint)
         return bool(seen)

@@ -18,11 +18,11 @@ from sysconfig import get_path
 from typing import Any
 
 import orjson
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from bench.peers.work import OUTPUT, WAIT_SECONDS
 from schemas.exceptions import StarcastError
-from streams.clients import reader_config
+from streams.clients import reader
 from streams.config import KafkaConfig
 
 ENVIRONMENTS = Path(".cache/peers")
@@ -147,8 +147,7 @@ def run(
 def predicted(kafka: KafkaConfig) -> Counter[str]:
     """How often each event has a prediction that a read_committed reader sees."""
     found = Counter[str]()
-    consumer = Consumer(reader_config(kafka, auto_offset_reset="earliest"))
-    try:
+    with reader(kafka, auto_offset_reset="earliest") as consumer:
         topic = kafka.topic_prefix + OUTPUT
         left = set(range(kafka.partitions))
         consumer.assign([TopicPartition(topic, partition, 0) for partition in left])
@@ -164,8 +163,6 @@ def predicted(kafka: KafkaConfig) -> Counter[str]:
                 left.discard(message.partition() or 0)
             else:
                 raise KafkaException(error)
-    finally:
-        consumer.close()
     return found
 
 

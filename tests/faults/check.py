@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 import polars as pl
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 from numpy.typing import NDArray
 
 from model.ids import hash_ids
@@ -24,7 +24,7 @@ from schemas.exceptions import StarcastError
 from schemas.journal import Piece
 from schemas.journal import decode as decode_journal
 from schemas.topics import BY_NAME, TOPICS
-from streams.clients import client_config, reader_config
+from streams.clients import reader
 from streams.config import KafkaConfig
 from streams.reader import ITEM_STATE, USER_KIND, USER_STATE, store_keys
 from streams.tail import read_topic
@@ -113,8 +113,7 @@ def unscored(shop: FaultyShop) -> dict[str, int]:
     kafka, left = shop.kafka, {"scorer": 0, "answers": 0, "items": 0}
     for processor, topics in (("scorer", INPUTS), ("answers", ("score-requests",))):
         # Committed offsets are those of a group, and are asked for by a member that never joins.
-        member = Consumer(client_config(kafka, group_id=f"{kafka.group_id}-{processor}"))
-        try:
+        with reader(kafka, group_id=f"{kafka.group_id}-{processor}") as member:
             where = [
                 TopicPartition(kafka.topic_prefix + topic, partition)
                 for topic in topics
@@ -123,8 +122,6 @@ def unscored(shop: FaultyShop) -> dict[str, int]:
             for each in member.committed(where, ANSWER_SECONDS):
                 _, high = member.get_watermark_offsets(each, ANSWER_SECONDS)
                 left[processor] += high - max(each.offset, 0)
-        finally:
-            member.close()
     store = shop.store
     for (_, partition), end in ends(kafka, ["item-updates"]).items():
         left["items"] += max(end - int(store.header(ITEM_STATE, partition) or 0), 0)
@@ -147,8 +144,7 @@ def ends(kafka: KafkaConfig, topics: Sequence[str]) -> dict[tuple[str, int], int
 
     A transaction's marker takes an offset and is no record, so a partition's end does not tell.
     """
-    consumer = Consumer(reader_config(kafka, fetch_wait_max_ms=20))
-    try:
+    with reader(kafka, fetch_wait_max_ms=20) as consumer:
         marks: dict[tuple[str, int], tuple[int, int]] = {}
         for name in topics:
             for partition in range(BY_NAME[name].partitions(PARTITIONS)):
@@ -172,8 +168,6 @@ def ends(kafka: KafkaConfig, topics: Sequence[str]) -> dict[tuple[str, int], int
                     else:
                         left.pop(place, None)
         return last
-    finally:
-        consumer.close()
 
 
 @dataclass(frozen=True)
