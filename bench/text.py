@@ -397,9 +397,7 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def measure(settings: Settings, console: Console) -> dict[str, Any]:
     """All figures."""
-    parent = encoders.load(
-        packaged_encoder(), settings.device, longest_tokens=TextsConfig().longest_tokens
-    )
+    parent = encoders.load(packaged_encoder(), settings.device)
     texts = make_texts(make_world(USERS, ITEMS, settings.seed), settings.texts, settings.seed)
     reviews = make_reviews(settings.reviews, settings.seed)
     tokens = parent.count_tokens(texts)

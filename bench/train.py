@@ -45,7 +45,7 @@ from model.lookups import Store
 from model.replay import History
 from model.state import ITEM, STARS, USER
 from starcast.log import LogConfig, configure
-from streams.config import ModelsConfig, TextsConfig
+from streams.config import ModelsConfig
 from trainer.config import FineTuneConfig, TextConfig
 from trainer.fine_tune import Labelled, fine_tune, loss_of, taken
 from trainer.metrics import text_scores
@@ -331,11 +331,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 def measure(settings: Settings, console: Console) -> dict[str, Any]:
     """All figures."""
-    longest = TextsConfig().longest_tokens
-    base = encoders.load(packaged_encoder(), settings.device, longest_tokens=longest)
-    config = TextConfig(
-        method="full", longest_tokens=longest, fine_tune=FineTuneConfig(epochs=settings.epochs)
-    )
+    base = encoders.load(packaged_encoder(), settings.device)
+    config = TextConfig(method="full", fine_tune=FineTuneConfig(epochs=settings.epochs))
     reviews = lengthened(make_reviews(settings.texts, settings.seed), settings.seed)
     tokens = base.count_tokens(reviews.texts)
     console.print(

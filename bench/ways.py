@@ -116,12 +116,12 @@ def smaller(
     """What `starcast compress` makes of an encoder, as it would be served."""
     place = folder / name.replace(" ", "-")
     compress.ways(parent)[name](parent, reviews, place, seed, lambda done, total: None)
-    return encoders.load(place, str(parent.device), longest_tokens=parent.longest_tokens)
+    return encoders.load(place, str(parent.device))
 
 
 def copy(encoder: TextEncoder) -> TextEncoder:
     """The same encoder, loaded again."""
-    return encoders.load(encoder.folder, str(encoder.device), longest_tokens=encoder.longest_tokens)
+    return encoders.load(encoder.folder, str(encoder.device))
 
 
 def compiled(encoder: TextEncoder) -> TextEncoder:
@@ -134,12 +134,7 @@ def compiled(encoder: TextEncoder) -> TextEncoder:
 
 def in_bf16(encoder: TextEncoder) -> TextEncoder:
     """An encoder whose model works in bfloat16 on a GPU."""
-    return encoders.load(
-        encoder.folder,
-        str(encoder.device),
-        longest_tokens=encoder.longest_tokens,
-        precision="bf16",
-    )
+    return encoders.load(encoder.folder, str(encoder.device), precision="bf16")
 
 
 def sentences(encoder: TextEncoder, dtype: torch.dtype, texts: Sequence[str]) -> Way:

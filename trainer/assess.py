@@ -115,9 +115,7 @@ def bundle_encoder(bundle: Bundle | None, config: TrainerConfig) -> TextEncoder 
     """The encoder of a bundle with its star head; None when it has none."""
     if bundle is None or bundle.encoder_folder is None:
         return None
-    return encoders.load(
-        bundle.encoder_folder, config.device, bundle.star_head, config.text.longest_tokens
-    )
+    return encoders.load(bundle.encoder_folder, config.device, bundle.star_head)
 
 
 def _read_texts(

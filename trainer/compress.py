@@ -121,7 +121,7 @@ def ways(parent: TextEncoder) -> Mapping[str, Make]:
 def _judged(
     name: str, folder: Path, reviews: ReviewTexts, config: TrainerConfig, on_progress: OnProgress
 ) -> Compressed:
-    encoder = encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
+    encoder = encoders.load(folder, config.device)
     settings = text.untouched(config.text)
     fitted = text.fit(reviews, encoder, settings, folder, config.seed, on_progress)
     newest = taken(reviews.texts, np.flatnonzero(reviews.span == TEST))
@@ -135,7 +135,7 @@ def _judged(
 
 
 def _copy(parent: TextEncoder) -> TextEncoder:
-    return encoders.load(parent.folder, str(parent.device), longest_tokens=parent.longest_tokens)
+    return encoders.load(parent.folder, str(parent.device))
 
 
 def _keep(encoder: TextEncoder, rows: Sequence[int]) -> None:

@@ -208,12 +208,6 @@ class TextConfig(BaseModel):
     l2: float | None = Field(
         default=None, ge=0, le=10, description="of the head's squared weights; none: validated"
     )
-    longest_tokens: int = Field(
-        default=256,
-        ge=8,
-        le=8_192,
-        description="a text is cut here; change texts.longest_tokens with it",
-    )
     pseudo_labels: float = Field(
         default=0.0,
         ge=0,

@@ -118,7 +118,7 @@ def ours(
     if not name:
         return answers, base
     folder = kept.folder / "encoder" / name
-    return answers, encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
+    return answers, encoders.load(folder, config.device)
 
 
 def peers(
@@ -186,7 +186,7 @@ def peers(
             taken(whole.texts, known),
             whole.rating[known],
             [taken(worded.part(part), test) for part in PARTS],
-            config.text.longest_tokens,
+            base.longest_tokens,
             config.seed,
             checkpoints,
         )

@@ -157,7 +157,7 @@ def fine_tune(
     tuning = config.fine_tune
     require_plain(encoder)
     # A second copy is loaded, for the given encoder stays as it is.
-    base = encoders.load(encoder.folder, str(encoder.device), longest_tokens=config.longest_tokens)
+    base = encoders.load(encoder.folder, str(encoder.device))
     rows = train if tuning.patience else joined(train, validation)
     torch.manual_seed(seed)
     with _processes(base.device) as (rank, count):
@@ -168,7 +168,7 @@ def fine_tune(
         fit.run(rows, validation, on_progress, checkpoint, note)
     trained = sum(each.numel() for each in reader.parameters() if each.requires_grad)
     methods.write(base, config.method, folder)
-    found = encoders.load(folder, str(encoder.device), longest_tokens=config.longest_tokens)
+    found = encoders.load(folder, str(encoder.device))
     taught = tuning.cross_entropy or tuning.squared_error
     return Tuned(found, reader.head() if taught else None, Cost(trained, fit.step))
 

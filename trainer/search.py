@@ -140,9 +140,7 @@ class _Text:
     encoder: Path
 
     def __call__(self, config: TrainerConfig, trial: Trial) -> float:
-        encoder = encoders.load(
-            self.encoder, config.device, longest_tokens=config.text.longest_tokens
-        )
+        encoder = encoders.load(self.encoder, config.device)
         with TemporaryDirectory(prefix="starcast-search-") as folder:
             place = Path(folder) / "encoder"
             told = text.validate(self.reviews, encoder, config.text, place, config.seed)

@@ -227,7 +227,7 @@ def base_encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> 
     folder = encoders.locate(setting)
     if folder is None:
         return None
-    return encoders.load(folder, config.device, longest_tokens=config.text.longest_tokens)
+    return encoders.load(folder, config.device)
 
 
 def _review_texts(

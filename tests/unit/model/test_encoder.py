@@ -107,13 +107,19 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def cut_at(folder: Path, tokens: int) -> None:
+    """Let an encoder's texts be cut there."""
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": tokens}))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A directory of each kind of encoder."""
+    """A directory of each kind of encoder, which cuts texts at 32 tokens."""
     torch.manual_seed(0)
     made = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in KINDS}
     for name, folder in made.items():
         KINDS[name][0](folder)
+        cut_at(folder, 32)
     return made
 
 
@@ -127,8 +133,8 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=KINDS)
 def encoder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> TextEncoder:
-    """A loaded encoder of each kind, which cuts texts at 32 tokens."""
-    return encoders.load(folders[request.param], "cpu", longest_tokens=32)
+    """A loaded encoder of each kind."""
+    return encoders.load(folders[request.param], "cpu")
 
 
 def test_nothing_is_fetched(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +174,7 @@ def test_same_alone_and_in_any_batch(encoder: TextEncoder) -> None:
 def test_batches_keep_the_token_budget(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = encoders.load(folders["gpt2"], "cpu", longest_tokens=32)  # padded, unlike a BERT
+    encoder = encoders.load(folders["gpt2"], "cpu")  # padded, unlike a BERT
     sizes: list[int] = []
     embed = TextEncoder.embed
 
@@ -227,8 +233,27 @@ def test_texts_are_cut(encoder: TextEncoder) -> None:
     assert encoder.encode(["good " * 500]).any()
 
 
-def test_a_text_is_never_longer_than_the_model(folders: dict[str, Path]) -> None:
-    encoder = encoders.load(folders["bert"], "cpu", longest_tokens=10_000)
+def test_a_text_is_cut_where_its_encoder_says(own: Path, tmp_path: Path) -> None:
+    cut_at(own, 7)
+    encoder = encoders.load(own, "cpu")
+    assert encoder.cut(["good " * 500]) == [encoder.cut(["good " * 5])[0]]
+    assert len(encoder.cut(["good " * 500])[0]) == 7
+    encoder.save(tmp_path / "saved")
+    assert encoders.load(tmp_path / "saved", "cpu").longest_tokens == 7
+    cut_at(own, 8)
+    assert encoders.folder_hash(own) != encoder.hash  # other vectors
+
+
+@pytest.mark.parametrize("said", ["7", '{"max_seq_length": "all"}', '{"max_seq_length": -1}', "{"])
+def test_a_cut_that_is_no_number_is_told(said: str, own: Path) -> None:
+    (own / "sentence_bert_config.json").write_text(said)
+    with pytest.raises(EncoderError, match=r"sentence_bert_config\.json"):
+        encoders.load(own, "cpu")
+
+
+def test_a_text_is_never_longer_than_the_model(own: Path) -> None:
+    cut_at(own, 10_000)
+    encoder = encoders.load(own, "cpu")
     assert encoder.longest_tokens == 40
     assert encoder.encode(["good " * 500]).any()
 
@@ -248,7 +273,7 @@ def test_positions_before_the_first_are_not_for_texts(tmp_path: Path) -> None:
             max_position_embeddings=40,
         )
     ).save_pretrained(tmp_path)
-    encoder = encoders.load(tmp_path, "cpu", longest_tokens=10_000)
+    encoder = encoders.load(tmp_path, "cpu")
     assert encoder.longest_tokens == 38
     assert encoder.encode(["good " * 500]).any()
 
