@@ -70,13 +70,19 @@ class Share:
 class BatchResult:
     """What a batch of n events of u users gives."""
 
-    observation: Observation
+    observations: Observation  # of all events of its batch
+    rows: slice  # its own among them
     duplicate: NDArray[np.bool_]  # (n): repeated; predicted, not applied
     step: NDArray[np.uint64]  # (n): number of each journal row
     seq: NDArray[np.uint64]  # (n): number of each prediction; 0 for what users did not do
     states: Rows  # USER (u)
     partition: Rows  # PARTITION, shape ()
     deltas: Rows  # ITEM_DELTA, one for each item and source topic
+
+    @property
+    def observation(self) -> Observation:
+        """Of its own events."""
+        return self.observations.part(self.rows)
 
 
 def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Observation:
@@ -164,20 +170,23 @@ def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResu
     seq = np.where(events["action"] < TEXT, partitions["seq"], np.uint64(0))
     global_mean, item_bias = features.biases(lookups.items.take(events["item"]), partitions)
     change = advance(states, index, events, duplicate, item_bias, global_mean, step)
-    ends = np.array([span.stop for span in rows], np.intp)
-    newcomers.follow(partitions, after, ends, events, change.first, global_mean, item_bias)
+    ends = [span.stop for span in rows]
+    given = np.array(ends, np.intp), events, change.first, global_mean, item_bias
+    newcomers.follow(partitions, after, *given)
     observation = observe(change.met, partitions, events, lookups)
+    deltas = item_deltas(events, change, ends)
     results = [
         BatchResult(
-            observation.part(span),
+            observation,
+            span,
             duplicate[span],
             step[span],
             seq[span],
             change.states[theirs],
             after[number].reshape(()),
-            item_deltas(share.events, change.part(span)),
+            deltas[number],
         )
-        for number, (share, span, theirs) in enumerate(zip(shares, rows, users, strict=True))
+        for number, (span, theirs) in enumerate(zip(rows, users, strict=True))
     ]
     return results, observation
 
@@ -337,7 +346,7 @@ class History:
             met, after, ends = partitions[:-1], partitions[-1:], np.array([len(batch)], np.intp)
             newcomers.follow(met, after, ends, batch, change.first, global_mean, item_bias)
             opaque(self.users.rows)[users] = opaque(change.states)
-            deltas = item_deltas(batch, change)
+            (deltas,) = item_deltas(batch, change)
             self._follow(partitions[-1].reshape(()), deltas, step[0])
 
     def _items(self, events: Rows) -> Table:

@@ -10,6 +10,7 @@ order nor on the machine, and an edited review takes away exactly what it had ad
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -169,17 +170,6 @@ class Change:
     new_touch: NDArray[np.bool_]  # (n): the item's first event in the user's session
     first: NDArray[np.bool_]  # (n): it counts, and its user had rated nothing before
 
-    def part(self, rows: slice) -> "Change":
-        """What some of the events did; the states are those of all."""
-        return Change(
-            self.met[rows],
-            self.states,
-            self.duplicate[rows],
-            self.replaced[rows],
-            self.new_touch[rows],
-            self.first[rows],
-        )
-
 
 def duplicates(states: Rows, user_index: NDArray[np.intp], events: Rows) -> NDArray[np.bool_]:
     """Which of n events, in order, repeat one of the last 16 of their user (n).
@@ -229,19 +219,24 @@ def run_partition(partition: Rows, events: Rows, duplicate: NDArray[np.bool_]) -
     return rows
 
 
-def item_deltas(events: Rows, change: Change) -> Rows:
+def item_deltas(events: Rows, change: Change, ends: Sequence[int] = ()) -> list[Rows]:
     """What n events did to their items, but for duplicates and what users did not do.
 
+    `ends`: where each partition's events end; of one when there are none. Of each partition
     ITEM_DELTA rows, one for each item and source topic, sorted by both.
     """
     rows = np.flatnonzero(~change.duplicate & (events["action"] < TEXT))
-    source = (events["action"][rows] != REVIEW).astype(np.uint8)
-    order = np.lexsort((source, events["item"][rows]))
-    deltas = np.zeros(len(rows), ITEM_DELTA)
-    count = _add_deltas(
-        deltas, rows[order], source[order], events, change.replaced, change.new_touch
-    )
-    return deltas[:count]
+    ends = ends or [len(events)]
+    partition = np.searchsorted(ends, rows, "right")
+    item, source = events["item"][rows], (events["action"][rows] != REVIEW).astype(np.uint8)
+    order = np.lexsort((source, item, partition))
+    keys = [each[order] for each in (partition, item, source)]
+    begins = np.ones(len(rows), np.bool_)
+    begins[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    deltas = np.zeros(int(begins.sum()), ITEM_DELTA)
+    _add_deltas(deltas, begins, rows[order], keys[2], events, change.replaced, change.new_touch)
+    cuts = np.searchsorted(keys[0][begins], np.arange(len(ends) + 1)).tolist()
+    return [deltas[begin:end] for begin, end in pairwise(cuts)]
 
 
 def apply_items(
@@ -437,24 +432,22 @@ def _run_partition(rows: Any, events: Any, duplicate: Any) -> None:
 
 @compiled
 def _add_deltas(
-    deltas: Any, rows: Any, source: Any, events: Any, replaced: Any, touched: Any
-) -> int:
-    """Fill the first of `deltas` from events in the order of `rows`; gives how many."""
-    count = 0
+    deltas: Any, begins: Any, rows: Any, source: Any, events: Any, replaced: Any, touched: Any
+) -> None:
+    """Fill `deltas` from events in the order of `rows`; a delta `begins` with some of them."""
+    at = -1
     for place in range(len(rows)):
         row = rows[place]
         event = events[row]
-        last = deltas[max(count - 1, 0)]
-        if not count or last.item != event.item or last.source != source[place]:
-            last = deltas[count]
+        at += begins[place]
+        last = deltas[at]
+        if begins[place]:
             last.item, last.source = event.item, source[place]
             last.first_time = last.last_time = event.time
-            count += 1
         _count(last, event, stars_of(event), replaced[row])
         last.sessions += touched[row]
         last.first_time = min(last.first_time, event.time)
         last.last_time = max(last.last_time, event.time)
-    return count
 
 
 @compiled

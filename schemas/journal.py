@@ -88,8 +88,7 @@ _ROW_TYPES: dict[str, pa.DataType] = {
 }
 _ROW_ARRAYS = (*_ROW_TYPES, "events", "features")
 _RECENTS = pa.schema([(name, pa.uint64()) for name in ("item", "text", "attributes")])
-# Not compressed here: the Kafka client and the archive do that, in threads of their own.
-_OPTIONS = pa.ipc.IpcWriteOptions(use_threads=False)
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream: Arrow, "IPC Streaming Format"
 
 
 def encode(journal: Journal) -> list[bytes]:
@@ -110,19 +109,9 @@ def encode_all(journals: Sequence[Journal]) -> list[list[bytes]]:
         end, ended = begin + len(journal), begun + len(journal.recents)
         whole = len(journal) * row_bytes + journal.recents.nbytes
         count = max(1, ceil(whole / LARGEST_PIECE))
-        row_cuts = np.linspace(begin, end, count + 1).astype(int).tolist()
-        recent_cuts = np.linspace(begun, ended, count + 1).astype(int).tolist()
         heads = (_metadata(journal, index, count) for index in range(count))
-        pieces = zip(heads, pairwise(row_cuts), pairwise(recent_cuts), strict=True)
-        values.append(
-            [
-                _stream(
-                    rows.slice(first, last - first).replace_schema_metadata(head),
-                    recents.slice(low, high - low),
-                )
-                for head, (first, last), (low, high) in pieces
-            ]
-        )
+        parts, read = _cut(rows, begin, end, count), _cut(recents, begun, ended, count)
+        values.append(list(map(_stream, parts, read, heads)))
         begin, begun = end, ended
     return values
 
@@ -164,8 +153,8 @@ def decode(value: bytes) -> Piece:
 def encode_piece(piece: Piece) -> bytes:
     """The Kafka value of a piece, which stays one however its rows have changed."""
     journal = piece.journal
-    rows = _rows_of([journal]).replace_schema_metadata(_metadata(journal, piece.index, piece.count))
-    return _stream(rows, _recents_of([journal]))
+    head = _metadata(journal, piece.index, piece.count)
+    return _stream(_rows_of([journal]), _recents_of([journal]), head)
 
 
 def part(journal: Journal, rows: slice) -> Journal:
@@ -293,12 +282,19 @@ def _metadata(journal: Journal, index: int, count: int) -> dict[str, str]:
     }
 
 
-def _stream(*batches: pa.RecordBatch) -> bytes:
-    sink = pa.BufferOutputStream()
-    for batch in batches:
-        with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as stream:
-            stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+def _cut(batch: pa.RecordBatch, begin: int, end: int, count: int) -> list[pa.RecordBatch]:
+    """`count` slices, of about one length, of the rows from `begin` to `end`."""
+    cuts = [begin + (end - begin) * number // count for number in range(count + 1)]
+    return [batch.slice(first, last - first) for first, last in pairwise(cuts)]
+
+
+def _stream(rows: pa.RecordBatch, recents: pa.RecordBatch, head: dict[str, str]) -> bytes:
+    """Two streams of Arrow's, one after the other, the first with `head` in its schema.
+
+    They are put together from their messages: a writer for each costs more than most journals.
+    """
+    first = [rows.schema.with_metadata(head).serialize(), rows.serialize(), _END]
+    return b"".join([*first, recents.schema.serialize(), recents.serialize(), _END])
 
 
 def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:

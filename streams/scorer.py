@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from model import newcomers
 from model.canary import Part
+from model.compiled import compiled
 from model.events import (
     ACTIONS,
     EVENT,
@@ -45,10 +47,10 @@ from model.replay import BatchResult, Observation, Share, run_batch
 from model.state import LAYOUT_HASH, SOURCES
 from model.updates import encode_updates
 from schemas import journal
-from schemas.codec import encode, encode_columns, format_times, time_ms
+from schemas.codec import encode, encode_columns, format_times
 from schemas.columns import Columns
 from schemas.journal import Journal
-from schemas.records import LATEST_TIME, UpdateSource
+from schemas.records import UpdateSource
 from streams.claims import ends
 from streams.config import ScorerConfig
 from streams.dead_letters import dead_letter
@@ -62,7 +64,6 @@ from streams.processor import Offsets, Outcome, Output, OutputBatch, Position
 from streams.reader import Reader
 from streams.user_states import Taken, UserStates
 
-LATEST_MS = time_ms(LATEST_TIME) + 1  # above all event times
 LATE_MS = 86_400_000  # an event that Kafka took so long after it happened counts as late
 
 _ROWS: dict[str, Callable[[Columns], Rows]] = {
@@ -109,8 +110,6 @@ class _Part:
     users: Hashes
     result: BatchResult
     header: Rows  # after the batch, but for the journal's end
-    disorder: Counter[str]  # applied events, by kind
-    forgotten: int  # events that erased a user
 
     @property
     def taken(self) -> Taken:
@@ -178,7 +177,7 @@ class Scorer:
             arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
-        parts, observed, lookups = self._run(messages, arrivals)
+        parts, observed, lookups, unusual = self._run(messages, arrivals)
         with self._phase("predict"):
             scored = np.flatnonzero(arrivals.events["action"] < TEXT)
             events, observation = arrivals.events, observed
@@ -203,7 +202,7 @@ class Scorer:
         def write(delivered: dict[Position, int]) -> None:
             nonlocal took
             self._write(delivered, parts)
-            self._count_unusual(parts, {"contract": len(letters), "future": len(ahead)})
+            self._count_unusual(parts, unusual, {"contract": len(letters), "future": len(ahead)})
             took = time.monotonic() - began
 
         def finish(_: dict[Position, int]) -> None:
@@ -255,8 +254,8 @@ class Scorer:
 
     def _run(
         self, messages: list[Message], arrivals: _Arrivals
-    ) -> tuple[list[_Part], Observation, Lookups]:
-        """Read what the batch needs, then observe and apply it."""
+    ) -> tuple[list[_Part], Observation, Lookups, Counter[str]]:
+        """Read what the batch needs, then observe and apply it; how many events were unusual."""
         reached = _ends(messages, self._prefix)
         spans: list[tuple[int, slice]] = []
         users: dict[int, Hashes] = {}
@@ -275,42 +274,41 @@ class Scorer:
                 Share(rows_, at, header["partition"].copy(), arrivals.events[rows])
                 for rows_, at, header, (_, rows) in zip(states, index, headers, spans, strict=True)
             ]
-            lookups = self._reader.answer(asked, values, joined(states))
+            known = joined(states)
+            lookups = self._reader.answer(asked, values, known)
         parts: list[_Part] = []
         with self._phase("features"):
             results, observation = run_batch(shares, lookups)
-            for (partition, rows), share, header, result in zip(
-                spans, shares, headers, results, strict=True
-            ):
+            for (partition, rows), header, result in zip(spans, headers, results, strict=True):
                 header["partition"] = result.partition
                 read = np.array(reached[partition])
                 header["ends"] = np.where(read >= 0, read, header["ends"])
-                last_times = share.states["last_time"]
-                disorder = _disorder(arrivals, rows, share.user_index, last_times, result)
-                forgotten = int((share.events["action"] == FORGET).sum())
-                mine = users[partition]
-                parts.append(_Part(partition, rows, mine, result, header, disorder, forgotten))
-        return parts, observation, lookups
+                parts.append(_Part(partition, rows, users[partition], result, header))
+            begins = accumulate(map(len, states), initial=0)
+            everyone = [at + begin for at, begin in zip(index, begins, strict=False)]
+            unusual = _unusual(arrivals, np.concatenate(everyone), known["last_time"], parts)
+        return parts, observation, lookups, unusual
 
     def _write(self, delivered: dict[Position, int], parts: list[_Part]) -> None:
         for part in parts:
             part.header["journal"] = delivered["journal", part.partition]
         self._states.write([part.taken for part in parts])
-        for part in parts:
-            self._metrics.state_writes.labels(self.name, "written").inc(len(part.users))
+        written = sum(len(part.users) for part in parts)
+        self._metrics.state_writes.labels(self.name, "written").inc(written)
 
-    def _count_unusual(self, parts: list[_Part], letters: dict[str, int]) -> None:
+    def _count_unusual(
+        self, parts: list[_Part], unusual: Counter[str], letters: dict[str, int]
+    ) -> None:
         for reason, count in letters.items():
             self._metrics.dead_letters.labels(self.name, reason).inc(count)
-        disorder = Counter(future=letters["future"])
         for part in parts:
-            disorder += part.disorder
-            self._metrics.duplicates.labels(self.name).inc(int(part.result.duplicate.sum()))
             apart = newcomers.level(part.result.partition)
             self._metrics.newcomers.labels(self.name, str(part.partition)).set(float(apart))
-            if part.forgotten:
-                self._metrics.events.labels(self.name, "forget").inc(part.forgotten)
-        for kind, count in disorder.items():
+        self._metrics.duplicates.labels(self.name).inc(unusual["repeated"])
+        if unusual["forget"]:
+            self._metrics.events.labels(self.name, "forget").inc(unusual["forget"])
+        disorder = {"future": letters["future"], "late": unusual["late"]}
+        for kind, count in (disorder | {"out_of_order": unusual["out_of_order"]}).items():
             self._metrics.disorder.labels(self.name, kind).inc(count)
 
     def _count_scored(
@@ -427,34 +425,45 @@ def _truths(arrivals: _Arrivals, parts: Sequence[_Part]) -> NDArray[np.float32]:
 
     Nor for a repetition: its user's state had them when it was predicted.
     """
-    repeated = np.concatenate([part.result.duplicate for part in parts])
-    return np.where(repeated, np.float32(np.nan), arrivals.events["rating"])
+    return np.where(_repeated(parts), np.float32(np.nan), arrivals.events["rating"])
 
 
-def _disorder(
+def _repeated(parts: Sequence[_Part]) -> NDArray[np.bool_]:
+    return np.concatenate([part.result.duplicate for part in parts])
+
+
+def _unusual(
     arrivals: _Arrivals,
-    rows: slice,
     users: NDArray[np.intp],
     last_times: NDArray[np.int64],
-    result: BatchResult,
+    parts: Sequence[_Part],
 ) -> Counter[str]:
-    """How many of a partition's applied events came late, and how many out of order.
+    """How many events were repeated, erased a user, or were applied late or out of order.
 
     `users` (n): each event's row in `last_times`, the users' latest event times so far.
     """
-    events = arrivals.events[rows]
-    applied = ~result.duplicate & (events["action"] < TEXT)
-    late = arrivals.timestamps[rows] - events["time"] > LATE_MS
-    order = np.argsort(users, kind="stable")
-    order = order[applied[order]]
-    user, time = users[order], events["time"][order]
-    # The latest time of each user's events so far: a user's numbers lie above those of the last.
-    above = user * LATEST_MS
-    latest = np.maximum.accumulate(time + above) - above
+    events, repeated = arrivals.events, _repeated(parts)
+    applied = ~repeated & (events["action"] < TEXT)
+    late = arrivals.timestamps - events["time"] > LATE_MS
     return Counter(
+        repeated=int(repeated.sum()),
+        forget=int((events["action"] == FORGET).sum()),
         late=int((late & applied).sum()),
-        out_of_order=int((time < np.maximum(latest, last_times[user])).sum()),
+        out_of_order=_out_of_order(users[applied], events["time"][applied], last_times.copy()),
     )
+
+
+@compiled
+def _out_of_order(users: Any, times: Any, latest: Any) -> int:
+    """Of events (n) in order, those before an event of their user; `latest` of each follows."""
+    count = 0
+    for row in range(len(users)):
+        user = users[row]
+        if times[row] < latest[user]:
+            count += 1
+        else:
+            latest[user] = times[row]
+    return count
 
 
 def _ends(messages: Sequence[Message], prefix: str) -> dict[int, list[int]]:
@@ -569,22 +578,12 @@ def _prediction_records(
 def _item_updates(arrivals: _Arrivals, parts: list[_Part]) -> OutputBatch:
     """What the batch did to each item, a record for each source topic and partition."""
     names = dict(zip(arrivals.events["item"].tolist(), arrivals.ids["item_id"], strict=True))
-    spans: list[bytes] = []
-    for part in parts:
-        sources: dict[int, bytes] = {}
-        for source, topic in enumerate(SOURCES):
-            mine = arrivals.topics[part.rows] == journal.TOPICS.index(topic)
-            offsets = arrivals.offsets[part.rows][mine]
-            if len(offsets):
-                sources[source] = encode(
-                    UpdateSource(
-                        topic=topic,
-                        partition=part.partition,
-                        first_offset=int(offsets.min()),
-                        last_offset=int(offsets.max()),
-                    )
-                )
-        spans += [sources[source] for source in part.result.deltas["source"].tolist()]
+    sources = _update_sources(arrivals)
+    spans = [
+        sources[part.partition, source]
+        for part in parts
+        for source in part.result.deltas["source"].tolist()
+    ]
     deltas = joined([part.result.deltas for part in parts])
     items = [names[item] for item in deltas["item"].tolist()]
     return OutputBatch(
@@ -594,3 +593,25 @@ def _item_updates(arrivals: _Arrivals, parts: list[_Part]) -> OutputBatch:
             for item, value in zip(items, encode_updates(items, deltas, spans), strict=True)
         ],
     )
+
+
+def _update_sources(arrivals: _Arrivals) -> dict[tuple[int, int], bytes]:
+    """As JSON the span of offsets of each partition and source topic, which is one of SOURCES."""
+    found: dict[tuple[int, int], bytes] = {}
+    for source, topic in enumerate(SOURCES):
+        mine = np.flatnonzero(arrivals.topics == journal.TOPICS.index(topic))
+        partitions, begins, counts = np.unique(
+            arrivals.partitions[mine], return_index=True, return_counts=True
+        )
+        firsts, lasts = mine[begins], mine[begins + counts - 1]  # they are in order
+        spans = zip(
+            partitions.tolist(),
+            arrivals.offsets[firsts].tolist(),
+            arrivals.offsets[lasts].tolist(),
+            strict=True,
+        )
+        for partition, first, last in spans:
+            found[partition, source] = encode(
+                UpdateSource(topic=topic, partition=partition, first_offset=first, last_offset=last)
+            )
+    return found

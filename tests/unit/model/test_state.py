@@ -147,7 +147,7 @@ def test_a_text_counts_its_stars_only() -> None:
     assert user["last_time"] == START
     assert user["actions"].sum() == 1
     assert user["recent"]["actions"][0] == 1 << REVIEW
-    assert len(item_deltas(text, apply(text)[0])) == 0
+    assert len(item_deltas(text, apply(text)[0])[0]) == 0
 
 
 def test_a_late_event_never_turns_time_back() -> None:
@@ -221,7 +221,7 @@ def test_item_deltas_by_item_and_topic() -> None:
         event(4, 10, REVIEW, at=3, rating=5),
     )
     change, _ = apply(*events)
-    deltas = item_deltas(np.concatenate(events), change)
+    (deltas,) = item_deltas(np.concatenate(events), change)
     assert deltas["item"].tolist() == [9, 10, 10]
     assert deltas["source"].tolist() == [1, 0, 1]
     assert deltas["rating_count"].tolist() == [0, 1, 0]
@@ -235,9 +235,21 @@ def test_item_deltas_by_item_and_topic() -> None:
     assert deltas["last_time"].tolist() == [START + m * MINUTE for m in (2, 3, 1)]
 
 
+def test_item_deltas_of_each_partition() -> None:
+    """The first of one and the last of the one before may do the same to one item."""
+    events = (event(1, 10), event(2, 11, at=1), event(3, 11, at=2), event(4, 10, at=3))
+    change, _ = apply(*events)
+    parts = item_deltas(np.concatenate(events), change, [0, 2, 3, 3, 4, 4])
+    assert [each["item"].tolist() for each in parts] == [[], [10, 11], [11], [], [10], []]
+    assert [each["last_time"].tolist() for each in parts[1:3]] == [
+        [START, START + MINUTE],
+        [START + 2 * MINUTE],
+    ]
+
+
 def test_item_states_apply_each_delta_once() -> None:
     events = (event(1, 10, REVIEW, rating=4), event(2, 10, at=1, price=9), event(3, 9, at=2))
-    deltas = item_deltas(np.concatenate(events), apply(*events)[0])
+    (deltas,) = item_deltas(np.concatenate(events), apply(*events)[0])
     index, offsets = np.array([0, 1, 1]), np.array([5, 6, 9], np.uint64)
     states = apply_items(blank(ITEM, 2), index, deltas, offsets)
     assert states["offset"].tolist() == [6, 10]
@@ -288,4 +300,4 @@ def test_forgetting_counts_as_a_step_and_as_nothing_else() -> None:
     assert rows["step"].tolist() == [0, 1, 2]
     assert rows["seq"].tolist() == [0, 1, 1]
     assert rows["rating_sum"].tolist() == [0, 5, 5]
-    assert item_deltas(events, change)["item"].tolist() == [10]
+    assert item_deltas(events, change)[0]["item"].tolist() == [10]
