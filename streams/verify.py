@@ -169,6 +169,8 @@ class _Replay:
         self._vectors: dict[str, dict[int, NDArray[np.float32] | None]] = {}
         self._predictors: dict[str, Predictor | None] = {}
         self.updates, self.update_offsets, self.update_spans = self._updates()
+        # A column of its own: `searchsorted` copies one that lies among others, at each call.
+        self.updated_items = self.updates["item"].copy()
 
     def records(
         self, topic: str, partition: int | None = None
@@ -258,8 +260,8 @@ class _Replay:
         known = states.rows[places]
         # A version goes back where the store was lost and the item was read before its rebuild.
         known[versions < known["offset"]] = from_bytes([None], ITEM)[0]
-        low = np.searchsorted(self.updates["item"], items, "left")
-        high = np.searchsorted(self.updates["item"], items, "right")
+        low = np.searchsorted(self.updated_items, items, "left")
+        high = np.searchsorted(self.updated_items, items, "right")
         chosen: list[NDArray[np.intp]] = []
         index: list[NDArray[np.intp]] = []
         for at in np.flatnonzero(versions > known["offset"]):
@@ -319,7 +321,7 @@ class _Replay:
 
     def compare_items(self) -> None:
         """Compare the stored item states with a recount of all archived updates."""
-        items = np.unique(self.updates["item"])
+        items = np.unique(self.updated_items)
         stored = from_bytes(self.store.read(store_keys(self.store, ITEM_STATE, items)), ITEM)
         states = self.item_states(Rowstore(ITEM), items, stored["offset"])
         ends = archive.positions(self.url, "item-updates", self.options)
