@@ -16,7 +16,7 @@ from model.state import ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES
 from model.state_bytes import from_bytes
 from streams.store import Store
 
-USER_STATE, ITEM_STATE, ITEM_KIND, USER_KIND, VECTOR = b"u", b"i", b"a", b"b", b"v"
+USER_STATE, ITEM_STATE, ITEM_KIND, USER_KIND = b"u", b"i", b"a", b"b"
 
 ATTRIBUTES_SECONDS = 10.0  # a new price or title reaches predictions within this
 FOUND_VECTOR_SECONDS = 3_600.0  # a vector never changes under its key; this only renews memory
