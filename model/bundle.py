@@ -197,11 +197,12 @@ def open_folder(folder: Path, sha256: str | None = None) -> Bundle:
     """Check and load the bundle in a local directory; raises BundleError saying what is wrong."""
     manifest = _checked(folder, sha256)
     config = _parsed(folder / "network.json", NetworkConfig)
-    network = FusedNetwork(config)
     try:
         weights = load_tensors((folder / "network.safetensors").read_bytes())
-        network.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
+        with torch.device("meta"):  # no memory for weights that are replaced
+            network = FusedNetwork(config)
+        network.load_state_dict(weights, assign=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise BundleError(f"{folder}: its weights do not fit its network: {reason}") from error
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]

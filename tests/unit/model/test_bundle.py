@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -220,6 +221,28 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
             (f / "network.json").read_bytes().replace(b'"buckets": 64', b'"buckets": 32'),
         ),
         "weights do not fit",
+    ),
+    "a network larger than any memory": (
+        lambda f: resum(
+            f,
+            "network.json",
+            (f / "network.json")
+            .read_bytes()
+            .replace(b'"identity": 8', b'"identity": 256')
+            .replace(b'"members": 2', b'"members": 32')
+            .replace(b'"buckets": 64', b'"buckets": 67108864'),
+        ),
+        "weights do not fit",
+    ),
+    "a bias that is no column": (
+        lambda f: resum(
+            f,
+            "network.json",
+            re.sub(
+                rb'"bias_column": \d+', b'"bias_column": 999', (f / "network.json").read_bytes()
+            ),
+        ),
+        "do not fit its network: bias column 999",
     ),
     "an unknown setting": (
         lambda f: resum(f, "network.json", b'{"features": 85, "bias_column": 0, "depth": 3}'),
