@@ -292,6 +292,18 @@ def test_a_damaged_copy_in_the_cache_is_refused_too(tmp_path: Path) -> None:
         bundles.load(url, written.version, cache=tmp_path)
 
 
+def test_a_cache_keeps_the_versions_that_were_loaded_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "_CACHED", 2)
+    url = f"memory://{uuid4()}"
+    first, second, third = (write(url, seed).version for seed in range(3))
+    for version in (first, second, first, third):
+        assert bundles.load(url, version, cache=tmp_path).version == version
+    assert {path.name for path in tmp_path.iterdir()} == {first, third}
+    assert bundles.load(url, second, cache=tmp_path).version == second
+
+
 def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
     url = str(tmp_path)
     ended = threading.Event()
