@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from model import adapters, heads, int8, packed, recorded
 from model import device as devices
 from model.exceptions import EncoderError
+from model.lookups import VECTOR_DTYPE
 from model.texts import plain
 
 WIDTH = 64  # of projected vectors; the cosine of unrelated texts then errs by 1/8
@@ -148,11 +149,15 @@ class TextEncoder:
                 yield first, tokens
 
     def project(self, hidden: Vectors) -> Vectors:
-        """The vectors that are kept (n, width), of unit length; zero stays zero."""
+        """The vectors that are kept (n, width), of unit length; zero stays zero.
+
+        They are rounded as the store holds them, so that training reads what is served.
+        """
         kept = (hidden - self.projection.mean) @ self.projection.weight
         length = np.linalg.norm(kept, axis=1, keepdims=True)
         blank = ~hidden.any(1, keepdims=True) | (length == 0)
-        return np.where(blank, 0, kept / np.where(blank, 1, length)).astype(np.float32)
+        unit = np.where(blank, 0, kept / np.where(blank, 1, length))
+        return unit.astype(VECTOR_DTYPE).astype(np.float32)
 
     def stars(self, hidden: Vectors) -> Vectors:
         """Distributions over 1 to 5 stars (n, 5); raises EncoderError without a star head."""

@@ -11,6 +11,8 @@ from model.compiled import compiled
 from model.events import Rows, blank, joined, opaque
 from model.ids import Hashes
 
+VECTOR_DTYPE = "<f2"  # as vectors are kept: halves memory and wire, moves a cosine by under 0.001
+
 
 @dataclass(frozen=True)
 class Table:

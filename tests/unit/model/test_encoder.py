@@ -28,6 +28,7 @@ from transformers import (
 from model import encoder as encoders
 from model.encoder import StarHead, TextEncoder, Vectors
 from model.exceptions import EncoderError
+from model.lookups import VECTOR_DTYPE
 from tests.unit.model.encoders import HIDDEN, bert, save_tokenizer
 
 TEXTS = [
@@ -259,9 +260,14 @@ def test_projection_keeps_cosines_about_and_blank_vectors(encoder: TextEncoder) 
     kept = encoder.project(hidden)
     assert kept.shape == (len(TEXTS), min(encoders.WIDTH, HIDDEN)) == (len(TEXTS), encoder.width)
     np.testing.assert_allclose(
-        np.linalg.norm(kept, axis=1), np.linalg.norm(hidden, axis=1), atol=1e-5
+        np.linalg.norm(kept, axis=1), np.linalg.norm(hidden, axis=1), atol=1e-3
     )
-    np.testing.assert_allclose(kept @ kept.T, hidden @ hidden.T, atol=1e-4)  # a rotation here
+    np.testing.assert_allclose(kept @ kept.T, hidden @ hidden.T, atol=1e-3)  # a rotation here
+
+
+def test_training_reads_the_vectors_that_are_served(encoder: TextEncoder) -> None:
+    kept = encoder.project(encoder.encode(TEXTS))
+    np.testing.assert_array_equal(kept, kept.astype(VECTOR_DTYPE))
 
 
 def test_the_default_projection_is_the_same_everywhere(folders: dict[str, Path]) -> None:
@@ -285,7 +291,7 @@ def test_a_projection_is_part_of_the_encoder(own: Path) -> None:
     assert after.width == 2
     given = np.stack([mean, mean])
     given[1, :2] += np.array([3, 4], np.float32)
-    np.testing.assert_allclose(after.project(given), [[0, 0], [0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(after.project(given), [[0, 0], [0.6, 0.8]], atol=5e-4)
 
 
 def test_star_head(own: Path, tmp_path: Path) -> None:
