@@ -148,6 +148,7 @@ def write(
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
         sha256 = _sum(folder / MANIFEST).sha256
         if target.local:
+            storage.settle(folder)
             folder.rename(target.local / version)
         else:
             target.upload(folder, version, last=MANIFEST)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -323,6 +324,21 @@ def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
                 seen.add(version)
     thread.join()
     assert {path.name for path in tmp_path.iterdir()} == seen
+
+
+def test_a_bundle_is_on_the_disk_before_it_appears(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: set[int] = set()
+
+    def noted(file: int) -> None:
+        assert not bundles.versions(str(tmp_path))
+        settled.add(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = tmp_path / write(str(tmp_path), encoder=encoder).version
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.stat().st_ino for path in files} == settled
 
 
 def test_an_interrupted_upload_is_no_version(tmp_path: Path) -> None:
