@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,7 @@ from model.network import FusedNetwork, NetworkConfig
 FORMAT = 3
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
+_CACHED = 8  # versions
 
 _VERSION = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
@@ -146,6 +148,7 @@ def write(
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
         sha256 = _sum(folder / MANIFEST).sha256
         if target.local:
+            storage.settle(folder)
             folder.rename(target.local / version)
         else:
             target.upload(folder, version, last=MANIFEST)
@@ -158,7 +161,8 @@ def load(
     """Check and load a version under `models_url`.
 
     From an object store it is copied to `cache` first (default: `starcast` in the user's cache
-    folder), once. `sha256`: of the manifest, as the registry states it. Raises BundleError.
+    folder), where the few that were loaded last are kept. `sha256`: of the manifest, as the
+    registry states it. Raises BundleError.
     """
     if not _VERSION.fullmatch(version):
         raise BundleError(f"{version!r} is no version's name, such as 20261124T101500-1a2b3c4d")
@@ -174,7 +178,19 @@ def load(
             bundle = open_folder(Path(temporary) / "bundle", sha256)  # before others see it
             if not folder.exists():
                 bundle.folder.rename(folder)
+        _make_room(cache)
+    with suppress(OSError):  # of who may only read there
+        os.utime(folder)  # when it was loaded last
     return open_folder(folder, sha256)
+
+
+def _make_room(cache: Path) -> None:
+    """Remove all versions but those that were loaded last."""
+    kept = [path for path in cache.iterdir() if _VERSION.fullmatch(path.name)]
+    with suppress(OSError):  # another process was faster
+        for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-_CACHED]:
+            with tempfile.TemporaryDirectory(prefix=".leaving-", dir=cache) as temporary:
+                old.rename(Path(temporary) / old.name)  # so that nobody sees half of it
 
 
 def encoder_of(models_url: str, version: str) -> str | None:
@@ -197,11 +213,12 @@ def open_folder(folder: Path, sha256: str | None = None) -> Bundle:
     """Check and load the bundle in a local directory; raises BundleError saying what is wrong."""
     manifest = _checked(folder, sha256)
     config = _parsed(folder / "network.json", NetworkConfig)
-    network = FusedNetwork(config)
     try:
         weights = load_tensors((folder / "network.safetensors").read_bytes())
-        network.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
+        with torch.device("meta"):  # no memory for weights that are replaced
+            network = FusedNetwork(config)
+        network.load_state_dict(weights, assign=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise BundleError(f"{folder}: its weights do not fit its network: {reason}") from error
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]

@@ -5,7 +5,7 @@ Only safetensors weights are read, nothing is fetched and no code from the direc
 A text's hidden vector (unit length) is what a star head reads. What is kept of it, compared and
 fed to the fused network is its projection to fewer dimensions. The projection belongs to the
 encoder: by default the same random orthonormal one in every process (Johnson and Lindenstrauss
-1984), else the `projection.safetensors` in its directory, such as `fit_projection` makes.
+1984), else the `projection.safetensors` in its directory.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from model import adapters, heads, int8, packed, recorded
 from model import device as devices
 from model.exceptions import EncoderError
+from model.lookups import VECTOR_DTYPE
 from model.texts import plain
 
 WIDTH = 64  # of projected vectors; the cosine of unrelated texts then errs by 1/8
@@ -150,11 +151,15 @@ class TextEncoder:
                 yield first, tokens
 
     def project(self, hidden: Vectors) -> Vectors:
-        """The vectors that are kept (n, width), of unit length; zero stays zero."""
+        """The vectors that are kept (n, width), of unit length; zero stays zero.
+
+        They are rounded as the store holds them, so that training reads what is served.
+        """
         kept = (hidden - self.projection.mean) @ self.projection.weight
         length = np.linalg.norm(kept, axis=1, keepdims=True)
         blank = ~hidden.any(1, keepdims=True) | (length == 0)
-        return np.where(blank, 0, kept / np.where(blank, 1, length)).astype(np.float32)
+        unit = np.where(blank, 0, kept / np.where(blank, 1, length))
+        return unit.astype(VECTOR_DTYPE).astype(np.float32)
 
     def stars(self, hidden: Vectors) -> Vectors:
         """Distributions over 1 to 5 stars (n, 5); raises EncoderError without a star head."""
@@ -278,6 +283,9 @@ def load(
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
     if missing:
         raise EncoderError(f"{folder} lacks {len(missing)} weights, first {missing[0]}")
+    read = (each for each in model.named_parameters() if each[0] not in report["missing_keys"])
+    if broken := next((name for name, weight in read if not weight.isfinite().all()), None):
+        raise EncoderError(f"{folder}: the weights of {broken} are no numbers; train again")
     words = len(tokenizer)
     known = model.get_input_embeddings().num_embeddings
     if not len(tokenizer.all_special_ids) < words <= known:  # none, or another model's
@@ -342,23 +350,6 @@ def folder_hash(folder: Path) -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def fit_projection(hidden: Vectors, width: int = WIDTH) -> Projection:
-    """The principal components of hidden vectors (n, hidden), n of at least `width`."""
-    width = min(width, hidden.shape[1])
-    if len(hidden) < width:
-        raise ValueError(f"{len(hidden)} vectors are too few for {width} components")
-    mean = hidden.mean(0)
-    centred = (hidden - mean).astype(np.float64)
-    _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
-    return Projection(mean, np.ascontiguousarray(vectors[:, ::-1][:, :width], np.float32))
-
-
-def write_projection(folder: Path, projection: Projection) -> None:
-    """Make a projection part of the encoder in `folder`, which gives it a new hash."""
-    tensors = {"mean": projection.mean, "weight": projection.weight}
-    (folder / PROJECTION).write_bytes(save_tensors(tensors))
 
 
 def write_star_head(file: Path, head: StarHead) -> None:
@@ -453,6 +444,8 @@ def _read(file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str,
         fits = found is not None and len(found) == len(shape)
         if not fits or any(b not in (None, a) for a, b in zip(found or (), shape, strict=True)):
             raise EncoderError(f"{file}: {name} must be of shape {shape}, not {found}")
+        if not np.isfinite(tensors[name]).all():
+            raise EncoderError(f"{file}: {name} has what is no number; train again")
     return {name: tensors[name].astype(np.float32) for name in shapes}
 
 

@@ -11,6 +11,8 @@ from model.compiled import compiled
 from model.events import Rows, blank, joined, opaque
 from model.ids import Hashes
 
+VECTOR_DTYPE = "<f2"  # as vectors are kept: halves memory and wire, moves a cosine by under 0.001
+
 
 @dataclass(frozen=True)
 class Table:
@@ -36,11 +38,12 @@ class Table:
     def _buckets(self) -> tuple[np.uint64, NDArray[np.intp]]:
         """How far to shift a hash to get its bucket, and where each bucket begins in `hashes`.
 
-        High bits of hashes are evenly spread, so a bucket holds half a hash on average: a look
-        costs one or two steps, where a binary search of a large table takes many.
+        High bits of hashes are evenly spread, be they of 64 bits or, of names, of 32: so a bucket
+        holds half a hash on average, and a look costs one or two steps, where a binary search of a
+        large table takes many.
         """
         bits = len(self.hashes).bit_length() + 1
-        shift = np.uint64(64 - bits)
+        shift = np.uint64(max(int(self.hashes[-1]).bit_length() - bits, 0))
         sizes = np.bincount((self.hashes >> shift).astype(np.intp), minlength=1 << bits)
         return shift, np.minimum(np.cumsum(sizes) - sizes, len(self.hashes) - 1)
 
@@ -123,10 +126,14 @@ def _slots(size: int) -> NDArray[np.int64]:
 def _find(hashes: Any, shift: Any, starts: Any, wanted: Any, found: Any) -> None:
     size = len(hashes)
     for row in range(len(wanted)):
+        found[row] = size
+        if wanted[row] > hashes[size - 1]:
+            continue
         at = starts[wanted[row] >> shift]
-        while at < size and hashes[at] < wanted[row]:
+        while hashes[at] < wanted[row]:
             at += 1
-        found[row] = at if at < size and hashes[at] == wanted[row] else size
+        if hashes[at] == wanted[row]:
+            found[row] = at
 
 
 @compiled

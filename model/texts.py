@@ -11,6 +11,9 @@ _HIDDEN_TO = {  # by the group above
     None: re.compile("-->"),
 }
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,500}>")
+_BEYOND = re.compile(r"&#[0-9]{100,};?")  # no letter's number; of so many digits Python makes none
+_MOST_MARKS = 30  # on a letter, as in the stream-safe format of Unicode (UAX 15)
+_SIGNS = re.compile(rf"[^\w\s!-~]{{{_MOST_MARKS + 1},}}")  # marks are among them
 
 
 def plain(text: str | None) -> str:
@@ -23,10 +26,25 @@ def plain(text: str | None) -> str:
     if "<" in text:
         text = _TAG.sub(" ", shown(text))
     if "&" in text:
-        text = html.unescape(text)
+        text = html.unescape(_BEYOND.sub("\ufffd", text))
     if not text.isprintable():  # line ends, control and format characters, no-break spaces
         text = "".join(letter if letter.isprintable() else " " for letter in text)
+    text = _SIGNS.sub(lambda found: _thinned(found[0]), text)
     return " ".join(unicodedata.normalize("NFC", text).replace("\ufffd", " ").split())
+
+
+def _thinned(signs: str) -> str:
+    """Signs with no more marks on one letter than Unicode asks for.
+
+    Marks are put in order in the square of their number: a text of nothing else takes a minute.
+    """
+    kept: list[str] = []
+    marks = 0
+    for sign in signs:
+        marks = marks + 1 if unicodedata.category(sign)[0] == "M" else 0
+        if marks <= _MOST_MARKS:
+            kept.append(sign)
+    return "".join(kept)
 
 
 def shown(text: str) -> str:

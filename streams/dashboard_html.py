@@ -21,7 +21,6 @@ from streams.dashboard_view import trial as tried
 from streams.windows import Scored, Sums
 
 ROWS = 14  # newest predictions shown
-HERO = ("broker", "store", "topics", "events", "predictions", "insights")
 
 STAR = (
     '<svg viewBox="0 0 34 34" aria-hidden="true"><path fill="var(--predicted)" d="M17 1.8l4.6 '

@@ -10,19 +10,18 @@ from numpy.typing import NDArray
 
 from model.events import Rows
 from model.ids import NONE, Hashes, partitions_of
-from model.lookups import Lookups, Source, Table, Vectors, distinct, table
+from model.lookups import VECTOR_DTYPE, Lookups, Source, Table, Vectors, distinct, table
 from model.lookups import Store as Rowstore
 from model.state import ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES
 from model.state_bytes import from_bytes
 from streams.store import Store
 
-USER_STATE, ITEM_STATE, ITEM_KIND, USER_KIND, VECTOR = b"u", b"i", b"a", b"b", b"v"
+USER_STATE, ITEM_STATE, ITEM_KIND, USER_KIND = b"u", b"i", b"a", b"b"
 
 ATTRIBUTES_SECONDS = 10.0  # a new price or title reaches predictions within this
 FOUND_VECTOR_SECONDS = 3_600.0  # a vector never changes under its key; this only renews memory
 MISSING_SECONDS = 2.0  # a text that has just been encoded reaches predictions within this
 MOST_ROWS = 500_000  # rows a copy keeps; then it starts anew
-VECTOR_DTYPE = "<f2"  # in the store: halves memory and wire, moves a cosine by under 0.001
 
 
 def store_keys(store: Store, kind: bytes, hashes: Hashes) -> list[bytes]:

@@ -236,18 +236,15 @@ class Store:
         if refused:
             raise _refused(refused)
 
-    def read_owned(self, claim: Claim, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values of keys of a claimed partition, None where there is none.
-
-        Without keys it only asks whether the claim holds. Raises `FencedError` when a newer owner
-        has claimed the partition, or the store has lost it or some of what was written to it.
-        """
-        return self.read_all_owned([(claim, keys)])[0]
-
     def read_all_owned(
         self, wanted: Sequence[tuple[Claim, Sequence[bytes]]]
     ) -> list[list[bytes | None]]:
-        """The same for distinct partitions, several in one round trip."""
+        """The values of keys of claimed, distinct partitions, None where there is none.
+
+        Several go in one round trip. Without keys it only asks whether a claim holds. Raises
+        `FencedError` when a newer owner has claimed a partition, or the store has lost it or some
+        of what was written to it.
+        """
         return self.read_beside(wanted, [])[0]
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:

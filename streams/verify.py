@@ -303,8 +303,7 @@ class _Replay:
         if folder is None or encoder.folder_hash(folder) != encoder_hash or text not in self.texts:
             return None
         loaded = encoder.load(folder, self.models.device)
-        vector = loaded.project(loaded.encode([self.texts[text]]))[0]
-        return vector.astype(VECTOR_DTYPE).astype(np.float32)
+        return loaded.project(loaded.encode([self.texts[text]]))[0]
 
     def predictor(self, version: str) -> Predictor | None:
         """The predictor of a version; None when its bundle is gone."""

@@ -79,12 +79,22 @@ def promote(
 
 @app.command()
 def rollback(context: typer.Context, reason: Reason = "rolled back by hand") -> None:
-    """Make the bundle stable again that was stable before."""
-    from model import registry
+    """Make the bundle stable again that was stable before, after its checksums are checked."""
+    from model import bundle, registry
+    from model.exceptions import BundleError
 
     settings = settings_of(context)
-    before = registry.read(settings.models.url)
-    after = registry.rollback(settings.models.url, who(), reason)
+    url = settings.models.url
+    before = registry.read(url)
+    for entry in registry.earlier(before)[:1]:
+        try:
+            bundle.load(url, entry.version, entry.sha256)
+        except BundleError as error:
+            raise fail(
+                f"{error}. Workers could not serve it, so nothing is changed; `starcast models "
+                "promote VERSION` makes another one stable."
+            ) from error
+    after = registry.rollback(url, who(), reason)
     announce(settings.kafka, before, after)
     output.print(f"{after.stable.version if after.stable else 'The cold-start ladder'} is stable.")
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -221,6 +223,28 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "weights do not fit",
     ),
+    "a network larger than any memory": (
+        lambda f: resum(
+            f,
+            "network.json",
+            (f / "network.json")
+            .read_bytes()
+            .replace(b'"identity": 8', b'"identity": 256')
+            .replace(b'"members": 2', b'"members": 32')
+            .replace(b'"buckets": 64', b'"buckets": 67108864'),
+        ),
+        "weights do not fit",
+    ),
+    "a bias that is no column": (
+        lambda f: resum(
+            f,
+            "network.json",
+            re.sub(
+                rb'"bias_column": \d+', b'"bias_column": 999', (f / "network.json").read_bytes()
+            ),
+        ),
+        "do not fit its network: bias column 999",
+    ),
     "an unknown setting": (
         lambda f: resum(f, "network.json", b'{"features": 85, "bias_column": 0, "depth": 3}'),
         "network.json cannot be read .depth",
@@ -269,6 +293,18 @@ def test_a_damaged_copy_in_the_cache_is_refused_too(tmp_path: Path) -> None:
         bundles.load(url, written.version, cache=tmp_path)
 
 
+def test_a_cache_keeps_the_versions_that_were_loaded_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "_CACHED", 2)
+    url = f"memory://{uuid4()}"
+    first, second, third = (write(url, seed).version for seed in range(3))
+    for version in (first, second, first, third):
+        assert bundles.load(url, version, cache=tmp_path).version == version
+    assert {path.name for path in tmp_path.iterdir()} == {first, third}
+    assert bundles.load(url, second, cache=tmp_path).version == second
+
+
 def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
     url = str(tmp_path)
     ended = threading.Event()
@@ -288,6 +324,21 @@ def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
                 seen.add(version)
     thread.join()
     assert {path.name for path in tmp_path.iterdir()} == seen
+
+
+def test_a_bundle_is_on_the_disk_before_it_appears(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: set[int] = set()
+
+    def noted(file: int) -> None:
+        assert not bundles.versions(str(tmp_path))
+        settled.add(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = tmp_path / write(str(tmp_path), encoder=encoder).version
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.stat().st_ino for path in files} == settled
 
 
 def test_an_interrupted_upload_is_no_version(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -25,8 +26,9 @@ from transformers import (
 )
 
 from model import encoder as encoders
-from model.encoder import StarHead, TextEncoder
+from model.encoder import StarHead, TextEncoder, Vectors
 from model.exceptions import EncoderError
+from model.lookups import VECTOR_DTYPE
 from tests.unit.model.encoders import HIDDEN, bert, save_tokenizer
 
 TEXTS = [
@@ -283,9 +285,14 @@ def test_projection_keeps_cosines_about_and_blank_vectors(encoder: TextEncoder) 
     kept = encoder.project(hidden)
     assert kept.shape == (len(TEXTS), min(encoders.WIDTH, HIDDEN)) == (len(TEXTS), encoder.width)
     np.testing.assert_allclose(
-        np.linalg.norm(kept, axis=1), np.linalg.norm(hidden, axis=1), atol=1e-5
+        np.linalg.norm(kept, axis=1), np.linalg.norm(hidden, axis=1), atol=1e-3
     )
-    np.testing.assert_allclose(kept @ kept.T, hidden @ hidden.T, atol=1e-4)  # a rotation here
+    np.testing.assert_allclose(kept @ kept.T, hidden @ hidden.T, atol=1e-3)  # a rotation here
+
+
+def test_training_reads_the_vectors_that_are_served(encoder: TextEncoder) -> None:
+    kept = encoder.project(encoder.encode(TEXTS))
+    np.testing.assert_array_equal(kept, kept.astype(VECTOR_DTYPE))
 
 
 def test_the_default_projection_is_the_same_everywhere(folders: dict[str, Path]) -> None:
@@ -296,21 +303,20 @@ def test_the_default_projection_is_the_same_everywhere(folders: dict[str, Path])
     np.testing.assert_allclose(first.projection.weight[0, :3], pinned, atol=1e-5)
 
 
-def test_a_fitted_projection_is_part_of_the_encoder(own: Path) -> None:
+def write_projection(folder: Path, mean: Vectors, weight: Vectors) -> None:
+    save_file({"mean": mean, "weight": weight}, folder / encoders.PROJECTION)
+
+
+def test_a_projection_is_part_of_the_encoder(own: Path) -> None:
     before = encoders.load(own, "cpu")
-    random = np.random.default_rng(0)
-    basis = np.linalg.qr(random.normal(size=(HIDDEN, 3)))[0]
-    cloud = random.normal(size=(500, 3)) * [3, 2, 1] @ basis.T + 5
-    projection = encoders.fit_projection(cloud.astype(np.float32), width=3)
-    encoders.write_projection(own, projection)
+    mean = np.full(HIDDEN, 0.25, np.float32)
+    write_projection(own, mean, np.eye(HIDDEN, 2, dtype=np.float32))
     after = encoders.load(own, "cpu")
     assert after.hash != before.hash
-    assert after.width == 3
-    kept = (cloud - projection.mean) @ projection.weight
-    np.testing.assert_allclose(kept @ projection.weight.T + projection.mean, cloud, atol=1e-3)
-    assert kept[:, 0].var() > kept[:, 1].var() > kept[:, 2].var()
-    with pytest.raises(ValueError, match="too few"):
-        encoders.fit_projection(projection.mean[None], width=3)
+    assert after.width == 2
+    given = np.stack([mean, mean])
+    given[1, :2] += np.array([3, 4], np.float32)
+    np.testing.assert_allclose(after.project(given), [[0, 0], [0.6, 0.8]], atol=5e-4)
 
 
 def test_star_head(own: Path, tmp_path: Path) -> None:
@@ -393,6 +399,12 @@ def own_code(folder: Path) -> None:
     )
 
 
+def no_numbers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).flat[0] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "only pickled": (only_pickled, "no safetensors weights; pickled weights are never loaded"),
@@ -409,6 +421,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: spoil_config(f, num_hidden_layers=3),
         r"lacks \d+ weights, first",
     ),
+    "weights that are no numbers": (no_numbers, "weights of .* are no numbers"),
     "weights of another size": (
         lambda f: spoil_config(f, intermediate_size=64),
         "cannot be loaded as a text encoder",
@@ -418,10 +431,14 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         "a tokenizer of . tokens does not fit",
     ),
     "a projection of another length": (
-        lambda f: encoders.write_projection(
-            f, encoders.Projection(np.zeros(3, np.float32), np.zeros((3, 2), np.float32))
-        ),
+        lambda f: write_projection(f, np.zeros(3, np.float32), np.zeros((3, 2), np.float32)),
         "mean must be of shape",
+    ),
+    "a projection of no numbers": (
+        lambda f: write_projection(
+            f, np.zeros(HIDDEN, np.float32), np.full((HIDDEN, 2), np.inf, np.float32)
+        ),
+        "weight has what is no number",
     ),
 }
 

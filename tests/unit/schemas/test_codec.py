@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -18,6 +18,7 @@ from schemas.codec import (
     encode_many,
     format_times,
 )
+from schemas.columns import milliseconds
 from schemas.examples import EXAMPLES
 from schemas.exceptions import ContractError
 from schemas.records import Behavior, Record, Review
@@ -145,6 +146,18 @@ def test_times_are_utc_aware_and_keep_milliseconds() -> None:
     expected = datetime(2026, 11, 24, 10, 15, 0, 123_000, tzinfo=UTC)
     assert codec.time_ms(record.event_time) == expected.timestamp() * 1000
     assert json.loads(encode(record))["event_time"] == "2026-11-24T10:15:00.123Z"
+
+
+@given(
+    st.integers(631_152_000_000, 4_102_444_800_000),
+    st.integers(0, 999),
+    st.integers(-23 * 60, 23 * 60),
+)
+@example(2_168_948_239_062, 0, 0)  # 61.99 ms in seconds as floats have them
+def test_a_time_is_cut_to_its_millisecond(ms: int, more: int, minutes: int) -> None:
+    zone = timezone(timedelta(minutes=minutes))
+    time = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=ms, microseconds=more)
+    assert codec.time_ms(time.astimezone(zone)) == ms == milliseconds([time])[0]
 
 
 def test_our_own_code_builds_records_from_datetimes_in_range() -> None:

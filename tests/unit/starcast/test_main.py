@@ -21,6 +21,7 @@ from starcast.commands.context import check_output
 from starcast.main import app, main
 from starcast.settings import load
 from streams.embedded import HOST, Endpoints, free_port
+from tests.unit.model import bundles
 from trainer.exceptions import TrainerError
 
 RUNNER = CliRunner()
@@ -369,6 +370,23 @@ def test_models_of_an_empty_folder(
     assert run_main(monkeypatch, "models", "rollback") == 1
     assert "nothing to roll back to" in capsys.readouterr().err
     assert run_main(monkeypatch, "models", "promote", "20260101T000000-00000000") == 1
+
+
+def test_nothing_is_rolled_back_to_what_cannot_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(tmp_path / "models")
+    monkeypatch.setenv("STARCAST_MODELS__URL", url)
+    for seed in range(2):
+        written = bundles.write(url, seed)
+        registry.promote(url, written.version, written.sha256, "a test", "to see")
+    before = registry.read(url)
+    (tmp_path / "models" / before.history[0].version / "network.safetensors").unlink()
+    assert run_main(monkeypatch, "models", "rollback") == 1
+    told = capsys.readouterr().err
+    assert "network.safetensors is missing" in told
+    assert "starcast models promote VERSION" in told.replace("\n", " ")
+    assert registry.read(url) == before
 
 
 def test_the_module_is_the_command() -> None:

@@ -35,6 +35,10 @@ def keys_of(store: Store, count: int, partition: int = 3, kind: bytes = KIND) ->
     return [store.key(kind, partition, b"%d" % number) for number in range(count)]
 
 
+def read_owned(store: Store, claim: Claim, keys: Sequence[bytes]) -> list[bytes | None]:
+    return store.read_all_owned([(claim, keys)])[0]
+
+
 def intercept(store: Store, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
     """Have `before` called with the number of each call of a store function."""
     monkeypatch.setattr(stores, "CALLS_AT_ONCE", 1)
@@ -86,16 +90,16 @@ def test_an_owner_reads_until_another_claims(store: str, monkeypatch: pytest.Mon
     keys = keys_of(mine, 23)
     mine.write(old, keys[::2], [b"%d" % number for number in range(0, 23, 2)], b"")
     expected = [b"%d" % number if number % 2 == 0 else None for number in range(23)]
-    assert mine.read_owned(old, keys) == expected
-    assert mine.read_owned(old, []) == []
+    assert read_owned(mine, old, keys) == expected
+    assert read_owned(mine, old, []) == []
     new = mine.claim(KIND, 3)
     with pytest.raises(FencedError):
-        mine.read_owned(old, keys)
-    assert mine.read_owned(new, keys) == expected
+        read_owned(mine, old, keys)
+    assert read_owned(mine, new, keys) == expected
     with redis.Redis.from_url(store) as client:
         client.flushall()
     with pytest.raises(FencedError):
-        mine.read_owned(new, keys)
+        read_owned(mine, new, keys)
     assert mine.read(keys) == [None] * 23
 
 
@@ -158,7 +162,7 @@ def test_a_write_under_way_does_not_keep_its_owner_from_reading(store: str) -> N
     mine.write(claim, keys, [b"a", b"b"], b"one")
     before = replace(claim)
     mine.write(claim, keys[:1], [b"A"], b"two")
-    assert mine.read_owned(before, keys) == [b"A", b"b"]  # its answer has not come yet
+    assert read_owned(mine, before, keys) == [b"A", b"b"]  # its answer has not come yet
     with pytest.raises(FencedError):
         mine.write(before, keys[:1], [b"a"], b"two")
 
@@ -186,12 +190,12 @@ def test_a_store_that_lost_the_last_writes_is_noticed(store: str) -> None:
     with redis.Redis.from_url(store) as client:
         header = client.dump(mine.header_key(KIND, 3).decode())
         mine.write(claim, keys[:1], [b"A"], b"two")
-        assert mine.read_owned(claim, []) == []
+        assert read_owned(mine, claim, []) == []
         client.restore(mine.header_key(KIND, 3).decode(), 0, header, replace=True)  # pyright: ignore[reportArgumentType]
         client.set(keys[0].decode(), b"a")
     for act in (
-        lambda: mine.read_owned(claim, []),
-        lambda: mine.read_owned(claim, keys),
+        lambda: read_owned(mine, claim, []),
+        lambda: read_owned(mine, claim, keys),
         lambda: mine.write(claim, keys[1:], [b"B"], b"three"),
     ):
         with pytest.raises(FencedError, match="failed over"):
@@ -200,7 +204,7 @@ def test_a_store_that_lost_the_last_writes_is_noticed(store: str) -> None:
     again = mine.claim(KIND, 3)
     assert (again.data, again.writes) == (b"one", 1)
     mine.write(again, keys, [b"A", b"B"], b"three")
-    assert mine.read_owned(again, keys) == [b"A", b"B"]
+    assert read_owned(mine, again, keys) == [b"A", b"B"]
 
 
 @pytest.mark.parametrize(
@@ -366,7 +370,7 @@ def test_a_full_store_says_so(full: str, act: Callable[[Store], object]) -> None
         client.config_set("maxmemory", "1")
     with pytest.raises(StoreError, match=r"full.*maxmemory.*deletes nothing either"):
         act(mine)
-    assert mine.read(keys_of(mine, 1)) == mine.read_owned(claim, keys_of(mine, 1)) == [None]
+    assert mine.read(keys_of(mine, 1)) == read_owned(mine, claim, keys_of(mine, 1)) == [None]
 
 
 ACTS: Sequence[Callable[[Store], object]] = (
@@ -374,7 +378,7 @@ ACTS: Sequence[Callable[[Store], object]] = (
     lambda store: store.header(KIND, 3),
     lambda store: store.write(Claim(KIND, 3, 1, None), keys_of(store, 1), [b"x"], b""),
     lambda store: store.read(keys_of(store, 1)),
-    lambda store: store.read_owned(Claim(KIND, 3, 1, None), keys_of(store, 1)),
+    lambda store: read_owned(store, Claim(KIND, 3, 1, None), keys_of(store, 1)),
     lambda store: store.put(keys_of(store, 1), [b"x"]),
     lambda store: list(store.scan(KIND, 3)),
     lambda store: list(store.walk(KIND)),
@@ -442,7 +446,7 @@ def test_a_cluster_takes_the_same(tmp_path: Path) -> None:
             mine.write(old, keys[:1], [b"old"], b"")
         others = keys_of(mine, 3, partition=6)
         mine.put(others, [b"a", b"b", b"c"])
-        assert mine.read_owned(new, keys) == [b"x"] * 1_100
+        assert read_owned(mine, new, keys) == [b"x"] * 1_100
         assert mine.read([*others, *keys]) == [b"a", b"b", b"c"] + [b"x"] * 1_100
         assert mine.header(KIND, 3) == b"header"
         assert set(mine.scan(KIND, 3)) == set(keys)
