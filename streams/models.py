@@ -300,7 +300,10 @@ class Models:
 
     def _follow(self) -> None:
         while not self._stop.wait(self._config.poll_seconds):
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception:  # noqa: BLE001 - a bug: told, and no reason never to look again
+                self._log.exception("registry not followed")
 
     def _tell(self) -> None:
         version, canary = self._serving.predictor.version, self._serving.canary

@@ -13,6 +13,7 @@ came of other users' rows beside them is.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -299,11 +300,16 @@ class _Replay:
         return vectors_of(wanted[found], vectors)
 
     def _encode(self, encoder_hash: str, text: int) -> NDArray[np.float32] | None:
-        folder = encoder.locate(self.models.encoder)
-        if folder is None or encoder.folder_hash(folder) != encoder_hash or text not in self.texts:
+        loaded = self._encoder
+        if loaded is None or loaded.hash != encoder_hash or text not in self.texts:
             return None
-        loaded = encoder.load(folder, self.models.device)
         return loaded.project(loaded.encode([self.texts[text]]))[0]
+
+    @cached_property
+    def _encoder(self) -> encoder.TextEncoder | None:
+        """What encodes texts whose vectors the store has lost."""
+        folder = encoder.locate(self.models.encoder)
+        return None if folder is None else encoder.load(folder, self.models.device)
 
     def predictor(self, version: str) -> Predictor | None:
         """The predictor of a version; None when its bundle is gone."""

@@ -358,6 +358,31 @@ def test_the_registry_is_followed_until_the_end(tmp_path: Path) -> None:
     make(tmp_path).close()  # which was never started
 
 
+def test_a_bug_does_not_end_the_following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, read = make(tmp_path, poll_seconds=0.01), registry.read
+    failures = [ValueError("a bug")]
+
+    def fail_once(url: str) -> registry.Registry:
+        if failures:
+            raise failures.pop()
+        return read(url)
+
+    models.start()
+    try:
+        with capture_logs() as logs:
+            monkeypatch.setattr(registry, "read", fail_once)
+            version = promote(tmp_path, write(str(tmp_path)))
+            until = time.monotonic() + 10
+            while models.serving.predictor.version != version and time.monotonic() < until:
+                time.sleep(0.01)
+    finally:
+        models.close()
+    assert models.serving.predictor.version == version
+    assert [each["event"] for each in logs if each["log_level"] == "error"] == [
+        "registry not followed"
+    ]
+
+
 def test_what_is_stable_already_serves_from_the_start(tmp_path: Path) -> None:
     version = promote(tmp_path, write(str(tmp_path)))
     models = make(tmp_path).start()
