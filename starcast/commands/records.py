@@ -66,6 +66,8 @@ def _import(
     print_counts(report.counts)
     for reason, (count, where) in report.skipped.items():
         notes.print(f"{count:>10,} left out: {reason} (first: {where})", markup=False)
+    for reason, (count, where) in report.changed.items():
+        notes.print(f"{count:>10,} written as {reason} (first: {where})", markup=False)
     notes.print(f"Wrote {out}", markup=False)
 
 

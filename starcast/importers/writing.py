@@ -24,10 +24,11 @@ FIRST, THEN = 0, 1  # at the same time, items and users go before events
 
 @dataclass(frozen=True)
 class ImportReport:
-    """How many records of each topic were written, and what was left out and why."""
+    """How many records of each topic were written, and what was left out or changed and why."""
 
     counts: Mapping[str, int]
     skipped: Mapping[str, tuple[int, str]]  # by reason: how many, and where the first stands
+    changed: Mapping[str, tuple[int, str]]  # likewise, of what was written otherwise than it stood
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,12 @@ def _read_run(path: Path) -> Iterator[Entry]:
             yield Entry((when, rank), topic, value, place)
 
 
-def write(entries: Iterator[Entry], out: Path, skips: Skips) -> ImportReport:
+def write(
+    entries: Iterator[Entry], out: Path, skips: Skips, changes: Skips | None = None
+) -> ImportReport:
     """Write the entries that keep the contract. Raises ContractError when none does."""
     counts = write_records(out, _good(entries, skips))
-    return ImportReport(dict(counts), skips.reasons)
+    return ImportReport(dict(counts), skips.reasons, changes.reasons if changes else {})
 
 
 def _good(entries: Iterator[Entry], skips: Skips) -> Iterator[tuple[str, bytes]]:
