@@ -42,6 +42,7 @@ GENRES = (
     "Western",
 )
 _CSV_NAMES = {"userId": "user_id", "movieId": "item_id"}
+_UNUSED = ("tags.csv", "tags.dat", "links.csv", "genome-scores.csv", "genome-tags.csv")
 _HALF = 0.5  # the least rating of sets with half stars; the contract's is 1
 
 
@@ -58,7 +59,8 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
             kinds[found[0]].append((part, found[1]))
     if not kinds["ratings"]:
         raise ContractError(
-            "no file holds ratings; give u.data, ratings.dat, ratings.csv or a RecBole .inter file"
+            "no file holds ratings with their times; give u.data, ratings.dat, ratings.csv or a "
+            "RecBole .inter file"
         )
     first_use: dict[tuple[str, str], str] = {}
 
@@ -128,8 +130,8 @@ def _kind(part: Part) -> tuple[str, Reader] | None:
         return "ratings", renamed(csv_rows, _CSV_NAMES)
     elif {"movieId", "title", "genres"} <= set(cells(first)):
         return "items", renamed(csv_rows, _CSV_NAMES)
-    elif ".zip/" in part.name:
-        return None  # READMEs, splits and the like that lie in the published archives
+    elif ".zip/" in part.name or base in _UNUSED:
+        return None  # as READMEs and splits, which lie in the published archives too
     raise not_of_set(
         part,
         "u.data, u.item, u.user, ratings.dat, movies.dat, users.dat, ratings.csv, movies.csv, or "

@@ -128,7 +128,8 @@ def not_of_set(part: Part, expected: str) -> ContractError:
     first = part.first_line()
     return ContractError(
         f"{part.name} line 1: not a file of this data set; expected {expected}; "
-        f"it begins {first[:60]!a}"
+        f"it begins {first[:60]!a}. Of other data write a record file: docs/produce.md, A file of "
+        "your own"
     )
 
 
@@ -147,10 +148,19 @@ def renamed(rows: Reader, names: Mapping[str, str]) -> Reader:
     return renamed
 
 
-def csv_rows(part: Part, _: Skips) -> Rows:
+def csv_rows(part: Part, skips: Skips) -> Rows:
     """Rows by column name, each with the number of its first line; a missing cell is empty."""
+    return csv_of(None)(part, skips)
+
+
+def csv_of(names: Sequence[str] | None) -> Reader:
+    """Rows of a CSV whose columns have these names; without any, those of its first line."""
+    return lambda part, _: _csv(part, names)
+
+
+def _csv(part: Part, names: Sequence[str] | None) -> Rows:
     reader = csv.reader(part.lines())
-    header = next(reader)
+    header = next(reader) if names is None else names
     line = reader.line_num + 1
     try:
         for cells in reader:

@@ -199,6 +199,7 @@ def finetune_plain(
             save_total_limit=1,
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),  # else it warns
         ),
         train_dataset=cast(Any, rows(texts, np.clip(np.rint(rating), 1, 5).astype(np.int64))),
         data_collator=DataCollatorWithPadding(tokenizer),

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from schemas.exceptions import ContractError
 from starcast.importers import import_movielens
 from tests.unit.starcast.importers.sets import (
     MOVIELENS,
@@ -57,6 +58,20 @@ def test_half_stars_are_kept(tmp_path: Path) -> None:
     assert report.changed == {"1, which were half a star": (2, f"{source} line 3")}
     (left_out,) = report.skipped
     assert left_out.startswith("reviews rating: Input should be greater than or equal to 1")
+
+
+def test_stars_of_another_scale_are_refused(tmp_path: Path) -> None:
+    rows = "".join(f"1,{stars},{stars},88125090{stars}\n" for stars in range(3, 10))
+    source = packed(tmp_path / "ratings.csv", f"userId,movieId,rating,timestamp\n{rows}")
+    with pytest.raises(ContractError, match=r"4 of 7 records .*line 5: reviews rating: .*to 5"):
+        import_movielens([source], tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_folder_may_be_given_whole(tmp_path: Path) -> None:
+    files = movielens_files(tmp_path, MOVIELENS["latest"])
+    files.append(packed(tmp_path / "tags.csv", "userId,movieId,tag,timestamp\n1,10,odd,88125090\n"))
+    assert import_movielens(files, tmp_path / "out.jsonl").skipped == {}
 
 
 def test_titles_of_10m_are_utf8(tmp_path: Path) -> None:
