@@ -60,6 +60,8 @@ by the day and their order within it is chance.
 Kind = TypeVar("Kind", Item, User)
 
 _REASONS = 5  # of lines left out that are told
+_LATE_MS = 86_400_000  # as the stream counts an event as late
+_LATE_SHARE = 0.05  # of events that are late in a stream's record
 _MEND = "Write it anew: `starcast schema reviews` and docs/produce.md, A file of your own, say how."
 _BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
 _LARGEST_BATCH = 512  # of the replay of a long log
@@ -186,7 +188,26 @@ def from_file(path: Path) -> Log:
         },
         schema=REVIEW_COLUMNS,
     )
+    for odd in _out_of_place(path, events["time"], [at for at, _ in items]):
+        logger.warning(odd)
     return Log(events, table, items, users)
+
+
+def _out_of_place(path: Path, time: NDArray[np.int64], known: Sequence[int]) -> Iterator[str]:
+    """What the order of a file's lines spoils: event times (n), events before each item."""
+    late = int((time < np.maximum.accumulate(time) - _LATE_MS).sum())
+    if late > _LATE_SHARE * len(time):
+        yield (
+            f"{path} is not in the order of time: {late:,} of {len(time):,} events are more than a "
+            "day older than one before them. Sort its lines by event_time (`evaluate` does so by "
+            "itself), since they are learnt from in their order."
+        )
+    last = sum(before == len(time) for before in known)
+    if last > len(known) / 2:
+        yield (
+            f"{last:,} of {len(known):,} items of {path} stand behind all events, so that no event "
+            "knows them: put each before its first event."
+        )
 
 
 def _left_out(path: Path, bad: Sequence[LineError], good: int) -> str:

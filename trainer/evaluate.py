@@ -177,7 +177,8 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
         told = "\n".join(f"- {each}" for each in alarms)
         raise TrainerError(
             f"these rows let a model know the answer before it is asked:\n{told}\n"
-            "Mend the data, or pass --allow-leaks to measure all the same"
+            "Mend the data (date an item at its first event or before), or pass --allow-leaks to "
+            "measure all the same"
         )
 
 

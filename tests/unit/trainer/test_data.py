@@ -98,6 +98,19 @@ def test_a_file_of_which_most_breaks_the_contract_is_refused(
         from_file(path)
 
 
+def test_lines_out_of_place_are_told(
+    shop_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = gzip.decompress(shop_file.read_bytes()).splitlines(keepends=True)
+    from_file(shop_file)
+    assert caplog.text == ""
+    path = tmp_path / "turned.jsonl"
+    path.write_bytes(b"".join(reversed(lines)))
+    from_file(path)
+    assert f"{path} is not in the order of time: " in caplog.text
+    assert f"{ITEMS} of {ITEMS} items of {path} stand behind all events" in caplog.text
+
+
 def test_examples_are_the_rated_reviews_and_see_nothing_of_their_own_stars(shop_file: Path) -> None:
     log = from_file(shop_file)
     found = examples(log)
