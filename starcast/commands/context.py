@@ -124,8 +124,10 @@ def progress_bar() -> Generator[Progress]:
         told: TaskID | None = None
         due = 0.0
         while not done.wait(LOOK_SECONDS):
-            task = next((task for task in reversed(bars.tasks) if not task.finished), None)
-            if task is not None and (task.id != told or time.monotonic() >= due):
+            task = bars.tasks[-1] if bars.tasks else None
+            if task is None or task.finished:  # one before it may never have begun
+                continue
+            if task.id != told or time.monotonic() >= due:
                 logger.info(how_far(task))
                 told, due = task.id, time.monotonic() + TOLD_SECONDS
 

@@ -28,8 +28,13 @@ def test_where_no_bar_can_be_shown_the_log_tells_how_far_a_command_is(
         wait_for("reading texts: 300 of 2,000 in 0:00:0")
         wait_for(" left")
         bars.update(first, completed=2_000)
-        bars.add_task("fitting", total=None)
+        bars.add_task("what there is nothing of", total=None)
+        last = bars.add_task("fitting", total=None)
         wait_for("fitting in 0:00:00")
+        bars.update(last, completed=1, total=1)
+        caplog.clear()
+        time.sleep(0.1)
+        assert "nothing" not in caplog.text
     told = len(caplog.records)
     time.sleep(0.1)
     assert len(caplog.records) == told
