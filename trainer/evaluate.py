@@ -163,7 +163,13 @@ def _wanted(peers: Collection[str] | None) -> frozenset[str]:
     """The names of the peers that are measured."""
     if peers is not None and not peers:
         return frozenset()
-    from trainer.peers import ratings, texts  # an extra, and slow to import
+    try:
+        from trainer.peers import ratings, texts  # an extra, and slow to import
+    except ImportError as error:
+        raise TrainerError(
+            f"the peers are not all installed ({error}): run `pip install '.[peers]'` in a "
+            "checkout, or pass --peers none to measure our model alone"
+        ) from error
 
     known = (*ratings.PEERS, *texts.TEXT_PEERS, texts.PLAIN)
     chosen = frozenset(known if peers is None else peers)
