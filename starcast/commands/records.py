@@ -52,7 +52,7 @@ def rees46(files: Files, out: Out) -> None:
 
 @import_app.command()
 def movielens(files: Files, out: Out) -> None:
-    """MovieLens: u.data/u.item/u.user, .dat files, or RecBole's atomic files."""
+    """MovieLens: u.data/u.item/u.user, .dat or .csv files, or RecBole's; half a star becomes 1."""
     _import(importers.import_movielens, files, out)
 
 
