@@ -44,7 +44,7 @@ _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 WIDTH = 120  # of tables that go to a file or a pipe
 
 LOOK_SECONDS = 2.0  # between looks at how far a command is, where no bar can show it
-TOLD_SECONDS = 60.0  # until a stage that goes on is told again
+TOLD_SECONDS = 30.0  # until a stage that goes on is told again
 SPEED_SECONDS = 300.0  # over which the time that is left is estimated
 
 _MARKS = {"fine": ("✓", "green"), "wrong": ("✗", "red"), "note": ("–", "yellow")}
