@@ -6,6 +6,7 @@ struct). Which of these a file is shows in its first bytes. Files are read as st
 
 import gzip
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from schemas.topics import BY_NAME
 BATCH = 2_000  # lines validated, or rows read, at once
 
 _PARQUET = pa.schema([("topic", pa.string()), ("value", pa.string())])
+_FOUND = " (got "  # as reasons of `schemas.codec` have it
 _LINE = 'a line such as {"topic": "reviews", "value": {...}}'
 
 
@@ -41,6 +43,17 @@ class LineError:
 
     def __str__(self) -> str:
         return f"{self.path} line {self.line}: {self.reason}"
+
+    @property
+    def kind(self) -> str:
+        """The reason without what was found on this line: that of others like it."""
+        return self.reason.partition(_FOUND)[0]
+
+    @property
+    def found(self) -> str:
+        """What was found on this line, as `, got '5'`."""
+        _, got, found = self.reason.partition(_FOUND)
+        return f", {got.lstrip(' (')}{found.removesuffix(')')}" if got else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +148,15 @@ def _fail(error: LineError) -> None:
 def _entries(path: Path, report: Callable[[LineError], None]) -> Iterator[tuple[int, str, object]]:
     """Line, topic and parsed value of each good line."""
     for line, text in enumerate(_lines(path), 1):
-        if isinstance(text, bytes) and not text.strip():
-            continue
+        if isinstance(text, bytes):
+            if line == 1:
+                text = text.removeprefix(BOM_UTF8)  # as Windows begins files
+            if not text.strip():
+                continue
         try:
             entry: Any = orjson.loads(text) if isinstance(text, bytes) else text
         except orjson.JSONDecodeError as error:
-            report(LineError(path, line, f"not JSON in UTF-8: {error}; expected {_LINE}"))
+            report(LineError(path, line, f"not JSON in UTF-8; expected {_LINE} (got {error})"))
             continue
         if not isinstance(entry, dict) or not {"topic", "value"} <= entry.keys():
             report(LineError(path, line, f"expected {_LINE}"))

@@ -79,7 +79,7 @@ def format_time(time: datetime) -> str:
 
 Time = Annotated[datetime, _Rfc3339]
 Identifier = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_ID, pattern=NO_NUL)]
-Text = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT)]
+Text = Annotated[str, Field(strict=True, max_length=LONGEST_TEXT)]  # "" is none
 Stars = Annotated[float, Field(strict=True, ge=1, le=5, allow_inf_nan=False)]
 Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]

@@ -217,15 +217,17 @@ def _train(running: Cluster, stop: threading.Event) -> str | None:
         running.folder,
         lambda: True,
         stop_timeout=STOP_SECONDS,
-        environment={**variables(running.settings), **ONE_THREAD},
+        environment={**variables(running.settings), **ONE_THREAD, "STARCAST_LOG__FORMAT": "text"},
     )
+    running.console.print(f"training says how far it is in {child.log}", soft_wrap=True)
     with child:
         deadline = time.monotonic() + TRAIN_SECONDS
         while child.alive() and not stop.wait(POLL_SECONDS):
             running.check()
             if time.monotonic() > deadline:
                 raise DemoError(f"Training took over {TRAIN_SECONDS:.0f} s; log: {child.log}.")
-    running.console.print(child.log.read_text(errors="replace").strip(), markup=False)
+    said = child.log.read_text(errors="replace").strip()
+    running.console.print(said, markup=False, soft_wrap=True)
     after = registry.read(url).stable
     if after is None or after == before:
         return None

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -78,11 +79,16 @@ class _Shared:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises StarcastError when there is no such processor."""
+    """Raises StarcastError when there is no such processor, or one is named twice."""
     unknown = [name for name in names if name not in PROCESSORS]
     if unknown:
         raise StarcastError(
             f"There is no processor {', '.join(unknown)}. Choose from {', '.join(PROCESSORS)}."
+        )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise StarcastError(
+            f"{', '.join(twice)} is named twice, and a process runs one of each: start as many "
+            "processes as you want workers."
         )
 
 

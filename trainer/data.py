@@ -10,6 +10,7 @@ the states would have to share, and none is made yet.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,6 +59,10 @@ by the day and their order within it is chance.
 
 Kind = TypeVar("Kind", Item, User)
 
+_REASONS = 5  # of lines left out that are told
+_LATE_MS = 86_400_000  # as the stream counts an event as late
+_LATE_SHARE = 0.05  # of events that are late in a stream's record
+_MEND = "Write it anew: `starcast schema reviews` and docs/produce.md, A file of your own, say how."
 _BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
 _LARGEST_BATCH = 512  # of the replay of a long log
 _BATCHES = 1_000  # into which a log is cut at least, where the two bounds allow it
@@ -132,19 +137,22 @@ def from_file(path: Path) -> Log:
     """The history in a record file, in the file's order.
 
     A line that breaks the contract, of which the stream would make a dead letter, is left out; how
-    many and the first of them are logged.
+    many for which reason is logged.
 
     Raises:
         ContractError: the file cannot be read.
-        TrainerError: it holds no event.
+        TrainerError: it holds no event, or half of its lines are left out: what is measured on the
+            rest says nothing of the shop.
     """
     kinds: dict[type[Record], list[Any]] = {Review: [], Behavior: [], TextFeatures: []}
     rows: dict[type[Record], list[int]] = {kind: [] for kind in kinds}
     items: list[tuple[int, Item]] = []
     users: list[tuple[int, User]] = []
     count = 0
+    good = 0
     bad: list[LineError] = []
     for found in read_records(path, bad.append):
+        good += 1
         record = found.record
         if isinstance(record, Item):
             items.append((count, record))
@@ -154,13 +162,13 @@ def from_file(path: Path) -> Log:
             kinds[type(record)].append(record)
             rows[type(record)].append(count)
             count += 1
-    left_out = ""
+    if len(bad) > good:
+        raise TrainerError(f"{_left_out(path, bad, good)}\n{_MEND}")
     if bad:
-        left_out = f"{len(bad)} lines of {path} break the contract and are left out: {bad[0]}"
-        logger.warning(left_out)
+        logger.warning(_left_out(path, bad, good))
     if not count:
         raise TrainerError(
-            f"{path} holds no reviews, behavior or text-features to learn from. {left_out}".strip()
+            f"{path} holds no reviews, behavior or text-features to learn from. {_MEND}"
         )
     events = blank(EVENT, count)
     events[rows[Review]] = from_reviews(kinds[Review])
@@ -180,7 +188,41 @@ def from_file(path: Path) -> Log:
         },
         schema=REVIEW_COLUMNS,
     )
+    for odd in _out_of_place(path, events["time"], [at for at, _ in items]):
+        logger.warning(odd)
     return Log(events, table, items, users)
+
+
+def _out_of_place(path: Path, time: NDArray[np.int64], known: Sequence[int]) -> Iterator[str]:
+    """What the order of a file's lines spoils: event times (n), events before each item."""
+    late = int((time < np.maximum.accumulate(time) - _LATE_MS).sum())
+    if late > _LATE_SHARE * len(time):
+        yield (
+            f"{path} is not in the order of time: {late:,} of {len(time):,} events are more than a "
+            "day older than one before them. Sort its lines by event_time (`evaluate` does so by "
+            "itself), since they are learnt from in their order."
+        )
+    last = sum(before == len(time) for before in known)
+    if last > len(known) / 2:
+        yield (
+            f"{last:,} of {len(known):,} items of {path} stand behind all events, so that no event "
+            "knows them: put each before its first event."
+        )
+
+
+def _left_out(path: Path, bad: Sequence[LineError], good: int) -> str:
+    """How many lines break the contract, for which reasons, the most frequent first."""
+    first: dict[str, LineError] = {}
+    for error in bad:
+        first.setdefault(error.kind, error)
+    told = Counter(error.kind for error in bad).most_common()
+    return (
+        f"{len(bad):,} of {len(bad) + good:,} lines of {path} break the contract and are left out: "
+        + "; ".join(
+            f"{count:,} {kind} (the first: line {first[kind].line}{first[kind].found})"
+            for kind, count in told[:_REASONS]
+        )
+    )
 
 
 def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:

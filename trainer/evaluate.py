@@ -163,7 +163,13 @@ def _wanted(peers: Collection[str] | None) -> frozenset[str]:
     """The names of the peers that are measured."""
     if peers is not None and not peers:
         return frozenset()
-    from trainer.peers import ratings, texts  # an extra, and slow to import
+    try:
+        from trainer.peers import ratings, texts  # an extra, and slow to import
+    except ImportError as error:
+        raise TrainerError(
+            f"the peers are not all installed ({error}): run `pip install '.[peers]'` in a "
+            "checkout, or pass --peers none to measure our model alone"
+        ) from error
 
     known = (*ratings.PEERS, *texts.TEXT_PEERS, texts.PLAIN)
     chosen = frozenset(known if peers is None else peers)
@@ -177,7 +183,8 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
         told = "\n".join(f"- {each}" for each in alarms)
         raise TrainerError(
             f"these rows let a model know the answer before it is asked:\n{told}\n"
-            "Mend the data, or pass --allow-leaks to measure all the same"
+            "Mend the data (date an item at its first event or before), or pass --allow-leaks to "
+            "measure all the same"
         )
 
 

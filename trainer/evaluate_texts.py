@@ -169,12 +169,16 @@ def peers(
             answers[part], answers[f"{part} stars"] = read(words, encoded)
         return answers
 
+    bar = tracker(progress, "fitting the peers that read texts")
+    every = len(chosen) + (texts.PLAIN in wanted)
     found: dict[str, Arrays] = {}
-    for name, peer in chosen.items():
+    for done, (name, peer) in enumerate(chosen.items()):
+        bar(done, every)
         try:
             found[name] = kept.get(f"text peer {name}", lambda peer=peer: make(peer))
         except ValueError as error:  # all stars are alike, or no word occurs twice
             logger.warning("peer %s is left out, for it takes no such texts: %s", name, error)
+    bar(len(chosen), every)
     if texts.PLAIN not in wanted:
         return found
     checkpoints = kept.folder / "plain"
@@ -196,6 +200,7 @@ def peers(
         return answers
 
     found[texts.PLAIN] = kept.get(f"text peer {texts.PLAIN}", plain)
+    bar(1, 1)
     shutil.rmtree(checkpoints, ignore_errors=True)  # hundreds of megabytes, of no more use
     return found
 

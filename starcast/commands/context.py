@@ -1,14 +1,16 @@
 """What all commands share: settings, consoles, and a clean end on a signal."""
 
+import logging
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import FrameType
@@ -22,8 +24,11 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -31,10 +36,16 @@ from starcast import INTERRUPTED as INTERRUPTED
 from starcast import log
 from starcast.settings import Settings, load
 
+logger = logging.getLogger(__name__)
+
 _ADDRESS = re.compile(r"\w{2,}:/")  # what a path makes of s3://…; a single letter is a drive
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 WIDTH = 120  # of tables that go to a file or a pipe
+
+LOOK_SECONDS = 2.0  # between looks at how far a command is, where no bar can show it
+TOLD_SECONDS = 30.0  # until a stage that goes on is told again
+SPEED_SECONDS = 300.0  # over which the time that is left is estimated
 
 _MARKS = {"fine": ("✓", "green"), "wrong": ("✗", "red"), "note": ("–", "yellow")}
 
@@ -89,17 +100,54 @@ def stopping() -> Generator[threading.Event]:
             signal.signal(number, handler)
 
 
-def progress_bar() -> Progress:
-    """A progress bar on stderr that leaves nothing behind on what is not a terminal."""
-    return Progress(
+@contextmanager
+def progress_bar() -> Generator[Progress]:
+    """Progress bars on stderr; where that is no terminal, log lines: of each stage, and in between.
+
+    A stage that is over before it is looked at is not told.
+    """
+    bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
         console=notes,
         disable=not notes.is_terminal,
+        speed_estimate_period=SPEED_SECONDS,
     )
+    done = threading.Event()
+
+    def tell() -> None:
+        told: TaskID | None = None
+        due = 0.0
+        while not done.wait(LOOK_SECONDS):
+            task = bars.tasks[-1] if bars.tasks else None
+            if task is None or task.finished:  # one before it may never have begun
+                continue
+            if task.id != told or time.monotonic() >= due:
+                logger.info(how_far(task))
+                told, due = task.id, time.monotonic() + TOLD_SECONDS
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    with bars:
+        if bars.disable:
+            teller.start()
+        try:
+            yield bars
+        finally:
+            done.set()
+
+
+def how_far(task: Task) -> str:
+    """What a task is at, as `reading texts: 340 of 2,000 in 0:03:00, about 0:14:00 left`."""
+    total, left = task.total, task.time_remaining
+    counted = f": {task.completed:,.0f}" + (f" of {total:,.0f}" if total else "")
+    said = task.description + (counted if task.completed or total else "")
+    said += f" in {timedelta(seconds=round(task.elapsed or 0))}"
+    return said + (f", about {timedelta(seconds=round(left))} left" if left else "")
 
 
 def check_output(out: Path | None, *inputs: Path | None) -> None:

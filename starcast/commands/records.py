@@ -52,7 +52,7 @@ def rees46(files: Files, out: Out) -> None:
 
 @import_app.command()
 def movielens(files: Files, out: Out) -> None:
-    """MovieLens: u.data/u.item/u.user, .dat files, or RecBole's atomic files."""
+    """MovieLens: u.data/u.item/u.user, .dat or .csv files, or RecBole's; half a star becomes 1."""
     _import(importers.import_movielens, files, out)
 
 
@@ -66,6 +66,8 @@ def _import(
     print_counts(report.counts)
     for reason, (count, where) in report.skipped.items():
         notes.print(f"{count:>10,} left out: {reason} (first: {where})", markup=False)
+    for reason, (count, where) in report.changed.items():
+        notes.print(f"{count:>10,} written as {reason} (first: {where})", markup=False)
     notes.print(f"Wrote {out}", markup=False)
 
 

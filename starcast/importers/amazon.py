@@ -13,6 +13,7 @@ from starcast.importers.reading import (
     Reader,
     Skips,
     cells,
+    csv_of,
     csv_rows,
     json_object,
     json_rows,
@@ -33,6 +34,10 @@ _REVIEW_OF_2023 = {
     "title": "summary",
     "text": "reviewText",
 }
+# Files of ratings alone have no header: of 2014 the user comes first, of 2018 the item.
+_RATINGS_OF_2014 = ("reviewerID", "asin", "overall", "unixReviewTime")
+_RATINGS_OF_2018 = ("asin", "reviewerID", "overall", "unixReviewTime")
+_ASIN = re.compile("[0-9A-Z]{10}")  # ids of reviewers are longer
 _ITEM_OF_2023 = {"parent_asin": "asin", "store": "brand", "categories": "category"}
 
 
@@ -81,6 +86,8 @@ def _kind(part: Part) -> tuple[str, Reader]:
     first = part.first_line()
     lines = first.startswith("{")
     rows: Reader = json_rows if lines else csv_rows
+    if not lines and (header := _header_of_ratings(cells(first))):
+        return "reviews", csv_of(header)
     names = set((json_object(first) or ()) if lines else cells(first))
     if {"user_id", "parent_asin", "rating", "timestamp"} <= names:
         return "reviews", renamed(rows, _REVIEW_OF_2023)
@@ -96,6 +103,16 @@ def _kind(part: Part) -> tuple[str, Reader]:
         "parent_asin, rating and timestamp), or JSON lines of reviews (reviewerID, asin, …; of "
         "2023: user_id, parent_asin, …) or of items (asin or parent_asin, title, …)",
     )
+
+
+def _header_of_ratings(row: Sequence[str]) -> Sequence[str] | None:
+    """What the cells of a first line without names are; none where it has names, or none fits."""
+    if len(row) != 4 or number(row[2]) is None or unix_time(row[3]) is None:
+        return None
+    first, second = (bool(_ASIN.fullmatch(cell)) for cell in row[:2])
+    if first == second:
+        return None
+    return _RATINGS_OF_2018 if first else _RATINGS_OF_2014
 
 
 def _reviews(

@@ -42,21 +42,25 @@ GENRES = (
     "Western",
 )
 _CSV_NAMES = {"userId": "user_id", "movieId": "item_id"}
+_UNUSED = ("tags.csv", "tags.dat", "links.csv", "genome-scores.csv", "genome-tags.csv")
+_HALF = 0.5  # the least rating of sets with half stars; the contract's is 1
 
 
 def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
     """MovieLens as `u.data`, `u.item`, `u.user`; `.dat`; `.csv`; or RecBole's atomic files.
 
-    Ratings become reviews without text, genres the category of an item.
+    Ratings become reviews without text, genres the category of an item. Half stars stay as they
+    are, but for half a star alone, which becomes one: the contract's scale begins there.
     """
-    skips = Skips()
+    skips, changes = Skips(), Skips()
     kinds: dict[str, list[tuple[Part, Reader]]] = {"ratings": [], "items": [], "users": []}
     for part in open_parts(files):
         if (found := _kind(part)) is not None:
             kinds[found[0]].append((part, found[1]))
     if not kinds["ratings"]:
         raise ContractError(
-            "no file holds ratings; give u.data, ratings.dat, ratings.csv or a RecBole .inter file"
+            "no file holds ratings with their times; give u.data, ratings.dat, ratings.csv or a "
+            "RecBole .inter file"
         )
     first_use: dict[tuple[str, str], str] = {}
 
@@ -65,19 +69,23 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
             for line, row in reader(part, skips):
                 when = unix_time(row["timestamp"])
                 if when is None:
-                    skips.add("no time", f"{part.name} line {line}")
+                    skips.add("no time", _place(part, line))
                     continue
+                rating = number(row["rating"])
+                if rating == _HALF:
+                    rating = 1.0
+                    changes.add("1, which were half a star", _place(part, line))
                 value = {
                     "event_id": event_id(row, line),
                     "user_id": row["user_id"],
                     "item_id": row["item_id"],
                     "event_time": when,
-                    "rating": number(row["rating"]),
+                    "rating": rating,
                 }
                 for name in ("user_id", "item_id"):
                     if when < first_use.setdefault((name, row[name]), when):
                         first_use[name, row[name]] = when
-                yield Entry((when, THEN), "reviews", value, f"{part.name} line {line}")
+                yield Entry((when, THEN), "reviews", value, _place(part, line))
         start = min(first_use.values(), default="")
         for topic, key in (("items", "item_id"), ("users", "user_id")):
             for part, reader in kinds[topic]:
@@ -88,9 +96,9 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
                         "event_time": when,
                         **present(**_VALUES[topic](row)),
                     }
-                    yield Entry((when, FIRST), topic, value, f"{part.name} line {line}")
+                    yield Entry((when, FIRST), topic, value, _place(part, line))
 
-    return write(in_order(entries(), out), out, skips)
+    return write(in_order(entries(), out), out, skips, changes)
 
 
 def _kind(part: Part) -> tuple[str, Reader] | None:
@@ -111,24 +119,28 @@ def _kind(part: Part) -> tuple[str, Reader] | None:
         return "users", separated("|", ["user_id", "age", "gender", "occupation", "zip"])
     elif base == "u.item":
         header = ["item_id", "title", "released", "video", "url", *GENRES]
-        return "items", separated("|", header, encoding="latin-1")
+        return "items", separated("|", header)
     elif base == "ratings.dat":
         return "ratings", separated("::", ["user_id", "item_id", "rating", "timestamp"])
     elif base == "users.dat":
         return "users", separated("::", ["user_id", "gender", "age", "occupation", "zip"])
     elif base == "movies.dat":
-        return "items", separated("::", ["item_id", "title", "genres"], encoding="latin-1")
+        return "items", separated("::", ["item_id", "title", "genres"])
     elif {"userId", "movieId", "rating", "timestamp"} <= set(cells(first)):
         return "ratings", renamed(csv_rows, _CSV_NAMES)
     elif {"movieId", "title", "genres"} <= set(cells(first)):
         return "items", renamed(csv_rows, _CSV_NAMES)
-    elif ".zip/" in part.name:
-        return None  # READMEs, splits and the like that lie in the published archives
+    elif ".zip/" in part.name or base in _UNUSED:
+        return None  # as READMEs and splits, which lie in the published archives too
     raise not_of_set(
         part,
         "u.data, u.item, u.user, ratings.dat, movies.dat, users.dat, ratings.csv, movies.csv, or "
         "RecBole's .inter, .item, .user with typed headers",
     )
+
+
+def _place(part: Part, line: int) -> str:
+    return f"{part.name} line {line}"
 
 
 def _item(row: Mapping[str, str]) -> dict[str, Any]:

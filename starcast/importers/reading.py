@@ -1,6 +1,7 @@
 """The files of a data set as rows: plain, gzipped or in a zip; CSV, JSON lines, or separated."""
 
 import ast
+import codecs
 import csv
 import gzip
 import io
@@ -18,6 +19,17 @@ import orjson
 from schemas.exceptions import ContractError
 
 LONGEST_LINE = 1 << 24  # bytes of a first line that are looked at
+_ENCODING = "utf-8-sig"
+_OR_LATIN = "starcast.latin-1"
+
+
+def _as_latin(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return error.object[error.start : error.end].decode("latin-1"), error.end
+
+
+codecs.register_error(_OR_LATIN, _as_latin)  # MovieLens is either, by its release
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +40,25 @@ class Part:
     base: str  # the file's own name
     opened: Callable[[], IO[bytes]]
 
-    def lines(self, encoding: str = "utf-8-sig") -> Iterator[str]:
-        """Its lines, with their ends. Raises ContractError when it cannot be read."""
+    def lines(self) -> Iterator[str]:
+        """Its lines, with their ends: UTF-8, and Latin-1 where it is none.
+
+        Raises ContractError when it cannot be read.
+        """
         with _readable(self.name):
-            file = io.TextIOWrapper(self.opened(), encoding, errors="replace", newline="")
+            file = io.TextIOWrapper(self.opened(), _ENCODING, _OR_LATIN, newline="")
             with file as text:
                 yield from text
 
     def first_line(self) -> str:
         """The first line without its end. Raises ContractError when it cannot be read."""
         with _readable(self.name), self.opened() as file:
-            return file.readline(LONGEST_LINE).decode("utf-8-sig", errors="replace").rstrip("\r\n")
+            return file.readline(LONGEST_LINE).decode(_ENCODING, _OR_LATIN).rstrip("\r\n")
 
 
 @dataclass
 class Skips:
-    """What is left out: by reason, how many and where the first stands."""
+    """What is left out or changed: by reason, how many and where the first stands."""
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
 
@@ -113,7 +128,8 @@ def not_of_set(part: Part, expected: str) -> ContractError:
     first = part.first_line()
     return ContractError(
         f"{part.name} line 1: not a file of this data set; expected {expected}; "
-        f"it begins {first[:60]!a}"
+        f"it begins {first[:60]!a}. Of other data write a record file: docs/produce.md, A file of "
+        "your own"
     )
 
 
@@ -132,10 +148,19 @@ def renamed(rows: Reader, names: Mapping[str, str]) -> Reader:
     return renamed
 
 
-def csv_rows(part: Part, _: Skips) -> Rows:
+def csv_rows(part: Part, skips: Skips) -> Rows:
     """Rows by column name, each with the number of its first line; a missing cell is empty."""
+    return csv_of(None)(part, skips)
+
+
+def csv_of(names: Sequence[str] | None) -> Reader:
+    """Rows of a CSV whose columns have these names; without any, those of its first line."""
+    return lambda part, _: _csv(part, names)
+
+
+def _csv(part: Part, names: Sequence[str] | None) -> Rows:
     reader = csv.reader(part.lines())
-    header = next(reader)
+    header = next(reader) if names is None else names
     line = reader.line_num + 1
     try:
         for cells in reader:
@@ -169,16 +194,14 @@ def json_object(text: str) -> dict[str, Any] | None:
     return cast(dict[str, Any], found) if isinstance(found, dict) else None
 
 
-def separated(
-    separator: str, header: Sequence[str], skip: int = 0, encoding: str = "utf-8-sig"
-) -> Reader:
+def separated(separator: str, header: Sequence[str], skip: int = 0) -> Reader:
     """Rows of lines whose cells, named by `header`, stand apart by a separator, without quotes.
 
     The first `skip` lines are no rows; one of another width is left out.
     """
 
     def rows(part: Part, skips: Skips) -> Rows:
-        for line, text in enumerate(part.lines(encoding), 1):
+        for line, text in enumerate(part.lines(), 1):
             cells = text.rstrip("\r\n").split(separator)
             if line <= skip or cells == [""]:
                 continue

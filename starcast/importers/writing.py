@@ -24,10 +24,11 @@ FIRST, THEN = 0, 1  # at the same time, items and users go before events
 
 @dataclass(frozen=True)
 class ImportReport:
-    """How many records of each topic were written, and what was left out and why."""
+    """How many records of each topic were written, and what was left out or changed and why."""
 
     counts: Mapping[str, int]
     skipped: Mapping[str, tuple[int, str]]  # by reason: how many, and where the first stands
+    changed: Mapping[str, tuple[int, str]]  # likewise, of what was written otherwise than it stood
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +67,20 @@ def _read_run(path: Path) -> Iterator[Entry]:
             yield Entry((when, rank), topic, value, place)
 
 
-def write(entries: Iterator[Entry], out: Path, skips: Skips) -> ImportReport:
-    """Write the entries that keep the contract. Raises ContractError when none does."""
+def write(
+    entries: Iterator[Entry], out: Path, skips: Skips, changes: Skips | None = None
+) -> ImportReport:
+    """Write the entries that keep the contract.
+
+    Raises ContractError when most do not: what is left would be taken for the set.
+    """
     counts = write_records(out, _good(entries, skips))
-    return ImportReport(dict(counts), skips.reasons)
+    return ImportReport(dict(counts), skips.reasons, changes.reasons if changes else {})
 
 
 def _good(entries: Iterator[Entry], skips: Skips) -> Iterator[tuple[str, bytes]]:
-    """The values that keep the contract. Raises ContractError when none does."""
-    any_good = False
+    """The values that keep the contract. Raises ContractError, at the end, when most do not."""
+    kept = left_out = 0
     while batch := list(islice(entries, BATCH)):
         values = [orjson.dumps(entry.value) for entry in batch]
         bad: set[int] = set()
@@ -90,8 +96,14 @@ def _good(entries: Iterator[Entry], skips: Skips) -> Iterator[tuple[str, bytes]]
                 skips.add(f"{topic} {rejection.field or ''}: {reason}", place)
         for index, entry in enumerate(batch):
             if index not in bad:
-                any_good = True
                 yield entry.topic, values[index]
-    if not any_good:
-        reasons = "; ".join(f"{place}: {why}" for why, (_, place) in skips.reasons.items())
+        left_out += len(bad)
+        kept += len(batch) - len(bad)
+    reasons = "; ".join(f"{place}: {why}" for why, (_, place) in skips.reasons.items())
+    if not kept:
         raise ContractError(f"no line gave a record ({reasons[:500] or 'the files are empty'})")
+    if left_out > kept:
+        raise ContractError(
+            f"{left_out:,} of {left_out + kept:,} records break the contract ({reasons[:500]}); "
+            "nothing is written, since what is left is not the set"
+        )

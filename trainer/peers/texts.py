@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -199,10 +200,12 @@ def finetune_plain(
             save_total_limit=1,
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),  # else it warns
         ),
         train_dataset=cast(Any, rows(texts, np.clip(np.rint(rating), 1, 5).astype(np.int64))),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
+    trainer.remove_callback(PrinterCallback)  # what the command prints are its own figures
     # A checkpoint's state is written last: a kill before that leaves one that is not whole.
     whole = [each.parent for each in scratch.glob("checkpoint-*/trainer_state.json")]
     last = max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)

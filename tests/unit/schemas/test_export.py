@@ -46,7 +46,7 @@ def test_examples_keep_the_exported_schema_and_the_models(name: str) -> None:
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("reviews", {"rating": 6}),
     ("reviews", {"user_id": None}),
-    ("reviews", {"text": ""}),
+    ("reviews", {"item_id": ""}),
     ("behavior", {"action": "stare"}),
     ("behavior", {"quantity": 0}),
     ("score-requests", {"item_ids": []}),

@@ -120,6 +120,14 @@ def test_a_bad_line_is_named_and_may_be_passed_over(tmp_path: Path, text: str) -
     assert [each.line for each in found] == [1, 3]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_may_be_written_as_windows_does(tmp_path: Path, packed: bool) -> None:
+    path = tmp_path / "a.jsonl"
+    written = f"\ufeff{line('reviews', REVIEW)}\r\n{line('behavior', EVENT)}\r\n".encode()
+    path.write_bytes(gzip.compress(written) if packed else written)
+    assert [each.line for each in read_records(path)] == [1, 2]
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"nowhere\.jsonl cannot be read"):
         list(read_values(tmp_path / "nowhere.jsonl"))

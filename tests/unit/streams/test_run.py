@@ -101,6 +101,8 @@ def test_processors_are_known_by_name() -> None:
     with pytest.raises(StarcastError, match=r"no processor scorers, faust\. Choose from scorer, "):
         run_processors(["items", "scorers", "faust"], Settings(), threading.Event())
     assert len(PROCESSORS) == 8
+    with pytest.raises(StarcastError, match=r"scorer is named twice.*as many processes"):
+        run_processors(["scorer", "items", "scorer"], Settings(), threading.Event())
 
 
 def test_a_broker_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,14 +70,45 @@ def test_what_breaks_the_contract_is_left_out_as_the_stream_does(
 ) -> None:
     good = gzip.decompress(shop_file.read_bytes())
     path = tmp_path / "some.jsonl"
-    bad = b'{"topic": "reviews", "value": {"event_id": "r", "title": ""}}\nnot JSON\n'
+    bad = b'{"topic": "reviews", "value": {"event_id": "r"}}\n{\n[\n'
     path.write_bytes(bad + good)
     assert from_file(path).events.tobytes() == from_file(shop_file).events.tobytes()
-    assert f"2 lines of {path} break the contract" in caplog.text
-    assert "line 1" in caplog.text
+    lines = good.count(b"\n")
+    assert f"3 of {lines + 3:,} lines of {path} break the contract" in caplog.text
+    assert "2 not JSON in UTF-8" in caplog.text
+    assert "1 not a good record of reviews: user_id: missing (the first: line 1)" in caplog.text
     path.write_bytes(bad)
-    with pytest.raises(TrainerError, match=r"no reviews.*2 lines.*line 1"):
+    with pytest.raises(TrainerError, match=r"3 of 3 lines .*line 2, .*\n.*starcast schema"):
         from_file(path)
+
+
+def test_a_file_of_which_most_breaks_the_contract_is_refused(
+    shop_file: Path, tmp_path: Path
+) -> None:
+    """As one of stars from 1 to 10: what is left would be measured as if it were all."""
+    review = (
+        '{"topic": "reviews", "value": {"event_id": "%d", "user_id": "u", "item_id": "i", '
+        '"event_time": "2026-11-24T10:15:00Z", "rating": %d}}\n'
+    )
+    path = tmp_path / "ten.jsonl"
+    path.write_text("".join(review % (stars, stars) for stars in range(11)))
+    with pytest.raises(
+        TrainerError, match=r"6 of 11 .*5 not .*rating: .*to 5 \(the first: line 7, got 6\)"
+    ):
+        from_file(path)
+
+
+def test_lines_out_of_place_are_told(
+    shop_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = gzip.decompress(shop_file.read_bytes()).splitlines(keepends=True)
+    from_file(shop_file)
+    assert caplog.text == ""
+    path = tmp_path / "turned.jsonl"
+    path.write_bytes(b"".join(reversed(lines)))
+    from_file(path)
+    assert f"{path} is not in the order of time: " in caplog.text
+    assert f"{ITEMS} of {ITEMS} items of {path} stand behind all events" in caplog.text
 
 
 def test_examples_are_the_rated_reviews_and_see_nothing_of_their_own_stars(shop_file: Path) -> None:

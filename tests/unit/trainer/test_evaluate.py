@@ -1,5 +1,6 @@
 """The whole evaluation on a small shop."""
 
+import sys
 from datetime import timedelta
 from pathlib import Path
 from shutil import copytree
@@ -126,6 +127,14 @@ def test_peers_are_chosen_by_name(
     assert found["text"].keys() == {"model"}
     with pytest.raises(TrainerError, match="no peer is called nobody; there are global, bias,"):
         evaluate(log, tmp_path, SMALL, encoder="none", peers=["nobody"])
+
+
+def test_peers_that_are_not_installed_are_told(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trainer.peers", None)
+    with pytest.raises(TrainerError, match=r"not all installed .*'\.\[peers\]'.*--peers none"):
+        evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none")
 
 
 def test_beside_a_peer_without_error_there_is_no_gain() -> None:

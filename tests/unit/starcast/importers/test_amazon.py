@@ -75,6 +75,22 @@ def test_amazon_2023_by_ratings_alone(tmp_path: Path) -> None:
     assert (found["item_id"], found["rating"]) == ("A1", 4.0)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "A3W4D8XOGLWUN5,B00000000{0},{0}.0,150000020{0}",
+        "B00000000{0},A3W4D8XOGLWUN5,{0}.0,150000020{0}",
+    ],
+)
+def test_files_of_ratings_alone_have_no_header(tmp_path: Path, row: str) -> None:
+    """Of 2014 the user comes first, of 2018 the item."""
+    source = packed(tmp_path / "ratings.csv", "".join(f"{row.format(stars)}\n" for stars in (1, 2)))
+    assert import_amazon([source], tmp_path / "out.jsonl").counts == {"reviews": 2}
+    low, high = values(read(tmp_path / "out.jsonl"), "reviews")
+    assert (low["user_id"], low["item_id"], low["rating"]) == ("A3W4D8XOGLWUN5", "B000000001", 1.0)
+    assert high["event_time"] == "2017-07-14T02:43:22.000Z"
+
+
 @pytest.mark.parametrize("name", ["reviews.csv", "reviews.csv.gz", "reviews.csv.zip"])
 def test_amazon_2014(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out.jsonl"

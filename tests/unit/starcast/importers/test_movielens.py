@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from schemas.exceptions import ContractError
 from starcast.importers import import_movielens
 from tests.unit.starcast.importers.sets import (
     MOVIELENS,
@@ -45,6 +46,40 @@ def test_movielens(tmp_path: Path, kind: str, zipped: bool) -> None:
     if users:
         people = {value["user_id"]: value for value in values(records, "users")}
         assert (people["1"]["gender"], people["1"]["age"]) == ("M", 24.0)
+
+
+def test_half_stars_are_kept(tmp_path: Path) -> None:
+    """As those of latest and 10M; the least, which the contract does not have, is its least."""
+    stars = ("4.5", "0.5", "0.5", "0")
+    rows = "".join(f"1,{movie},{each},88125090{movie}\n" for movie, each in enumerate(stars))
+    source = packed(tmp_path / "ratings.csv", f"userId,movieId,rating,timestamp\n{rows}")
+    report = import_movielens([source], out := tmp_path / "out.jsonl")
+    assert [value["rating"] for value in values(read(out), "reviews")] == [4.5, 1.0, 1.0]
+    assert report.changed == {"1, which were half a star": (2, f"{source} line 3")}
+    (left_out,) = report.skipped
+    assert left_out.startswith("reviews rating: Input should be greater than or equal to 1")
+
+
+def test_stars_of_another_scale_are_refused(tmp_path: Path) -> None:
+    rows = "".join(f"1,{stars},{stars},88125090{stars}\n" for stars in range(3, 10))
+    source = packed(tmp_path / "ratings.csv", f"userId,movieId,rating,timestamp\n{rows}")
+    with pytest.raises(ContractError, match=r"4 of 7 records .*line 5: reviews rating: .*to 5"):
+        import_movielens([source], tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_folder_may_be_given_whole(tmp_path: Path) -> None:
+    files = movielens_files(tmp_path, MOVIELENS["latest"])
+    files.append(packed(tmp_path / "tags.csv", "userId,movieId,tag,timestamp\n1,10,odd,88125090\n"))
+    assert import_movielens(files, tmp_path / "out.jsonl").skipped == {}
+
+
+def test_titles_of_10m_are_utf8(tmp_path: Path) -> None:
+    """Those of 1M are Latin-1, in a file of the same name."""
+    texts = MOVIELENS["1m"]
+    files = [packed(tmp_path / name, text) for name, text in texts.items()]
+    import_movielens(files, out := tmp_path / "out.jsonl")
+    assert "Caf\u00e9 (1995)" in [value["title"] for value in values(read(out), "items")]
 
 
 def test_lines_of_a_wrong_width_and_without_time_are_counted(tmp_path: Path) -> None:

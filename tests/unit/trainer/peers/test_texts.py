@@ -50,10 +50,13 @@ def test_settings_that_leave_no_word_are_passed_over(name: str) -> None:
     assert len(read(["aa", "bb"], known.vectors[:2])[0]) == 2
 
 
-def test_a_plain_fine_tune_reads_lists_of_texts(encoder_folder: Path, tmp_path: Path) -> None:
+def test_a_plain_fine_tune_reads_lists_of_texts(
+    encoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     known = worded(64, 1)
     asked = [known.texts[:5], [""]]
     told = finetune_plain(encoder_folder, known.texts, known.rating, asked, 16, 1, tmp_path)
+    assert capsys.readouterr().out == ""  # where the command prints its figures
     (expected, stars), (nothing, _) = told
     assert expected.shape == stars.shape == (5,)
     assert ((expected >= 1) & (expected <= 5)).all()
