@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.exceptions import BundleError
 from schemas.exceptions import UnreachableError
 
 
@@ -68,13 +69,23 @@ class Storage:
                 self.filesystem.put_file(str(path), target)
 
     def download(self, name: str, folder: Path) -> None:
-        """Copy the files of the folder `name` to a local folder."""
+        """Copy the files of the folder `name` to a local folder.
+
+        Raises BundleError where one's name would lead out of that: an object may have any name.
+        """
         with self._reaching(name):
             base = f"{self.root}/{name}"
-            for path in self.filesystem.find(base):
-                target = folder / path[path.index(base) + len(base) + 1 :]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.filesystem.get_file(path, str(target))
+            found = {
+                path[path.index(base) + len(base) + 1 :]: path
+                for path in self.filesystem.find(base)
+            }
+        for inside in map(Path, found):
+            if inside.is_absolute() or ".." in inside.parts:
+                raise BundleError(f"{self.url}/{name} has a file named {str(inside)!r}; remove it")
+        with self._reaching(name):
+            for inside, path in found.items():
+                (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+                self.filesystem.get_file(path, str(folder / inside))
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Generator[None]:

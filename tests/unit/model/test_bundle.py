@@ -13,6 +13,9 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import (  # pyright: ignore[reportMissingTypeStubs]
+    MemoryFile,
+)
 
 from model import bundle as bundles
 from model.bundle import FORMAT, Written
@@ -267,6 +270,18 @@ def test_a_damaged_copy_in_the_cache_is_refused_too(tmp_path: Path) -> None:
     flip(tmp_path / written.version / "network.safetensors")
     with pytest.raises(BundleError, match="damaged"):
         bundles.load(url, written.version, cache=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "encoder/../../../evil", "/{tmp_path}/evil"])
+def test_an_object_does_not_lead_out_of_the_cache(name: str, tmp_path: Path) -> None:
+    url = f"memory://{uuid4()}"
+    written = write(url)
+    store = bundles.storage.locate(url)
+    path = f"{store.root}/{written.version}/{name.format(tmp_path=tmp_path)}"
+    store.filesystem.store[path] = MemoryFile(store.filesystem, path, b"evil")
+    with pytest.raises(BundleError, match="evil'; remove it"):
+        bundles.load(url, written.version, written.sha256, cache=tmp_path / "cache")
+    assert not [each for each in tmp_path.rglob("*") if each.is_file()]
 
 
 def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
