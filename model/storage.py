@@ -12,13 +12,14 @@ from typing import Any
 
 from model.exceptions import BundleError
 from schemas.exceptions import UnreachableError
+from schemas.urls import hide_password
 
 
 @dataclass(frozen=True)
 class Storage:
     """A folder of files that are read, replaced and copied whole."""
 
-    url: str
+    url: str  # as it may be printed
     filesystem: Any  # fsspec's AbstractFileSystem, which is not typed
     root: str
 
@@ -119,6 +120,6 @@ def locate(url: str) -> Storage:
         filesystem, root = fsspec.url_to_fs(url)  # which expands ~
     except (ValueError, ImportError) as error:
         raise UnreachableError(
-            f"models.url {url!r} is of no kind that fsspec reaches here: {error}"
+            f"models.url {hide_password(url)!r} is of no kind that fsspec reaches here: {error}"
         ) from error
-    return Storage(url, filesystem, root.rstrip("/"))
+    return Storage(hide_password(url), filesystem, root.rstrip("/"))

@@ -14,7 +14,8 @@ from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from schemas.exceptions import StarcastError
-from starcast.settings import Settings, hide_password
+from schemas.urls import hide_password
+from starcast.settings import Settings
 from streams.admin import show_topics
 from streams.clients import reach
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
@@ -131,7 +132,7 @@ def _one_node(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _archive(config: ArchiveConfig) -> Iterator[Finding]:
-    url = config.url
+    url, shown = config.url, hide_password(config.url)
     advice = "Check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
     try:
         if _is_local(url):
@@ -143,9 +144,9 @@ def _archive(config: ArchiveConfig) -> Iterator[Finding]:
         stream.close()
         storage.delete_file(PROBE)
     except (DeltaError, OSError) as problem:
-        yield Finding("archive", "wrong", f"{url}: {str(problem).splitlines()[0]}", advice)
+        yield Finding("archive", "wrong", f"{shown}: {str(problem).splitlines()[0]}", advice)
         return
-    yield Finding("archive", "fine", f"{url} can be written")
+    yield Finding("archive", "fine", f"{shown} can be written")
 
 
 def _models(config: ModelsConfig) -> Iterator[Finding]:
@@ -158,12 +159,12 @@ def _models(config: ModelsConfig) -> Iterator[Finding]:
             files, path = fsspec.url_to_fs(config.url)
             files.pipe_file(f"{path}/{PROBE}", b"")
             files.rm_file(f"{path}/{PROBE}")
-            yield Finding("models", "fine", f"{config.url} can be written")
+            yield Finding("models", "fine", f"{hide_password(config.url)} can be written")
     except Exception as problem:  # noqa: BLE001  each file system raises its own library's errors
         yield Finding(
             "models",
             "wrong",
-            f"{config.url}: {type(problem).__name__}: {problem}",
+            f"{hide_password(config.url)}: {type(problem).__name__}: {problem}",
             "Check STARCAST_MODELS__URL, its rights, and the credentials in the environment.",
         )
         return
