@@ -232,6 +232,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: resum(f, "calibration.json", b'{"slope": NaN}'),
         "calibration.json cannot be read .slope",
     ),
+    "metrics that are no JSON": (
+        lambda f: resum(f, "metrics.json", b"{"),
+        "metrics.json cannot be read",
+    ),
+    "metrics that are no text": (
+        lambda f: resum(f, "metrics.json", b'{"a": "\xff"}'),
+        "metrics.json cannot be read",
+    ),
+    "features that are none": (
+        lambda f: (
+            resum(f, "features.json", b'[1, "name"]'),
+            damage_nothing_but(f, lambda m: m.update(feature_hash="0")),
+        ),
+        "features.json cannot be read",
+    ),
+    "another version's": (
+        lambda f: damage_nothing_but(f, lambda m: m.update(version="20261124T101500-1a2b3c4d")),
+        "holds '20261124T101500-1a2b3c4d'",
+    ),
     "infinite weights": (infinite, "members.0.last.weight are not finite"),
 }
 
