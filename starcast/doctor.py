@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import confluent_kafka
-import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
+from model import storage
 from schemas.exceptions import StarcastError
 from schemas.urls import hide_password
 from starcast.settings import Settings
@@ -136,7 +136,7 @@ def _archive(config: ArchiveConfig) -> Iterator[Finding]:
     advice = "Check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
     try:
         if _is_local(url):
-            yield _local_folder("archive", url)
+            yield _local_folder("archive", Path(url.removeprefix("file://")))
             return
         storage = DeltaStorageHandler(url, config.storage_options)
         stream = storage.open_output_stream(PROBE)
@@ -153,13 +153,13 @@ def _models(config: ModelsConfig) -> Iterator[Finding]:
     from model import bundle, registry  # torch takes seconds to import
 
     try:
-        if _is_local(config.url):
-            yield _local_folder("models", config.url)
+        place = storage.locate(config.url)
+        if place.local is not None:
+            yield _local_folder("models", place.local)
         else:
-            files, path = fsspec.url_to_fs(config.url)
-            files.pipe_file(f"{path}/{PROBE}", b"")
-            files.rm_file(f"{path}/{PROBE}")
-            yield Finding("models", "fine", f"{hide_password(config.url)} can be written")
+            place.filesystem.pipe_file(f"{place.root}/{PROBE}", b"")
+            place.filesystem.rm_file(f"{place.root}/{PROBE}")
+            yield Finding("models", "fine", f"{place.url} can be written")
     except Exception as problem:  # noqa: BLE001  each file system raises its own library's errors
         yield Finding(
             "models",
@@ -252,9 +252,8 @@ def _is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
-def _local_folder(name: str, url: str) -> Finding:
+def _local_folder(name: str, folder: Path) -> Finding:
     """Whether a folder can be made and written."""
-    folder = Path(url.removeprefix("file://"))
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / PROBE
     probe.write_bytes(b"")
