@@ -17,7 +17,7 @@ from model import registry
 from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast import __version__
-from starcast.commands.context import check_output
+from starcast.commands.context import check_output, fail
 from starcast.main import app, main
 from starcast.settings import load
 from streams.embedded import HOST, Endpoints, free_port
@@ -420,3 +420,11 @@ def test_a_stable_bundle_that_cannot_be_served_keeps_nobody_from_training(
     found = RUNNER.invoke(app, [command, str(tmp_path / "few.jsonl")], env=environment)
     assert isinstance(found.exception, TrainerError)
     assert "only 1 rated reviews" in str(found.exception)
+
+
+def test_errors_do_not_steer_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As it may stand in the name of a file, or in the registry."""
+    fail("no file \x1b[2J here")
+    assert r"no file \x1b[2J here" in capsys.readouterr().err
