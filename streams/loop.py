@@ -388,6 +388,14 @@ class Loop:
             self._log.warning(
                 "topic missing", reason=error.str(), do="run `starcast topics apply`, once"
             )
+        elif error.code() == KafkaError._BAD_COMPRESSION:
+            where = f"{message.topic()} partition {message.partition()} offset {message.offset()}"
+            self._log.error(
+                "what is next cannot be decompressed, or is too large then",
+                where=where,
+                reason=error.str(),
+                do="see `A record that cannot be decompressed` in docs/operate.md",
+            )
         elif error.fatal() or error.code() == KafkaError._FATAL:
             raise BrokerError(f"Kafka ended this consumer: {error.str()}. Start the worker again.")
         elif error.code() != KafkaError._PARTITION_EOF:
