@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -168,7 +168,7 @@ def load(
         raise BundleError(f"{version!r} is no version's name, such as 20261124T101500-1a2b3c4d")
     source = storage.locate(models_url)
     if source.local:
-        return open_folder(source.local / version, sha256)
+        return _named(open_folder(source.local / version, sha256), version)
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "starcast"
     folder = cache / version
     if not folder.exists():
@@ -181,7 +181,14 @@ def load(
         _make_room(cache)
     with suppress(OSError):  # of who may only read there
         os.utime(folder)  # when it was loaded last
-    return open_folder(folder, sha256)
+    return _named(open_folder(folder, sha256), version)
+
+
+def _named(bundle: Bundle, version: str) -> Bundle:
+    """The bundle; raises BundleError where it is another version than its folder's name says."""
+    if bundle.version != version:
+        raise BundleError(f"{bundle.folder} holds {bundle.version!r}: name it so again")
+    return bundle
 
 
 def _make_room(cache: Path) -> None:
@@ -231,7 +238,7 @@ def open_folder(folder: Path, sha256: str | None = None) -> Bundle:
         folder=folder,
         network=network.eval(),
         calibration=_parsed(folder / "calibration.json", Calibration),
-        metrics=json.loads((folder / "metrics.json").read_text("utf-8")),
+        metrics=_parsed(folder / "metrics.json", RootModel[dict[str, Any]]).root,
         encoder_hash=manifest.encoder_hash,
         encoder_folder=folder / ENCODER if manifest.encoder_hash else None,
         star_head=star_head if star_head.exists() else None,
@@ -279,10 +286,10 @@ def _needed(manifest: Manifest) -> Sequence[str]:
 
 
 def _difference(folder: Path) -> str:
-    theirs = json.loads((folder / "features.json").read_text("utf-8"))
+    theirs = _parsed(folder / "features.json", RootModel[list[dict[str, Any]]]).root
     ours = [asdict(feature) for feature in FEATURES]
-    lacking = [feature["name"] for feature in ours if feature not in theirs]
-    extra = [feature["name"] for feature in theirs if feature not in ours]
+    lacking = [str(feature["name"]) for feature in ours if feature not in theirs]
+    extra = [str(feature.get("name")) for feature in theirs if feature not in ours]
     parts = {"it lacks": lacking, "it has": extra}
     stated = [f"{what} {', '.join(names[:3])}" for what, names in parts.items() if names]
     return (", ".join(stated) or "in another order") + "; train again with this release"

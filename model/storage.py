@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.exceptions import BundleError
 from schemas.exceptions import UnreachableError
+from schemas.urls import hide_password
 
 
 @dataclass(frozen=True)
 class Storage:
     """A folder of files that are read, replaced and copied whole."""
 
-    url: str
+    url: str  # as it may be printed
     filesystem: Any  # fsspec's AbstractFileSystem, which is not typed
     root: str
 
@@ -68,13 +70,23 @@ class Storage:
                 self.filesystem.put_file(str(path), target)
 
     def download(self, name: str, folder: Path) -> None:
-        """Copy the files of the folder `name` to a local folder."""
+        """Copy the files of the folder `name` to a local folder.
+
+        Raises BundleError where one's name would lead out of that: an object may have any name.
+        """
         with self._reaching(name):
             base = f"{self.root}/{name}"
-            for path in self.filesystem.find(base):
-                target = folder / path[path.index(base) + len(base) + 1 :]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.filesystem.get_file(path, str(target))
+            found = {
+                path[path.index(base) + len(base) + 1 :]: path
+                for path in self.filesystem.find(base)
+            }
+        for inside in map(Path, found):
+            if inside.is_absolute() or ".." in inside.parts:
+                raise BundleError(f"{self.url}/{name} has a file named {str(inside)!r}; remove it")
+        with self._reaching(name):
+            for inside, path in found.items():
+                (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+                self.filesystem.get_file(path, str(folder / inside))
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Generator[None]:
@@ -116,6 +128,6 @@ def locate(url: str) -> Storage:
         filesystem, root = fsspec.url_to_fs(url)  # which expands ~
     except (ValueError, ImportError) as error:
         raise UnreachableError(
-            f"models.url {url!r} is of no kind that fsspec reaches here: {error}"
+            f"models.url {hide_password(url)!r} is of no kind that fsspec reaches here: {error}"
         ) from error
-    return Storage(url, filesystem, root.rstrip("/"))
+    return Storage(hide_password(url), filesystem, root.rstrip("/"))

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import confluent_kafka
-import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
+from model import storage
 from schemas.exceptions import StarcastError
-from starcast.settings import Settings, hide_password
+from schemas.urls import hide_password
+from starcast.settings import Settings
 from streams.admin import show_topics
 from streams.clients import reach
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
@@ -131,11 +132,11 @@ def _one_node(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _archive(config: ArchiveConfig) -> Iterator[Finding]:
-    url = config.url
+    url, shown = config.url, hide_password(config.url)
     advice = "Check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
     try:
         if _is_local(url):
-            yield _local_folder("archive", url)
+            yield _local_folder("archive", Path(url.removeprefix("file://")))
             return
         storage = DeltaStorageHandler(url, config.storage_options)
         stream = storage.open_output_stream(PROBE)
@@ -143,27 +144,27 @@ def _archive(config: ArchiveConfig) -> Iterator[Finding]:
         stream.close()
         storage.delete_file(PROBE)
     except (DeltaError, OSError) as problem:
-        yield Finding("archive", "wrong", f"{url}: {str(problem).splitlines()[0]}", advice)
+        yield Finding("archive", "wrong", f"{shown}: {str(problem).splitlines()[0]}", advice)
         return
-    yield Finding("archive", "fine", f"{url} can be written")
+    yield Finding("archive", "fine", f"{shown} can be written")
 
 
 def _models(config: ModelsConfig) -> Iterator[Finding]:
     from model import bundle, registry  # torch takes seconds to import
 
     try:
-        if _is_local(config.url):
-            yield _local_folder("models", config.url)
+        place = storage.locate(config.url)
+        if place.local is not None:
+            yield _local_folder("models", place.local)
         else:
-            files, path = fsspec.url_to_fs(config.url)
-            files.pipe_file(f"{path}/{PROBE}", b"")
-            files.rm_file(f"{path}/{PROBE}")
-            yield Finding("models", "fine", f"{config.url} can be written")
+            place.filesystem.pipe_file(f"{place.root}/{PROBE}", b"")
+            place.filesystem.rm_file(f"{place.root}/{PROBE}")
+            yield Finding("models", "fine", f"{place.url} can be written")
     except Exception as problem:  # noqa: BLE001  each file system raises its own library's errors
         yield Finding(
             "models",
             "wrong",
-            f"{config.url}: {type(problem).__name__}: {problem}",
+            f"{hide_password(config.url)}: {type(problem).__name__}: {problem}",
             "Check STARCAST_MODELS__URL, its rights, and the credentials in the environment.",
         )
         return
@@ -251,9 +252,8 @@ def _is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
-def _local_folder(name: str, url: str) -> Finding:
+def _local_folder(name: str, folder: Path) -> Finding:
     """Whether a folder can be made and written."""
-    folder = Path(url.removeprefix("file://"))
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / PROBE
     probe.write_bytes(b"")

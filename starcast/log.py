@@ -7,6 +7,7 @@ from typing import Literal, TextIO
 import orjson
 import structlog
 from pydantic import BaseModel, Field
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -80,11 +81,13 @@ def configure(config: LogConfig, stream: TextIO | None = None) -> None:
 
 
 def _renderers(config: LogConfig, stream: TextIO) -> list[Processor]:
+    """Traces are told without the values of variables, which may be passwords or reviews."""
     terminal = stream.isatty()
     if config.format == "text" or (config.format == "auto" and terminal):
-        return [structlog.dev.ConsoleRenderer(colors=terminal)]
+        trace = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=trace)]
     return [
-        structlog.processors.dict_tracebacks,
+        structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
         structlog.processors.JSONRenderer(serializer=_to_json),
     ]
 

@@ -28,6 +28,7 @@ from pydantic_settings import (
 )
 
 from schemas.exceptions import StarcastError
+from schemas.urls import HIDDEN, hide_password
 from starcast.log import LogConfig
 from streams import config as streams_config
 from streams.clients import option_name
@@ -36,7 +37,6 @@ from trainer.config import TrainerConfig
 PREFIX = "STARCAST_"
 CONFIG_VARIABLE = "STARCAST_CONFIG"
 CONFIG_FILE = "starcast.toml"
-HIDDEN = "******"
 OPTIONS = ("kafka", "options")
 
 _SECRET_OPTION = re.compile(r"password|secret|private|\.pem$|jaas|oauthbearer\.config")
@@ -339,13 +339,11 @@ def _show(path: Path_, value: Any) -> str:
         field is not None and "SecretStr" in str(field.annotation)
     )
     plain = _plain(value)
-    if path == ("redis", "url"):
-        return hide_password(str(plain))
-    if secret and plain:
+    if secret and plain and path != ("redis", "url"):
         return HIDDEN
     if path[:2] == OPTIONS and len(path) > 2 and _SECRET_OPTION.search(option_name(path[-1])):
         return HIDDEN
-    return _text(plain)
+    return hide_password(_text(plain))
 
 
 def _plain(value: Any) -> Any:
@@ -355,9 +353,3 @@ def _plain(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def hide_password(url: str) -> str:
-    """A URL with its password hidden, before the host or in the query."""
-    hidden = re.sub(r"(://[^/@]*?:)[^@/]*(?=@)", rf"\1{HIDDEN}", url)
-    return re.sub(r"([?&][^=&]*(?:password|secret)[^=&]*=)[^&]*", rf"\1{HIDDEN}", hidden)

@@ -39,7 +39,7 @@ class RedisConfig(BaseModel):
 
     url: SecretStr = Field(
         default=SecretStr("redis://127.0.0.1:6379/0"),
-        description="redis://, rediss://, unix:// or redis+sentinel://HOST:PORT,HOST:PORT/NAME",
+        description="redis://, rediss://, unix:// or redis[s]+sentinel://HOST:PORT,HOST:PORT/NAME",
     )
     cluster: bool = Field(default=False, description="the URL names a node of a Redis Cluster")
     key_prefix: str = Field(default="starcast", description="put before every key")

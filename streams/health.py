@@ -5,6 +5,7 @@ The thread answers even when a processor is busy, so `/health` says that the pro
 """
 
 import json
+import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -30,6 +31,10 @@ class PortError(StarcastError):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up, as balancers do that look whether a port is open, is no news."""
@@ -72,7 +77,7 @@ def serve_health(
             """Scrapes are no news."""
 
     try:
-        server = _Server((host, port), Handler)
+        server = _Server(host, port, Handler)
     except (OSError, OverflowError) as error:
         raise PortError(
             f"Health and metrics cannot listen on {host}:{port}: {error}. Set "

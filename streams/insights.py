@@ -62,12 +62,20 @@ _SECURITY_OPTIONS = {
 _LOG = structlog.get_logger(__name__)
 
 
+@dataclass
+class Readiness:
+    """Why insights does not work; None while it does, or stands by for another that does."""
+
+    reason: str | None = "it has not begun"
+
+
 def run_insights(
     kafka: KafkaConfig,
     redis: RedisConfig,
     insights: InsightsConfig,
     stop: threading.Event,
     metrics: Metrics | None = None,
+    readiness: Readiness | None = None,
 ) -> None:
     """Write windows and alerts until `stop` is set; waits for broker, topics and store.
 
@@ -78,7 +86,8 @@ def run_insights(
     try:
         broker_credentials(kafka)
         with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder, _sparing_logs():
-            run = _Run(insights, client, f"{redis.key_prefix}:{WINDOWS_KEY}")
+            key = f"{redis.key_prefix}:{WINDOWS_KEY}"
+            run = _Run(insights, client, key, readiness or Readiness())
             asyncio.run(_supervise(kafka, run, stop, metrics or make_metrics(), folder))
     finally:
         client.close()
@@ -91,6 +100,7 @@ class _Run:
     config: InsightsConfig
     client: Any
     key: str
+    readiness: Readiness = field(default_factory=Readiness)
     owned: bool = False
     steps: Steps | None = None
     firing: list[str] = field(default_factory=list[str])
@@ -230,9 +240,11 @@ async def _supervise(
         except KafkaOptionError:
             raise
         except StarcastError as error:
+            run.readiness.reason = str(error)
             _LOG.warning("insights waits", reason=str(error))
         except Exception as error:  # noqa: BLE001  aiokafka's and Faust's failures have no base
-            _LOG.warning("insights starts again", reason=f"{type(error).__name__}: {error}")
+            run.readiness.reason = f"{type(error).__name__}: {error}"
+            _LOG.warning("insights starts again", reason=run.readiness.reason)
         if time.monotonic() - started > SETTLED_SECONDS:
             pause = FIRST_PAUSE_SECONDS
         await _sleep(pause, stop)
@@ -309,12 +321,15 @@ def _insights_app(kafka: KafkaConfig, run: _Run, metrics: Metrics, folder: str) 
     async def assigned(sender: Any, partitions: Any, **_: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         metrics.rebalances.labels("insights").inc()
         run.reset(owned=any(partition.topic == digests for partition in partitions))
+        run.readiness.reason = "it reads where it was" if run.owned else None
 
     @app.on_partitions_revoked.connect
     async def revoked(sender: Any, partitions: Any, **_: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         run.reset(owned=False)
+        run.readiness.reason = "it waits for its group"
 
     run.reset(owned=False)
+    run.readiness.reason = "it waits for its group"
     app.finalize()
     return app
 
@@ -376,14 +391,20 @@ async def _resume(run: _Run) -> None:
     try:
         last = await asyncio.to_thread(windows.last_window, run.client, run.key)
     except STORE_ERRORS as error:
-        _LOG.warning("insights waits for the store", reason=str(error))
-        await asyncio.sleep(FIRST_PAUSE_SECONDS)
+        await _wait_for_store(run, error)
         return
+    run.readiness.reason = None
     run.firing = last.firing if last else []
     run.steps = windows.make_steps(
         run.config, last.end_ms if last else None, last.trial if last else None
     )
     run.last_arrival = time.monotonic()
+
+
+async def _wait_for_store(run: _Run, error: Exception) -> None:
+    run.readiness.reason = f"the store does not answer: {error}"
+    _LOG.warning("insights waits for the store", reason=str(error))
+    await asyncio.sleep(FIRST_PAUSE_SECONDS)
 
 
 def _close_due(run: _Run, steps: Steps) -> list[Alert]:
@@ -419,12 +440,12 @@ async def _write(run: _Run, metrics: Metrics) -> bool:
         except STORE_ERRORS as error:
             if "equal or smaller" not in str(error):
                 metrics.state_writes.labels("insights", "failed").inc()
-                _LOG.warning("insights waits for the store", reason=str(error))
-                await asyncio.sleep(FIRST_PAUSE_SECONDS)
+                await _wait_for_store(run, error)
                 return False
             # A newer window is there: another process has taken over, or a clock went back.
             metrics.state_writes.labels("insights", "fenced").inc()
             _LOG.warning("the store has a newer window", end_ms=window.end_ms)
+        run.readiness.reason = None
         if run.unwritten and run.unwritten[0] is window:  # else the partition went meanwhile
             run.unwritten.popleft()
     return True

@@ -119,6 +119,7 @@ class Loop:
         except KafkaException as problem:
             raise refused_option(problem) from None
         self._sender = Sender(config, processor.name, slot, self._exactly_once, stop)
+        metrics.dead_letters.labels(processor.name, "contract")  # from 0: Prometheus sees no first
 
     @property
     def live(self) -> frozenset[Position]:
@@ -232,6 +233,8 @@ class Loop:
             consumer.assign(partitions)
         consumer.pause(partitions)
         self._owned |= {self._position(each) for each in partitions}
+        for topic, partition in self._owned:  # from 0, as above
+            self._metrics.lost.labels(self._processor.name, topic, str(partition))
         self._retry_at = 0.0
         self._log.info("assigned", partitions=sorted({each.partition for each in partitions}))
 
@@ -385,6 +388,14 @@ class Loop:
             self._log.warning(
                 "topic missing", reason=error.str(), do="run `starcast topics apply`, once"
             )
+        elif error.code() == KafkaError._BAD_COMPRESSION:
+            where = f"{message.topic()} partition {message.partition()} offset {message.offset()}"
+            self._log.error(
+                "what is next cannot be decompressed, or is too large then",
+                where=where,
+                reason=error.str(),
+                do="see `A record that cannot be decompressed` in docs/operate.md",
+            )
         elif error.fatal() or error.code() == KafkaError._FATAL:
             raise BrokerError(f"Kafka ended this consumer: {error.str()}. Start the worker again.")
         elif error.code() != KafkaError._PARTITION_EOF:
@@ -511,7 +522,11 @@ class Loop:
         return False
 
     def _refused(self, error: StoreError) -> None:
-        if isinstance(error, FencedError):
+        fenced = isinstance(error, FencedError)
+        self._metrics.state_writes.labels(
+            self._processor.name, "fenced" if fenced else "failed"
+        ).inc()
+        if fenced:
             self._log.warning("fenced", reason=str(error))
         self._restart(error)
 

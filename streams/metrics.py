@@ -77,7 +77,8 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         ),
         state_writes=Counter(
             "starcast_state_writes",
-            "Keys of guarded writes to the store, by outcome: written, fenced or failed.",
+            "Keys that were written to the store, and times that it refused an owner (fenced) or "
+            "did not answer (failed), by outcome.",
             ("processor", "outcome"),
             registry=registry,
         ),

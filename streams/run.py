@@ -121,11 +121,13 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
                     tasks[name] = loop.run
                     checks[name] = _readiness(loop)
         if "insights" in names:
-            from streams.insights import run_insights
+            from streams.insights import Readiness, run_insights
 
+            state = Readiness()
             tasks["insights"] = lambda: run_insights(
-                settings.kafka, settings.redis, settings.insights, stop, metrics
+                settings.kafka, settings.redis, settings.insights, stop, metrics, state
             )
+            checks["insights"] = lambda: state.reason
         if "dashboard" in names:
             from streams.dashboard import run_dashboard
 
@@ -263,7 +265,9 @@ def worker_slot(kafka: KafkaConfig, name: str) -> Generator[int]:
     """
     try:
         folder = Path(tempfile.gettempdir()) / f"starcast-{os.getuid()}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():  # anybody may make one, with links in it
+            raise PermissionError(f"{folder} is another user's")
     except OSError as error:
         raise StarcastError(
             "This worker tells itself from others by a lock in the folder for temporary files, and "

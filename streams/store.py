@@ -16,7 +16,7 @@ from hashlib import sha256
 from importlib.resources import files
 from itertools import accumulate, chain, pairwise
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import redis
 from redis.cluster import RedisCluster
@@ -25,6 +25,7 @@ from redis.exceptions import RedisClusterException
 from redis.sentinel import Sentinel
 
 from schemas.exceptions import UnreachableError
+from schemas.urls import hide_password
 from streams.config import RedisConfig
 from streams.exceptions import FencedError, StoreError
 from streams.partitions import hash_tags
@@ -36,7 +37,8 @@ CALLS_AT_ONCE = 32  # reads or writes in one round trip: few megabytes wait in m
 ANSWER_SECONDS = 5.0  # a store that hangs must not hold a worker past its session
 CONNECT_SECONDS = 3.0  # a host that drops packets is told from one that is slow
 Keys = Sequence[Sequence[bytes]]  # in groups or parts
-SENTINEL = "redis+sentinel"  # a URL's scheme: sentinels are asked which server is the primary
+# Schemes of URLs by which sentinels are asked which server is the primary.
+SENTINELS = ("redis+sentinel", "rediss+sentinel")
 SENTINEL_PORT = 26379
 # What a client raises where no server answers; a cluster of which no node does, an error apart.
 STORE_ERRORS = (redis.RedisError, RedisClusterException, OSError)
@@ -82,31 +84,61 @@ def connect(config: RedisConfig) -> Any:
     }
     url = config.url.get_secret_value()
     try:
+        parts, hosts = _read(url)
         if config.cluster:
             return _Cluster(url, options)
-        if url.startswith(f"{SENTINEL}://"):
-            return _primary(url, options)
-        return redis.Redis.from_url(url, **options)
-    except (*STORE_ERRORS, ValueError) as error:
+        if parts.scheme in SENTINELS:
+            client = _primary(parts, hosts, options)
+        else:
+            client = redis.Redis.from_url(url, **options)
+        pool: Any = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # takes what stands behind a question mark
+    except (*STORE_ERRORS, ValueError, TypeError) as error:
+        address = hide_password(url)
         raise UnreachableError(
-            f"The store's address is no good: {error}. Set STARCAST_REDIS__URL."
-        ) from error
+            f"The store's address {address} is no good: {error}. Set STARCAST_REDIS__URL."
+        ) from None
+    return client
 
 
-def _primary(url: str, options: dict[str, Any]) -> Any:
-    """A client of the primary that sentinels name: redis+sentinel://[:password@]a:1,b:2/name[/0]."""
-    parts = urlsplit(url)
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    user, _, password = map(unquote, credentials.partition(":"))
-    sentinels = [
-        (host, int(port or SENTINEL_PORT))
-        for host, _, port in (each.partition(":") for each in hosts.split(","))
-    ]
+def _read(url: str) -> tuple[SplitResult, list[tuple[str, int | None]]]:
+    """A URL's parts, its hosts and their ports.
+
+    Raises ValueError in words of our own: Python's quote what may be a piece of the password.
+    """
+    unread = ValueError(
+        "its host and port cannot be read; in a user or password / is written %2F, @ %40, ? %3F, "
+        "# %23"
+    )
+    try:
+        parts = urlsplit(url)
+        each = [urlsplit(f"//{host}") for host in parts.netloc.rpartition("@")[2].split(",")]
+        hosts = [(host.hostname or "", host.port) for host in each]
+    except ValueError:
+        raise unread from None
+    if "@" in parts.path and parts.scheme != "unix":
+        raise unread
+    return parts, hosts
+
+
+def _primary(
+    parts: SplitResult, hosts: Sequence[tuple[str, int | None]], options: dict[str, Any]
+) -> Any:
+    """A client of the primary that sentinels name: redis+sentinel://[:password@]a:1,b:2/name[/0].
+
+    What `redis://` takes behind a question mark goes for primary and sentinels, whose own login is
+    `sentinel_username` and `sentinel_password` there. `rediss+sentinel` is TLS to both.
+    """
+    user, _, password = map(unquote, parts.netloc.rpartition("@")[0].partition(":"))
     name, _, database = parts.path.strip("/").partition("/")
-    if not name or not all(host for host, _ in sentinels):
-        raise ValueError(f"{SENTINEL}://HOST:PORT,HOST:PORT/NAME names sentinels and the primary")
-    found = Sentinel(sentinels, sentinel_kwargs=options, **options)
-    return found.master_for(
+    if not name or not all(host for host, _ in hosts):
+        raise ValueError(
+            f"{parts.scheme}://HOST:PORT,HOST:PORT/NAME names sentinels and the primary"
+        )
+    given = options | parse_url(f"redis://?{parts.query}") | {"ssl": parts.scheme == SENTINELS[1]}
+    login = {each: given.pop(f"sentinel_{each}", None) for each in ("username", "password")}
+    sentinels = [(host, port or SENTINEL_PORT) for host, port in hosts]
+    return Sentinel(sentinels, sentinel_kwargs=given | login, **given).master_for(
         name, db=int(database or 0), username=user or None, password=password or None
     )
 

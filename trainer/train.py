@@ -122,7 +122,7 @@ def train(
     with (
         tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder,
         # Processes that fit together have the same to tell.
-        tracking(config.tracking, run, config.model_dump(mode="json"))
+        tracking(config.tracking, run, config.model_dump(mode="json", exclude={"tracking"}))
         if is_first()
         else nullcontext(unnoted) as note,
     ):

@@ -188,7 +188,7 @@ def write_json(document: Any, out: Path) -> None:
 
 def print_marked(state: Literal["fine", "wrong", "note"], said: str) -> None:
     """Print a line with a mark that says how it is meant."""
-    output.print(Text.assemble(_MARKS[state], f" {said}"), soft_wrap=True)
+    output.print(Text.assemble(_MARKS[state], f" {plain(said)}"), soft_wrap=True)
 
 
 def print_counts(counts: Mapping[str, int]) -> None:
@@ -215,5 +215,5 @@ def plain(text: str) -> str:
 
 def fail(message: str, code: int = 1) -> typer.Exit:
     """Says what went wrong on stderr; raise what it gives back."""
-    notes.print(message, style="red", markup=False, soft_wrap=True)
+    notes.print(plain(message), style="red", markup=False, soft_wrap=True)
     return typer.Exit(code)

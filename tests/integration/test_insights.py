@@ -18,7 +18,7 @@ from streams import embedded
 from streams.admin import apply_topics
 from streams.clients import client_config, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
-from streams.insights import run_insights
+from streams.insights import Readiness, run_insights
 from streams.metrics import Metrics, make_metrics
 from streams.store import connect
 from streams.tail import read_topic
@@ -51,16 +51,15 @@ def cluster(request: pytest.FixtureRequest) -> KafkaConfig:
 
 
 @contextmanager
-def insights(kafka: KafkaConfig, url: str, metrics: Metrics) -> Generator[None]:
+def insights(kafka: KafkaConfig, url: str, metrics: Metrics) -> Generator[Readiness]:
     """Insights in a thread; that it ends in time is part of each test."""
-    stop = threading.Event()
+    stop, readiness = threading.Event(), Readiness()
     redis = RedisConfig(url=SecretStr(url))
-    thread = threading.Thread(
-        target=run_insights, args=(kafka, redis, INSIGHTS, stop, metrics), daemon=True
-    )
+    arguments = kafka, redis, INSIGHTS, stop, metrics, readiness
+    thread = threading.Thread(target=run_insights, args=arguments, daemon=True)
     thread.start()
     try:
-        yield
+        yield readiness
     finally:
         started = time.monotonic()
         stop.set()
@@ -165,15 +164,17 @@ def test_a_store_that_is_gone_is_waited_for(
 ) -> None:
     store = embedded.start_store(tmp_path_factory.mktemp("first"))
     port = int(store.address.rpartition(":")[2].partition("/")[0])
-    with insights(cluster, store.address, make_metrics()):
+    with insights(cluster, store.address, make_metrics()) as readiness:
         send(cluster, encode(now_digest(3, "a")))
         until(lambda: counted(windows(store.address)) == 3)
         store.stop()
         send(cluster, encode(now_digest(4, "b")))
+        until(lambda: "the store does not answer" in (readiness.reason or ""))
         time.sleep(3)
         with _store_at(port, tmp_path_factory) as url:
             # What fell due meanwhile is written when the store is back.
             until(lambda: counted(windows(url)) == 4)
+            until(lambda: readiness.reason is None)
 
 
 @contextmanager
@@ -186,6 +187,14 @@ def _store_at(port: int, folders: pytest.TempPathFactory) -> Generator[str]:
         embedded.free_port = free_port
     with child:
         yield child.address
+
+
+def test_one_works_and_one_stands_by(cluster: KafkaConfig, store: str) -> None:
+    with insights(cluster, store, make_metrics()) as one:
+        assert one.reason is not None
+        until(lambda: one.reason is None)
+        with insights(cluster, store, make_metrics()) as other:
+            until(lambda: one.reason is None and other.reason is None)
 
 
 def test_window_json_is_what_the_page_and_programs_read(cluster: KafkaConfig, store: str) -> None:

@@ -15,6 +15,9 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import (  # pyright: ignore[reportMissingTypeStubs]
+    MemoryFile,
+)
 
 from model import bundle as bundles
 from model.bundle import FORMAT, Written
@@ -253,6 +256,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: resum(f, "calibration.json", b'{"slope": NaN}'),
         "calibration.json cannot be read .slope",
     ),
+    "metrics that are no JSON": (
+        lambda f: resum(f, "metrics.json", b"{"),
+        "metrics.json cannot be read",
+    ),
+    "metrics that are no text": (
+        lambda f: resum(f, "metrics.json", b'{"a": "\xff"}'),
+        "metrics.json cannot be read",
+    ),
+    "features that are none": (
+        lambda f: (
+            resum(f, "features.json", b'[1, "name"]'),
+            damage_nothing_but(f, lambda m: m.update(feature_hash="0")),
+        ),
+        "features.json cannot be read",
+    ),
+    "another version's": (
+        lambda f: damage_nothing_but(f, lambda m: m.update(version="20261124T101500-1a2b3c4d")),
+        "holds '20261124T101500-1a2b3c4d'",
+    ),
     "infinite weights": (infinite, "members.0.last.weight are not finite"),
 }
 
@@ -303,6 +325,18 @@ def test_a_cache_keeps_the_versions_that_were_loaded_last(
         assert bundles.load(url, version, cache=tmp_path).version == version
     assert {path.name for path in tmp_path.iterdir()} == {first, third}
     assert bundles.load(url, second, cache=tmp_path).version == second
+
+
+@pytest.mark.parametrize("name", ["../../evil", "encoder/../../../evil", "/{tmp_path}/evil"])
+def test_an_object_does_not_lead_out_of_the_cache(name: str, tmp_path: Path) -> None:
+    url = f"memory://{uuid4()}"
+    written = write(url)
+    store = bundles.storage.locate(url)
+    path = f"{store.root}/{written.version}/{name.format(tmp_path=tmp_path)}"
+    store.filesystem.store[path] = MemoryFile(store.filesystem, path, b"evil")
+    with pytest.raises(BundleError, match="evil'; remove it"):
+        bundles.load(url, written.version, written.sha256, cache=tmp_path / "cache")
+    assert not [each for each in tmp_path.rglob("*") if each.is_file()]
 
 
 def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:

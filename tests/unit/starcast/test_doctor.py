@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 from pydantic import SecretStr
 
 from model import registry
@@ -32,3 +33,13 @@ def test_a_version_on_trial_is_looked_at(tmp_path: Path) -> None:
     *_, canary = _models(ModelsConfig(url=url))
     assert (canary.name, canary.state) == ("canary", "wrong")
     assert "another encoder" in canary.found
+
+
+def test_the_models_folder_is_the_one_that_workers_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    models, _ = _models(ModelsConfig(url="~/models"))
+    assert (models.state, models.found) == ("fine", f"{tmp_path}/home/models can be written")
+    assert not (tmp_path / "~").exists()

@@ -3,6 +3,7 @@ import json
 import logging
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from typing import Literal
 
 import pytest
 import structlog
@@ -67,6 +68,22 @@ def test_an_exception_is_one_line() -> None:
         structlog.get_logger().exception("failed")
     (line,) = lines(stream)
     assert "odd" in json.dumps(line["exception"])
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_trace_tells_no_values_of_variables(form: Literal["json", "text"]) -> None:
+    def connect(password: str) -> None:
+        raise ValueError("odd")
+
+    stream = io.StringIO()
+    configure(LogConfig(format=form), stream)
+    try:
+        connect("".join(["hunter", "2"]))
+    except ValueError:
+        logging.getLogger("aiokafka").exception("failed")
+    assert "odd" in stream.getvalue()
+    assert "test_log.py" in stream.getvalue()
+    assert "hunter2" not in stream.getvalue()
 
 
 def test_text_for_people() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from model import registry
 from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast import __version__
-from starcast.commands.context import check_output
+from starcast.commands.context import check_output, fail
 from starcast.main import app, main
 from starcast.settings import load
 from streams.embedded import HOST, Endpoints, free_port
@@ -438,3 +439,22 @@ def test_a_stable_bundle_that_cannot_be_served_keeps_nobody_from_training(
     found = RUNNER.invoke(app, [command, str(tmp_path / "few.jsonl")], env=environment)
     assert isinstance(found.exception, TrainerError)
     assert "only 1 rated reviews" in str(found.exception)
+
+
+def test_errors_do_not_steer_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As it may stand in the name of a file, or in the registry."""
+    fail("no file \x1b[2J here")
+    assert r"no file \x1b[2J here" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_command_that_waits_for_a_broker() -> None:
+    """By a handler: a container's first process is not ended by a signal that it leaves alone."""
+    command = [sys.executable, "-m", "starcast", "run", "items", "--wait", "60"]
+    nowhere = {"STARCAST_KAFKA__BOOTSTRAP_SERVERS": f"{HOST}:{free_port()}"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | nowhere) as process:
+        assert process.stderr is not None
+        assert b"No Kafka broker answers" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM

@@ -4,11 +4,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from schemas.urls import HIDDEN, hide_password
 from starcast.settings import (
-    HIDDEN,
     Settings,
     SettingsError,
-    hide_password,
     load,
     load_with_sources,
     variables,
@@ -150,6 +149,8 @@ def test_secrets_are_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         f'[kafka.options]\nsasl.password = "{secret}"\nsasl.username = "bob"\n',
     )
     monkeypatch.setenv("STARCAST_KAFKA__OPTIONS__SSL_KEY_PASSWORD", secret)
+    monkeypatch.setenv("STARCAST_MODELS__URL", f"sftp://bob:{secret}@h/models")
+    monkeypatch.setenv("STARCAST_TRAINER__TRACKING__MLFLOW_URI", f"http://bob:{secret}@h")
     settings, rows = load_with_sources(folder=tmp_path)
     shown = {row.name: row.shown for row in rows}
     assert shown["kafka.options.sasl.password"] == HIDDEN
@@ -174,6 +175,9 @@ def test_secrets_are_not_shown_in_errors(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("redis://h:1/0", "redis://h:1/0"),
         ("redis://:pw@h/0", f"redis://:{HIDDEN}@h/0"),
+        ("redis://u:p/a@b:c@h/0", f"redis://u:{HIDDEN}@h/0"),
+        ("sftp://u:p@h/models", f"sftp://u:{HIDDEN}@h/models"),
+        ("redis+sentinel://a:1,b:2/shop", "redis+sentinel://a:1,b:2/shop"),
         ("rediss://u:p@h:1/2", f"rediss://u:{HIDDEN}@h:1/2"),
         ("unix:///tmp/s?password=x&db=1", f"unix:///tmp/s?password={HIDDEN}&db=1"),
     ],

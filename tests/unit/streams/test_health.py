@@ -28,6 +28,14 @@ def asked(checks: Mapping[str, Check], path: str) -> tuple[int, str]:
         return get(port, path)
 
 
+def test_an_address_of_ipv6() -> None:
+    with (
+        serve_health("::1", 0, CollectorRegistry(), {}) as port,
+        urllib.request.urlopen(f"http://[::1]:{port}/health", timeout=5) as response,
+    ):
+        assert response.status == 200
+
+
 def test_alive_even_when_not_ready() -> None:
     status, body = asked({"scorer": lambda: "recovering"}, "/health")
     assert (status, json.loads(body)) == (200, {"alive": True})

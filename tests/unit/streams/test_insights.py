@@ -1,5 +1,7 @@
 import asyncio
 import ssl
+import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,15 @@ from schemas.topics import LARGEST_MESSAGE
 from streams.clients import KafkaOptionError
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.embedded import HOST, free_port
-from streams.insights import _resume, _Run, _write, broker_credentials, make_app
+from streams.insights import (
+    Readiness,
+    _resume,
+    _Run,
+    _write,
+    broker_credentials,
+    make_app,
+    run_insights,
+)
 from streams.metrics import make_metrics
 from streams.store import connect
 from streams.windows import WINDOW_FIELD, Window
@@ -122,10 +132,26 @@ def test_a_cluster_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     run = _Run(InsightsConfig(), connect(RedisConfig(url=url, cluster=True)), "windows")
     in_loop(_resume(run))
     assert run.steps is None
+    assert "the store does not answer" in (run.readiness.reason or "")
     window = Window(start_ms=0, end_ms=60_000, step_ms=60_000, kinds={})
     run.unwritten.append(window)
     assert not in_loop(_write(run, make_metrics()))
     assert list(run.unwritten) == [window]
+
+
+def test_it_is_not_ready_while_there_is_no_kafka(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.insights.REACH_SECONDS", 0.2)
+    readiness, stop = Readiness(), threading.Event()
+    kafka = KafkaConfig(bootstrap_servers=f"{HOST}:{free_port()}")
+    arguments = kafka, RedisConfig(), InsightsConfig(), stop, make_metrics(), readiness
+    thread = threading.Thread(target=run_insights, args=arguments)
+    thread.start()
+    until = time.monotonic() + 20
+    while "No Kafka broker" not in (readiness.reason or "") and time.monotonic() < until:
+        time.sleep(0.05)
+    stop.set()
+    thread.join()
+    assert "No Kafka broker answers" in (readiness.reason or "")
 
 
 def test_a_store_that_refuses_is_waited_for(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +164,13 @@ def test_a_store_that_refuses_is_waited_for(store: str, monkeypatch: pytest.Monk
     client.config_set("maxmemory", 1)
     try:
         assert not in_loop(_write(run, make_metrics()))
+        assert "the store" in (run.readiness.reason or "")
     finally:
         client.config_set("maxmemory", 0)
     assert list(run.unwritten) == [window]
     assert in_loop(_write(run, make_metrics()))
     assert (client.xlen("windows"), list(run.unwritten)) == (1, [])
+    assert run.readiness.reason is None
 
 
 @pytest.mark.parametrize("field", [WINDOW_FIELD, b"other"])
@@ -151,5 +179,6 @@ def test_a_window_of_another_release_tells_where_it_ends(store: str, field: byte
     client.xadd("windows", {field: b'{"start_ms": 0}'}, id="60000-0")
     run = _Run(InsightsConfig(), client, "windows")
     in_loop(_resume(run))
+    assert run.readiness.reason is None
     assert run.steps is not None
     assert run.steps.closed == 60_000

@@ -405,6 +405,37 @@ def test_errors_of_a_poll(world: World) -> None:
         world.turn(loop)
 
 
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(StoreError("gone"), "failed"), (FencedError("claimed"), "fenced")]
+)
+def test_writes_that_the_store_did_not_take_are_counted(
+    world: World, error: StoreError, outcome: str
+) -> None:
+    loop = world.loop(Counting(errors={"finish": [error]}))
+    fill(world, 1, 0)
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop, 2)
+    assert world.value("state_writes_total", processor="counting", outcome=outcome) == 1
+
+
+def test_what_cannot_be_decompressed_is_told_with_its_place(world: World) -> None:
+    loop = world.loop(Counting())
+    world.consumer.rebalance(new=places(0))
+    error = KafkaError(KafkaError._BAD_COMPRESSION, "Decompression failed")
+    world.consumer.errors.append(Message("eu.reviews", partition=0, offset=7, error=error))
+    with capture_logs() as logs:
+        world.turn(loop)
+    (told,) = [line for line in logs if line["log_level"] == "error"]
+    assert told["where"] == "eu.reviews partition 0 offset 7"
+    assert "docs/operate.md" in told["do"]
+
+
+def test_dead_letters_are_counted_from_zero(world: World) -> None:
+    """Or Prometheus' `increase` would not see the first of them."""
+    world.loop(Counting())
+    assert world.value("dead_letters_total", processor="counting", reason="contract") == 0
+
+
 def test_lag_is_that_of_the_partitions_in_work(world: World) -> None:
     processor = Counting(batch_size=2)
     loop = world.loop(processor)

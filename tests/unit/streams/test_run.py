@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,22 @@ with worker_slot(KafkaConfig(), "scorer"):
 def test_a_full_disk_is_told() -> None:
     ended = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
     assert ended.stderr.splitlines()[-1].startswith("schemas.exceptions.StarcastError: This worker")
+
+
+def test_a_folder_of_locks_that_another_user_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its locks may be links to files of ours, which would be emptied."""
+    precious = tmp_path / "precious"
+    precious.write_text("models")
+    other = os.getuid() + 1
+    folder = tmp_path / f"starcast-{other}"
+    folder.mkdir()
+    (folder / "starcast-scorer-0.lock").symlink_to(precious)
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(StarcastError, match="another user's"), worker_slot(KafkaConfig(), "scorer"):
+        pass
+    assert precious.read_text() == "models"
 
 
 def test_no_number_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.connection import SSLConnection
 from redis.crc import key_slot
+from redis.sentinel import SentinelManagedSSLConnection
 
 from schemas.exceptions import UnreachableError
 from streams import embedded
@@ -220,6 +222,35 @@ def test_credentials_for_a_primary_are_decoded() -> None:
     client = make("redis+sentinel://a%40b:c%2Fd%3A@one/shop").client
     told = client.connection_pool.connection_kwargs
     assert (told["username"], told["password"]) == ("a@b", "c/d:")
+
+
+def test_sentinels_and_primary_speak_tls_and_have_logins_of_their_own() -> None:
+    url = "rediss+sentinel://bob:pw@one:1,[::1]/shop?ssl_ca_certs=/ca.pem&sentinel_password=other"
+    pool = make(url).client.connection_pool
+    assert pool.connection_class is SentinelManagedSSLConnection
+    sentinels = [each.connection_pool for each in pool.sentinel_manager.sentinels]
+    assert {each.connection_class for each in sentinels} == {SSLConnection}
+    told = [each.connection_kwargs for each in (pool, *sentinels)]
+    assert [each["ssl_ca_certs"] for each in told] == ["/ca.pem"] * 3
+    assert [each["username"] for each in told] == ["bob", None, None]
+    assert [each["password"] for each in told] == ["pw", "other", "other"]
+    assert [(each["host"], each["port"]) for each in told[1:]] == [("one", 1), ("::1", 26379)]
+
+
+@pytest.mark.parametrize("scheme", ["redis", "redis+sentinel"])
+@pytest.mark.parametrize(
+    "password", ["secret/x", "1/secret", "secret?x", "secret#x", "sec\u2100ret"]
+)
+def test_a_password_that_is_not_encoded_is_not_told(scheme: str, password: str) -> None:
+    with pytest.raises(UnreachableError, match=r"%2F") as caught:
+        make(f"{scheme}://:{password}@h:1/shop")
+    assert "sec" not in str(caught.value).replace("cannot be read", "")
+
+
+@pytest.mark.parametrize("url", ["redis://h", "redis+sentinel://h/shop"])
+def test_an_option_that_an_address_does_not_take(url: str) -> None:
+    with pytest.raises(UnreachableError, match=r"ssl_ca_certs.*STARCAST_REDIS__URL"):
+        make(f"{url}?ssl_ca_certs=/ca.pem")
 
 
 def test_tokens_rise_though_the_clock_goes_back(store: str) -> None:

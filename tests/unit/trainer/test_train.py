@@ -1,6 +1,8 @@
 """From a small generated shop to a promoted bundle."""
 
 import json
+import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,3 +281,26 @@ def test_of_processes_that_fit_together_one_tells_figures(
     with pytest.raises(KeyboardInterrupt):
         train(from_file(shop_file), str(tmp_path), tracked)
     assert folder.exists() == tells
+
+
+def test_where_figures_go_is_not_told_there(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's address may have a password."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    told: dict[str, Any] = {}
+    library = SimpleNamespace(
+        set_tracking_uri=lambda _: None,
+        start_run=lambda run_name: nullcontext(),
+        log_params=told.update,
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", library)
+    monkeypatch.setattr(module, "base_encoder", stop)
+    config = TrackingConfig(folder=str(tmp_path / "runs"), mlflow_uri="http://bob:hunter2@mlflow")
+    with pytest.raises(KeyboardInterrupt):
+        train(from_file(shop_file), str(tmp_path), CONFIG.model_copy(update={"tracking": config}))
+    assert told["seed"] == CONFIG.seed
+    assert "hunter2" not in str(told)
