@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report
-from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer
+from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer, by_partition, produce
 from bench.events import World, make_events, make_world
 from bench.model import default_models
 from bench.peers import beside
@@ -177,11 +177,15 @@ class Bench:
 
 def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Transaction]) -> Run:
     """Consume, produce, commit: the same transactions with nothing in between."""
+    written = [
+        {target.topic_prefix + topic: by_partition(each) for topic, each in one.outputs.items()}
+        for one in transactions
+    ]
     consumer = bare_consumer(source, fetch_wait_max_ms=20)
     producer = bare_producer(target)
     consumer.subscribe([source.topic_prefix + topic for topic in Scorer.topics])
     watch = Stopwatch()
-    for at, transaction in enumerate(transactions):
+    for at, (transaction, outputs) in enumerate(zip(transactions, written, strict=True)):
         left = transaction.events
         while left:
             if not (messages := consumer.consume(left, WAIT_SECONDS)):
@@ -189,8 +193,8 @@ def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Tr
             left -= len(messages)
         watch.mark("consume")
         producer.begin_transaction()
-        for topic, records in transaction.outputs.items():
-            producer.produce_batch(target.topic_prefix + topic, records)
+        for topic, records in outputs.items():
+            produce(producer, topic, records)
         producer.poll(0)
         watch.mark("produce")
         if transaction.events:
