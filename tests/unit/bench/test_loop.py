@@ -1,16 +1,18 @@
-"""The bare loop against the broker that librdkafka has within itself."""
+"""Loops against the broker that librdkafka has within itself."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any, cast
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
+from bench import worker
 from bench.clients import produce
 from bench.loop import run_bare
 from bench.watch import Transaction
 from schemas.exceptions import StarcastError
 from streams.config import KafkaConfig
+from streams.processor import Offsets, Outcome
 
 WAIT_SECONDS = 30.0
 PARTITIONS = 4  # of each topic, as that broker has it
@@ -43,6 +45,44 @@ def test_the_bare_loop_writes_each_record_where_the_scorer_did(kafka: KafkaConfi
     assert run.events == 15  # the first transaction is not measured
     assert read(kafka, "bare.journal") == {at: [b"%d" % at] * 4 for at in range(PARTITIONS)}
     assert list(read(kafka, "bare.predicted-ratings").values()) == [[b"user"] * 4]
+
+
+def test_a_processor_to_whom_nothing_comes_any_more_ends_the_benchmark(
+    kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 2})
+    for _ in range(3):
+        producer.produce("reviews", b"event")
+    producer.flush(WAIT_SECONDS)
+    monkeypatch.setattr(worker, "WAIT_SECONDS", 5.0)
+    config = kafka.model_copy(update={"partitions": PARTITIONS})
+    assert worker.work(lambda _: Counting(), config, 3).left == 0
+    with pytest.raises(StarcastError, match=r"of 5 records were left .* Kafka and the store"):
+        worker.work(lambda _: Counting(), config, 5)
+
+
+class Counting:
+    """A processor that makes nothing of what it reads."""
+
+    name, topics, together, transactional = "counting", ("reviews",), False, True
+    batch_size, linger_seconds, lag = 10, 0.0, 0
+
+    def claim(self, committed: Offsets) -> Offsets:
+        """Go on from what is committed."""
+        return committed
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        """Holds nothing."""
+
+    def process(self, messages: list[Message]) -> Outcome:
+        """Nothing."""
+        return Outcome()
+
+    def idle(self) -> Outcome | None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def test_a_bare_loop_that_drops_records_is_no_limit() -> None:
