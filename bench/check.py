@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import exit_code
 from bench.report import RESULTS
 from schemas.exceptions import StarcastError
 
@@ -88,4 +89,4 @@ def _written(name: str) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report
+from bench.command import exit_code
 from bench.events import make_world
 from bench.loop import Bench, Sizes
 from bench.model import default_models
@@ -51,7 +52,7 @@ from bench.open_loop import (
     watch,
 )
 from bench.pool import Template, make_pool
-from bench.processes import samples_of, started
+from bench.processes import Worker, started
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from starcast.settings import Settings
@@ -109,7 +110,7 @@ class Course:
         self,
         options: Options,
         kafka: KafkaConfig,
-        scorer: str,  # where its metrics are
+        scorer: Worker,
         pool: Sequence[Template],
         executors: Mapping[str, ProcessPoolExecutor],
         manager: SyncManager,
@@ -117,7 +118,7 @@ class Course:
         self._options = options
         self._kafka = kafka
         self._bare = kafka.model_copy(update={"topic_prefix": "bare."})
-        self._address = scorer
+        self._worker = scorer
         self._pool = pool
         self._executors = executors
         self._manager = manager
@@ -138,11 +139,11 @@ class Course:
     def _scorer(self, rate: int, seconds: float) -> Measured:
         starts = {topic: ends_of(self._kafka, topic) for topic in OTHER_OUTPUTS}
         plan = self._plan(rate, seconds)
-        before = batch_seconds(self._address)
+        before = batch_seconds(self._worker)
         sent, seen = self._play(self._kafka, plan)
         spent = {
             phase: value - before.get(phase, 0.0)
-            for phase, value in batch_seconds(self._address).items()
+            for phase, value in batch_seconds(self._worker).items()
         }
         self._predictions = seen.values
         self._samples = {
@@ -180,6 +181,7 @@ class Course:
         sending = self._executors["sender"].submit(send, kafka, self._pool, plan, stop)
 
         def sent() -> int | None:
+            self._worker.check()
             if running is not None and running.done():
                 running.result()
                 raise StarcastError("The bare loop has ended.")
@@ -192,10 +194,10 @@ class Course:
         return sending.result(), seen
 
 
-def batch_seconds(address: str) -> dict[str, float]:
+def batch_seconds(worker: Worker) -> dict[str, float]:
     """The worker's seconds by phase so far, and how many batches there were."""
     found: dict[str, float] = {}
-    for sample in samples_of(address):
+    for sample in worker.samples():
         phase = sample.labels.get("phase", "")
         if sample.name == "starcast_batch_seconds_sum":
             found[phase] = sample.value
@@ -434,11 +436,12 @@ def measure_all(
         with started("scorer", ["scorer"], settings, folder) as worker:
             wait(loaded)  # their modules, before anything is measured
             console.print("Warming the broker …")
-            course = Course(options, kafka, worker.child.address, pool, executors, manager)
+            course = Course(options, kafka, worker, pool, executors, manager)
             return run_rates(options, course.measure, console)
 
 
-def _options(arguments: Sequence[str] | None) -> Options:
+def read_options(arguments: Sequence[str] | None) -> Options:
+    """From the command line."""
     parser = argparse.ArgumentParser(prog="bench.latency", description=__doc__)
     parser.add_argument("--rates", type=int, nargs="+", default=RATES, help="events a second")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured at each rate")
@@ -458,7 +461,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    options = _options(arguments)
+    options = read_options(arguments)
     configure(LogConfig(level="warning"))
     console = Console()
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
@@ -469,11 +472,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Highest rate sustained: {figures['highest_sustained']:,} events/s "
         f"(bare loop: {figures['highest_sustained_bare']:,} of those tried)"
     )
-    plot(runs, report.RESULTS / "latency.svg")
     path = report.write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
-    console.print(f"written to {path}")
+    plot(runs, path.with_suffix(".svg"))
+    console.print(f"written to {path}, plot beside it")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

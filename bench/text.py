@@ -44,6 +44,7 @@ from rich.table import Table
 
 from bench import report, ways
 from bench.clock import by_processor, seconds
+from bench.command import exit_code
 from bench.events import World, make_world
 from bench.model import packaged_encoder
 from bench.pairs import pair_rates
@@ -442,8 +443,8 @@ def card(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+def read_options(arguments: Sequence[str] | None) -> Settings:
+    """From the command line."""
     parser = argparse.ArgumentParser(prog="bench.text", description=__doc__)
     parser.add_argument("--texts", type=int, default=240, help="texts of mixed length")
     parser.add_argument("--rounds", type=int, default=3)
@@ -462,7 +463,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--compiled", action="store_true", help="torch.compile too; takes minutes to compile"
     )
     parser.add_argument("--seed", type=int, default=7)
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    settings = read_options(arguments)
     configure(LogConfig(level="warning"))
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -481,4 +487,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

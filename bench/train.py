@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import clock, report
+from bench.command import exit_code
 from bench.model import packaged_encoder
 from bench.rows import make_item_tables, make_rows
 from bench.text import make_reviews
@@ -353,8 +354,8 @@ def measure(settings: Settings, console: Console) -> dict[str, Any]:
     return summary(fits, replayed) | about
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+def read_options(arguments: Sequence[str] | None) -> Settings:
+    """From the command line."""
     parser = argparse.ArgumentParser(prog="bench.train", description=__doc__)
     parser.add_argument("--texts", type=int, default=300, help="the newest fifth is not learnt")
     parser.add_argument("--epochs", type=int, default=2)
@@ -370,7 +371,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="torch threads, by default those of a worker; 0: as torch decides",
     )
     parser.add_argument("--seed", type=int, default=7)
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    settings = read_options(arguments)
     configure(LogConfig(level="warning"))
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -388,4 +394,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
