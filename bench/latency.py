@@ -251,6 +251,12 @@ def histogram_of(latencies: NDArray[np.float64]) -> HdrHistogram:
     return histogram
 
 
+def percentiles(histogram: HdrHistogram) -> dict[str, float]:
+    """Milliseconds by name."""
+    values = {_name(each): histogram.get_value_at_percentile(each) for each in PERCENTILES}
+    return {name: round(value / 1_000, 2) for name, value in values.items()}
+
+
 def run_rates(
     options: Options, measure: Callable[[str, int], Measured], console: Console
 ) -> dict[str, dict[int, list[Measured]]]:
@@ -309,6 +315,7 @@ def figures_of(runs: Mapping[str, Mapping[int, Sequence[Measured]]]) -> dict[str
 
 def _row(runs: Sequence[Measured]) -> dict[str, Any]:
     histogram = histogram_of(np.concatenate([run.latencies for run in runs]))
+    alone = [percentiles(histogram_of(run.latencies)) for run in runs]
     late = np.concatenate([run.late for run in runs])
     transactions = sum(run.transactions for run in runs)
     phases = Counter[str]()
@@ -317,10 +324,8 @@ def _row(runs: Sequence[Measured]) -> dict[str, Any]:
     return {
         "sustained": all(run.sustained for run in runs),
         "events": histogram.get_total_count(),
-        **{
-            _name(each): round(histogram.get_value_at_percentile(each) / 1_000, 2)
-            for each in PERCENTILES
-        },
+        **percentiles(histogram),
+        "rounds": {name: [each[name] for each in alone] for name in alone[0]},
         "max": round(histogram.get_max_value() / 1_000, 2),
         "sender_late_p99": round(float(np.percentile(late, 99)) * 1_000, 2) if len(late) else None,
         "events_per_transaction": round(sum(run.events for run in runs) / transactions, 1),

@@ -94,5 +94,14 @@ def test_rates_rise_until_the_scorer_breaks_and_then_close_in() -> None:
     assert (figures["highest_sustained"], figures["highest_sustained_bare"]) == (5_000, 8_000)
 
 
+def test_rounds_are_told_together_and_apart() -> None:
+    rounds = [
+        Measured(np.full(10, seconds), np.zeros(10), True, 10, 2, {}) for seconds in (0.01, 0.03)
+    ]
+    row = figures_of({"scorer": {4_000: rounds}, "bare": {}})["scorer"]["4000"]
+    assert row["rounds"]["p99"] == pytest.approx([10, 30], rel=1e-3)
+    assert (row["p50"], row["p99"]) == (row["rounds"]["p50"][0], row["rounds"]["p99"][1])
+
+
 def test_no_rate_is_sustained_where_every_one_breaks() -> None:
     assert highest_sustained({}) == 0
