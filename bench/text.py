@@ -43,7 +43,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import report, ways
+from bench import clock, report, ways
 from bench.clock import by_processor, seconds
 from bench.command import exit_code
 from bench.events import World, make_world
@@ -71,7 +71,7 @@ from model.engine import Engine
 from schemas.records import Review
 from starcast.log import LogConfig, configure
 from starcast.shop import shop
-from streams.config import ModelsConfig, TextsConfig
+from streams.config import TextsConfig
 from trainer.metrics import text_scores
 from trainer.text import (
     TEST,
@@ -458,13 +458,7 @@ def read_options(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--pairs", type=int, default=200_000, help="0: the network is left out")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1_024, 32_768])
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=ModelsConfig().threads,
-        help="torch threads, by default those of a worker; 0: as torch decides",
-    )
+    clock.add_options(parser)
     parser.add_argument(
         "--compiled", action="store_true", help="torch.compile too; takes minutes to compile"
     )
@@ -476,8 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     settings = read_options(arguments)
     configure(LogConfig(level="warning"))
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    clock.take_threads(settings.threads)
     console = Console()
     figures = measure(settings, console)
     for each in tables(figures):

@@ -46,7 +46,7 @@ from model.lookups import Store
 from model.replay import History
 from model.state import ITEM, STARS, USER
 from starcast.log import LogConfig, configure
-from streams.config import ModelsConfig, TextsConfig
+from streams.config import TextsConfig
 from trainer.config import FineTuneConfig, TextConfig
 from trainer.fine_tune import Labelled, fine_tune, loss_of, taken
 from trainer.metrics import text_scores
@@ -363,13 +363,7 @@ def read_options(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--events", type=int, default=1_000_000, help="of the replayed history")
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=10_000)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=ModelsConfig().threads,
-        help="torch threads, by default those of a worker; 0: as torch decides",
-    )
+    clock.add_options(parser)
     parser.add_argument("--seed", type=int, default=7)
     return Settings(**vars(parser.parse_args(arguments)))
 
@@ -378,8 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     settings = read_options(arguments)
     configure(LogConfig(level="warning"))
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    clock.take_threads(settings.threads)
     console = Console()
     figures = measure(settings, console)
     for each in tables(figures):

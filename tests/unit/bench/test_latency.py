@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bench.latency import (
-    Measured,
-    Options,
-    figures_of,
-    highest_sustained,
-    histogram_of,
-    judged,
-    keeps_up,
-    run_rates,
-)
+from bench.latencies import Measured, figures_of, highest_sustained, histogram_of
+from bench.latency import Options, judged, keeps_up, run_rates
 from bench.open_loop import Plan, Seen, Sent
 from schemas.exceptions import StarcastError
 
