@@ -64,7 +64,7 @@ GIVE_UP_SECONDS = 6.0  # and one so late will not; more would only have to be wo
 GROWTH = 0.02  # seconds that a loop may fall behind in a second: more is no noise
 DRAIN_SECONDS = 120.0  # a loop that loses events would never end
 READY_SECONDS = 60.0  # a bare loop that is given no partitions would hang the benchmark
-TABLE_WIDTH = 120  # Markdown whose lines are cut is none
+TABLE_WIDTH = 160  # Markdown whose lines are cut is none
 WARM_RATE = 5_000  # events a second while the broker's JVM compiles what runs often
 PACKAGES = ("confluent-kafka", "hdrhistogram", "numpy", "orjson", "redis", "torch")
 

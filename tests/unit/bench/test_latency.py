@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bench.latencies import Measured, figures_of, highest_sustained, histogram_of
-from bench.latency import Options, judged, keeps_up, run_rates
+from bench.latencies import Measured, figures_of, highest_sustained, histogram_of, table
+from bench.latency import TABLE_WIDTH, Options, judged, keeps_up, run_rates
 from bench.open_loop import Plan, Seen, Sent
 from schemas.exceptions import StarcastError
 
@@ -93,6 +93,14 @@ def test_rounds_are_told_together_and_apart() -> None:
     row = figures_of({"scorer": {4_000: rounds}, "bare": {}})["scorer"]["4000"]
     assert row["rounds"]["p99"] == pytest.approx([10, 30], rel=1e-3)
     assert (row["p50"], row["p99"]) == (row["rounds"]["p50"][0], row["rounds"]["p99"][1])
+
+
+def test_the_table_is_markdown() -> None:
+    slow = Measured(np.full(10, 12.3456), np.zeros(10), True, 10, 2, {})
+    said = StringIO()
+    runs = {loop: {20_000: [slow]} for loop in ("scorer", "bare")}
+    Console(file=said, width=TABLE_WIDTH).print(table(figures_of(runs)))
+    assert len(said.getvalue().strip().splitlines()) == 3  # a heading that is broken would be more
 
 
 def test_no_rate_is_sustained_where_every_one_breaks() -> None:
