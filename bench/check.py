@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from pydantic import BaseModel, Field, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import exit_code
 from bench.report import RESULTS
+from schemas.exceptions import StarcastError
 
 BASELINE = Path(__file__).parent / "baseline.json"
 
@@ -47,6 +50,14 @@ def fallen(baseline: Mapping[str, Ratio], figures: Mapping[str, Any]) -> list[st
     return [name for name, ratio in baseline.items() if not figures.get(name, 0) >= ratio.least]
 
 
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run a benchmark. Raises StarcastError where that left its figures as they were."""
+    before = _written(name)
+    subprocess.run([sys.executable, "-m", f"bench.{name}", *arguments], check=True)
+    if _written(name) == before:
+        raise StarcastError(f"bench.{name} did not write {RESULTS / name}.json.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, compare, print; 1 when a ratio has fallen."""
     baseline = TypeAdapter(dict[str, Benchmark]).validate_json(BASELINE.read_bytes())
@@ -59,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in chosen.only:
         benchmark = baseline[name]
         if not chosen.as_is:
-            command = [sys.executable, "-m", f"bench.{name}", *benchmark.arguments]
-            subprocess.run(command, check=True)
+            run(name, benchmark.arguments)
         figures = orjson.loads((RESULTS / f"{name}.json").read_bytes())
         gone = fallen(benchmark.ratios, figures)
         failed = failed or bool(gone)
@@ -72,5 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
+def _written(name: str) -> int | None:
+    with suppress(FileNotFoundError):
+        return (RESULTS / f"{name}.json").stat().st_mtime_ns
+    return None
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

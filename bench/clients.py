@@ -1,16 +1,21 @@
 """Kafka clients that several benchmarks have: a shop's producer, and those of the bare loops."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from confluent_kafka import Consumer, Producer
 
+from schemas.exceptions import StarcastError
 from streams.clients import client_config
 from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
+from streams.sender import BY_KEY, OUTPUT_MESSAGES
 
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
 FULL_SECONDS = 0.05  # a queue that is full takes more after this
+
+Record = dict[str, Any]  # as `produce_batch` takes it
 
 
 def shop_producer(kafka: KafkaConfig, **options: Any) -> Producer:
@@ -66,7 +71,23 @@ def bare_producer(kafka: KafkaConfig) -> Producer:
             partitioner="murmur2_random",
             linger_ms=1,
             compression_type="lz4",
+            queue_buffering_max_messages=OUTPUT_MESSAGES,
         )
     )
     producer.init_transactions(WAIT_SECONDS)
     return producer
+
+
+def by_partition(records: Iterable[Record]) -> dict[int, list[Record]]:
+    """Records by the partition that they go to: a call's is heeded, not those of its messages."""
+    found = defaultdict[int, list[Record]](list)
+    for record in records:
+        found[record.get("partition", BY_KEY)].append(record)
+    return found
+
+
+def produce(producer: Producer, topic: str, records: Mapping[int, list[Record]]) -> None:
+    """Write what a bare loop writes. Raises StarcastError where the producer does not take all."""
+    for partition, batch in records.items():
+        if producer.produce_batch(topic, batch, partition=partition) < len(batch):
+            raise StarcastError("The bare loop's queue is full: take smaller batches.")

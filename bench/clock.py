@@ -1,10 +1,30 @@
 """The time that work takes, on machines that others use too."""
 
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from streams.config import ModelsConfig
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Where and in how many threads torch works: `--device` and `--threads`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=ModelsConfig().threads,
+        help="torch threads, by default those of a worker; 0: as torch decides",
+    )
+
+
+def take_threads(count: int) -> None:
+    """Have torch work in so many threads; 0: as it decides."""
+    if count:
+        torch.set_num_threads(count)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

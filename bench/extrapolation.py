@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
+from schemas.exceptions import StarcastError
+
 DAY_SECONDS = 86_400
 MONTH_HOURS = 730
 MOST_PARTITIONS = 4_096  # that settings allow
@@ -72,7 +74,10 @@ class Needed:
 
 
 def extrapolate(measured: Measured, wanted: Wanted) -> Needed:
-    """Cores from processor time an event, memory from bytes a user; machines, what needs more."""
+    """Cores from processor time an event, memory from bytes a user; machines, what needs more.
+
+    Raises StarcastError when that takes more partitions than there may be.
+    """
     events = wanted.events_per_second
 
     def cores(microseconds: float, copies: int = 1) -> float:
@@ -85,6 +90,12 @@ def extrapolate(measured: Measured, wanted: Wanted) -> Needed:
     total = workers + kafka_cores + store_cores
     store_gb = wanted.users * measured.user_bytes * wanted.store_copies / 1e9
     memory_gb = store_gb + workers * measured.worker_mb * 2**20 / 1e9
+    partitions = power_of_two(workers * wanted.partitions_a_worker)
+    if partitions > MOST_PARTITIONS:
+        raise StarcastError(
+            f"{workers:,} workers need {partitions:,} partitions, and settings allow "
+            f"{MOST_PARTITIONS:,}: compute a shop for each of several groups of users."
+        )
     seconds = wanted.retention_days * DAY_SECONDS
     disk = events * measured.kafka_bytes * seconds * wanted.kafka_copies / 1e12
     machines = max(ceil(total / wanted.machine_cores), ceil(memory_gb / wanted.machine_gb))
@@ -100,7 +111,7 @@ def extrapolate(measured: Measured, wanted: Wanted) -> Needed:
         primaries,
         store_gb,
         memory_gb,
-        power_of_two(workers * wanted.partitions_a_worker),
+        partitions,
         disk,
         machines,
         cost,
@@ -119,6 +130,7 @@ def assumptions(wanted: Wanted) -> list[str]:
         f"{wanted.partitions_a_worker} partitions a worker",
         f"cores are busy for {wanted.utilization:.0%}; a core elsewhere is as fast as one here",
         f"each of Kafka's {wanted.kafka_copies} replicas costs as much processor as the leader",
+        "what Kafka's leaders spend to take the shop's events in is not counted",
         "replicas of the store cost as much processor and memory as the primary",
         "partitions and slots are even: no user and no item has a large share of all events",
         "items, vectors and attributes are small beside users' states",

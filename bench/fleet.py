@@ -85,10 +85,9 @@ class Fleet:
         while self._predicted() - before < count:
             if time.perf_counter() - began > SCORE_SECONDS:
                 left = count - (self._predicted() - before)
-                raise StarcastError(
-                    f"{left:.0f} of {count} events were not scored in {SCORE_SECONDS:.0f} s; the "
-                    f"workers' logs are in {self._servers.folder}."
-                )
+                said = [each.child.last_words() for each in self._workers.values()]
+                told = f"{left:.0f} of {count} events were not scored in {SCORE_SECONDS:.0f} s."
+                raise StarcastError("\n".join([told, *said]))
             time.sleep(LOOK_SECONDS)
         seconds = time.perf_counter() - began
         worker, kafka, store = (

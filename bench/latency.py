@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -23,18 +22,15 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-import altair
 import numpy as np
-import polars as pl
-from hdrh.histogram import HdrHistogram
 from numpy.typing import NDArray
 from pydantic import SecretStr
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bench import report
+from bench.command import exit_code
 from bench.events import make_world
+from bench.latencies import LOOPS, Measured, figures_of, highest_sustained, plot, table, words
 from bench.loop import Bench, Sizes
 from bench.model import default_models
 from bench.open_loop import (
@@ -51,7 +47,7 @@ from bench.open_loop import (
     watch,
 )
 from bench.pool import Template, make_pool
-from bench.processes import samples_of, started
+from bench.processes import Worker, started
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from starcast.settings import Settings
@@ -59,8 +55,6 @@ from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
 from tests.servers import servers
 
 TRANSACTIONS = "transactions"
-LOOPS = ("scorer", "bare")
-PERCENTILES = (50.0, 99.0, 99.9)
 RATES = (1_000, 5_000, 10_000, 20_000)
 POOL = 50_000  # events made once and sent again and again, with new ids and times
 FIRST_NUMBER = 1 << 40  # of the events that are measured: others have filled the store
@@ -70,7 +64,7 @@ GIVE_UP_SECONDS = 6.0  # and one so late will not; more would only have to be wo
 GROWTH = 0.02  # seconds that a loop may fall behind in a second: more is no noise
 DRAIN_SECONDS = 120.0  # a loop that loses events would never end
 READY_SECONDS = 60.0  # a bare loop that is given no partitions would hang the benchmark
-TABLE_WIDTH = 120  # Markdown whose lines are cut is none
+TABLE_WIDTH = 160  # Markdown whose lines are cut is none
 WARM_RATE = 5_000  # events a second while the broker's JVM compiles what runs often
 PACKAGES = ("confluent-kafka", "hdrhistogram", "numpy", "orjson", "redis", "torch")
 
@@ -90,18 +84,6 @@ class Options:
     partitions: int
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One loop at one rate; latencies in seconds, after the warm-up."""
-
-    latencies: NDArray[np.float64]  # in order of visibility
-    late: NDArray[np.float64]  # of the sender, and part of the above
-    sustained: bool
-    events: int  # the warm-up's too, as in what follows
-    transactions: int
-    phases: Mapping[str, float]  # seconds; none of the bare loop
-
-
 class Course:
     """Both loops, running or ready to, and what is needed to measure them."""
 
@@ -109,7 +91,7 @@ class Course:
         self,
         options: Options,
         kafka: KafkaConfig,
-        scorer: str,  # where its metrics are
+        scorer: Worker,
         pool: Sequence[Template],
         executors: Mapping[str, ProcessPoolExecutor],
         manager: SyncManager,
@@ -117,7 +99,7 @@ class Course:
         self._options = options
         self._kafka = kafka
         self._bare = kafka.model_copy(update={"topic_prefix": "bare."})
-        self._address = scorer
+        self._worker = scorer
         self._pool = pool
         self._executors = executors
         self._manager = manager
@@ -138,11 +120,11 @@ class Course:
     def _scorer(self, rate: int, seconds: float) -> Measured:
         starts = {topic: ends_of(self._kafka, topic) for topic in OTHER_OUTPUTS}
         plan = self._plan(rate, seconds)
-        before = batch_seconds(self._address)
+        before = batch_seconds(self._worker)
         sent, seen = self._play(self._kafka, plan)
         spent = {
             phase: value - before.get(phase, 0.0)
-            for phase, value in batch_seconds(self._address).items()
+            for phase, value in batch_seconds(self._worker).items()
         }
         self._predictions = seen.values
         self._samples = {
@@ -180,6 +162,7 @@ class Course:
         sending = self._executors["sender"].submit(send, kafka, self._pool, plan, stop)
 
         def sent() -> int | None:
+            self._worker.check()
             if running is not None and running.done():
                 running.result()
                 raise StarcastError("The bare loop has ended.")
@@ -192,10 +175,10 @@ class Course:
         return sending.result(), seen
 
 
-def batch_seconds(address: str) -> dict[str, float]:
+def batch_seconds(worker: Worker) -> dict[str, float]:
     """The worker's seconds by phase so far, and how many batches there were."""
     found: dict[str, float] = {}
-    for sample in samples_of(address):
+    for sample in worker.samples():
         phase = sample.labels.get("phase", "")
         if sample.name == "starcast_batch_seconds_sum":
             found[phase] = sample.value
@@ -240,15 +223,6 @@ def keeps_up(latencies: NDArray[np.float64], rate: float) -> bool:
     return bool(latencies[-1] <= BEHIND_SECONDS and last - first <= GROWTH * between)
 
 
-def histogram_of(latencies: NDArray[np.float64]) -> HdrHistogram:
-    """Microseconds up to an hour, to three digits."""
-    histogram = HdrHistogram(1, 3_600_000_000, 3)
-    values, counts = np.unique(np.rint(latencies * 1e6).astype(np.int64), return_counts=True)
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        histogram.record_value(max(value, 1), count)
-    return histogram
-
-
 def run_rates(
     options: Options, measure: Callable[[str, int], Measured], console: Console
 ) -> dict[str, dict[int, list[Measured]]]:
@@ -259,7 +233,7 @@ def run_rates(
     def run(loop: str, rate: int) -> bool:
         measured = measure(loop, rate)
         runs[loop].setdefault(rate, []).append(measured)
-        console.print(f"{loop} at {rate:,}/s: {_words(measured)}")
+        console.print(f"{loop} at {rate:,}/s: {words(measured)}")
         if not measured.sustained:
             broken[loop] = rate
         return measured.sustained
@@ -277,120 +251,6 @@ def run_rates(
                 break
             low, high = (middle, high) if run("scorer", middle) else (low, middle)
     return runs
-
-
-def highest_sustained(runs: Mapping[int, Sequence[Measured]]) -> int:
-    """The highest rate that every run sustained; 0 when there is none."""
-    good = [rate for rate, each in runs.items() if all(run.sustained for run in each)]
-    return max(good, default=0)
-
-
-def figures_of(runs: Mapping[str, Mapping[int, Sequence[Measured]]]) -> dict[str, Any]:
-    """Ratios by name, and each loop's percentiles in milliseconds, over all rounds of a rate."""
-    rows = {
-        loop: {str(rate): _row(each) for rate, each in sorted(by_rate.items())}
-        for loop, by_rate in runs.items()
-    }
-    ratios: dict[str, float] = {}
-    for rate, row in rows["scorer"].items():
-        bare = rows["bare"].get(rate)
-        if bare and row["sustained"] and bare["sustained"]:
-            for name in map(_name, PERCENTILES):
-                ratios[f"ratio_{name}_at_{rate}"] = round(row[name] / bare[name], 2)
-    return {
-        **ratios,
-        "highest_sustained": highest_sustained(runs["scorer"]),
-        "highest_sustained_bare": highest_sustained(runs["bare"]),
-        **rows,
-    }
-
-
-def _row(runs: Sequence[Measured]) -> dict[str, Any]:
-    histogram = histogram_of(np.concatenate([run.latencies for run in runs]))
-    late = np.concatenate([run.late for run in runs])
-    transactions = sum(run.transactions for run in runs)
-    phases = Counter[str]()
-    for run in runs:
-        phases.update(run.phases)  # pyright: ignore[reportArgumentType]
-    return {
-        "sustained": all(run.sustained for run in runs),
-        "events": histogram.get_total_count(),
-        **{
-            _name(each): round(histogram.get_value_at_percentile(each) / 1_000, 2)
-            for each in PERCENTILES
-        },
-        "max": round(histogram.get_max_value() / 1_000, 2),
-        "sender_late_p99": round(float(np.percentile(late, 99)) * 1_000, 2) if len(late) else None,
-        "events_per_transaction": round(sum(run.events for run in runs) / transactions, 1),
-        "ms_per_transaction": {
-            phase: round(spent / transactions * 1_000, 2) for phase, spent in phases.items()
-        },
-    }
-
-
-def _name(percentile: float) -> str:
-    return f"p{percentile:g}"
-
-
-def _words(measured: Measured) -> str:
-    row = _row([measured])
-    found = ", ".join(f"{name} {row[name]:.1f} ms" for name in map(_name, PERCENTILES))
-    return found if measured.sustained else f"not sustained ({found})"
-
-
-def table(figures: Mapping[str, Any]) -> Table:
-    """A Markdown table: milliseconds by rate, the loops side by side."""
-    names = [_name(each) for each in PERCENTILES]
-    shown = report.table(
-        "events/s",
-        *(f"{name} ms" for name in names),
-        *(f"bare {name} ms" for name in names),
-        *(f"ratio {name}" for name in names),
-        box=box.MARKDOWN,
-    )
-    rates = {rate for loop in LOOPS for rate in figures[loop]}
-    for rate in sorted(rates, key=int):
-        cells = [
-            f"{row[name]:.1f}" if row and row["sustained"] else "breaks" if row else ""
-            for row in (figures[loop].get(rate) for loop in LOOPS)
-            for name in names
-        ]
-        ratios = [figures.get(f"ratio_{name}_at_{rate}") for name in names]
-        shown.add_row(
-            f"{int(rate):,}", *cells, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        )
-    return shown
-
-
-def plot(runs: Mapping[str, Mapping[int, Sequence[Measured]]], path: Path) -> None:
-    """Latency by how rare it is, for each rate that was sustained."""
-    rows: list[dict[str, Any]] = []
-    for loop, by_rate in runs.items():
-        for rate, each in by_rate.items():
-            if not all(run.sustained for run in each):
-                continue
-            histogram = histogram_of(np.concatenate([run.latencies for run in each]))
-            rows += [
-                {
-                    "loop": loop,
-                    "events/s": rate,
-                    "rarity": rarity,
-                    "ms": histogram.get_value_at_percentile(100 - 100 / rarity) / 1_000,
-                }
-                for rarity in np.geomspace(1.05, 1_000, 60).tolist()
-            ]
-    if not rows:
-        return
-    chart = altair.Chart(pl.DataFrame(rows)).mark_line()
-    chart = chart.encode(
-        x=altair.X(
-            "rarity:Q", title="slower than this is one event in", scale=altair.Scale(type="log")
-        ),
-        y=altair.Y("ms:Q", scale=altair.Scale(type="log")),
-        color=altair.Color("loop:N", sort=list(LOOPS)),
-    )
-    chart = chart.properties(width=260, height=200).facet("events/s:N", columns=3)
-    chart.save(path)
 
 
 def measure_all(
@@ -434,11 +294,12 @@ def measure_all(
         with started("scorer", ["scorer"], settings, folder) as worker:
             wait(loaded)  # their modules, before anything is measured
             console.print("Warming the broker …")
-            course = Course(options, kafka, worker.child.address, pool, executors, manager)
+            course = Course(options, kafka, worker, pool, executors, manager)
             return run_rates(options, course.measure, console)
 
 
-def _options(arguments: Sequence[str] | None) -> Options:
+def read_options(arguments: Sequence[str] | None) -> Options:
+    """From the command line."""
     parser = argparse.ArgumentParser(prog="bench.latency", description=__doc__)
     parser.add_argument("--rates", type=int, nargs="+", default=RATES, help="events a second")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured at each rate")
@@ -458,7 +319,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    options = _options(arguments)
+    options = read_options(arguments)
     configure(LogConfig(level="warning"))
     console = Console()
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
@@ -469,11 +330,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Highest rate sustained: {figures['highest_sustained']:,} events/s "
         f"(bare loop: {figures['highest_sustained_bare']:,} of those tried)"
     )
-    plot(runs, report.RESULTS / "latency.svg")
     path = report.write("latency", figures | {"settings": asdict(options)}, *PACKAGES)
-    console.print(f"written to {path}")
+    plot(runs, path.with_suffix(".svg"))
+    console.print(f"written to {path}, plot beside it")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report
-from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer
+from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer, by_partition, produce
+from bench.command import exit_code
 from bench.events import World, make_events, make_world
 from bench.model import default_models
 from bench.peers import beside
@@ -47,6 +48,7 @@ from streams.store import Store
 from tests.servers import servers
 
 MODELS = {"bundle": "", "ladder": "_ladder"}  # and the suffix of their ratios
+LEAST_BATCHES = 4  # of a run: one that waits for its input, and one processed meanwhile
 PACKAGES = ("confluent-kafka", "numpy", "orjson", "pyarrow", "pydantic", "redis", "torch")
 
 
@@ -177,11 +179,15 @@ class Bench:
 
 def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Transaction]) -> Run:
     """Consume, produce, commit: the same transactions with nothing in between."""
+    written = [
+        {target.topic_prefix + topic: by_partition(each) for topic, each in one.outputs.items()}
+        for one in transactions
+    ]
     consumer = bare_consumer(source, fetch_wait_max_ms=20)
     producer = bare_producer(target)
     consumer.subscribe([source.topic_prefix + topic for topic in Scorer.topics])
     watch = Stopwatch()
-    for at, transaction in enumerate(transactions):
+    for at, (transaction, outputs) in enumerate(zip(transactions, written, strict=True)):
         left = transaction.events
         while left:
             if not (messages := consumer.consume(left, WAIT_SECONDS)):
@@ -189,8 +195,8 @@ def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Tr
             left -= len(messages)
         watch.mark("consume")
         producer.begin_transaction()
-        for topic, records in transaction.outputs.items():
-            producer.produce_batch(target.topic_prefix + topic, records)
+        for topic, records in outputs.items():
+            produce(producer, topic, records)
         producer.poll(0)
         watch.mark("produce")
         if transaction.events:
@@ -263,7 +269,7 @@ def table(figures: Mapping[str, Any]) -> Table:
     return shown
 
 
-def _options(arguments: Sequence[str] | None) -> tuple[Sizes, Sequence[str], Path | None]:
+def read_options(arguments: Sequence[str] | None) -> tuple[Sizes, Sequence[str], Path | None]:
     """How much, beside which peers, and where a flame graph goes."""
     parser = argparse.ArgumentParser(prog="bench.loop", description=__doc__)
     parser.add_argument("--events", type=int, default=200_000, help="events of one run")
@@ -288,6 +294,8 @@ def _options(arguments: Sequence[str] | None) -> tuple[Sizes, Sequence[str], Pat
     parser.add_argument("--flame", type=Path, help="write a flame graph of one more run there")
     options = vars(parser.parse_args(arguments))
     flame, peers = options.pop("flame"), options.pop("peers")
+    if options["rounds"] < 1 or options["events"] < LEAST_BATCHES * options["batch"]:
+        parser.error(f"a round at least, of {LEAST_BATCHES} batches: the first are not measured")
     return Sizes(**options), [name for name in peers if name != "none"], flame
 
 
@@ -308,7 +316,7 @@ def measure_rounds(bench: Bench, rounds: int, console: Console) -> dict[str, lis
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    sizes, names, flame = _options(arguments)
+    sizes, names, flame = read_options(arguments)
     configure(LogConfig(level="warning"))
     console = Console()
     peers = beside.installed(names, console)
@@ -322,11 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             redis = RedisConfig(url=SecretStr(endpoints.redis_url))
             bench = Bench(sizes, kafka, redis, models, peers)
-            measured = measure_rounds(bench, sizes.rounds, console)
+            figures = summary(measure_rounds(bench, sizes.rounds, console))
+            figures["settings"] = asdict(sizes)
+            report.write("loop", figures, *PACKAGES)  # what follows may fail
             if flame:
                 bench.record(flame)
             runs = beside.measure(peers, sizes.rounds, bench.measure_peer, console)
-    figures = summary(measured)
     figures |= beside.summary(figures["bundle"], runs)
     console.print(table(figures))
     if runs:
@@ -335,10 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{figures['bytes_in_per_event']} bytes in and {figures['bytes_out_per_event']} out "
         f"an event, before compression; {figures['memory_mb']} MB"
     )
-    path = report.write("loop", figures | {"settings": asdict(sizes)}, *PACKAGES)
+    path = report.write("loop", figures, *PACKAGES)
     console.print(f"written to {path}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

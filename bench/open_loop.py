@@ -8,16 +8,24 @@ an event's id says when it was due, and its prediction carries the same id.
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Protocol
 
 import numpy as np
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 from numpy.typing import NDArray
 
-from bench.clients import WAIT_SECONDS, bare_consumer, bare_producer, hand_over, shop_producer
+from bench.clients import (
+    WAIT_SECONDS,
+    bare_consumer,
+    bare_producer,
+    by_partition,
+    hand_over,
+    produce,
+    shop_producer,
+)
 from bench.pool import Template
 from schemas.codec import format_times
 from schemas.exceptions import StarcastError
@@ -179,12 +187,14 @@ def echo(
         messages += consumer.consume(policy.batch_events - 1, lingering(policy.linger_ms / 1_000))
         metadata = consumer.consumer_group_metadata()
         producer.begin_transaction()
-        _produce(producer, topic_name(kafka, PREDICTIONS), map(_predicted, messages, tails))
+        predicted = by_partition(map(_predicted, messages, tails))
+        produce(producer, topic_name(kafka, PREDICTIONS), predicted)
         for topic, (per_event, records) in others.items():
             owed[topic] += per_event * len(messages)
             count = int(owed[topic])
             owed[topic] -= count
-            _produce(producer, topic_name(kafka, topic), map(dict, islice(records, count)))
+            chosen = by_partition(map(dict, islice(records, count)))
+            produce(producer, topic_name(kafka, topic), chosen)
         producer.poll(0)
         ends = {(each.topic(), each.partition()): (each.offset() or 0) + 1 for each in messages}
         producer.send_offsets_to_transaction(
@@ -287,12 +297,3 @@ def _value(message: Message) -> bytes:
     if (error := message.error()) is not None:
         raise StarcastError(f"Kafka gives no records: {error.str()}.")
     return message.value() or b""
-
-
-def _produce(producer: Producer, topic: str, records: Iterable[dict[str, Any]]) -> None:
-    by_partition: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:  # a call's partition is heeded, not those of its messages
-        by_partition[record["partition"]].append(record)
-    for partition, batch in by_partition.items():
-        if producer.produce_batch(topic, batch, partition=partition) < len(batch):
-            raise StarcastError("The bare loop's queue is full.")

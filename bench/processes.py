@@ -9,6 +9,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from schemas.exceptions import StarcastError
 from starcast.settings import Settings
 from starcast.workers import read_metrics, start_worker
 from streams.embedded import Child
@@ -30,10 +31,28 @@ class Worker:
     child: Child
     process: psutil.Process
 
+    def check(self) -> None:
+        """Raises StarcastError, with the end of its log, when the process has ended."""
+        if not self.child.alive():
+            code = self.child.process.poll()
+            raise StarcastError(
+                f"{self.child.name} has ended (exit code {code}). {self.child.last_words()}"
+            )
+
+    def samples(self) -> Iterator[Sample]:
+        """All of its metrics as they are now. Raises StarcastError when it has ended."""
+        try:
+            found = read_metrics(self.child.address)
+        except OSError:
+            self.check()
+            raise
+        for family in text_string_to_metric_families(found):
+            yield from family.samples
+
     def metrics(self) -> dict[str, float]:
         """Events predicted and records waiting, as it says itself."""
         found = dict.fromkeys((*COUNTED.values(), "scorer_lag"), 0.0)
-        for sample in samples_of(self.child.address):
+        for sample in self.samples():
             if sample.labels.get("kind", "interaction") != "interaction":
                 continue
             if what := COUNTED.get(sample.name):
@@ -68,9 +87,3 @@ def started(
         name, processors, settings, folder, start_seconds=START_SECONDS, stop_seconds=STOP_SECONDS
     ) as child:
         yield Worker(child, psutil.Process(child.process.pid))
-
-
-def samples_of(address: str) -> Iterator[Sample]:
-    """All samples of a worker's metrics as they are now."""
-    for family in text_string_to_metric_families(read_metrics(address)):
-        yield from family.samples

@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from bench.command import exit_code
 from bench.quality_page import AS_IT_IS, TEXT_SET, gains, page
 from bench.report import RESULTS, machine, write
 from bench.rows import make_rows
@@ -324,8 +325,8 @@ def kept(path: Path) -> dict[str, Any]:
     return {part: found[part] for part in PARTS if part in found}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make what is missing, and write."""
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """From the command line."""
     parser = argparse.ArgumentParser(prog="bench.quality", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".cache/quality"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -335,7 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    chosen = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make what is missing, and write."""
+    chosen = read_options(arguments)
     configure(LogConfig(level="warning"))
     place = Place(chosen.folder, chosen.data, chosen.movies, chosen.others, Console(stderr=True))
     if chosen.method:
@@ -366,4 +372,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -72,16 +72,19 @@ def _others(parts: Mapping[str, Part]) -> Iterator[str]:
     rows: list[str] = []
     for name, each in parts.items():
         figures = each["figures"]
-        block, gain = figures["rating"]["prequential"], figures["gain"]
-        best = block[gain["best_peer"]]
-        rows.append(
-            f"{name}|{figures['rows']['test']:,}|{block['model']['rmse']:.4f}|{gain['best_peer']} "
-            f"{best['rmse']:.4f}|{gain['gain']:+.2%}|{_interval(best['model_minus_this']['all'])}"
-        )
+        block, beside = figures["rating"]["prequential"], "||"
+        if gain := figures["gain"]:
+            best = block[gain["best_peer"]]
+            gap = _interval(best["model_minus_this"]["all"])
+            beside = f"{gain['best_peer']} {best['rmse']:.4f}|{gain['gain']:+.2%}|{gap}"
+        tested = f"{figures['rows']['test']:,}|{block['model']['rmse']:.4f}"
+        rows.append(f"{name}|{tested}|{beside}")
     yield _table("prequential|test rows|model|best peer|gain|model − this (95%)", rows)
+    mean = gains(parts)["mean"]
     yield (
-        f"Mean gain over the best peer: {gains(parts)['mean']:+.2%}. Newcomers' level was\n"
-        "built on All Beauty's storm, and looked at on the others (decision 21).\n"
+        ("" if mean is None else f"Mean gain over the best peer: {mean:+.2%}. ")
+        + "Newcomers' level was\nbuilt on All Beauty's storm, and looked at on the others "
+        "(decision 21).\n"
     )
 
 

@@ -32,7 +32,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write(name: str, figures: Mapping[str, Any], *packages: str) -> Path:
-    """Write `bench/results/NAME.json`."""
+    """Write `bench/results/NAME.json`, all of it or nothing."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     about = {
@@ -40,8 +40,9 @@ def write(name: str, figures: Mapping[str, Any], *packages: str) -> Path:
         "machine": machine(),
         "versions": versions(*packages),
     }
-    path.write_bytes(orjson.dumps({**figures, **about}, option=orjson.OPT_INDENT_2) + b"\n")
-    return path
+    part = path.with_suffix(".part")
+    part.write_bytes(orjson.dumps({**figures, **about}, option=orjson.OPT_INDENT_2) + b"\n")
+    return part.replace(path)
 
 
 def table(first: str, *numbers: str, **look: Any) -> Table:

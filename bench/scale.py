@@ -17,7 +17,6 @@ scorer` on Kafka (`bench/fleet.py`), workers with the default bundle. Prints tab
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import exit_code
 from bench.direct import FIRST_EVENT, Batches, Scored, Shop, score_batches
 from bench.events import World, make_events
 from bench.extrapolation import LABEL, Measured, Needed, Wanted, extrapolate
@@ -54,7 +54,7 @@ from bench.population import (
     put_users,
     replay,
 )
-from bench.report import RESULTS, write
+from bench.report import RESULTS, machine, write
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
@@ -403,7 +403,8 @@ def _text(value: Any) -> str:
     return f"{value:,}"
 
 
-def _options(arguments: Sequence[str] | None) -> Options:
+def read_options(arguments: Sequence[str] | None) -> Options:
+    """From the command line."""
     parser = argparse.ArgumentParser(
         prog="bench.scale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -450,7 +451,7 @@ def measure(options: Options, folder: Path, console: Console) -> Iterator[tuple[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    options = _options(arguments)
+    options = read_options(arguments)
     configure(LogConfig(level="warning"))
     console = Console()
     parts = kept_parts()
@@ -460,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parts[part] = figures | {
                 "settings": asdict(options),
                 "date": datetime.now(UTC).date().isoformat(),
-                "load_average": round(os.getloadavg()[1], 1),
+                "machine": machine(),  # other parts may be of another one
             }
             path = write("scale", ratios(parts) | {"parts": parts}, *PACKAGES)
     if "extrapolation" in options.parts:
@@ -476,4 +477,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -12,8 +12,9 @@ import base64
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle
@@ -38,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.clients import hand_over, shop_producer
+from bench.command import exit_code
 from bench.events import make_world
 from bench.growth import Judged, judge
 from bench.model import default_models
@@ -131,8 +133,11 @@ class Load:
         self.failed += left
 
     @contextmanager
-    def steady(self, rate: float) -> Generator[None]:
-        """Send at an even rate, whatever becomes of it, while the block runs."""
+    def steady(self, rate: float) -> Generator[Future[None]]:
+        """Send at an even rate, whatever becomes of it, while the block runs.
+
+        Gives what is done when that has ended before, and raises what ended it.
+        """
         stop = threading.Event()
         began, first = time.monotonic(), self.events
 
@@ -140,13 +145,13 @@ class Load:
             while not stop.wait(TICK_SECONDS):
                 self.send(int((time.monotonic() - began) * rate) + first - self.events)
 
-        thread = threading.Thread(target=run, name="load", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+        with ThreadPoolExecutor(1, "load") as pool:
+            sending = pool.submit(run)
+            try:
+                yield sending
+            finally:
+                stop.set()
+            sending.result()
 
     def _note(self, error: Any, _: Any) -> None:
         self.failed += error is not None
@@ -227,7 +232,7 @@ class Soak:
         scoring alone is faster, and would leave the archiver further and further behind.
         """
         began, first = time.monotonic(), self._load.events
-        while time.monotonic() < began + PEAK_SECONDS:
+        while not self._stop.is_set() and time.monotonic() < began + PEAK_SECONDS:
             waiting = self._load.events - self.total("predicted")
             self._load.send(int(max(BACKLOG - waiting, 0)))
             self._pause(0.5)
@@ -251,8 +256,9 @@ class Soak:
         samples: list[dict[str, Any]] = []
         self._latencies.take()
         began, first = time.monotonic(), (self._load.events, self.total("predicted"))
-        with (self._folder / "samples.jsonl").open("wb") as file, self._load.steady(rate):
-            while not self._stop.is_set() and time.monotonic() < began + seconds:
+        until = began + seconds
+        with (self._folder / "samples.jsonl").open("wb") as file, self._load.steady(rate) as load:
+            while not (self._stop.is_set() or load.done()) and time.monotonic() < until:
                 self._pause(began + (len(samples) + 1) * SAMPLE_SECONDS - time.monotonic())
                 sample = self._sample(time.monotonic() - began, *first)
                 samples.append(sample)
@@ -265,9 +271,6 @@ class Soak:
         return sum(worker.metrics()[what] for worker in self._workers.values())
 
     def _sample(self, seconds: float, sent: int, predicted: float) -> dict[str, Any]:
-        for name, worker in self._workers.items():
-            if not worker.child.alive():
-                raise StarcastError(f"{name} has ended; see {worker.child.log}.")
         free = disk_usage(self._folder).free
         if free < LEAST_DISK:
             raise StarcastError(f"{free / 2**30:.1f} GiB of disk are left: make room, start again.")
@@ -283,7 +286,7 @@ class Soak:
             "latency_ms": self._latencies.take(),
             "processes": {name: each.usage() for name, each in self._workers.items()},
             "store": {"memory": info["used_memory"], "keys": self._store.client.dbsize()},
-            "archive": sum(f.stat().st_size for f in _files(self._folder / "archive")),
+            "archive": size_of(self._folder / "archive"),
             "disk_free": free,
         }
 
@@ -291,8 +294,13 @@ class Soak:
         self._stop.wait(max(seconds, 0))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # the archiver has deleted it meanwhile
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[str, Any]:
@@ -337,6 +345,8 @@ def run_soak(options: Options, console: Console, stop: threading.Event) -> dict[
         rate = min(peak / 2, options.rate)
         console.print(f"Peak {peak:,.0f} events/s; playing {rate:,.0f} events/s …")
         samples = soak.play(rate, options.minutes * 60)
+        if not samples:
+            raise StarcastError("Stopped before anything was measured.")
         left = soak.drain()
         dead_letters = int(soak.total("dead_letters"))
     return figures_of(samples, peak, rate, left + load.failed, dead_letters)
@@ -452,7 +462,8 @@ def _lines(rows: Sequence[Mapping[str, Any]], what: str, by: str | None = None) 
     return chart.properties(width=640, height=150)
 
 
-def _options(arguments: Sequence[str] | None) -> Options:
+def read_options(arguments: Sequence[str] | None) -> Options:
+    """From the command line."""
     parser = argparse.ArgumentParser(prog="bench.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="of steady load")
     parser.add_argument("--rate", type=float, default=np.inf, help="at most, events/s")
@@ -466,7 +477,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write."""
-    options = _options(arguments)
+    options = read_options(arguments)
     configure(LogConfig(level="warning"))
     console = Console(stderr=options.json)
     with stopping() as stop:
@@ -474,10 +485,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     samples = [
         orjson.loads(line) for line in (options.folder / "samples.jsonl").read_bytes().splitlines()
     ]
-    path = plot(samples, options.folder)
     settings = {"users": options.users, "items": options.items, "partitions": options.partitions}
     written = write("soak", figures | {"settings": settings}, *PACKAGES)
     (options.folder / "verdict.json").write_bytes(written.read_bytes())
+    path = plot(samples, options.folder)
     if options.json:
         print(written.read_text())
     console.print(verdict_table(judge(samples)))
@@ -491,4 +502,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import clock, report
+from bench.command import exit_code
 from bench.model import packaged_encoder
 from bench.rows import make_item_tables, make_rows
 from bench.text import make_reviews
@@ -45,7 +46,6 @@ from model.lookups import Store
 from model.replay import History
 from model.state import ITEM, STARS, USER
 from starcast.log import LogConfig, configure
-from streams.config import ModelsConfig
 from trainer.config import FineTuneConfig, TextConfig
 from trainer.fine_tune import Labelled, fine_tune, loss_of, taken
 from trainer.metrics import text_scores
@@ -350,8 +350,8 @@ def measure(settings: Settings, console: Console) -> dict[str, Any]:
     return summary(fits, replayed) | about
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+def read_options(arguments: Sequence[str] | None) -> Settings:
+    """From the command line."""
     parser = argparse.ArgumentParser(prog="bench.train", description=__doc__)
     parser.add_argument("--texts", type=int, default=300, help="the newest fifth is not learnt")
     parser.add_argument("--epochs", type=int, default=2)
@@ -359,18 +359,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--events", type=int, default=1_000_000, help="of the replayed history")
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=10_000)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=ModelsConfig().threads,
-        help="torch threads, by default those of a worker; 0: as torch decides",
-    )
+    clock.add_options(parser)
     parser.add_argument("--seed", type=int, default=7)
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    settings = read_options(arguments)
     configure(LogConfig(level="warning"))
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    clock.take_threads(settings.threads)
     console = Console()
     figures = measure(settings, console)
     for each in tables(figures):
@@ -385,4 +383,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

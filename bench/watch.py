@@ -92,7 +92,7 @@ class Watched:
         self.lag = 0
         self._inner = inner
         self._metrics = metrics
-        self._left = events
+        self.left = events  # that it has still to see
         self._stop = stop
         self._watch = Stopwatch()
         self._before: dict[str, float] = {}  # seconds by phase when the watch was started
@@ -133,7 +133,7 @@ class Watched:
         inner, late = outcome.finish, outcome.late
         transaction = Transaction(events, _by_topic(outcome.batches, outcome.outputs))
         self._transactions.append(transaction)
-        self._left -= events
+        self.left -= events
 
         def made() -> list[Output]:
             began = time.perf_counter()
@@ -151,7 +151,7 @@ class Watched:
                 self._watch.start()
                 self._before, self._first = self._seconds(), len(self._transactions)
                 self._late = 0.0
-            if self._left <= 0:
+            if self.left <= 0:
                 self._stop.set()
 
         return replace(outcome, finish=finish, late=made)

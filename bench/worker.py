@@ -7,9 +7,11 @@ from pathlib import Path
 
 import psutil
 
+from bench.clients import WAIT_SECONDS
 from bench.flame import recorded
 from bench.watch import Run, Transaction, Watched
 from model.state import LAYOUT_HASH
+from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.config import (
     ArchiveConfig,
@@ -75,11 +77,28 @@ def work(
     records: int,
     flame: Path | None = None,
 ) -> Watched:
-    """Run a processor until it has worked on so many records."""
+    """Run a processor until it has worked on so many records.
+
+    Raises StarcastError when nothing has come of the rest for a while: the loop itself waits for
+    servers that are gone for as long as it takes.
+    """
     stop, metrics = threading.Event(), make_metrics()
     watched = Watched(make(metrics), metrics, records, stop)
     loop = Loop(watched, kafka, metrics, stop)
     settle()  # as `streams.run` does
+    threading.Thread(target=_stop_when_stuck, args=(watched, stop), daemon=True).start()
     with recorded(flame, f"One scorer, {records:,} events"):
         loop.run()
+    if watched.left > 0:
+        raise StarcastError(
+            f"{watched.left:,} of {records:,} records were left when the {watched.name} worked on "
+            f"none for {WAIT_SECONDS:.0f} s: are Kafka and the store there?"
+        )
     return watched
+
+
+def _stop_when_stuck(watched: Watched, stop: threading.Event) -> None:
+    before = -1
+    while not stop.wait(WAIT_SECONDS) and before != watched.left:
+        before = watched.left
+    stop.set()

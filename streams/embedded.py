@@ -68,6 +68,11 @@ class Child:
         """Whether the server still runs."""
         return self.process.poll() is None
 
+    def last_words(self) -> str:
+        """The end of its log, and where that is."""
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"The end of its log, {self.log}:", *lines])
+
     def stop(self) -> None:
         """End the server and wait until it has ended; a second call does nothing."""
         self.process.terminate()
@@ -170,7 +175,7 @@ def _wait(child: Child, ready: Callable[[], bool], timeout: float) -> None:
             what = f"did not answer within {timeout:.0f} s" if late else "ended while starting"
             raise EmbeddedError(
                 f"The {child.name} at {child.address} {what} (exit code {child.process.poll()}). "
-                f"The end of its log, {child.log}:\n{_tail(child.log)}"
+                + child.last_words()
             )
         time.sleep(POLL_S)
 
@@ -240,8 +245,3 @@ def _spawn(
 
     threading.Thread(target=start_and_stay, name=f"keeps {log.stem}", daemon=True).start()
     return started.get(timeout=STARTUP_TIMEOUT_S)
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(lines[-LOG_TAIL_LINES:])

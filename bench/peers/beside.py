@@ -37,7 +37,7 @@ def measure(
         try:
             figures = run(name)
         except PeerError as error:
-            console.print(f"{name} is left out: {error}")
+            console.print(f"{name} is left out: {error}", markup=False)
             continue
         runs[name].append(figures)
         console.print(f"{name}: {figures['events_per_second']:,.0f} events/s")

@@ -7,10 +7,12 @@ peer needs, those of `NAME.pom.xml`, are copied by Maven into its folder `jars`.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -123,18 +125,23 @@ def run(
     }
     command = [str(executable), "-m", f"bench.peers.{peer.name}"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    try:
-        ended = subprocess.run(
-            command,
-            capture_output=True,
-            timeout=RUN_SECONDS,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise PeerError(f"{peer.title} did not end within {RUN_SECONDS:.0f} s.") from error
-    if ended.returncode:
-        raise PeerError(f"{peer.title} failed: {ended.stderr.decode()[-LONGEST_TAIL:]}")
-    figures = orjson.loads(ended.stdout.splitlines()[-1])
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as process:
+        try:
+            told, said = process.communicate(timeout=RUN_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise PeerError(f"{peer.title} did not end within {RUN_SECONDS:.0f} s.") from error
+        finally:
+            with suppress(ProcessLookupError):  # a JVM would outlive the Python that started it
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise PeerError(f"{peer.title} failed: {said.decode()[-LONGEST_TAIL:]}")
+    figures = orjson.loads(told.splitlines()[-1])
     published = predicted(kafka)
     if len(published) != events or (peer.exactly_once and published.total() != events):
         raise PeerError(

@@ -1,12 +1,15 @@
 """`make bench-check` on figures written by hand."""
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 from bench import check
 from bench.check import Ratio, fallen
+from schemas.exceptions import StarcastError
 
 
 def test_a_ratio_may_fall_by_its_noise_and_no_more() -> None:
@@ -33,6 +36,29 @@ def test_the_command_fails_when_a_ratio_has_fallen(
     monkeypatch.setattr(check, "RESULTS", tmp_path)
     assert check.main(["--as-is"]) == code
     assert ("fallen" if code else "holds") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["text-gpu", "text"])
+def test_figures_that_a_run_did_not_write_are_not_compared(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a machine with a GPU the encoder's figures go into another file.
+    (tmp_path / "text.json").write_bytes(b'{"ratio_a": 2.0}')
+    ran: list[list[str]] = []
+
+    def write(command: list[str], **_: Any) -> None:
+        ran.append(command[1:])
+        (tmp_path / "text.json.part").write_bytes(b'{"ratio_a": 0.1}')
+        (tmp_path / "text.json.part").replace(tmp_path / f"{other}.json")
+
+    monkeypatch.setattr(check, "RESULTS", tmp_path)
+    monkeypatch.setattr(subprocess, "run", write)
+    if other == "text":
+        check.run("text", ["--rounds", "1"])
+    else:
+        with pytest.raises(StarcastError, match="did not write"):
+            check.run("text", ["--rounds", "1"])
+    assert ran == [["-m", "bench.text", "--rounds", "1"]]
 
 
 def test_the_baseline_names_ratios_that_the_benchmarks_wrote() -> None:

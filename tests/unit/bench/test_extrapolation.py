@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from bench.extrapolation import LABEL, Measured, Wanted, extrapolate, power_of_two
+from schemas.exceptions import StarcastError
 
 HERE = Measured(
     worker_us=100, kafka_us=20, store_us=10, kafka_bytes=500, user_bytes=400, worker_mb=1_000
@@ -21,6 +22,12 @@ def test_cores_come_from_processor_time_an_event() -> None:
     assert needed.store_primaries == 20
     assert needed.store_cores == 40  # and a replica of each
     assert needed.partitions == 512  # two a worker, rounded up
+
+
+def test_a_shop_that_needs_more_partitions_than_there_are_is_refused() -> None:
+    assert extrapolate(HERE, replace(SHOP, events_per_second=1e7)).partitions == 4_096
+    with pytest.raises(StarcastError, match="2,050 workers need 8,192 partitions"):
+        extrapolate(HERE, replace(SHOP, events_per_second=1.025e7))
 
 
 def test_bytes_come_from_users_and_from_what_events_leave() -> None:

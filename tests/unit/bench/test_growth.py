@@ -50,6 +50,19 @@ def test_memory_that_wanders_is_doubted_more_than_memory_that_trembles() -> None
     assert doubts[0] > 2 * doubts[1]
 
 
+def test_the_bound_holds_where_neighbours_are_much_alike() -> None:
+    # 49 minutes, as an hour leaves, of memory that wanders and does not grow: slope 0.
+    random = np.random.default_rng(1)
+    seconds, held = np.arange(0, 49 * 60 + 1, 10.0), 0
+    for _ in range(300):
+        wandering = random.normal(0, 1, 149)
+        for at in range(1, len(wandering)):
+            wandering[at] += 0.9 * wandering[at - 1]
+        minutes = 1_000 + wandering[-49:]
+        held += trend(seconds, np.append(np.repeat(minutes, 6), minutes[-1])).bound >= 0
+    assert held / 300 > 0.9
+
+
 def test_too_short_a_run_decides_nothing() -> None:
     assert trend(HOUR[:3], np.ones(3)).bound == np.inf
 

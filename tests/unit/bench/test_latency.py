@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bench.latency import (
-    Measured,
-    Options,
-    figures_of,
-    highest_sustained,
-    histogram_of,
-    judged,
-    keeps_up,
-    run_rates,
-)
+from bench.latencies import Measured, figures_of, highest_sustained, histogram_of, table
+from bench.latency import TABLE_WIDTH, Options, judged, keeps_up, run_rates
 from bench.open_loop import Plan, Seen, Sent
 from schemas.exceptions import StarcastError
 
@@ -92,6 +84,23 @@ def test_rates_rise_until_the_scorer_breaks_and_then_close_in() -> None:
     assert figures["ratio_p50_at_4000"] == figures["ratio_p99_at_4000"] == 3.0
     assert "ratio_p50_at_8000" not in figures
     assert (figures["highest_sustained"], figures["highest_sustained_bare"]) == (5_000, 8_000)
+
+
+def test_rounds_are_told_together_and_apart() -> None:
+    rounds = [
+        Measured(np.full(10, seconds), np.zeros(10), True, 10, 2, {}) for seconds in (0.01, 0.03)
+    ]
+    row = figures_of({"scorer": {4_000: rounds}, "bare": {}})["scorer"]["4000"]
+    assert row["rounds"]["p99"] == pytest.approx([10, 30], rel=1e-3)
+    assert (row["p50"], row["p99"]) == (row["rounds"]["p50"][0], row["rounds"]["p99"][1])
+
+
+def test_the_table_is_markdown() -> None:
+    slow = Measured(np.full(10, 12.3456), np.zeros(10), True, 10, 2, {})
+    said = StringIO()
+    runs = {loop: {20_000: [slow]} for loop in ("scorer", "bare")}
+    Console(file=said, width=TABLE_WIDTH).print(table(figures_of(runs)))
+    assert len(said.getvalue().strip().splitlines()) == 3  # a heading that is broken would be more
 
 
 def test_no_rate_is_sustained_where_every_one_breaks() -> None:

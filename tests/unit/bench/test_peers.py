@@ -1,16 +1,20 @@
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
 from bench.peers import beside, launch
 from bench.peers.beside import installed, summary, table
-from bench.peers.launch import Peer, PeerError
+from bench.peers.launch import PEERS, Peer, PeerError
 from bench.peers.work import Mark, Pace, Processes, steady
+from streams.config import KafkaConfig
 
 BUSY = "sum(range(20_000_000)); print(flush=True); input()"  # works, says so, waits
 
@@ -96,6 +100,37 @@ def test_copies_a_peers_jars_and_makes_its_environment_again_when_they_change(
     assert commands == ["uv", "uv", "uv", "uv", "mvn"]
 
 
+def test_goes_on_after_a_peer_that_failed_whatever_it_said() -> None:
+    said = StringIO()
+
+    def run(name: str) -> dict[str, Any]:
+        if name == "flink":
+            raise PeerError("no answer [/127.0.0.1:9092]")  # as a JVM writes an address
+        return _run(90.0, 5.0)
+
+    runs = beside.measure(["flink", "faust"], 1, run, Console(file=said, width=200))
+
+    assert runs == {"faust": [_run(90.0, 5.0)]}
+    assert "flink is left out: no answer [/127.0.0.1:9092]\n" in said.getvalue()
+
+
+def test_ends_what_a_peer_has_started_when_it_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    peer = tmp_path / "python"
+    peer.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {tmp_path}/child; wait\n")
+    peer.chmod(0o755)
+    monkeypatch.setattr(launch, "RUN_SECONDS", 2.0)
+
+    with pytest.raises(PeerError, match="did not end within 2 s"):
+        launch.run(PEERS["faust"], peer, KafkaConfig(), "redis://", "models", 10, 5)
+
+    until = time.monotonic() + 30.0
+    while _runs(int((tmp_path / "child").read_text())):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_compares_with_each_peer_and_the_fastest() -> None:
     ours = {"events_per_second": [900, 1_000, 1_300], "cpu_us_per_event": 50.0}
     runs = {"slow": [_run(50.0, 400.0), _run(150.0, 600.0)], "fast": [_run(400.0, 75.0)]}
@@ -123,6 +158,12 @@ def test_tells_what_a_peer_does_otherwise() -> None:
 
     assert "Kafka Streams, ONNX: reads items once" in capture.get()
     assert "Faust, take:" not in capture.get()
+
+
+def _runs(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _run(rate: float, processor: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import orjson
 import pytest
 
 from bench import quality, report
+from bench.quality_page import page
 
 
 def part(rate: int, **more: Any) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def test_a_part_alone_leaves_the_others(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["ablations"] == ablated
     assert found["replay"] == part(7_000, date="2026-11-29")
     assert found["date"] != "old"
-    told = (tmp_path / "docs" / "quality.md").read_text()
+    told = (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
     assert "7,000 events/s" in told
     assert "What each part of the network is worth on Toys" in told
 
@@ -58,7 +59,7 @@ def test_other_sets_are_told_apart(
 
     places = ["--folder", str(tmp_path), "--others", str(tmp_path)]
     assert quality.main(["--parts", "others", *places]) == 0
-    told = (tmp_path / "docs" / "quality.md").read_text()
+    told = (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
     assert (
         "| Appliances | 20 | 0.9000 | bias 1.0000 | +10.00% | -0.1000 [-0.2000, +0.1000] |" in told
     )
@@ -66,3 +67,18 @@ def test_other_sets_are_told_apart(
     said = capsys.readouterr().err
     assert "All Beauty: left out" in said.replace("\n", " ")
     assert "Appliances: left out" not in said
+
+
+def test_a_set_without_a_best_peer_has_no_gain() -> None:
+    # No peer ran, or the best one made no error at all.
+    alone = {"figures": figures(0.9, 1.0) | {"gain": None}}
+    told = page({"others": {"Toys": alone}})
+    assert "| Toys | 20 | 0.9000 |  |  |  |\n" in told
+    assert "Mean gain" not in told
+    told = page({"others": {"Toys": alone, "Games": {"figures": figures(0.9, 1.0)}}})
+    assert "Mean gain over the best peer: +10.00%. " in told
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    written = (Path(__file__).parents[3] / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert page(orjson.loads((report.RESULTS / "quality.json").read_bytes())) == written

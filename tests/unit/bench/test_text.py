@@ -1,7 +1,13 @@
 """What the encoder's benchmark counts, on cases worked out by hand."""
 
-from bench.text import buckets
-from bench.ways import Shape
+from typing import Any
+
+import pytest
+import torch
+
+from bench import text
+from bench.text import best_rate, buckets
+from bench.ways import FP32, INT8, Shape
 
 
 def test_operations_of_real_tokens() -> None:
@@ -17,3 +23,16 @@ def test_buckets_by_length() -> None:
         "17 to 32": [1],
         "129 to 256": [3],
     }
+
+
+def test_the_limit_is_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {1_024: 140e9, 8_192: 128e9}  # as a core with caches has them
+
+    def matrix_rate(sizes: Shape, rows: int, *_: Any) -> float:
+        return rates[rows]
+
+    monkeypatch.setattr(text, "matrix_rate", matrix_rate)
+    sizes, cpu = Shape(384, 1_536, 6), torch.device("cpu")
+    assert (best_rate(FP32, sizes, cpu), best_rate(INT8, sizes, cpu)) == (140e9, 140e9)
+    rates[8_192] = 160e9
+    assert (best_rate(FP32, sizes, cpu), best_rate(INT8, sizes, cpu)) == (160e9, 140e9)
