@@ -25,7 +25,7 @@ def shop_producer(kafka: KafkaConfig, **options: Any) -> Producer:
             kafka,
             partitioner="murmur2_random",
             linger_ms=5,  # its own default
-            compression_type="lz4",
+            compression_type="snappy",  # as brokers keep it: they would pack it anew
             **options,
         )
     )

@@ -94,6 +94,7 @@ def _channel(topic: Topic, partitions: int, replication: int, prefix: str) -> di
                     "max.message.bytes": int(config["max.message.bytes"]),
                 },
                 "x-message.timestamp.type": config["message.timestamp.type"],
+                "x-compression.type": config["compression.type"],
                 "bindingVersion": "0.5.0",
             }
         },

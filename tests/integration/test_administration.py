@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from confluent_kafka import Message, Producer, TopicPartition
+from confluent_kafka import KafkaError, Message, Producer, TopicPartition
 from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
@@ -182,6 +182,25 @@ def test_a_record_that_is_too_large_is_counted(real: KafkaConfig) -> None:
     assert sent.delivered == Counter(reviews=1)
     assert sent.failed.total() == 2
     assert sent.sent == Counter(reviews=3)
+
+
+@pytest.mark.parametrize("topic", ["reviews", "items"])
+def test_a_record_that_no_client_would_unpack_is_refused(topic: str, real: KafkaConfig) -> None:
+    """It is 5 KB on the wire, and a hundred times what Kafka lets a message have."""
+    apply_topics(real)
+    options = {"compression_type": "zstd", "message_max_bytes": 200_000_000}
+    producer = Producer(client_config(real, **options))
+    told: list[int | None] = []
+    for value in (bytes(120_000_000), b"{}"):
+        producer.produce(
+            topic_name(real, topic),
+            value,
+            b"u",
+            on_delivery=lambda error, _: told.append(None if error is None else error.code()),
+        )
+        producer.flush(60)
+    assert told == [KafkaError.MSG_SIZE_TOO_LARGE, None]
+    assert [message.value() for message in read(real, topic)] == [b"{}"]
 
 
 def test_what_was_sent_arrives_though_the_records_fail(cluster: KafkaConfig) -> None:

@@ -26,6 +26,11 @@ def test_what_is_scored_is_dated_by_the_broker(name: str) -> None:
     assert BY_NAME[name].config()["message.timestamp.type"] == "LogAppendTime"
 
 
+def test_what_others_write_cannot_be_packed_without_bounds() -> None:
+    packed = {topic.name for topic in TOPICS if topic.config()["compression.type"] == "snappy"}
+    assert packed == {"reviews", "behavior", "score-requests", "items", "users"}
+
+
 def test_a_dead_letter_holds_the_largest_message_in_base64() -> None:
     assert USUAL_MESSAGE * 4 / 3 * 2 < LARGEST_MESSAGE  # key and value, and room for the rest
     assert BY_NAME["dead-letters"].config()["max.message.bytes"] == str(LARGEST_MESSAGE)
