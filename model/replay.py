@@ -73,6 +73,7 @@ class BatchResult:
     observations: Observation  # of all events of its batch
     rows: slice  # its own among them
     duplicate: NDArray[np.bool_]  # (n): repeated; predicted, not applied
+    behind: NDArray[np.bool_]  # (n): of before the latest event of its user
     step: NDArray[np.uint64]  # (n): number of each journal row
     seq: NDArray[np.uint64]  # (n): number of each prediction; 0 for what users did not do
     states: Rows  # USER (u)
@@ -174,12 +175,14 @@ def run_batch(shares: Sequence[Share], lookups: Lookups) -> tuple[list[BatchResu
     given = np.array(ends, np.intp), events, change.first, global_mean, item_bias
     newcomers.follow(partitions, after, *given)
     observation = observe(change.met, partitions, events, lookups)
+    behind = events["time"] < change.met["last_time"]
     deltas = item_deltas(events, change, ends)
     results = [
         BatchResult(
             observation,
             span,
             duplicate[span],
+            behind[span],
             step[span],
             seq[span],
             change.states[theirs],

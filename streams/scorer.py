@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from numpy.typing import NDArray
 
 from model import newcomers
 from model.canary import Part
-from model.compiled import compiled
 from model.events import (
     ACTIONS,
     EVENT,
@@ -177,7 +175,7 @@ class Scorer:
             arrivals, ahead = self._set_aside(_arrange(inputs))
         serving = self._models.serving
         self._reader.use_encoder(serving.encoder_hash)
-        parts, observed, lookups, unusual = self._run(messages, arrivals)
+        parts, observed, lookups = self._run(messages, arrivals)
         with self._phase("predict"):
             scored = np.flatnonzero(arrivals.events["action"] < TEXT)
             events, observation = arrivals.events, observed
@@ -202,7 +200,8 @@ class Scorer:
         def write(delivered: dict[Position, int]) -> None:
             nonlocal took
             self._write(delivered, parts)
-            self._count_unusual(parts, unusual, {"contract": len(letters), "future": len(ahead)})
+            refused = {"contract": len(letters), "future": len(ahead)}
+            self._count_unusual(arrivals, parts, refused)
             took = time.monotonic() - began
 
         def finish(_: dict[Position, int]) -> None:
@@ -254,8 +253,8 @@ class Scorer:
 
     def _run(
         self, messages: list[Message], arrivals: _Arrivals
-    ) -> tuple[list[_Part], Observation, Lookups, Counter[str]]:
-        """Read what the batch needs, then observe and apply it; how many events were unusual."""
+    ) -> tuple[list[_Part], Observation, Lookups]:
+        """Read what the batch needs, then observe and apply it."""
         reached = _ends(messages, self._prefix)
         spans: list[tuple[int, slice]] = []
         users: dict[int, Hashes] = {}
@@ -274,8 +273,7 @@ class Scorer:
                 Share(rows_, at, header["partition"].copy(), arrivals.events[rows])
                 for rows_, at, header, (_, rows) in zip(states, index, headers, spans, strict=True)
             ]
-            known = joined(states)
-            lookups = self._reader.answer(asked, values, known)
+            lookups = self._reader.answer(asked, values, joined(states))
         parts: list[_Part] = []
         with self._phase("features"):
             results, observation = run_batch(shares, lookups)
@@ -284,10 +282,7 @@ class Scorer:
                 read = np.array(reached[partition])
                 header["ends"] = np.where(read >= 0, read, header["ends"])
                 parts.append(_Part(partition, rows, users[partition], result, header))
-            begins = accumulate(map(len, states), initial=0)
-            everyone = [at + begin for at, begin in zip(index, begins, strict=False)]
-            unusual = _unusual(arrivals, np.concatenate(everyone), known["last_time"], parts)
-        return parts, observation, lookups, unusual
+        return parts, observation, lookups
 
     def _write(self, delivered: dict[Position, int], parts: list[_Part]) -> None:
         for part in parts:
@@ -297,19 +292,26 @@ class Scorer:
         self._metrics.state_writes.labels(self.name, "written").inc(written)
 
     def _count_unusual(
-        self, parts: list[_Part], unusual: Counter[str], letters: dict[str, int]
+        self, arrivals: _Arrivals, parts: list[_Part], letters: dict[str, int]
     ) -> None:
         for reason, count in letters.items():
             self._metrics.dead_letters.labels(self.name, reason).inc(count)
         for part in parts:
             apart = newcomers.level(part.result.partition)
             self._metrics.newcomers.labels(self.name, str(part.partition)).set(float(apart))
-        self._metrics.duplicates.labels(self.name).inc(unusual["repeated"])
-        if unusual["forget"]:
-            self._metrics.events.labels(self.name, "forget").inc(unusual["forget"])
-        disorder = {"future": letters["future"], "late": unusual["late"]}
-        for kind, count in (disorder | {"out_of_order": unusual["out_of_order"]}).items():
-            self._metrics.disorder.labels(self.name, kind).inc(count)
+        events, repeated = arrivals.events, _repeated(parts)
+        self._metrics.duplicates.labels(self.name).inc(int(repeated.sum()))
+        if forgotten := int((events["action"] == FORGET).sum()):
+            self._metrics.events.labels(self.name, "forget").inc(forgotten)
+        applied = ~repeated & (events["action"] < TEXT)
+        late = arrivals.timestamps - events["time"] > LATE_MS
+        behind = np.concatenate([part.result.behind for part in parts])
+        for kind, count in (
+            ("late", (late & applied).sum()),
+            ("out_of_order", (behind & applied).sum()),
+            ("future", letters["future"]),
+        ):
+            self._metrics.disorder.labels(self.name, kind).inc(int(count))
 
     def _count_scored(
         self,
@@ -430,40 +432,6 @@ def _truths(arrivals: _Arrivals, parts: Sequence[_Part]) -> NDArray[np.float32]:
 
 def _repeated(parts: Sequence[_Part]) -> NDArray[np.bool_]:
     return np.concatenate([part.result.duplicate for part in parts])
-
-
-def _unusual(
-    arrivals: _Arrivals,
-    users: NDArray[np.intp],
-    last_times: NDArray[np.int64],
-    parts: Sequence[_Part],
-) -> Counter[str]:
-    """How many events were repeated, erased a user, or were applied late or out of order.
-
-    `users` (n): each event's row in `last_times`, the users' latest event times so far.
-    """
-    events, repeated = arrivals.events, _repeated(parts)
-    applied = ~repeated & (events["action"] < TEXT)
-    late = arrivals.timestamps - events["time"] > LATE_MS
-    return Counter(
-        repeated=int(repeated.sum()),
-        forget=int((events["action"] == FORGET).sum()),
-        late=int((late & applied).sum()),
-        out_of_order=_out_of_order(users[applied], events["time"][applied], last_times.copy()),
-    )
-
-
-@compiled
-def _out_of_order(users: Any, times: Any, latest: Any) -> int:
-    """Of events (n) in order, those before an event of their user; `latest` of each follows."""
-    count = 0
-    for row in range(len(users)):
-        user = users[row]
-        if times[row] < latest[user]:
-            count += 1
-        else:
-            latest[user] = times[row]
-    return count
 
 
 def _ends(messages: Sequence[Message], prefix: str) -> dict[int, list[int]]:

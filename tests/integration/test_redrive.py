@@ -263,7 +263,10 @@ def send_with(headers: list[tuple[str, bytes]], kafka: KafkaConfig, value: bytes
     """By aiokafka's producer in Python: others take names that are text alone."""
 
     async def send() -> None:
-        producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers)
+        producer = AIOKafkaProducer(
+            bootstrap_servers=kafka.bootstrap_servers,
+            compression_type="snappy",  # else brokers pack it anew, and mend the name
+        )
         async with producer:
             name = topic_name(kafka, "reviews")
             await producer.send_and_wait(name, value, key=b"ann", headers=headers)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import torch
 from confluent_kafka import Message
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
@@ -35,6 +36,7 @@ TIME = datetime(2026, 1, 1, tzinfo=UTC)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder."""
     made = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
     bert(made)
     return made
 
@@ -311,6 +313,7 @@ def test_a_canary_changes_nothing_for_texts(store: str, bundles: Path, folder: P
 
 def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) -> None:
     other = tmp_path / "other"
+    torch.manual_seed(1)  # other weights than `folder` has
     bert(other)
     texts = make(store, tmp_path / "models", folder)
     batch = messages("items", [item("a")])
