@@ -177,6 +177,7 @@ def retrain_every(
         next_run_time=datetime.now(UTC),
         max_instances=1,
         coalesce=True,
+        misfire_grace_time=None,  # late, as after a machine slept: better than an interval later
     )
     scheduler.start()
     try:

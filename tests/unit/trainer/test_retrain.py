@@ -2,12 +2,14 @@
 
 import threading
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 from itertools import pairwise
+from typing import Self
 
 import pytest
 
 from schemas.exceptions import StarcastError
+from trainer import retrain
 from trainer.exceptions import TrainerError
 from trainer.retrain import parse_every, retrain_every
 
@@ -91,3 +93,21 @@ def test_a_stop_ends_the_wait_for_another_try() -> None:
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_run_that_comes_late_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the machine slept, or its clock was put right."""
+
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) - timedelta(hours=1)
+
+    monkeypatch.setattr(retrain, "datetime", Late)
+    stop, ran = threading.Event(), threading.Event()
+    thread = threading.Thread(target=retrain_every, args=(timedelta(hours=6), ran.set, stop))
+    thread.start()
+    came = ran.wait(10)
+    stop.set()
+    thread.join(10)
+    assert came
