@@ -94,7 +94,8 @@ def rollback(context: typer.Context, reason: Reason = "rolled back by hand") -> 
                 f"{error}. Workers could not serve it, so nothing is changed; `starcast models "
                 "promote VERSION` makes another one stable."
             ) from error
-    after = registry.rollback(url, who(), reason)
+    expected = before.stable.version if before.stable else ""
+    after = registry.rollback(url, who(), reason, expected)
     announce(settings.kafka, before, after)
     output.print(f"{after.stable.version if after.stable else 'The cold-start ladder'} is stable.")
 
