@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from trainer import checkpoints
 from trainer import fine_tune as tuning
 from trainer import train as module
 from trainer.assess import assess, summary
+from trainer.clean import Step
 from trainer.config import TextConfig, TrackingConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.exceptions import TrainerError
@@ -183,6 +185,10 @@ def test_assessing_the_bundle_and_the_ladder(
     with console.capture() as shown:
         console.print(summary(found))
     assert "bias_running" in shown.get()
+    odd = Step("seen before", True, 2, ("order[/5]", "[red]x", "u\x1b[31m", "Ä"))
+    with console.capture() as shown:
+        console.print(summary(replace(found, steps=(odd,))))
+    assert "order[/5], [red]x, u\\x1b[31m, Ä" in shown.get()
 
 
 def test_another_shops_bundle_is_started_from_and_the_card_says_what_was_carried(
