@@ -16,6 +16,7 @@ from rich.table import Table
 
 from starcast.commands.context import (
     check_output,
+    chosen_of,
     fail,
     notes,
     output,
@@ -25,7 +26,7 @@ from starcast.commands.context import (
     write_json,
 )
 from starcast.commands.models import announce, bundle_of, who
-from starcast.settings import Settings
+from starcast.settings import Settings, file_in_force
 
 if TYPE_CHECKING:
     from model.bundle import Bundle
@@ -303,16 +304,17 @@ def search(
     from trainer import search as searching
 
     settings = settings_of(context)
-    log = _history(settings, events)
-    found = searching.search(
-        log,
-        what.value,
-        settings.trainer,
-        study,
-        trials,
-        encoder=settings.models.encoder,
-        workers=workers,
-    )
+    with progress_bar() as progress:
+        found = searching.search(
+            _history(settings, events),
+            what.value,
+            settings.trainer,
+            study,
+            trials,
+            encoder=settings.models.encoder,
+            workers=workers,
+            progress=progress,
+        )
     searching.write_settings(found, out)
     table = Table("setting", "value", "importance")
     for name, value in found.settings.items():
@@ -327,7 +329,16 @@ def search(
         plot = out.with_suffix(_PLOT)
         searching.plot_importance(found, plot)
         output.print(f"What matters: {plot}")
-    notes.print(f"To train with it: starcast --config {out} train")
+    notes.print(_how_to_take(out, file_in_force(chosen_of(context).config)), markup=False)
+
+
+def _how_to_take(found: Path, before: Path | None) -> str:
+    """What to do with a file of settings that were found, beside the one that is in force."""
+    if before is None:
+        return f"To train with it: starcast --config {found} train"
+    return (
+        f"To train with it, add its lines to {before}: by --config it would take that one's place."
+    )
 
 
 def compress(

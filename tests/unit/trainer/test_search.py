@@ -11,12 +11,13 @@ import polars as pl
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from rich.progress import Progress
 
 from starcast.settings import load
 from trainer import search as module
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
-from trainer.exceptions import TrainerError
+from trainer.exceptions import DivergedError, TrainerError
 from trainer.search import (
     SPACES,
     Searched,
@@ -171,3 +172,24 @@ def test_what_is_found_is_a_settings_file_that_train_takes(tmp_path: Path) -> No
     assert settings.trainer.fit.sizes.width == 96
     plot_importance(found, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
+
+
+def test_a_fit_that_diverges_does_not_end_the_search(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, tried = module.text.validate, list[float]()
+
+    def second_diverges(*given: Any) -> Any:
+        tried.append(0)
+        if len(tried) == 2:
+            raise DivergedError("the fit of the encoder came to no number")
+        return validate(*given)
+
+    monkeypatch.setattr(module.text, "validate", second_diverges)
+    config = SMALL.model_copy(update={"text": TextConfig(method="lora")})
+    log, encoder = from_file(shop_file), str(encoder_folder)
+    with Progress(disable=True) as progress:
+        found = search(log, "text", config, tmp_path / "s", 3, encoder=encoder, progress=progress)
+        assert [(task.completed, task.total) for task in progress.tasks] == [(3, 3)]
+    assert (len(tried), found.trials) == (3, 3)
+    assert found.rmse < 5
