@@ -203,7 +203,7 @@ def train(
         texts.scores if texts else None,
         verdict,
     )
-    reports = f"{models_url.rstrip('/')}/reports"
+    reports = f"{models_url.rstrip('/')}/{bundles.REPORTS}"
     storage.locate(reports).replace(f"{written.version}.html", page.encode())
     return TrainResult(
         evaluations=compared.evaluations,

@@ -159,6 +159,21 @@ def end_canary(context: typer.Context, reason: Reason = "ended by hand") -> None
 
 
 @app.command()
+def prune(
+    context: typer.Context,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Newest versions, and of those that a rollback goes back to.")
+    ],
+) -> None:
+    """Delete old versions and their reports. What serves or is on trial stays."""
+    from model import bundle
+
+    url = settings_of(context).models.url
+    gone = bundle.prune(url, keep)
+    output.print(f"{len(gone):,} versions are deleted, {len(bundle.versions(url)):,} are left.")
+
+
+@app.command()
 def compare(context: typer.Context, as_json: AsJson = False) -> None:
     """Tell how the canary or shadow fares beside stable, as insights has counted it."""
     from model import registry

@@ -154,6 +154,10 @@ def retrain(
         bool,
         typer.Option("--on-drift", help="Only if features, predictions or errors have changed."),
     ] = False,
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, help="Then delete old versions, as `models prune --keep`; else none."),
+    ] = None,
 ) -> None:
     """Fit a model from the archive and let it serve if it passes the gate."""
     if once and every:
@@ -164,20 +168,20 @@ def retrain(
 
     settings = settings_of(context)
     if every is None:
-        _retrain_once(settings, on_drift)
+        _retrain_once(settings, on_drift, keep)
         return
     span = parse_every(every)
     with stopping() as stop:
         retrain_every(
             span,
-            lambda: _retrain_once(settings, on_drift),
+            lambda: _retrain_once(settings, on_drift, keep),
             stop,
             is_served=lambda: registry.read(settings.models.url).stable is not None,
         )
 
 
-def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
-    from model import registry
+def _retrain_once(settings: Settings, on_drift: bool, keep: int | None) -> None:
+    from model import bundle, registry
     from trainer.assess import summary
     from trainer.retrain import retrain_once
 
@@ -194,6 +198,8 @@ def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
             progress=progress,
             on_promoted=lambda after: announce(settings.kafka, before, after),
         )
+    if keep is not None:
+        bundle.prune(settings.models.url, keep)
     if done.drift is not None and done.drift.reasons:
         output.print(f"The shop has changed: {'; '.join(done.drift.reasons)}.", soft_wrap=True)
     if done.result is None:
