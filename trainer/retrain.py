@@ -21,6 +21,7 @@ from trainer.config import TrainerConfig
 from trainer.data import Log, from_archive
 from trainer.drift import Drift
 from trainer.exceptions import TrainerError
+from trainer.progress import tracker
 from trainer.train import TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def retrain_once(
     stable = registry.read(models_url).stable
     previous = stable.version if stable else None
     served = in_service(models_url, stable)
-    log = from_archive(archive_url, archive_options)
+    log = from_archive(archive_url, archive_options, tracker(progress, "reading the archive"))
     changed = None
     if on_drift and served is not None:
         changed = _drift(log, served, archive_url, archive_options, config or TrainerConfig())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import orjson
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 from starcast.commands.context import (
@@ -104,7 +105,7 @@ def train(
     registered = registry.read(models.url)
     before = registered.stable
     with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
-        log = _history(settings, file)
+        log = _history(settings, file, progress)
         result = fit(
             log,
             models.url if is_first() else scratch,  # all fit the same, one keeps it
@@ -312,7 +313,7 @@ def search(
     settings = settings_of(context)
     with progress_bar() as progress:
         found = searching.search(
-            _history(settings, events),
+            _history(settings, events, progress),
             what.value,
             settings.trainer,
             study,
@@ -373,7 +374,8 @@ def compress(
     settings = settings_of(context)
     models, config = settings.models, settings.trainer
     stable = in_service(models.url, registry.read(models.url).stable)
-    log = _history(settings, events)
+    with progress_bar() as progress:
+        log = _history(settings, events, progress)
     parent = base_encoder(models.encoder, stable, config)
     frozen = config.model_copy(update={"text": untouched(config.text)})
     reviews = review_texts(cleaned(log, config).reviews, frozen.text, config.split)
@@ -430,10 +432,12 @@ def _chosen(url: str, model: str) -> "Bundle | None":
     return bundle_of(url, stable)
 
 
-def _history(settings: Settings, file: Path | None) -> "Log":
+def _history(settings: Settings, file: Path | None, progress: Progress) -> "Log":
     """A record file's events, or the archive's."""
     from trainer import data
+    from trainer.progress import tracker
 
     if file is not None:
         return data.from_file(file)
-    return data.from_archive(settings.archive.url, settings.archive.storage_options)
+    bar, archive = tracker(progress, "reading the archive"), settings.archive
+    return data.from_archive(archive.url, archive.storage_options, bar)
