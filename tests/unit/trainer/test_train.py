@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +189,22 @@ def test_assessing_the_bundle_and_the_ladder(
     with console.capture() as shown:
         console.print(summary(replace(found, steps=(odd,))))
     assert "order[/5], [red]x, u\\x1b[31m, Ä" in shown.get()
+
+
+def test_stable_is_compared_on_newer_rows_and_left_out_where_it_predicts_no_numbers(
+    result: TrainResult, models: str, shop_file: Path, tmp_path: Path
+) -> None:
+    stable = bundles.load(models, result.version)
+    end = datetime.fromisoformat(stable.metrics["window"][1])
+    window = [stable.metrics["window"][0], (end - timedelta(hours=20)).isoformat()]
+    earlier = replace(stable, metrics={**stable.metrics, "window": window})
+    gate = CONFIG.gate.model_copy(update={"least_unseen": 20})
+    config, log = CONFIG.model_copy(update={"gate": gate}), from_file(shop_file)
+    told = train(log, str(tmp_path), config, stable=earlier).verdict.checks
+    assert any("stable model, 20 rows" in check.reason for check in told)
+    broken = replace(stable, calibration=stable.calibration.model_copy(update={"slope": np.nan}))
+    told = train(log, str(tmp_path), config, stable=broken).verdict.checks
+    assert all("stable model" not in check.name for check in told)
 
 
 def test_another_shops_bundle_is_started_from_and_the_card_says_what_was_carried(
