@@ -29,7 +29,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.progress import Progress
 
@@ -50,6 +50,7 @@ What = Literal["rating", "text"]
 _DRAWN = 10  # trials by chance, before the sampler learns from them
 _EPOCHS_SPARED = 3  # no trial is cut short before
 _LOOK_SECONDS = 10.0  # between looks at how many trials other processes have made
+_JOURNAL = b'{"op_code"'  # how a study's file begins
 _IN_FORCE = "in force"  # an attribute of the trial of the settings that are there already
 
 
@@ -179,12 +180,18 @@ def search(
         progress: where bars are shown.
 
     Raises:
-        TrainerError: too few rated rows or texts; no method to tune.
+        TrainerError: too few rated rows or texts; no method to tune; `study` is something else.
     """
     judge = _judge(log, what, config, encoder, progress)
     bar = tracker(progress, "trying settings")
     place = _Place(study, f"{what} {_digest(log, config, encoder)}")
-    opened = _open(place, config.seed)
+    try:
+        _cut(study)
+        opened = _open(place, config.seed)
+    except ValueError as error:
+        raise TrainerError(
+            f"{study} holds no trials of a search: name another by --study, or delete it"
+        ) from error
     left = trials - _finished(opened)
     if not _in_force(opened):
         values = {each.name: _value(config, each.name) for each in space(what, config)}
@@ -271,6 +278,25 @@ def _digest(log: Log, config: TrainerConfig, encoder: str) -> str:
         digest.update(f"{known} {record!r}".encode())
     digest.update(f"{config.model_dump_json()} {encoders.setting_hash(encoder)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _cut(journal: Path) -> None:
+    """Take away what a full disk left of a last line, which would spoil the next.
+
+    Raises ValueError where the file is something else.
+    """
+    if not journal.is_file():
+        return
+    lock = JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    try:
+        with journal.open("rb+") as file:
+            content = file.read()
+            if content and not content.startswith(_JOURNAL):
+                raise ValueError("no journal of trials")
+            file.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _open(place: _Place, seed: int) -> optuna.Study:

@@ -193,3 +193,27 @@ def test_a_fit_that_diverges_does_not_end_the_search(
         assert [(task.completed, task.total) for task in progress.tasks] == [(3, 3)]
     assert (len(tried), found.trials) == (3, 3)
     assert found.rmse < 5
+
+
+def test_a_search_goes_on_after_a_full_disk_cut_its_last_line(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, study = from_file(shop_file), tmp_path / "study"
+    monkeypatch.setattr(module, "_judge", lambda *_: lambda *_: 0.5)
+    search(log, "rating", SMALL, study, 2, encoder="none")
+    with study.open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    for trials in (3, 4):
+        assert search(log, "rating", SMALL, study, trials, encoder="none").trials == trials
+
+
+def test_a_study_that_is_another_file_is_refused_and_left_alone(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_judge", lambda *_: lambda *_: 0.5)
+    for content in (b"[trainer]", b'{"topic": "reviews"}\n'):
+        study = tmp_path / "other"
+        study.write_bytes(content)
+        with pytest.raises(TrainerError, match="holds no trials of a search"):
+            search(from_file(shop_file), "rating", SMALL, study, 2, encoder="none")
+        assert study.read_bytes() == content
