@@ -199,8 +199,6 @@ def _retrain_once(settings: Settings, on_drift: bool, keep: int | None) -> None:
             progress=progress,
             on_promoted=lambda after: announce(settings.kafka, before, after),
         )
-    if keep is not None:
-        bundle.prune(settings.models.url, keep)
     if done.drift is not None and done.drift.reasons:
         output.print(f"The shop has changed: {'; '.join(done.drift.reasons)}.", soft_wrap=True)
     if done.result is None:
@@ -209,6 +207,8 @@ def _retrain_once(settings: Settings, on_drift: bool, keep: int | None) -> None:
     output.print(summary(done.result))
     said = "is promoted" if done.promoted else "is not promoted"
     output.print(f"{done.result.version} {said}: {done.reason}", markup=False, soft_wrap=True)
+    if keep is not None:
+        bundle.prune(settings.models.url, keep)
 
 
 def evaluate(

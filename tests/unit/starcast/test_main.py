@@ -8,7 +8,8 @@ import sys
 from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
@@ -25,6 +26,7 @@ from streams.embedded import HOST, Endpoints, free_port
 from tests.unit.model import bundles
 from trainer import search
 from trainer.exceptions import TrainerError
+from trainer.retrain import Retrained
 
 RUNNER = CliRunner()
 
@@ -459,6 +461,33 @@ def test_sigterm_ends_a_command_that_waits_for_a_broker() -> None:
         assert b"No Kafka broker answers" in process.stderr.readline()
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_old_versions_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(tmp_path / "models")
+    monkeypatch.setenv("STARCAST_MODELS__URL", url)
+    for seed in range(3):
+        bundles.write(url, seed)
+    assert run_main(monkeypatch, "models", "prune", "--keep", "0") == 2
+    assert run_main(monkeypatch, "models", "prune", "--keep", "1") == 0
+    left = bundle.versions(url)
+    told = capsys.readouterr().out
+    assert told == f"{3 - len(left)} versions are deleted, {len(left)} are left.\n"
+    assert len(left) == 1
+
+
+def test_retrain_deletes_old_versions_when_it_has_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned: list[int] = []
+    verdict = SimpleNamespace(version="20260101T000000-00000000")
+    done = Retrained(cast(Any, verdict), False, None, "worse")
+    monkeypatch.setattr("trainer.retrain.retrain_once", lambda *_, **__: done)
+    monkeypatch.setattr("trainer.assess.summary", lambda _: "")
+    monkeypatch.setattr(bundle, "prune", lambda url, keep: pruned.append(keep))
+    assert RUNNER.invoke(app, ["retrain"]).exit_code == 0
+    assert RUNNER.invoke(app, ["retrain", "--keep", "7"]).exit_code == 0
+    assert pruned == [7]
 
 
 def test_what_another_has_rolled_back_meanwhile_is_not_rolled_back_further(
