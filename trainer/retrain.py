@@ -183,6 +183,7 @@ def retrain_every(
     scheduler.start()
     try:
         stop.wait()
+        logger.info("stopping; a training that is under way is waited for, Ctrl-C again ends it")
     finally:
         scheduler.shutdown(wait=True)
 

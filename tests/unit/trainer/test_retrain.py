@@ -83,7 +83,8 @@ def test_it_tries_again_soon_while_nothing_is_served_and_later_after_each_model_
     assert waits[3] >= 0.08
 
 
-def test_a_stop_ends_the_wait_for_another_try() -> None:
+def test_a_stop_ends_the_wait_for_another_try(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     stop, ran = threading.Event(), threading.Event()
     thread = threading.Thread(
         target=retrain_every, args=(timedelta(hours=6), ran.set, stop, None, lambda: False)
@@ -93,6 +94,7 @@ def test_a_stop_ends_the_wait_for_another_try() -> None:
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
+    assert "under way is waited for" in caplog.text
 
 
 def test_a_run_that_comes_late_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
