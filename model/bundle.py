@@ -35,7 +35,7 @@ from safetensors.torch import save as save_tensors
 
 from model import card as cards
 from model import encoder as encoders
-from model import storage
+from model import registry, storage
 from model.calibration import Calibration
 from model.encoder import StarHead
 from model.exceptions import BundleError
@@ -45,6 +45,7 @@ from model.network import FusedNetwork, NetworkConfig
 FORMAT = 3
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
+REPORTS = "reports"  # beside the bundles, an HTML page a version
 _CACHED = 8  # versions
 
 _VERSION = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
@@ -214,6 +215,28 @@ def versions(models_url: str) -> list[str]:
     folder = storage.locate(models_url)
     names = [name for name in folder.folders() if _VERSION.fullmatch(name)]
     return [name for name in names if folder.read(f"{name}/{MANIFEST}") is not None]
+
+
+def prune(models_url: str, keep: int) -> list[str]:
+    """Delete all versions, and their reports, but the newest `keep`, those that the registry names,
+    and as many of those that were stable before, for a rollback.
+
+    Returns what was deleted, oldest first. What is newer than the oldest of the newest stays also
+    where it is not whole: it may be on its way.
+    """
+    folder, now = storage.locate(models_url), registry.read(models_url)
+    newest = versions(models_url)[-keep:]
+    used = [now.stable, now.canary, *registry.earlier(now)[:keep]]
+    kept = {*newest, *(entry.version for entry in used if entry is not None)}
+    old = [
+        name
+        for name in folder.folders()
+        if _VERSION.fullmatch(name) and name < min(newest, default="") and name not in kept
+    ]
+    for name in old:
+        folder.remove(name, first=MANIFEST)
+        folder.remove(f"{REPORTS}/{name}.html")
+    return old
 
 
 def open_folder(folder: Path, sha256: str | None = None) -> Bundle:

@@ -100,13 +100,21 @@ def earlier(registry: Registry) -> list[Entry]:
     return [*reversed(stack[:-1])]
 
 
-def rollback(url: str, by: str, reason: str) -> Registry:
+def rollback(url: str, by: str, reason: str, expected: str | None = None) -> Registry:
     """Make the bundle stable again that was stable before the one that is.
 
     Rolling back twice goes back two steps, not to and fro. A canary of that version is done with.
+    `expected`: the stable version to get away from. Raises RegistryError when another has become
+    stable since, or when there is none to go back to.
     """
 
     def change(old: Registry) -> Registry:
+        now = old.stable.version if old.stable else ""
+        if expected is not None and now != expected:
+            raise RegistryError(
+                f"{expected or 'none'} was to be rolled back, but {now or 'none'} is stable now; "
+                "look at `starcast models list`, and roll back again if it is to go too"
+            )
         before = earlier(old)
         if not before:
             raise RegistryError(f"nothing to roll back to in {url}: no earlier stable version")

@@ -61,6 +61,17 @@ class Storage:
                 return []
         return sorted(e["name"].rsplit("/", 1)[1] for e in entries if e["type"] == "directory")
 
+    def remove(self, name: str, first: str | None = None) -> None:
+        """Delete a file, or a folder, of which nobody sees a part: without its file `first` it is
+        none. What is not there is deleted already.
+        """
+        place = f"{self.root}/{name}"
+        with self._reaching(name), contextlib.suppress(FileNotFoundError):
+            if first is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    self.filesystem.rm_file(f"{place}/{first}")
+            self.filesystem.rm(place, recursive=True)
+
     def upload(self, folder: Path, name: str, last: str) -> None:
         """Copy a folder's files to the folder `name`, the file `last` at the end."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())

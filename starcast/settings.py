@@ -231,15 +231,23 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _from_toml(config: Path | None, folder: Path) -> dict[Path_, _Given]:
+def file_in_force(config: Path | None = None, folder: Path | None = None) -> Path | None:
+    """The TOML file that `load` reads; none where there is none. Raises SettingsError."""
     named = config or (Path(os.environ[CONFIG_VARIABLE]) if CONFIG_VARIABLE in os.environ else None)
-    file = named or folder / CONFIG_FILE
-    if not file.is_file():
-        if named is None:
-            return {}
-        raise SettingsError(
-            f"There is no settings file {file}. Name another by --config or {CONFIG_VARIABLE}."
-        )
+    file = named or (folder or Path()) / CONFIG_FILE
+    if file.is_file():
+        return file
+    if named is None:
+        return None
+    raise SettingsError(
+        f"There is no settings file {file}. Name another by --config or {CONFIG_VARIABLE}."
+    )
+
+
+def _from_toml(config: Path | None, folder: Path) -> dict[Path_, _Given]:
+    file = file_in_force(config, folder)
+    if file is None:
+        return {}
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:

@@ -1,5 +1,6 @@
 """How good a model is on the newest rows of a log, beside the baselines on the same rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from model import encoder as encoders
 from model.bundle import Bundle
@@ -143,7 +145,7 @@ def summary(result: Assessment) -> RenderableType:
         cleaning = Table("cleaning", "rows", "effect", "for example", title_justify="left")
         for step in worked:
             effect = "dropped" if step.dropped else "mended"
-            cleaning.add_row(step.rule, f"{step.rows:,}", effect, ", ".join(step.examples))
+            cleaning.add_row(step.rule, f"{step.rows:,}", effect, _named(step.examples))
         parts.append(cleaning)
     buckets = [name for name, _, _ in HISTORY_BUCKETS]
     rows = result.evaluations["model"].all.rows
@@ -166,3 +168,8 @@ def summary(result: Assessment) -> RenderableType:
             f"{result.text.rmse:.4f}, accuracy {result.text.accuracy:.1%}"
         )
     return Group(*parts)
+
+
+def _named(ids: Sequence[str]) -> Text:
+    """Ids from outside, for a terminal: as they are, but for what steers it or the console."""
+    return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in ", ".join(ids)))

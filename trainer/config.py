@@ -279,6 +279,12 @@ class GateConfig(BaseModel):
     )
     resamples: int = Field(default=2_000, ge=100, le=100_000, description="bootstrap resamples")
     least_rows: int = Field(default=30, ge=10, description="fewest newest rows that can decide")
+    least_unseen: int = Field(
+        default=200,
+        ge=10,
+        description="of the newest rows those that came after all that stable was fitted to, on "
+        "which alone it is compared; with fewer on all, some of which it knows",
+    )
     worse_allowed: float = Field(
         default=0.005,
         ge=0,

@@ -46,7 +46,7 @@ from schemas.topics import BY_NAME
 from trainer.clean import REVIEW_COLUMNS
 from trainer.exceptions import TrainerError
 from trainer.metrics import Floats
-from trainer.progress import OnProgress
+from trainer.progress import OnProgress, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ by the day and their order within it is chance.
 
 Kind = TypeVar("Kind", Item, User)
 
+_DECODED = 10_000  # records of attributes at once
 _REASONS = 5  # of lines left out that are told
 _LATE_MS = 86_400_000  # as the stream counts an event as late
 _LATE_SHARE = 0.05  # of events that are late in a stream's record
@@ -70,11 +71,22 @@ _BATCHES = 1_000  # into which a log is cut at least, where the two bounds allow
 
 @dataclass(frozen=True)
 class Journalled:
-    """Feature rows as the scorer saw them, of the n events of a log."""
+    """Feature rows as the scorer saw them, of the n reviews with stars of a log, in its order."""
 
     features: NDArray[np.float32]  # (n, F)
     usable: NDArray[np.bool_]  # (n): the row is of this code's feature table
     encoder: NDArray[np.str_]  # (n): hash of the encoder whose vectors were read; "" for none
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """What is learnt from of a transaction of n events; of views, which are many, no features."""
+
+    partition: int
+    events: Rows  # EVENT (n)
+    topics: NDArray[np.uint8]  # (n)
+    offsets: NDArray[np.int64]  # (n)
+    rated: Journalled
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Log:
     @property
     def labelled(self) -> NDArray[np.bool_]:
         """Which events (n) are reviews with stars."""
-        return (self.events["action"] == REVIEW) & ~np.isnan(self.events["rating"])
+        return _labelled(self.events)
 
     @property
     def rated(self) -> int:
@@ -225,7 +237,9 @@ def _left_out(path: Path, bad: Sequence[LineError], good: int) -> str:
     )
 
 
-def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
+def from_archive(
+    url: str, options: Mapping[str, str] | None = None, on_progress: OnProgress = unseen
+) -> Log:
     """The history in an archive: its journal, joined with its reviews, items and users.
 
     Partitions are merged by event time (a late event as of its arrival), each in its journal's
@@ -233,17 +247,23 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
     before they were erased is left out, and so is, with a warning, a transaction of which the
     archive lacks a part: an archiver was down for longer than Kafka kept it.
 
+    `on_progress` is called with partitions of the journal read and partitions in all.
+
     Raises:
         TrainerError: the journal is empty, or of another layout of events.
     """
     torn: list[TornError] = []
-    parts = [
-        (partition, transaction.journal)
-        for partition in sorted(archive.positions(url, "journal", options))
-        for transaction in archive.journal(url, partition, options, on_torn=torn.append)
-        # What another layout wrote is journalled again by the rebuild under this one.
-        if transaction.journal.layout_hash == LAYOUT_HASH and len(transaction.journal)
-    ]
+    parts: list[_Applied] = []
+    partitions = sorted(archive.positions(url, "journal", options))
+    for done, number in enumerate(partitions):
+        on_progress(done, len(partitions))
+        parts += [
+            _applied(number, transaction.journal)
+            for transaction in archive.journal(url, number, options, on_torn=torn.append)
+            # What another layout wrote is journalled again by the rebuild under this one.
+            if transaction.journal.layout_hash == LAYOUT_HASH and len(transaction.journal)
+        ]
+    on_progress(len(partitions), len(partitions))
     if torn:
         logger.warning(
             "%d transactions or parts of them are missing in the archive and are left out (its "
@@ -256,8 +276,8 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
             f"the archive at {url} holds no journal rows of layout {LAYOUT_HASH}; "
             "run the scorer and the archiver, or `starcast backfill` a record file"
         )
-    events = np.concatenate([journal.events.view(EVENT).reshape(-1) for _, journal in parts])
-    partition = np.concatenate([np.full(len(journal), number) for number, journal in parts])
+    events = np.concatenate([part.events for part in parts])
+    partition = np.concatenate([np.full(len(part.events), part.partition) for part in parts])
     kept = _kept(events)
     if not kept.any():
         raise TrainerError(f"all users in the archive at {url} were erased; nothing is left to fit")
@@ -268,9 +288,9 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
     applied = pl.DataFrame(
         {
             "row": place,
-            "topic": np.concatenate([journal.topics for _, journal in parts]),
+            "topic": np.concatenate([part.topics for part in parts]),
             "kafka_partition": partition.astype(np.int32),
-            "kafka_offset": np.concatenate([journal.offsets for _, journal in parts]),
+            "kafka_offset": np.concatenate([part.offsets for part in parts]),
         }
     ).filter((pl.col("topic") == TOPICS.index("reviews")) & (pl.col("row") >= 0))
     reviews = archive.collect(
@@ -296,7 +316,30 @@ def from_archive(url: str, options: Mapping[str, str] | None = None) -> Log:
         reviews,
         [(0, item) for item in _records(url, "items", options, Item)],
         [(0, user) for user in _records(url, "users", options, User)],
-        _journalled([journal for _, journal in parts], order),
+        _journalled(parts, _labelled(events), order),
+    )
+
+
+def _labelled(events: Rows) -> NDArray[np.bool_]:
+    """Which of EVENT rows (n) are reviews with stars."""
+    return (events["action"] == REVIEW) & ~np.isnan(events["rating"])
+
+
+def _applied(partition: int, journal: Journal) -> _Applied:
+    events = journal.events.view(EVENT).reshape(-1).copy()
+    rated = _labelled(events)
+    same = journal.feature_hash == features.FEATURE_HASH
+    rows = (
+        journal.features[rated]
+        if same
+        else np.full((rated.sum(), len(features.NAMES)), np.nan, "f4")
+    )
+    return _Applied(
+        partition,
+        events,
+        journal.topics.copy(),
+        journal.offsets.copy(),
+        Journalled(rows, np.full(len(rows), same), np.full(len(rows), journal.encoder)),
     )
 
 
@@ -318,41 +361,45 @@ def _merge(partition: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.
     return np.argsort(reached, kind="stable")
 
 
-def _journalled(journals: Sequence[Journal], order: NDArray[np.intp]) -> Journalled:
-    width = len(features.FEATURES)
-    rows: list[NDArray[np.float32]] = []
-    for journal in journals:
-        same = journal.feature_hash == features.FEATURE_HASH
-        rows.append(journal.features if same else np.full((len(journal), width), np.nan, "f4"))
+def _journalled(
+    parts: Sequence[_Applied], rated: NDArray[np.bool_], order: NDArray[np.intp]
+) -> Journalled:
+    """The rows of the rated among these events, as `order` has them."""
+    rows = (np.cumsum(rated) - 1)[order[rated[order]]]
     return Journalled(
-        np.concatenate(rows)[order],
-        np.concatenate(
-            [np.full(len(j), j.feature_hash == features.FEATURE_HASH) for j in journals]
-        )[order],
-        np.concatenate([np.full(len(j), j.encoder) for j in journals])[order],
+        np.concatenate([part.rated.features for part in parts])[rows],
+        np.concatenate([part.rated.usable for part in parts])[rows],
+        np.concatenate([part.rated.encoder for part in parts])[rows],
     )
 
 
 def _records(
     url: str, topic: str, options: Mapping[str, str] | None, kind: type[Kind]
 ) -> list[Kind]:
-    """The records of a compacted topic, oldest first; none of a user from before their deletion.
+    """The newest record of each id of a compacted topic; none of a user who was deleted after it.
 
-    A deleted item is still what was known when its events came.
+    A deleted item is still what was known when its events came. The archive has all that ever was
+    said, such as each price of each day, so no more than a slice of a partition is decoded at once.
     """
-    frame = archive.read(
-        url, topic, options, columns=["kafka_partition", "kafka_offset", "kafka_key", "kafka_value"]
-    )
-    rows = archive.collect(frame, archive.table_url(url, topic))
-    positions = list(zip(rows["kafka_partition"], rows["kafka_offset"], strict=True))
-    decoded = codec.decode(BY_NAME[topic], rows["kafka_value"].to_list(), positions)
-    keys = rows["kafka_key"].to_list()
-    deleted = {keys[at]: at for at in decoded.tombstones} if kind is User else {}
-    return [
-        record
-        for at, record in enumerate(decoded.records)
-        if isinstance(record, kind) and at > deleted.get(keys[at], -1)
-    ]
+    contract, columns = BY_NAME[topic], ["kafka_offset", "kafka_key", "kafka_value"]
+    found: list[Kind] = []
+    for partition in sorted(archive.positions(url, topic, options)):
+        frame = archive.read(url, topic, options, columns=columns, partitions=[partition])
+        newest: dict[tuple[bytes, str], Kind] = {}
+        for rows in archive.collect(frame, archive.table_url(url, topic)).iter_slices(_DECODED):
+            places = [(partition, offset) for offset in rows["kafka_offset"]]
+            decoded = codec.decode(contract, rows["kafka_value"].to_list(), places)
+            keys = rows["kafka_key"].to_list()
+            deleted = {keys[at]: at for at in decoded.tombstones} if kind is User else {}
+            if deleted:
+                newest = {name: each for name, each in newest.items() if name[0] not in deleted}
+            for at, record in enumerate(decoded.records):
+                if isinstance(record, kind) and at > deleted.get(keys[at], -1):
+                    name = (keys[at], getattr(record, contract.key))
+                    newest.pop(name, None)  # so that the newest comes last
+                    newest[name] = record
+        found += newest.values()
+    return found
 
 
 def item_texts(log: Log) -> dict[int, str]:
@@ -445,8 +492,8 @@ def replay(
     row = np.flatnonzero(rated)
     inputs = concatenate(parts)
     if journalled is not None and ties == "arrival" and still is None:
-        seen = journalled.usable[row] & (journalled.encoder[row] == encoder)
-        inputs.features[seen] = journalled.features[row[seen]]
+        seen = journalled.usable & (journalled.encoder == encoder)
+        inputs.features[seen] = journalled.features[seen]
     return Examples(row, log.events[row], inputs, log.events["rating"][row].astype(np.float64))
 
 

@@ -155,6 +155,7 @@ def join(predictions: pl.DataFrame, ratings: pl.DataFrame) -> pl.DataFrame:
         on="time",
         by=["user_id", "item_id"],
         strategy="backward",
+        check_sortedness=False,  # it cannot see that, and warns
     ).drop_nulls("predicted")
     known = pl.concat(
         [
@@ -179,8 +180,10 @@ def since(
     features = np.empty((0, len(NAMES)), np.float32)
     if log.journalled is not None:
         # What a bundle keeps is of reviews with stars, by which it was judged; views are otherwise.
-        newer = log.labelled & (log.events["time"] > begin) & log.journalled.usable
+        rated = log.events[log.labelled]
+        newer = (rated["time"] > begin) & _first(rated["event_id"]) & log.journalled.usable
         features = log.journalled.features[newer]
+    # An event that came again is predicted with its own rating known: its first prediction counts.
     predictions = archive.collect(
         archive.read(url, "predicted-ratings", options)
         .filter(
@@ -194,11 +197,22 @@ def since(
             "item_id",
             pl.col("event_time").alias("time"),
             pl.col("rating").cast(pl.Float64).alias("predicted"),
-        ),
+        )
+        .unique("event_id", keep="first", maintain_order=True),
         archive.table_url(url, "predicted-ratings"),
     )
-    ratings = log.reviews.filter(pl.col("rating").is_not_null() & (pl.col("time") > window_end))
+    ratings = log.reviews.filter(
+        pl.col("rating").is_not_null() & (pl.col("time") > window_end),
+        pl.col("event_id").is_first_distinct(),
+    )
     chosen = ratings.select(
         "event_id", "user_id", "item_id", pl.col("time").cast(predictions["time"].dtype), "rating"
     )
     return features, join(predictions, chosen)
+
+
+def _first(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Where ids (n) are there for the first time."""
+    first = np.zeros(len(ids), bool)
+    first[np.unique(ids, return_index=True)[1]] = True
+    return first

@@ -38,7 +38,7 @@ from model.state import STARS
 from trainer import batches, checkpoints, methods
 from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
-from trainer.exceptions import TrainerError
+from trainer.exceptions import DivergedError, TrainerError
 from trainer.progress import OnProgress
 from trainer.tracking import Note, unnoted
 
@@ -247,7 +247,7 @@ class _Fit:
                 loss = self._take(varied, batch)
                 # In half precision the scaler leaves such a step out.
                 if not math.isfinite(loss) and not self._scaler.is_enabled():
-                    raise TrainerError(
+                    raise DivergedError(
                         f"the fit of the encoder came to no number in step {self.step} of "
                         f"{self._steps}: lower trainer.text.fine_tune's rates or weight_decay"
                     )

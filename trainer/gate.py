@@ -3,7 +3,8 @@
 On the newest rows, which it was not fitted on, a candidate must be
 1. not worse than the model in service, nor than the running bias, which is served without a model:
    not significantly (paired bootstrap of the difference in squared error), and its RMSE at most
-   `worse_allowed` above,
+   `worse_allowed` above. The model in service was fitted to all rows of its time, the candidate
+   that is judged was not, so they are compared on rows that are newer, where there are enough,
 2. better than every baseline that it claims to beat,
 3. calibrated: small expected calibration error, intervals that cover.
 
@@ -12,6 +13,9 @@ A baseline is claimed when the candidate beat it significantly on its validation
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config import GateConfig
 from trainer.metrics import Calibration, Difference, Floats, paired, scores
@@ -69,6 +73,7 @@ def judge(
     rating: Floats,
     candidate: Floats,
     stable: Floats | None,
+    unseen: NDArray[np.bool_],
     baselines: Mapping[str, Floats],
     claimed: Sequence[str],
     calibration: Calibration,
@@ -81,6 +86,7 @@ def judge(
         rating: (n) true ratings.
         candidate: (n) predicted ratings of a model that was not fitted on these rows.
         stable: (n) predicted ratings of the model in service, or None when there is none.
+        unseen: (n) which rows are newer than all that the model in service was fitted to.
         baselines: name to predicted ratings (n), `REFERENCE` among them.
         claimed: names of `claims`.
         calibration: the candidate's, on these rows.
@@ -91,9 +97,16 @@ def judge(
         few = f"only {len(rating)} newest rated rows, {config.least_rows} are needed to judge"
         return Verdict(False, (Check("rows", False, few),))
     checks = [_better(name, rating, candidate, baselines[name]) for name in claimed]
-    checks.append(_not_worse("running bias", rating, candidate, baselines[REFERENCE], config, seed))
+    every = np.ones(len(rating), bool)
+    compared = [("running bias", baselines[REFERENCE], every)]
     if stable is not None:
-        checks.append(_not_worse("stable model", rating, candidate, stable, config, seed))
+        compared.append(
+            ("stable model", stable, unseen if unseen.sum() >= config.least_unseen else every)
+        )
+    checks += [
+        _not_worse(name, rating[rows], candidate[rows], other[rows], config, seed)
+        for name, other, rows in compared
+    ]
     checks.append(
         Check(
             "calibration error",
@@ -135,8 +148,8 @@ def _not_worse(
     return Check(
         f"not worse than the {name}",
         near and gap.low <= 0,
-        f"{name}: RMSE {ours:.4f} against {theirs:.4f}, difference in squared error "
-        f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
+        f"{name}, {len(rating):,} rows: RMSE {ours:.4f} against {theirs:.4f}, difference in "
+        f"squared error {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
     )
 
 

@@ -21,6 +21,7 @@ from trainer.config import TrainerConfig
 from trainer.data import Log, from_archive
 from trainer.drift import Drift
 from trainer.exceptions import TrainerError
+from trainer.progress import tracker
 from trainer.train import TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def retrain_once(
     stable = registry.read(models_url).stable
     previous = stable.version if stable else None
     served = in_service(models_url, stable)
-    log = from_archive(archive_url, archive_options)
+    log = from_archive(archive_url, archive_options, tracker(progress, "reading the archive"))
     changed = None
     if on_drift and served is not None:
         changed = _drift(log, served, archive_url, archive_options, config or TrainerConfig())
@@ -177,10 +178,12 @@ def retrain_every(
         next_run_time=datetime.now(UTC),
         max_instances=1,
         coalesce=True,
+        misfire_grace_time=None,  # late, as after a machine slept: better than an interval later
     )
     scheduler.start()
     try:
         stop.wait()
+        logger.info("stopping; a training that is under way is waited for, Ctrl-C again ends it")
     finally:
         scheduler.shutdown(wait=True)
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,17 +29,18 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
+from rich.progress import Progress
 
 from model import encoder as encoders
 from trainer import fit, text
 from trainer.config import TrainerConfig
 from trainer.data import Log
-from trainer.exceptions import TrainerError
+from trainer.exceptions import DivergedError, TrainerError
 from trainer.metrics import rmse
 from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts
-from trainer.progress import unseen
+from trainer.progress import tracker
 from trainer.text import ReviewTexts
 from trainer.train import base_encoder, fit_network
 
@@ -48,6 +49,8 @@ What = Literal["rating", "text"]
 
 _DRAWN = 10  # trials by chance, before the sampler learns from them
 _EPOCHS_SPARED = 3  # no trial is cut short before
+_LOOK_SECONDS = 10.0  # between looks at how many trials other processes have made
+_JOURNAL = b'{"op_code"'  # how a study's file begins
 _IN_FORCE = "in force"  # an attribute of the trial of the settings that are there already
 
 
@@ -143,7 +146,10 @@ class _Text:
         encoder = encoders.load(self.encoder, config.device)
         with TemporaryDirectory(prefix="starcast-search-") as folder:
             place = Path(folder) / "encoder"
-            told = text.validate(self.reviews, encoder, config.text, place, config.seed)
+            try:
+                told = text.validate(self.reviews, encoder, config.text, place, config.seed)
+            except DivergedError:
+                return math.nan  # which says enough of these settings; the search goes on
         return rmse(self.reviews.rating[self.reviews.span == text.VALIDATION], told)
 
 
@@ -159,6 +165,7 @@ def search(
     *,
     encoder: str = "auto",
     workers: int = 1,
+    progress: Progress | None = None,
 ) -> Searched:
     """Settings with a lower validation error than `config`'s.
 
@@ -170,14 +177,22 @@ def search(
         trials: how many there shall be in all.
         encoder: as `models.encoder`.
         workers: processes that try at the same time.
+        progress: where bars are shown.
 
     Raises:
-        TrainerError: too few rated rows or texts; no method to tune.
+        TrainerError: too few rated rows or texts; no method to tune; `study` is something else.
     """
-    judge = _judge(log, what, config, encoder)
+    judge = _judge(log, what, config, encoder, progress)
+    bar = tracker(progress, "trying settings")
     place = _Place(study, f"{what} {_digest(log, config, encoder)}")
-    opened = _open(place, config.seed)
-    left = trials - sum(each.state.is_finished() for each in opened.trials)
+    try:
+        _cut(study)
+        opened = _open(place, config.seed)
+    except ValueError as error:
+        raise TrainerError(
+            f"{study} holds no trials of a search: name another by --study, or delete it"
+        ) from error
+    left = trials - _finished(opened)
     if not _in_force(opened):
         values = {each.name: _value(config, each.name) for each in space(what, config)}
         opened.enqueue_trial(values, {_IN_FORCE: True})
@@ -190,10 +205,12 @@ def search(
                 pool.submit(_work, judge, what, config, place, share, seed + number)
                 for number, share in enumerate(shares)
             ]
+            while wait(jobs, _LOOK_SECONDS).not_done:
+                bar(_finished(_open(place, seed)), trials)
             for job in jobs:
                 job.result()
     elif left > 0:
-        _work(judge, what, config, place, left, seed)
+        _work(judge, what, config, place, left, seed, lambda study: bar(_finished(study), trials))
     return _found(_open(place, seed))
 
 
@@ -231,13 +248,16 @@ def plot_importance(found: Searched, path: Path) -> None:
     path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
 
 
-def _judge(log: Log, what: What, config: TrainerConfig, encoder: str) -> Judge:
+def _judge(
+    log: Log, what: What, config: TrainerConfig, encoder: str, progress: Progress | None
+) -> Judge:
     reviews = cleaned(log, config).reviews
     base = base_encoder(encoder, None, config)
     if what == "rating":
-        vectors = item_vectors(log, base, unseen)
+        vectors = item_vectors(log, base, tracker(progress, "encoding item texts"))
         name = base.hash if base else ""
-        return _Rating(prepared(log, reviews, vectors, name, config, unseen))
+        words = tracker(progress, "replaying events")
+        return _Rating(prepared(log, reviews, vectors, name, config, words))
     texts = review_texts(reviews, config.text, config.split)
     if texts is None or base is None:
         raise TrainerError("there are too few review texts, or no encoder, to search with")
@@ -260,6 +280,25 @@ def _digest(log: Log, config: TrainerConfig, encoder: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def _cut(journal: Path) -> None:
+    """Take away what a full disk left of a last line, which would spoil the next.
+
+    Raises ValueError where the file is something else.
+    """
+    if not journal.is_file():
+        return
+    lock = JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    try:
+        with journal.open("rb+") as file:
+            content = file.read()
+            if content and not content.startswith(_JOURNAL):
+                raise ValueError("no journal of trials")
+            file.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
 def _open(place: _Place, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place.journal.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +312,13 @@ def _open(place: _Place, seed: int) -> optuna.Study:
 
 
 def _work(
-    judge: Judge, what: What, config: TrainerConfig, place: _Place, trials: int, seed: int
+    judge: Judge,
+    what: What,
+    config: TrainerConfig,
+    place: _Place,
+    trials: int,
+    seed: int,
+    on_trial: Callable[[optuna.Study], None] = lambda study: None,
 ) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -283,7 +328,11 @@ def _work(
         values = {each.name: each.suggest(trial) for each in space(what, config)}
         return judge(with_settings(config, values), trial)
 
-    opened.optimize(objective, n_trials=trials)
+    opened.optimize(objective, trials, callbacks=[lambda study, trial: on_trial(study)])
+
+
+def _finished(study: optuna.Study) -> int:
+    return sum(each.state.is_finished() for each in study.trials)
 
 
 def with_settings(config: TrainerConfig, values: Mapping[str, float | int]) -> TrainerConfig:

@@ -1,5 +1,6 @@
 """One training: from a history of events to a bundle, judged and reported."""
 
+import logging
 import math
 import tempfile
 import time
@@ -48,6 +49,8 @@ from trainer.prepare import (
 from trainer.progress import tracker
 from trainer.text import ReviewTexts, TextModel
 from trainer.tracking import tracking, unnoted
+
+logger = logging.getLogger(__name__)
 
 _LIMITS = (
     "Measured on the newest rows of the shop it was fitted on; another shop needs its own fit.",
@@ -156,6 +159,7 @@ def train(
             compared.rating,
             compared.ours.rating,
             _stable_ratings(log, found, stable, used, data, config, progress),
+            data.examples.events["time"][data.split.test] > _ended(stable),
             compared.rivals,
             claims,
             compared.calibration,
@@ -203,7 +207,7 @@ def train(
         texts.scores if texts else None,
         verdict,
     )
-    reports = f"{models_url.rstrip('/')}/reports"
+    reports = f"{models_url.rstrip('/')}/{bundles.REPORTS}"
     storage.locate(reports).replace(f"{written.version}.html", page.encode())
     return TrainResult(
         evaluations=compared.evaluations,
@@ -315,13 +319,17 @@ def _start(stable: Bundle | None, other: Bundle | None, data: Prepared) -> fit.S
     """What to start from: another shop's model, or stable where its rows ended early enough."""
     if other is not None:
         return fit.Start(other.network, same_shop=False)
-    if stable is None or "window" not in stable.metrics:
-        return None
     validation = data.examples.events["time"][data.split.validation]
-    ended = datetime.fromisoformat(stable.metrics["window"][1])
-    if ended.timestamp() * 1e3 >= validation.min():
+    if stable is None or _ended(stable) >= validation.min():
         return None
     return fit.Start(stable.network, same_shop=True)
+
+
+def _ended(stable: Bundle | None) -> float:
+    """Milliseconds since the epoch of the newest row that a bundle was fitted to, as it knows."""
+    if stable is None or "window" not in stable.metrics:
+        return math.inf
+    return datetime.fromisoformat(stable.metrics["window"][1]).timestamp() * 1e3
 
 
 def _claims(
@@ -344,13 +352,19 @@ def _stable_ratings(
     config: TrainerConfig,
     progress: Progress | None,
 ) -> Floats | None:
-    """What the model in service says of the newest rows, with its own encoder's vectors."""
+    """What the model in service says of the newest rows, with its own encoder's vectors.
+
+    None where it says no number: workers refuse it.
+    """
     if stable is None:
         return None
     if stable.encoder_hash not in (None, encoder.hash if encoder else None):
         data = _replayed(log, found, bundle_encoder(stable, config), config, progress)
-    ours = predict(stable.network, stable.calibration, data.examples, data.split.test)
-    return ours.rating
+    ours = predict(stable.network, stable.calibration, data.examples, data.split.test).rating
+    if not np.isfinite(ours).all():
+        logger.warning("%s is left out of the comparison: it predicts no numbers", stable.version)
+        return None
+    return ours
 
 
 def _rows(log: Log, data: Prepared, texts: TextModel | None) -> dict[str, int]:

@@ -94,7 +94,8 @@ def rollback(context: typer.Context, reason: Reason = "rolled back by hand") -> 
                 f"{error}. Workers could not serve it, so nothing is changed; `starcast models "
                 "promote VERSION` makes another one stable."
             ) from error
-    after = registry.rollback(url, who(), reason)
+    expected = before.stable.version if before.stable else ""
+    after = registry.rollback(url, who(), reason, expected)
     announce(settings.kafka, before, after)
     output.print(f"{after.stable.version if after.stable else 'The cold-start ladder'} is stable.")
 
@@ -155,6 +156,21 @@ def end_canary(context: typer.Context, reason: Reason = "ended by hand") -> None
     announce(settings.kafka, before, after)
     if before.canary is not None:
         output.print(f"{before.canary.version} is not tried any more.", soft_wrap=True)
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Newest versions, and of those that a rollback goes back to.")
+    ],
+) -> None:
+    """Delete old versions and their reports. What serves or is on trial stays."""
+    from model import bundle
+
+    url = settings_of(context).models.url
+    gone = bundle.prune(url, keep)
+    output.print(f"{len(gone):,} versions are deleted, {len(bundle.versions(url)):,} are left.")
 
 
 @app.command()

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import orjson
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 from starcast.commands.context import (
     check_output,
+    chosen_of,
     fail,
     notes,
     output,
@@ -25,7 +27,7 @@ from starcast.commands.context import (
     write_json,
 )
 from starcast.commands.models import announce, bundle_of, who
-from starcast.settings import Settings
+from starcast.settings import Settings, file_in_force
 
 if TYPE_CHECKING:
     from model.bundle import Bundle
@@ -103,7 +105,7 @@ def train(
     registered = registry.read(models.url)
     before = registered.stable
     with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
-        log = _history(settings, file)
+        log = _history(settings, file, progress)
         result = fit(
             log,
             models.url if is_first() else scratch,  # all fit the same, one keeps it
@@ -153,6 +155,10 @@ def retrain(
         bool,
         typer.Option("--on-drift", help="Only if features, predictions or errors have changed."),
     ] = False,
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, help="Then delete old versions, as `models prune --keep`; else none."),
+    ] = None,
 ) -> None:
     """Fit a model from the archive and let it serve if it passes the gate."""
     if once and every:
@@ -163,20 +169,20 @@ def retrain(
 
     settings = settings_of(context)
     if every is None:
-        _retrain_once(settings, on_drift)
+        _retrain_once(settings, on_drift, keep)
         return
     span = parse_every(every)
     with stopping() as stop:
         retrain_every(
             span,
-            lambda: _retrain_once(settings, on_drift),
+            lambda: _retrain_once(settings, on_drift, keep),
             stop,
             is_served=lambda: registry.read(settings.models.url).stable is not None,
         )
 
 
-def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
-    from model import registry
+def _retrain_once(settings: Settings, on_drift: bool, keep: int | None) -> None:
+    from model import bundle, registry
     from trainer.assess import summary
     from trainer.retrain import retrain_once
 
@@ -201,6 +207,8 @@ def _retrain_once(settings: Settings, on_drift: bool = False) -> None:
     output.print(summary(done.result))
     said = "is promoted" if done.promoted else "is not promoted"
     output.print(f"{done.result.version} {said}: {done.reason}", markup=False, soft_wrap=True)
+    if keep is not None:
+        bundle.prune(settings.models.url, keep)
 
 
 def evaluate(
@@ -303,16 +311,17 @@ def search(
     from trainer import search as searching
 
     settings = settings_of(context)
-    log = _history(settings, events)
-    found = searching.search(
-        log,
-        what.value,
-        settings.trainer,
-        study,
-        trials,
-        encoder=settings.models.encoder,
-        workers=workers,
-    )
+    with progress_bar() as progress:
+        found = searching.search(
+            _history(settings, events, progress),
+            what.value,
+            settings.trainer,
+            study,
+            trials,
+            encoder=settings.models.encoder,
+            workers=workers,
+            progress=progress,
+        )
     searching.write_settings(found, out)
     table = Table("setting", "value", "importance")
     for name, value in found.settings.items():
@@ -327,7 +336,16 @@ def search(
         plot = out.with_suffix(_PLOT)
         searching.plot_importance(found, plot)
         output.print(f"What matters: {plot}")
-    notes.print(f"To train with it: starcast --config {out} train")
+    notes.print(_how_to_take(out, file_in_force(chosen_of(context).config)), markup=False)
+
+
+def _how_to_take(found: Path, before: Path | None) -> str:
+    """What to do with a file of settings that were found, beside the one that is in force."""
+    if before is None:
+        return f"To train with it: starcast --config {found} train"
+    return (
+        f"To train with it, add its lines to {before}: by --config it would take that one's place."
+    )
 
 
 def compress(
@@ -356,7 +374,8 @@ def compress(
     settings = settings_of(context)
     models, config = settings.models, settings.trainer
     stable = in_service(models.url, registry.read(models.url).stable)
-    log = _history(settings, events)
+    with progress_bar() as progress:
+        log = _history(settings, events, progress)
     parent = base_encoder(models.encoder, stable, config)
     frozen = config.model_copy(update={"text": untouched(config.text)})
     reviews = review_texts(cleaned(log, config).reviews, frozen.text, config.split)
@@ -413,10 +432,12 @@ def _chosen(url: str, model: str) -> "Bundle | None":
     return bundle_of(url, stable)
 
 
-def _history(settings: Settings, file: Path | None) -> "Log":
+def _history(settings: Settings, file: Path | None, progress: Progress) -> "Log":
     """A record file's events, or the archive's."""
     from trainer import data
+    from trainer.progress import tracker
 
     if file is not None:
         return data.from_file(file)
-    return data.from_archive(settings.archive.url, settings.archive.storage_options)
+    bar, archive = tracker(progress, "reading the archive"), settings.archive
+    return data.from_archive(archive.url, archive.storage_options, bar)

@@ -67,7 +67,7 @@ def test_every_processor_has_a_service(services: dict[str, Any]) -> None:
     for name in PROCESSORS:
         assert services[name]["command"] == ["run", name]
     assert services["topics"]["command"] == ["topics", "apply"]
-    assert services["trainer"]["command"] == ["retrain", "--every", "6h"]
+    assert services["trainer"]["command"] == ["retrain", "--every", "6h", "--keep", "20"]
 
 
 def test_every_service_is_watched_limited_and_restarted(services: dict[str, Any]) -> None:

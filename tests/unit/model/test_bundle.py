@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,6 +21,7 @@ from fsspec.implementations.memory import (  # pyright: ignore[reportMissingType
 )
 
 from model import bundle as bundles
+from model import registry, storage
 from model.bundle import FORMAT, Written
 from model.calibration import Calibration
 from model.encoder import StarHead, folder_hash, read_star_head
@@ -383,3 +385,44 @@ def test_an_interrupted_upload_is_no_version(tmp_path: Path) -> None:
     assert bundles.versions(url) == []
     with pytest.raises(BundleError, match="not whole"):
         bundles.load(url, written.version, cache=tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_old_versions_are_deleted_but_for_those_that_are_of_use(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight versions of a day each: the third serves after a rollback, the second is on trial."""
+    url = f"{scheme}{tmp_path}/models"
+    written: list[Written] = []
+    for day in range(1, 9):
+
+        class Day(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> datetime:
+                return datetime(2026, 1, day, tzinfo=tz)  # noqa: B023 - used at once
+
+        monkeypatch.setattr(bundles, "datetime", Day)
+        written.append(write(url, day))
+    first, second, third, fourth, _, _, seventh, eighth = written
+    for each in (first, third, fourth):
+        registry.promote(url, each.version, each.sha256, "a test", "better")
+    registry.rollback(url, "a test", "worse")
+    registry.set_canary(url, second.version, second.sha256, 0.1, "a test", "try")
+    folder = storage.locate(url)
+    for name in (fourth.version, eighth.version):
+        storage.locate(f"{url}/{bundles.REPORTS}").replace(f"{name}.html", b"how good it is")
+    (cut_off, coming) = "20260101T010000-00000000", "20260108T010000-00000000"  # not whole
+    for name in (cut_off, coming):
+        storage.locate(f"{url}/{name}").replace("network.json", b"{}")
+
+    gone = bundles.prune(url, 2)
+    assert gone == [cut_off, *(each.version for each in written[3:6])]
+    kept = [each.version for each in (first, second, third, seventh, eighth)]
+    assert bundles.versions(url) == kept
+    assert folder.folders() == sorted([*kept, coming, bundles.REPORTS])
+    assert folder.read(f"{bundles.REPORTS}/{fourth.version}.html") is None
+    assert folder.read(f"{bundles.REPORTS}/{eighth.version}.html") is not None
+    for each in kept:
+        bundles.load(url, each, cache=tmp_path / "cache")
+    assert bundles.prune(url, 2) == []
+    assert bundles.prune(f"{scheme}{tmp_path}/none", 1) == []

@@ -55,6 +55,15 @@ def test_promote_and_roll_back(url: str) -> None:
     assert [change.what for change in now.history][2:4] == ["promote", "rollback"]
 
 
+def test_of_two_who_roll_back_at_once_one_goes_back(url: str) -> None:
+    for version in ("a", "b", "c"):
+        promote(url, version)
+    registry.rollback(url, "one", "worse", expected="c")
+    with pytest.raises(RegistryError, match="c was to be rolled back, but b is stable now"):
+        registry.rollback(url, "other", "worse", expected="c")
+    assert stable(url) == "b"
+
+
 def test_promoting_the_same_again_is_no_step_to_roll_back_to(url: str) -> None:
     for version in ("a", "b", "b"):
         promote(url, version)

@@ -8,13 +8,14 @@ import sys
 from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 from typer.testing import CliRunner
 
-from model import registry
+from model import bundle, registry
 from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast import __version__
@@ -23,7 +24,9 @@ from starcast.main import app, main
 from starcast.settings import load
 from streams.embedded import HOST, Endpoints, free_port
 from tests.unit.model import bundles
+from trainer import search
 from trainer.exceptions import TrainerError
+from trainer.retrain import Retrained
 
 RUNNER = CliRunner()
 
@@ -458,3 +461,67 @@ def test_sigterm_ends_a_command_that_waits_for_a_broker() -> None:
         assert b"No Kafka broker answers" in process.stderr.readline()
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_old_versions_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(tmp_path / "models")
+    monkeypatch.setenv("STARCAST_MODELS__URL", url)
+    for seed in range(3):
+        bundles.write(url, seed)
+    assert run_main(monkeypatch, "models", "prune", "--keep", "0") == 2
+    assert run_main(monkeypatch, "models", "prune", "--keep", "1") == 0
+    left = bundle.versions(url)
+    told = capsys.readouterr().out
+    assert told == f"{3 - len(left)} versions are deleted, {len(left)} are left.\n"
+    assert len(left) == 1
+
+
+def test_retrain_deletes_old_versions_when_it_has_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned: list[int] = []
+    verdict = SimpleNamespace(version="20260101T000000-00000000")
+    done = Retrained(cast(Any, verdict), False, None, "worse")
+    monkeypatch.setattr("trainer.retrain.retrain_once", lambda *_, **__: done)
+    monkeypatch.setattr("trainer.assess.summary", lambda _: "")
+    monkeypatch.setattr(bundle, "prune", lambda url, keep: pruned.append(keep))
+    assert RUNNER.invoke(app, ["retrain"]).exit_code == 0
+    assert RUNNER.invoke(app, ["retrain", "--keep", "7"]).exit_code == 0
+    assert pruned == [7]
+
+
+def test_what_another_has_rolled_back_meanwhile_is_not_rolled_back_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(tmp_path / "models")
+    monkeypatch.setenv("STARCAST_MODELS__URL", url)
+    versions = [bundles.write(url, seed) for seed in range(3)]
+    for written in versions:
+        registry.promote(url, written.version, written.sha256, "a test", "to see")
+    load = bundle.load
+
+    def slow(*given: Any) -> Any:
+        registry.rollback(url, "another", "worse")
+        return load(*given)
+
+    monkeypatch.setattr(bundle, "load", slow)
+    assert run_main(monkeypatch, "models", "rollback") == 1
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert f"{versions[1].version} is stable now" in told
+    after = registry.read(url).stable
+    assert after is not None
+    assert after.version == versions[1].version
+
+
+def test_settings_that_were_found_are_not_to_take_the_place_of_those_in_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = search.Searched({"fit.learning_rate": 0.002}, 0.9, 0.91, 2, {})
+    monkeypatch.setattr(search, "search", lambda *_, **__: found)
+    (tmp_path / "shop.jsonl").touch()
+    monkeypatch.setattr("trainer.data.from_file", lambda path: None)
+    told = RUNNER.invoke(app, ["search", "rating", "shop.jsonl"]).stderr
+    assert "starcast --config searched.toml train" in told
+    (tmp_path / "starcast.toml").write_text("[models]\nurl = 'mine'\n")
+    told = RUNNER.invoke(app, ["search", "rating", "shop.jsonl"]).stderr
+    assert "add its lines to starcast.toml" in " ".join(told.split())

@@ -205,6 +205,8 @@ def test_an_archive_gives_the_same_events_with_the_features_that_were_journalled
     log, same = from_archive(str(tmp_path)), from_file(shop_file)
     assert len(log) == len(same)
     assert (log.rated, len(log.items), len(log.users)) == (REVIEWS, ITEMS, USERS)
+    assert log.journalled is not None
+    assert len(log.journalled.features) == REVIEWS  # those of views would not fit into memory
     np.testing.assert_array_equal(log.events["event_id"], same.events["event_id"])
     assert log.reviews.drop("row").equals(same.reviews.drop("row"))
     found, replayed = examples(log), examples(same)
@@ -259,13 +261,35 @@ def test_a_deleted_user_is_known_only_by_what_came_after(tmp_path: Path) -> None
     assert [each for _, each in log.users][-2:] == [two, three]
 
 
+def test_of_an_item_the_archive_gives_what_was_said_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a year of prices all that was said of each day does not fit into memory."""
+    monkeypatch.setattr(data, "_DECODED", 5)
+    write_archive(str(tmp_path), shop())
+    archive = Archive(str(tmp_path))
+    first = archive.positions("items", [0])[0] or 0
+    prices = [item(number % 3).model_copy(update={"price": float(number)}) for number in range(12)]
+    archive.append("items", [row(0, first + at, each) for at, each in enumerate(prices)])
+    archive.append(
+        "items", [Row(0, first + 12, 0, b"key", b"{"), Row(0, first + 13, 0, b"key", None)]
+    )
+    archive.commit()
+    told: list[tuple[int, int]] = []
+    known = from_archive(str(tmp_path), None, lambda *done: told.append(done)).items
+    assert told == [(done, PARTITIONS) for done in range(PARTITIONS + 1)]
+    assert len(known) == ITEMS
+    assert [each for _, each in known[-3:]] == prices[-3:]
+    assert known[0] == (0, item(3))
+
+
 def test_features_of_another_encoder_or_table_are_replayed(tmp_path: Path) -> None:
     write_archive(str(tmp_path), shop())
     log = from_archive(str(tmp_path))
     assert log.journalled is not None
     known = features.INDEX["item_known"]
     assert (examples(log, "another encoder").inputs.features[:, known] == 1).all()
-    foreign = replace(log.journalled, usable=np.zeros(len(log), bool))
+    foreign = replace(log.journalled, usable=np.zeros(REVIEWS, bool))
     again = examples(replace(log, journalled=foreign))
     assert (again.inputs.features[:, known] == 1).all()
 

@@ -117,14 +117,54 @@ def test_features_are_those_of_reviews_with_stars(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(drift.archive, "read", lambda *place: told)
     events = blank(EVENT, 8)
     events["time"] = int(NOON.timestamp() * 1_000) + np.arange(-3, 5)
+    events["event_id"] = np.arange(1, 9)
     events["action"] = [REVIEW, VIEW, REVIEW, VIEW, REVIEW, VIEW, REVIEW, REVIEW]
     events["rating"] = [5, np.nan, 4, np.nan, 3, np.nan, np.nan, 2]  # one is a text without stars
-    seen = np.arange(8, dtype=np.float32)[:, None].repeat(len(NAMES), 1)
-    journalled = Journalled(seen, np.ones(8, bool), np.full(8, ""))
+    seen = np.array([0, 2, 4, 7], np.float32)[:, None].repeat(len(NAMES), 1)
+    journalled = Journalled(seen, np.ones(4, bool), np.full(4, ""))
     log = Log(events, pl.DataFrame(schema=REVIEW_COLUMNS), [], [], journalled)
     features, known = since(log, "", None, "v1", NOON)
     assert features[:, 0].tolist() == [4, 7]
     assert known.is_empty()
+
+
+def test_what_came_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was played again: the second time each rating was known to who predicted it."""
+    later = NOON + timedelta(minutes=1)
+    told = pl.LazyFrame(
+        {
+            "event_id": ["a", "b", "a", "b"],
+            "user_id": "u",
+            "item_id": ["i", "j", "i", "j"],
+            "kind": "interaction",
+            "model_version": "v1",
+            "event_time": later,
+            "rating": [3.0, 4.0, 4.9, 2.1],
+        },
+        schema_overrides={"event_time": pl.Datetime("ms", "UTC")},
+    )
+    monkeypatch.setattr(drift.archive, "read", lambda *place: told)
+    reviews = pl.DataFrame(
+        {
+            "row": range(4),
+            "event_id": ["a", "b", "a", "b"],
+            "user_id": "u",
+            "item_id": ["i", "j", "i", "j"],
+            "time": later,
+            "rating": [5.0, 2.0, 5.0, 2.0],
+            "title": None,
+            "text": None,
+        },
+        schema=REVIEW_COLUMNS,
+    )
+    events = blank(EVENT, 4)
+    events["time"] = int(later.timestamp() * 1_000)
+    events["action"], events["rating"], events["event_id"] = REVIEW, 5, [7, 8, 7, 8]
+    seen = np.arange(4, dtype=np.float32)[:, None].repeat(len(NAMES), 1)
+    log = Log(events, reviews, [], [], Journalled(seen, np.ones(4, bool), np.full(4, "")))
+    features, known = since(log, "", None, "v1", NOON)
+    assert features[:, 0].tolist() == [0, 1]
+    assert known.rows() == [(3.0, 5.0), (4.0, 2.0)]
 
 
 def test_a_rating_finds_the_newest_prediction_before_it() -> None:

@@ -24,11 +24,13 @@ def run(
     claimed: tuple[str, ...] = (),
     calibration: Calibration = SOUND,
     rows: int = ROWS,
+    unseen: int = 0,
 ) -> Verdict:
     return judge(
         RATING[:rows],
         candidate[:rows],
         None if stable is None else stable[:rows],
+        np.arange(rows) >= rows - unseen,
         {REFERENCE: MIDDLE[:rows], "lightgbm": CLOSE[:rows]},
         claimed,
         calibration,
@@ -50,6 +52,20 @@ def test_a_better_and_calibrated_model_passes_and_the_reason_names_each_check() 
 
 def test_the_same_model_again_is_not_worse_than_itself() -> None:
     assert run(CLOSE, stable=CLOSE).passed
+
+
+def test_stable_is_compared_on_what_it_was_not_fitted_to() -> None:
+    """It knows half of the newest rows by heart, and is worse on the others."""
+    stable = RATING + np.where(np.arange(ROWS) < ROWS / 2, 0, 1.2 * (CLOSE - RATING))
+    assert not run(CLOSE, stable).passed
+    verdict = run(CLOSE, stable, unseen=200)
+    assert verdict.passed
+    assert "stable model, 200 rows: RMSE 0.5000 against 0.6000" in verdict.reason
+    assert "running bias, 400 rows" in verdict.reason
+    few = run(CLOSE, stable, unseen=199)
+    assert failed(few) == ["not worse than the stable model"]
+    assert "stable model, 400 rows" in few.reason
+    assert failed(run(MIDDLE, CLOSE, unseen=200)) == ["not worse than the stable model"]
 
 
 def test_a_model_worse_than_stable_is_refused_although_it_beats_the_baseline() -> None:

@@ -2,12 +2,14 @@
 
 import threading
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 from itertools import pairwise
+from typing import Self
 
 import pytest
 
 from schemas.exceptions import StarcastError
+from trainer import retrain
 from trainer.exceptions import TrainerError
 from trainer.retrain import parse_every, retrain_every
 
@@ -81,7 +83,8 @@ def test_it_tries_again_soon_while_nothing_is_served_and_later_after_each_model_
     assert waits[3] >= 0.08
 
 
-def test_a_stop_ends_the_wait_for_another_try() -> None:
+def test_a_stop_ends_the_wait_for_another_try(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     stop, ran = threading.Event(), threading.Event()
     thread = threading.Thread(
         target=retrain_every, args=(timedelta(hours=6), ran.set, stop, None, lambda: False)
@@ -91,3 +94,22 @@ def test_a_stop_ends_the_wait_for_another_try() -> None:
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
+    assert "under way is waited for" in caplog.text
+
+
+def test_a_run_that_comes_late_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the machine slept, or its clock was put right."""
+
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) - timedelta(hours=1)
+
+    monkeypatch.setattr(retrain, "datetime", Late)
+    stop, ran = threading.Event(), threading.Event()
+    thread = threading.Thread(target=retrain_every, args=(timedelta(hours=6), ran.set, stop))
+    thread.start()
+    came = ran.wait(10)
+    stop.set()
+    thread.join(10)
+    assert came

@@ -11,12 +11,13 @@ import polars as pl
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from rich.progress import Progress
 
 from starcast.settings import load
 from trainer import search as module
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
-from trainer.exceptions import TrainerError
+from trainer.exceptions import DivergedError, TrainerError
 from trainer.search import (
     SPACES,
     Searched,
@@ -171,3 +172,48 @@ def test_what_is_found_is_a_settings_file_that_train_takes(tmp_path: Path) -> No
     assert settings.trainer.fit.sizes.width == 96
     plot_importance(found, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
+
+
+def test_a_fit_that_diverges_does_not_end_the_search(
+    shop_file: Path, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, tried = module.text.validate, list[float]()
+
+    def second_diverges(*given: Any) -> Any:
+        tried.append(0)
+        if len(tried) == 2:
+            raise DivergedError("the fit of the encoder came to no number")
+        return validate(*given)
+
+    monkeypatch.setattr(module.text, "validate", second_diverges)
+    config = SMALL.model_copy(update={"text": TextConfig(method="lora")})
+    log, encoder = from_file(shop_file), str(encoder_folder)
+    with Progress(disable=True) as progress:
+        found = search(log, "text", config, tmp_path / "s", 3, encoder=encoder, progress=progress)
+        assert [(task.completed, task.total) for task in progress.tasks] == [(3, 3)]
+    assert (len(tried), found.trials) == (3, 3)
+    assert found.rmse < 5
+
+
+def test_a_search_goes_on_after_a_full_disk_cut_its_last_line(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, study = from_file(shop_file), tmp_path / "study"
+    monkeypatch.setattr(module, "_judge", lambda *_: lambda *_: 0.5)
+    search(log, "rating", SMALL, study, 2, encoder="none")
+    with study.open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    for trials in (3, 4):
+        assert search(log, "rating", SMALL, study, trials, encoder="none").trials == trials
+
+
+def test_a_study_that_is_another_file_is_refused_and_left_alone(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_judge", lambda *_: lambda *_: 0.5)
+    for content in (b"[trainer]", b'{"topic": "reviews"}\n'):
+        study = tmp_path / "other"
+        study.write_bytes(content)
+        with pytest.raises(TrainerError, match="holds no trials of a search"):
+            search(from_file(shop_file), "rating", SMALL, study, 2, encoder="none")
+        assert study.read_bytes() == content

@@ -3,7 +3,8 @@
 import json
 import sys
 from contextlib import nullcontext
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from trainer import checkpoints
 from trainer import fine_tune as tuning
 from trainer import train as module
 from trainer.assess import assess, summary
+from trainer.clean import Step
 from trainer.config import TextConfig, TrackingConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.exceptions import TrainerError
@@ -183,6 +185,26 @@ def test_assessing_the_bundle_and_the_ladder(
     with console.capture() as shown:
         console.print(summary(found))
     assert "bias_running" in shown.get()
+    odd = Step("seen before", True, 2, ("order[/5]", "[red]x", "u\x1b[31m", "Ä"))
+    with console.capture() as shown:
+        console.print(summary(replace(found, steps=(odd,))))
+    assert "order[/5], [red]x, u\\x1b[31m, Ä" in shown.get()
+
+
+def test_stable_is_compared_on_newer_rows_and_left_out_where_it_predicts_no_numbers(
+    result: TrainResult, models: str, shop_file: Path, tmp_path: Path
+) -> None:
+    stable = bundles.load(models, result.version)
+    end = datetime.fromisoformat(stable.metrics["window"][1])
+    window = [stable.metrics["window"][0], (end - timedelta(hours=20)).isoformat()]
+    earlier = replace(stable, metrics={**stable.metrics, "window": window})
+    gate = CONFIG.gate.model_copy(update={"least_unseen": 20})
+    config, log = CONFIG.model_copy(update={"gate": gate}), from_file(shop_file)
+    told = train(log, str(tmp_path), config, stable=earlier).verdict.checks
+    assert any("stable model, 20 rows" in check.reason for check in told)
+    broken = replace(stable, calibration=stable.calibration.model_copy(update={"slope": np.nan}))
+    told = train(log, str(tmp_path), config, stable=broken).verdict.checks
+    assert all("stable model" not in check.name for check in told)
 
 
 def test_another_shops_bundle_is_started_from_and_the_card_says_what_was_carried(
