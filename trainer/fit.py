@@ -34,6 +34,7 @@ from model.trees import Trees
 from trainer import boost, factors, ridge
 from trainer.boost import Grown
 from trainer.config import FitConfig
+from trainer.exceptions import TrainerError
 from trainer.metrics import Floats, rmse
 from trainer.text import soft_labels
 
@@ -163,7 +164,10 @@ def refit(
     on_epoch: OnEpoch,
     start: Start | None = None,
 ) -> FusedNetwork:
-    """The same fit on all of `rows`, from the same start, with what `fit` chose."""
+    """The same fit on all of `rows`, from the same start, with what `fit` chose.
+
+    Raises TrainerError where it comes to no number: nobody judges this network any more.
+    """
     torch.manual_seed(seed)
     bare = fitted.network.config.model_copy(update={"trees": 0})
     none = np.empty(0, np.int64)
@@ -186,6 +190,11 @@ def refit(
         if trees is not None:
             _plant(network, trees, fitted.shares)
     _fold(network, taste)
+    if not all(each.isfinite().all() for each in network.state_dict().values()):
+        raise TrainerError(
+            "the network came to no number when it was fitted once more, to all rows: lower "
+            "trainer.fit.learning_rate, or set trainer.fit.refit to false"
+        )
     return network
 
 

@@ -1,5 +1,7 @@
 """The fit of the fused network."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ from model.network import FusedNetwork, default_config, tensors
 from model.taste import ADDED, COLUMNS
 from trainer.config import FitConfig
 from trainer.data import Examples, from_file, replay
+from trainer.exceptions import TrainerError
 from trainer.fit import (
     Fitted,
     Start,
@@ -98,6 +101,14 @@ def test_a_refit_uses_what_was_chosen(examples: Examples) -> None:
     assert rmse(mean(network, examples.inputs, rows), examples.rating) < rmse(
         examples.inputs.features[:, INDEX["bias"]], examples.rating
     )
+
+
+def test_a_refit_that_comes_to_no_number_is_told(examples: Examples) -> None:
+    """Workers would refuse it, after it was promoted by what the model of before had shown."""
+    fitted = replace(run(examples, examples.rating), belief=math.nan)
+    rows, inputs = np.arange(len(examples)), examples.inputs
+    with pytest.raises(TrainerError, match="came to no number"):
+        refit(fitted, inputs, examples.rating, rows, CONFIG, 1, CPU, lambda epoch, error: None)
 
 
 def test_what_another_shop_has_learnt_is_carried_over_but_for_its_users_and_items(
