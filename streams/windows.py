@@ -366,9 +366,45 @@ def encode_latency(milliseconds: NDArray[np.float32]) -> str | None:
     """The `latency_ms` of a digest: a KLL sketch in base64; None for no values."""
     if not milliseconds.size:
         return None
+    return base64.b64encode(_sketch_of(milliseconds)).decode()
+
+
+def _sketch_of(values: NDArray[np.float32]) -> bytes:
     sketch = _SKETCHES.kll_floats_sketch(KLL_K)
-    sketch.update(np.ascontiguousarray(milliseconds, np.float32))
-    return base64.b64encode(sketch.serialize()).decode()
+    sketch.update(np.ascontiguousarray(values, np.float32))
+    return sketch.serialize()
+
+
+_HEAD = 8  # bytes, the same in each sketch of one value, and in each of more
+_ONE, _MORE = (_sketch_of(np.zeros(count, np.float32))[:_HEAD] for count in (1, 2))
+
+
+def _is_sound(data: bytes) -> bool:
+    """Whether a sketch is one that `encode_latency` may have made.
+
+    The library trusts what a sketch says of its own parts: of one wrong byte it never comes back,
+    or ends the process. Raises ValueError or IndexError for less than a sketch.
+    """
+    if data[:_HEAD] == _ONE:
+        return len(data) == _HEAD + 4 and bool(np.isfinite(np.frombuffer(data[_HEAD:], "<f4")[0]))
+    count, least_k, levels = int.from_bytes(data[8:16], "little"), data[16:18], data[18]
+    starts = np.frombuffer(data, "<u4", levels, 20).astype(np.int64)
+    sizes = np.diff(starts, append=_capacity(levels))  # of the levels; a value of level i is 2**i
+    values = np.frombuffer(data, "<f4", offset=20 + 4 * levels)  # the least, the most, all kept
+    return (
+        data[:_HEAD] == _MORE
+        and least_k == data[4:6]
+        and 0 < levels <= 32
+        and bool((sizes >= 0).all())
+        and int((sizes << np.arange(levels)).sum()) == count
+        and len(values) == 2 + sizes.sum()
+        and bool(np.isfinite(values).all())
+    )
+
+
+def _capacity(levels: int) -> int:
+    """How many values a sketch of so many levels has room for: two thirds a level, 8 at least."""
+    return sum(max(8, ((2 * KLL_K << depth) // 3**depth + 1) // 2) for depth in range(levels))
 
 
 def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
@@ -382,6 +418,8 @@ def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
         return cast(Kind, next(iter(digest.kinds))), None
     try:
         data = base64.b64decode(digest.latency_ms, validate=True)
+        if not _is_sound(data):
+            raise ValueError("its parts do not fit together")
         sketch = _SKETCHES.kll_floats_sketch.deserialize(data)
     except (binascii.Error, ValueError, IndexError, RuntimeError) as error:
         raise ContractError(

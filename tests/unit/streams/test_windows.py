@@ -1,6 +1,8 @@
+import base64
 import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -221,6 +223,54 @@ def test_digests_that_cannot_be_counted(change: dict[str, object]) -> None:
     with pytest.raises(ContractError, match="scorer-0"):
         add(steps, digest(at(5), [(3.0, 3.0)]).model_copy(update=change), LATER)
     assert not steps.steps
+
+
+COUNTS = (1, 2, 200, 201, 5_000)
+SKETCHES = [encode_latency(np.linspace(0, 9, count, dtype=np.float32)) or "" for count in COUNTS]
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+def test_latencies_come_back(sketch: str) -> None:
+    steps = steps_of([digest(at(5), [(3.0, None)]).model_copy(update={"latency_ms": sketch})])
+    window = close(steps, ms(10), INSIGHTS)
+    assert window is not None
+    latency = window.kinds["interaction"].latency_ms
+    assert latency is not None
+    assert latency["max"] in (0.0, 9.0)
+
+
+@given(st.sampled_from(SKETCHES), st.integers(0, 60), st.integers(0, 255), st.integers(1, 4_000))
+def test_no_sketch_hangs_insights_or_ends_it(sketch: str, where: int, byte: int, cut: int) -> None:
+    """`datasketches` reads for ever, or ends the process, where one is damaged."""
+    data = bytearray(base64.b64decode(sketch))
+    data[where % len(data)] = byte
+    damaged = base64.b64encode(data[:cut]).decode()
+    found = digest(at(5), [(3.0, None)]).model_copy(update={"latency_ms": damaged})
+    steps = make_steps(INSIGHTS)
+    with suppress(ContractError):
+        add(steps, found, LATER)
+        close(steps, ms(10), INSIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("where", "bytes_"),
+    [
+        (4, b"\xff"),  # k, so the room of each level
+        (8, b"\xff\xff\xff\xff\xff\xff\xff\x7f"),  # values
+        (18, b"\x09"),  # levels
+        (20, b"\x00"),  # where a level begins
+        (-4, b"\x00\x00\xc0\x7f"),  # no number
+    ],
+)
+def test_a_damaged_sketch_is_refused(where: int, bytes_: bytes) -> None:
+    data = bytearray(base64.b64decode(SKETCHES[-1]))
+    where %= len(data)
+    data[where : where + len(bytes_)] = bytes_
+    found = digest(at(5), [(3.0, None)]).model_copy(
+        update={"latency_ms": base64.b64encode(data).decode()}
+    )
+    with pytest.raises(ContractError, match="KLL sketch"):
+        add(make_steps(INSIGHTS), found, LATER)
 
 
 class TestAlerts:
