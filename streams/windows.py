@@ -161,7 +161,7 @@ class Window(BaseModel):
     step_ms: int
     kinds: dict[Kind, KindWindow]
     trial: Trial | None = None  # the newest one, also when it is over
-    firing: list[str] = []  # rules beyond their thresholds, as rule/kind
+    firing: list[str] = []  # rules beyond their thresholds, as rule/kind or canary/version
 
 
 @dataclass
@@ -312,17 +312,19 @@ def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> l
     """Alerts for the thresholds that `window` crosses; sets `window.firing`.
 
     A rule that fires (it stands in `firing`, the window before's) stays silent until its value
-    has been seen at `clear_ratio` of its threshold or below.
+    has been seen at `clear_ratio` of its threshold or below. Each trial fires for itself.
     """
-    before = set(firing)
+    trial = window.trial
+    trial_name = f"canary/{trial.version}" if trial else ""
+    before = {name for name in firing if not name.startswith("canary/") or name == trial_name}
     still = set(before)
     raised: list[Alert] = []
     for kind, summed in window.kinds.items():
         rules = _rules(kind, summed, insights)
-        if kind == "interaction":
-            rules.append(_trial_rule(window, insights))
+        if kind == "interaction" and trial and trial.end_ms > window.start_ms:
+            rules += _trial_rules(trial, insights)
         for rule, value, threshold, text in rules:
-            name = f"{rule}/{kind}"
+            name = trial_name if rule == "canary" else f"{rule}/{kind}"
             fired = name in before
             if value <= threshold * (insights.clear_ratio if fired else 1.0):
                 still.discard(name)
@@ -534,21 +536,18 @@ def _rules(
     return rules
 
 
-def _trial_rule(window: Window, insights: InsightsConfig) -> tuple[str, float, float, str]:
-    """The same of a trial; nothing is wrong when none goes on."""
-    trial, limit = window.trial, insights.worse_canary
-    if trial is None or trial.end_ms <= window.start_ms:
-        return "canary", 0.0, limit, ""
-    canary, stable = trial.canary.sums, trial.stable.sums
+def _trial_rules(trial: Trial, insights: InsightsConfig) -> list[tuple[str, float, float, str]]:
+    """The same of a trial."""
+    canary, stable, limit = trial.canary.sums, trial.stable.sums, insights.worse_canary
     if min(canary.rated, stable.rated) < insights.least_rated:
-        return "canary", 0.0, limit, ""
+        return []
     above = trial.standard_errors or 0.0
     text = (
         f"{trial.version} on trial: MAE {canary.mae or 0:.2f} over {canary.rated:,} ratings, that "
         f"of stable {stable.mae or 0:.2f} over {stable.rated:,}: {above:.1f} standard errors "
         f"above it, more than {limit:g}."
     )
-    return "canary", above, limit, text
+    return [("canary", above, limit, text)]
 
 
 def _continued(trial: Trial | None, step: KindStep, end: int, step_ms: int) -> Trial | None:

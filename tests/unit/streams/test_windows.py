@@ -429,16 +429,42 @@ class TestTrials:
         assert (alert.rule, alert.severity, alert.subject) == ("canary", "warning", "interaction")
         assert alert.value == pytest.approx(0.75 / math.sqrt(0.15625))
         assert "MAE 1.50 over 2 ratings, that of stable 0.75 over 2" in alert.text
-        assert window.firing == ["canary/interaction"]
+        assert window.firing == ["canary/b"]
         assert alerts(window, window.firing, insights) == []
         few = insights.model_copy(update={"least_rated": 3})
         assert alerts(window, [], few) == []
-        # Once it has predicted nothing for a whole window, the trial is over.
+        # A window in which it predicts nothing says nothing new of it.
         later = close(steps, ms(60), insights)
         assert later is not None
         assert later.trial == window.trial
-        assert alerts(later, ["canary/interaction"], insights) == []
-        assert later.firing == []
+        assert alerts(later, [], insights) == []
+        assert alerts(later, ["canary/b"], insights) == []
+        assert later.firing == ["canary/b"]
+
+    def test_a_trial_with_few_events_is_told_once_and_the_next_one_again(self) -> None:
+        """A canary of a small shop's few users is quiet for minutes."""
+        changes = {"worse_canary": 1.5, "highest_rmse": 9, "largest_drift": 9}
+        insights = INSIGHTS.model_copy(update=changes)
+        steps = steps_of(
+            [
+                *self.digests(5, "canary"),
+                digest(at(55), [(3.0, 3.0)]),
+                *self.digests(105, "canary"),
+                digest(at(155), [(3.0, 3.0)]),
+                *self.digests(205, "canary", version="c"),
+            ],
+            insights,
+            ms(300),
+        )
+        told: dict[int, str] = {}
+        firing = ["canary/interaction"]  # as a release before wrote it
+        for end in range(10, 220, 10):
+            window = close(steps, ms(end), insights)
+            for alert in alerts(window, firing, insights) if window else []:
+                told[end] = alert.text[:1]
+            firing = window.firing if window else firing
+        assert told == {10: "b", 210: "c"}
+        assert firing == ["canary/c"]
 
 
 pairs = st.lists(st.tuples(st.floats(1, 5), st.none() | st.integers(1, 5).map(float)), max_size=4)
