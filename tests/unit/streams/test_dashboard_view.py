@@ -264,4 +264,5 @@ def test_summary_is_for_programs() -> None:
     quiet = summary(snapshot, KAFKA, RATED[-1].end_ms + 3_600_000)
     assert quiet["silent"]
     assert quiet["kinds"]["interaction"]["lag"] is None
+    assert quiet["kinds"]["interaction"]["per_second"] is None
     assert timedelta(milliseconds=quiet["now_ms"] - told["now_ms"]) > timedelta(minutes=59)
