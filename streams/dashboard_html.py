@@ -207,9 +207,10 @@ def _behind(lag: int, rate: float) -> str:
 
 
 def _tile(name: str, value: str, text: str, alarm: bool = False) -> str:
+    style, sign = (" alarm", '<b class="severity critical">Alert</b> ') if alarm else ("", "")
     return (
-        f'<dl class="tile{" alarm" if alarm else ""}"><dt>{name}</dt>'
-        f'<dd class="value">{value}</dd><dd class="sub">{text}</dd></dl>'
+        f'<dl class="tile{style}"><dt>{name}</dt>'
+        f'<dd class="value">{value}</dd><dd class="sub">{sign}{text}</dd></dl>'
     )
 
 
@@ -262,9 +263,9 @@ def models(snapshot: Snapshot, found: Mapping[str, Scored], versions: Sequence[s
 
 def _model(row: ModelRow, versions: Sequence[str]) -> str:
     role, stable = "", " stable" if row.role == "in service" else ""
+    since = "from running means" if row.version == LADDER else "not in service"
     if row.role:
         role = f'<span class="role{stable}">{escape(row.role)}</span>'
-    since = "from running means"
     if row.since_ms:
         how = "on trial since" if row.role and not stable else "promoted"
         since = f"{how} {_time(row.since_ms)}"

@@ -208,6 +208,26 @@ def test_model_table_marks_the_one_in_service() -> None:
     assert "cold start from running means 1 1.00 1.00 +1.00" in words
 
 
+def test_a_version_that_is_no_longer_tried_does_not_predict_from_running_means() -> None:
+    windows = windows_of([digest(at(5), [(4.0, 3.0)], version=SECOND, role="canary")], 10)
+    ended = [
+        Change(**dict(entry(SECOND, 3)), what="canary"),
+        Change(**dict(entry(SECOND, 9)), what="clear"),
+    ]
+    registry = REGISTRY.model_copy(update={"history": [*REGISTRY.history, *ended]})
+    shop = replace(LIVE, windows=windows, registry=registry)
+    words = str(Words(html.models(shop, totals(windows, "interaction"), [FIRST, SECOND])))
+    assert "9f8e7d6c not in service by trainer 1 1.00" in words
+
+
+def test_a_number_beyond_its_threshold_is_told_by_more_than_a_colour() -> None:
+    (window,) = RATED
+    firing = window.model_copy(update={"firing": ["rmse/interaction", "lag/review"]})
+    words = str(Words(html.tiles(replace(LIVE, windows=(firing,)), ALL, NOW)))
+    assert "Error, RMSE 1.00 stars Alert MAE 1.00" in words
+    assert words.count("Alert") == 1
+
+
 def on_trial(share: float, errors: int, name: str = SECOND) -> Snapshot:
     """Stable errs by half a star or not at all, the other by one or none."""
     sides: tuple[tuple[float, str, Role], ...] = ((0.5, FIRST, "stable"), (1.0, name, "shadow"))
