@@ -153,11 +153,11 @@ def last_busy(windows: Sequence[Window]) -> KindWindow | None:
 
 
 def silent(snapshot: Snapshot, now_ms: int) -> bool:
-    """Whether windows have stopped coming."""
+    """Whether windows have stopped coming; one of the future tells of a clock, not of now."""
     if not snapshot.windows:
         return True
     last = snapshot.windows[-1]
-    return now_ms - last.end_ms > max(SILENT_STEPS * last.step_ms, SILENT_MS)
+    return abs(now_ms - last.end_ms) > max(SILENT_STEPS * last.step_ms, SILENT_MS)
 
 
 def swaps(snapshot: Snapshot) -> list[Swap]:

@@ -1,9 +1,10 @@
 """The arithmetic of insights: score digests into steps, steps into sliding windows, and alerts.
 
-Time is cut into steps. A digest belongs to the step in which its window ends; a step is named by
-its end, in milliseconds since the epoch. The window written at the end of a step sums the steps
-of the last `window_ms`. Sums, counts and sketches merge, so the order of digests is of no matter,
-and predictions of one kind are never summed with those of another.
+Time is cut into steps. A digest belongs to the step in which its window ends or, where that was
+closed without it, to the next one; a step is named by its end, in milliseconds since the epoch. The
+window written at the end of a step sums the steps of the last `window_ms`. Sums, counts and
+sketches merge, so the order of digests is of no matter, and predictions of one kind are never
+summed with those of another.
 """
 
 import base64
@@ -209,6 +210,7 @@ class Steps:
     grace_ms: int
     keep_ms: int  # windows older than this are not kept
     closed: int | None = None
+    resumed: int = 0  # what an earlier run closed: digests up to it are counted in its windows
     newest: int = 0  # latest end of a digest's window
     steps: dict[int, Step] = field(default_factory=dict[int, Step])
     idle: bool = True  # nothing happened in the last window written
@@ -224,12 +226,15 @@ def make_steps(
     """
     step_ms = max(round(insights.step_seconds * 1_000), 1)
     count = max(round(insights.window_seconds * 1_000 / step_ms), 1)
+    if closed is not None:
+        closed = closed // step_ms * step_ms
     return Steps(
         step_ms=step_ms,
         window_ms=count * step_ms,
         grace_ms=round(insights.grace_seconds * 1_000),
         keep_ms=insights.keep_windows * step_ms,
-        closed=None if closed is None else closed // step_ms * step_ms,
+        closed=closed,
+        resumed=closed or 0,
         trial=trial,
     )
 
@@ -252,9 +257,11 @@ def add(steps: Steps, digest: ScoreDigest, now_ms: int) -> tuple[Outcome, int]:
         oldest = max(oldest, steps.closed + steps.step_ms - steps.window_ms)
     if place <= oldest:
         return "late", place
-    step = steps.steps.setdefault(place, Step())
-    if digest.digest_id in step.digest_ids:
+    if any(digest.digest_id in step.digest_ids for step in steps.steps.values()):
         return "duplicate", place
+    if steps.closed is not None and steps.resumed < place <= steps.closed:
+        place = steps.closed + steps.step_ms
+    step = steps.steps.setdefault(place, Step())
     step.digest_ids.add(digest.digest_id)
     steps.newest = max(steps.newest, end)
     _add_to_kind(step.kinds.setdefault(kind, KindStep()), digest, latency, end)

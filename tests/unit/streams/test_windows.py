@@ -134,6 +134,28 @@ def test_a_repeated_digest_counts_once() -> None:
     assert window.kinds["interaction"].total().sums.count == 1
 
 
+def test_a_digest_that_misses_its_step_counts_in_the_next() -> None:
+    """As one that its worker could not send while a broker failed over."""
+    steps = steps_of([digest(at(5), [(3.0, 3.0)])])
+    first = close(steps, ms(10), INSIGHTS)
+    missed = digest(at(9), [(4.0, 3.0)] * 2)
+    assert add(steps, missed, ms(13)) == ("counted", ms(20))
+    assert add(steps, missed, ms(14))[0] == "duplicate"
+    second = close(steps, ms(20), INSIGHTS)
+    assert add(steps, missed, ms(23))[0] == "duplicate"
+    assert first is not None
+    assert second is not None
+    counts = [each.kinds["interaction"].step["ladder"].sums.count for each in (first, second)]
+    assert counts == [1, 2]
+    assert second.kinds["interaction"].per_second == pytest.approx(2.0)
+
+
+def test_a_repetition_of_a_worker_whose_clock_is_ahead_counts_once() -> None:
+    steps = make_steps(INSIGHTS)
+    ahead = digest(at(500), [(3.0, 3.0)])
+    assert [add(steps, ahead, ms(now))[0] for now in (5, 15)] == ["counted", "duplicate"]
+
+
 def test_a_digest_of_steps_gone_by_is_late() -> None:
     steps = make_steps(INSIGHTS, closed=ms(100))
     # The next window is (80, 110].
