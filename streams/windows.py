@@ -31,6 +31,7 @@ WINDOW_FIELD = b"window"
 KLL_K = 200  # rank error about 1.3%, at some 2 KB a sketch
 FREQUENT_LOG_SIZE = 10  # at most 768 names are counted at once, however many there are
 _MILLISECOND = timedelta(milliseconds=1)
+GONE_MS = 10_000  # a worker that is silent for so long while others are heard has gone
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 _SKETCHES = cast(Any, datasketches)  # the wheel has no type information
@@ -177,6 +178,10 @@ class WorkerStep:
     def per_second(self) -> float:
         """Predictions a second while its digests' windows lasted, which need not fit the step."""
         return self.count * 1_000 / max(sum(self.spans.values()), 1)
+
+    def has_gone(self, latest: int) -> bool:
+        """Whether others were heard of until so much later that they have what it left."""
+        return latest - self.time > GONE_MS + 2 * max(self.spans.values(), default=0)
 
 
 @dataclass
@@ -500,6 +505,8 @@ def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
         for name, worker in step.workers.items():
             if name not in newest or worker.time >= newest[name].time:
                 newest[name] = worker
+    latest = max((worker.time for worker in newest.values()), default=0)
+    here = [worker for worker in newest.values() if not worker.has_gone(latest)]
     return KindWindow(
         models=models,
         step={},
@@ -508,8 +515,8 @@ def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
         top_items=_top(items, insights.top),
         top_categories=_top(categories, insights.top),
         latency_ms=_quantiles(latency),
-        lag=sum(worker.lag for worker in newest.values()),
-        workers=len(newest),
+        lag=sum(worker.lag for worker in here),
+        workers=len(here),
     )
 
 

@@ -1,15 +1,19 @@
 import base64
+import json
 import math
 import random
 from collections.abc import Sequence
 from contextlib import suppress
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.codec import encode
 from schemas.exceptions import ContractError
+from schemas.export import json_schema
 from schemas.records import Role, ScoreDigest
 from streams.config import InsightsConfig
 from streams.windows import (
@@ -123,6 +127,17 @@ def test_workers_add_up() -> None:
     assert kind.lag == 57
     assert kind.workers == 2
     assert kind.per_second == pytest.approx(10 / 2 + 6 / 2)
+
+
+def test_what_waited_for_a_worker_that_has_gone_waits_for_another() -> None:
+    """After a rollout each worker has another name, and for a minute all lag was told twice."""
+    insights = INSIGHTS.model_copy(update={"window_seconds": 60})
+    old = [digest(at(second), [(4.0, None)], lag=500) for second in (4, 5)]
+    new = [digest(at(second), [], worker="scorer-new-0", lag=500) for second in range(6, 31)]
+    window = window_of([*old, *new[:5]], ms(20), insights)
+    assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (1_000, 2)
+    window = window_of([*old, *new], ms(30), insights)
+    assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (500, 1)
 
 
 def test_a_repeated_digest_counts_once() -> None:
@@ -324,6 +339,7 @@ class TestAlerts:
         assert alert.value == pytest.approx(1.25)
         assert (alert.threshold, alert.window_end) == (1.0, at(10))
         assert "1.25" in alert.text
+        jsonschema.validate(json.loads(encode(alert)), json_schema("alerts"))
         assert window.firing == ["rmse/interaction"]
 
     def test_far_beyond_is_critical(self) -> None:
