@@ -40,8 +40,10 @@ _TWO_DIGITS = "v => v == null ? '–' : (+v).toFixed(2)"
 _PER_SECOND = "v => v == null ? '–' : v.toFixed(1) + ' /s'"
 _WAITING = "v => v == null ? '–' : Math.round(v).toLocaleString() + ' waiting'"
 _CLOCK = """v => {
-  const time = new Date(v).toTimeString();
-  return time.slice(0, time.slice(6, 8) === "00" ? 5 : 8);
+  const time = new Date(v), clock = time.toTimeString();
+  if (clock.startsWith("00:00:00"))
+    return time.toLocaleDateString([], { day: "numeric", month: "short" });
+  return clock.slice(0, clock.slice(6, 8) === "00" ? 5 : 8);
 }"""
 _PERCENT = "p => p.value.toFixed(p.value >= 10 || !p.value ? 0 : 1) + '%'"
 _HEADROOM = "v => Math.ceil(v.max * 2 + 0.2) / 2"

@@ -243,7 +243,7 @@ def _prediction(row: Prediction, versions: Sequence[str]) -> str:
     known = TIERS.get(row.tier, "Its own text" if row.kind == "review" else row.tier)
     return (
         f'<tr><td><div class="title">{_name(row.title or row.item_id)}</div>'
-        f'<div class="meta">{what} by {_name(row.user_id)} · {_time(row.predicted_ms)}</div></td>'
+        f'<div class="meta">{_time(row.predicted_ms)} · {what} by {_name(row.user_id)}</div></td>'
         f'<td><div class="scale" {span}>{marks}</div></td>'
         f'<td class="num strong" data-label="Predicted">{_number(row.rating)}</td>'
         f'<td class="num" data-label="True">{_stars(row.truth)}</td>'

@@ -186,7 +186,7 @@ def test_predictions_of_a_kind_stand_on_the_scale() -> None:
     ]
     text = html.predictions(rows, "interaction", [LADDER])
     words = str(Words(text))
-    assert "Strings review by u" in words
+    assert "Strings · review by u" in words  # the time first: of a long id the end is cut off
     assert "4.50 5 ★ User and item" in words
     assert "B00X" in words
     assert "– – Nothing known" in words
