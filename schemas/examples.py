@@ -107,15 +107,15 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "lag": 12,
     },
     "alerts": {
-        "alert_id": "rmse-20261124T101500Z",
+        "alert_id": "rmse-interaction-1795515300000",
         "rule": "rmse",
         "severity": "warning",
         "window_start": "2026-11-24T10:14:00Z",
         "window_end": "2026-11-24T10:15:00Z",
         "value": 1.62,
         "threshold": 1.5,
-        "subject": "20261124T060000-1a2b3c4d",
-        "text": "Error of the last minute is above its threshold.",
+        "subject": "interaction",
+        "text": "RMSE 1.62 over 150 ratings (interaction), above 1.5.",
     },
     "model-updates": {
         "version": "20261124T060000-1a2b3c4d",

@@ -69,7 +69,12 @@ class _Rfc3339:
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"type": "string", "format": "date-time"}
+        return {
+            "type": "string",
+            "format": "date-time",
+            "pattern": f"^{RFC3339}$",  # few validators look at a format
+            "description": "RFC 3339 with an offset, from 1990 to 2100",
+        }
 
 
 def format_time(time: datetime) -> str:

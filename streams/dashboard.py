@@ -30,7 +30,7 @@ from streams.dashboard_data import Feed, Snapshot, follow
 from streams.dashboard_view import (
     in_range,
     last_busy,
-    newest,
+    silent,
     summary,
     swaps,
     together,
@@ -210,9 +210,9 @@ class _Page:
         _show(self._alerts, html.alerts(snapshot.alerts))
         # What follows costs more and changes only with a window, a swap or a choice.
         last = snapshot.windows[-1].end_ms if snapshot.windows else 0
-        now = newest(snapshot, "interaction", now_ms) is not None
         choices = self._kind, self._range, self._measure
-        drawn = (last, now, snapshot.registry, len(snapshot.titles), *choices)
+        quiet = silent(snapshot, now_ms)
+        drawn = (last, quiet, snapshot.registry, len(snapshot.titles), *choices)
         if drawn != self._drawn:
             self._drawn = drawn
             windows = in_range(snapshot.windows, RANGES[self._range][1])

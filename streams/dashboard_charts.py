@@ -40,8 +40,10 @@ _TWO_DIGITS = "v => v == null ? '–' : (+v).toFixed(2)"
 _PER_SECOND = "v => v == null ? '–' : v.toFixed(1) + ' /s'"
 _WAITING = "v => v == null ? '–' : Math.round(v).toLocaleString() + ' waiting'"
 _CLOCK = """v => {
-  const time = new Date(v).toTimeString();
-  return time.slice(0, time.slice(6, 8) === "00" ? 5 : 8);
+  const time = new Date(v), clock = time.toTimeString();
+  if (clock.startsWith("00:00:00"))
+    return time.toLocaleDateString([], { day: "numeric", month: "short" });
+  return clock.slice(0, clock.slice(6, 8) === "00" ? 5 : 8);
 }"""
 _PERCENT = "p => p.value.toFixed(p.value >= 10 || !p.value ? 0 : 1) + '%'"
 _HEADROOM = "v => Math.ceil(v.max * 2 + 0.2) / 2"
@@ -227,10 +229,15 @@ def version_color(version: str, versions: Sequence[str]) -> str:
     return f"var(--version-{numbered.index(version) % VERSION_COLORS + 1})"
 
 
-def thinned(windows: Sequence[Window]) -> list[Sequence[Window]]:
-    """Windows in groups of equal length, no more than a line has points."""
-    size = -(-len(windows) // MOST_POINTS) or 1
-    return [windows[start : start + size] for start in range(0, len(windows), size)]
+def thinned(windows: Sequence[Window]) -> list[list[Window]]:
+    """Windows in groups of equal length, as many as a line has points; at a gap a group ends."""
+    size = -(-len(windows) // MOST_POINTS)
+    parts: list[list[Window]] = []
+    for window in windows:
+        if not parts or len(parts[-1]) == size or _is_gap(parts[-1][-1], window):
+            parts.append([])
+        parts[-1].append(window)
+    return parts
 
 
 def _bounds(least: float, most: float) -> tuple[float, float, float]:
@@ -239,6 +246,10 @@ def _bounds(least: float, most: float) -> tuple[float, float, float]:
     low = max(math.floor(least / tick - 0.5) * tick, 1.0)
     high = min(math.ceil(most / tick + 0.5) * tick, 5.0)
     return round(low, 1), round(high, 1), tick
+
+
+def _is_gap(last: Window, following: Window) -> bool:
+    return following.end_ms - last.end_ms > GAP_STEPS * following.step_ms
 
 
 def _rate(part: Sequence[Window], kind: Kind) -> float:
@@ -263,7 +274,7 @@ def _points(
     last: Window | None = None
     for part, value in zip(parts, values, strict=True):
         first, end = part[0], part[-1].end_ms
-        if last and first.end_ms - last.end_ms > GAP_STEPS * first.step_ms:
+        if last and _is_gap(last, first):
             points += [[last.end_ms + first.step_ms, rest], [first.end_ms - first.step_ms, rest]]
         points.append([end, None if value is None else round(value, 4)])
         last = part[-1]

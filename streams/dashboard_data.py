@@ -354,7 +354,9 @@ def _show(
     known = {each.key: each for each in feed.snapshot.predictions}
     for record in read:
         fresh = _prediction(record)
-        known.setdefault(fresh.key, fresh)
+        seen = known.get(fresh.key)
+        if seen is None or seen.predicted_ms < fresh.predicted_ms:  # topics may have begun anew
+            known[fresh.key] = fresh
     newest: list[Prediction] = []
     for kind in ("interaction", "review", "request"):
         of_kind = [each for each in known.values() if each.kind == kind]

@@ -161,9 +161,8 @@ def tiles(snapshot: Snapshot, everything: Sums, now_ms: int) -> str:
     sums = sums if sums.rated else everything
     latency = now.latency_ms if now else None
     rate = now.per_second if now else 0.0
-    waits = "not told by the scorer now"
-    if now:
-        waits = _behind(now.lag, rate)
+    waits = _behind(now.lag, rate) if now else "not told by the scorer now"
+    told = _NONE if silent(snapshot, now_ms) else compact(rate)
     error, means, off, ratings = _NONE, _NONE, "", "no ratings yet"
     if sums.rated:
         error = f"{_number(sums.rmse)} <small>stars</small>"
@@ -182,7 +181,7 @@ def tiles(snapshot: Snapshot, everything: Sums, now_ms: int) -> str:
     range_text = f"{compact(everything.count)} in this range"
     return "".join(
         [
-            _tile("Predictions a second", compact(rate), range_text),
+            _tile("Predictions a second", told, range_text),
             _tile(
                 "Waiting to be scored", compact(now.lag) if now else _NONE, waits, "lag" in firing
             ),
@@ -208,9 +207,10 @@ def _behind(lag: int, rate: float) -> str:
 
 
 def _tile(name: str, value: str, text: str, alarm: bool = False) -> str:
+    style, sign = (" alarm", '<b class="severity critical">Alert</b> ') if alarm else ("", "")
     return (
-        f'<dl class="tile{" alarm" if alarm else ""}"><dt>{name}</dt>'
-        f'<dd class="value">{value}</dd><dd class="sub">{text}</dd></dl>'
+        f'<dl class="tile{style}"><dt>{name}</dt>'
+        f'<dd class="value">{value}</dd><dd class="sub">{sign}{text}</dd></dl>'
     )
 
 
@@ -236,12 +236,15 @@ def _prediction(row: Prediction, versions: Sequence[str]) -> str:
         marks += f'<span class="truth" style="left:{_place(row.truth):.1f}%"></span>'
     if row.rating is not None:
         marks += f'<span class="dot" style="left:{_place(row.rating):.1f}%"></span>'
-    what = f"{_ACTIONS.get(row.action, row.action or 'event')} by {row.user_id}"
+    what = escape(_ACTIONS.get(row.action, row.action or "event"))
+    span = 'aria-hidden="true"'
+    if row.low is not None and row.high is not None:
+        span = f'role="img" aria-label="80% interval from {row.low:.1f} to {row.high:.1f}"'
     known = TIERS.get(row.tier, "Its own text" if row.kind == "review" else row.tier)
     return (
-        f'<tr><td><div class="title">{escape(row.title or row.item_id)}</div>'
-        f'<div class="meta">{escape(what)} · {_time(row.predicted_ms)}</div></td>'
-        f'<td><div class="scale" aria-hidden="true">{marks}</div></td>'
+        f'<tr><td><div class="title">{_name(row.title or row.item_id)}</div>'
+        f'<div class="meta">{_time(row.predicted_ms)} · {what} by {_name(row.user_id)}</div></td>'
+        f'<td><div class="scale" {span}>{marks}</div></td>'
         f'<td class="num strong" data-label="Predicted">{_number(row.rating)}</td>'
         f'<td class="num" data-label="True">{_stars(row.truth)}</td>'
         f'<td class="known"><span class="meta">{escape(known)}</span><span class="meta">'
@@ -260,9 +263,9 @@ def models(snapshot: Snapshot, found: Mapping[str, Scored], versions: Sequence[s
 
 def _model(row: ModelRow, versions: Sequence[str]) -> str:
     role, stable = "", " stable" if row.role == "in service" else ""
+    since = "from running means" if row.version == LADDER else "not in service"
     if row.role:
         role = f'<span class="role{stable}">{escape(row.role)}</span>'
-    since = "from running means"
     if row.since_ms:
         how = "on trial since" if row.role and not stable else "promoted"
         since = f"{how} {_time(row.since_ms)}"
@@ -327,7 +330,7 @@ def bars(rows: Sequence[tuple[str, int]], titles: Mapping[str, str], nothing: st
         return f'<p class="blank">{nothing}</p>'
     most = max(count for _, count in rows)
     items = "".join(
-        f'<li><span class="name" title="{escape(name)}">{escape(titles.get(name) or name)}</span>'
+        f'<li><span class="name" title="{escape(name)}">{_name(titles.get(name) or name)}</span>'
         f'<span class="muted">{compact(count)}</span>'
         f'<span class="bar" style="width:{100 * count / most:.1f}%"></span></li>'
         for name, count in rows[:6]
@@ -355,6 +358,11 @@ _ACTIONS = {
     "remove_from_cart": "taken from cart",
     "purchase": "purchase",
 }
+
+
+def _name(name: str) -> str:
+    """A name from outside, whose script may run from right to left."""
+    return f"<bdi>{escape(name)}</bdi>"
 
 
 def _place(rating: float) -> float:

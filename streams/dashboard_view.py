@@ -113,7 +113,7 @@ def stages(snapshot: Snapshot, kafka: KafkaConfig) -> list[Stage]:
 def rated(window: Window) -> int:
     """Interactions in a window whose true rating was seen."""
     kind = window.kinds.get("interaction")
-    return kind.total().sums.rated if kind else 0
+    return sum(scored.sums.rated for scored in kind.models.values()) if kind else 0
 
 
 def in_range(windows: Sequence[Window], range_ms: int | None) -> list[Window]:
@@ -153,11 +153,11 @@ def last_busy(windows: Sequence[Window]) -> KindWindow | None:
 
 
 def silent(snapshot: Snapshot, now_ms: int) -> bool:
-    """Whether windows have stopped coming."""
+    """Whether windows have stopped coming; one of the future tells of a clock, not of now."""
     if not snapshot.windows:
         return True
     last = snapshot.windows[-1]
-    return now_ms - last.end_ms > max(SILENT_STEPS * last.step_ms, SILENT_MS)
+    return abs(now_ms - last.end_ms) > max(SILENT_STEPS * last.step_ms, SILENT_MS)
 
 
 def swaps(snapshot: Snapshot) -> list[Swap]:
@@ -274,7 +274,7 @@ def _kind_summary(snapshot: Snapshot, kind: Kind, now_ms: int) -> dict[str, Any]
     found = totals(snapshot.windows, kind)
     now = newest(snapshot, kind, now_ms)
     return {
-        "per_second": now.per_second if now else 0.0,
+        "per_second": now.per_second if now else None if silent(snapshot, now_ms) else 0.0,
         "lag": now.lag if now else None,
         "workers": now.workers if now else 0,
         "latency_ms": now.latency_ms if now else None,
@@ -285,4 +285,6 @@ def _kind_summary(snapshot: Snapshot, kind: Kind, now_ms: int) -> dict[str, Any]
 
 
 def _count(window: Window) -> int:
-    return sum(kind.total().sums.count for kind in window.kinds.values())
+    return sum(
+        scored.sums.count for kind in window.kinds.values() for scored in kind.models.values()
+    )

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 
 import numpy as np
@@ -45,7 +45,6 @@ class Digests:
         self._worker = worker
         self._kind = kind
         self._seconds = seconds
-        self._start = datetime.now(UTC)
         self._since = time.monotonic()
         self._scored: dict[tuple[str, Role], list[Scored]] = {}
         self._version = "ladder"
@@ -63,20 +62,27 @@ class Digests:
         if age < wait:
             return []
         end = datetime.now(UTC)
+        start = end - timedelta(seconds=age)  # whatever a clock that was put right says
         versions = self._scored or {(self._version, "stable"): []}
         outputs = [
             Output(
                 "score-digests",
                 self._worker.encode(),
-                encode(self._digest(version, role, parts, end, lag)),
+                encode(self._digest(version, role, parts, start, end, lag)),
             )
             for (version, role), parts in versions.items()
         ]
-        self._scored, self._start, self._since = {}, end, time.monotonic()
+        self._scored, self._since = {}, self._since + age
         return outputs
 
     def _digest(
-        self, version: str, role: Role, parts: list[Scored], end: datetime, lag: int
+        self,
+        version: str,
+        role: Role,
+        parts: list[Scored],
+        start: datetime,
+        end: datetime,
+        lag: int,
     ) -> ScoreDigest:
         empty = np.zeros(0, np.float32)
         ratings = np.concatenate([empty, *(part.ratings for part in parts)])
@@ -92,7 +98,7 @@ class Digests:
         return ScoreDigest(
             worker=self._worker,
             digest_id="-".join([*name, *([] if role == "stable" else [role])]),
-            window_start=self._start,
+            window_start=start,
             window_end=end,
             model_version=version,
             role=role,

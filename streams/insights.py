@@ -42,6 +42,7 @@ FIRST_PAUSE_SECONDS = 0.5  # a broker or store that is gone is asked again this 
 LAST_PAUSE_SECONDS = 5.0  # and later this often
 SETTLED_SECONDS = 60.0  # a run of this length was no failed start: pauses begin anew
 QUIET_SECONDS = 3.0  # digests come each second; after this long there are none to catch up with
+FIRST_SECONDS = 12.0  # so much longer for the first ones: a broker may have just come back
 TICK_SECONDS = 0.25
 COMMIT_SECONDS = 1.0
 REBALANCE_SECONDS = 6.0  # the embedded broker waits half of this for others to join
@@ -398,7 +399,7 @@ async def _resume(run: _Run) -> None:
     run.steps = windows.make_steps(
         run.config, last.end_ms if last else None, last.trial if last else None
     )
-    run.last_arrival = time.monotonic()
+    run.last_arrival = time.monotonic() + FIRST_SECONDS
 
 
 async def _wait_for_store(run: _Run, error: Exception) -> None:

@@ -1,9 +1,10 @@
 """The arithmetic of insights: score digests into steps, steps into sliding windows, and alerts.
 
-Time is cut into steps. A digest belongs to the step in which its window ends; a step is named by
-its end, in milliseconds since the epoch. The window written at the end of a step sums the steps
-of the last `window_ms`. Sums, counts and sketches merge, so the order of digests is of no matter,
-and predictions of one kind are never summed with those of another.
+Time is cut into steps. A digest belongs to the step in which its window ends or, where that was
+closed without it, to the next one; a step is named by its end, in milliseconds since the epoch. The
+window written at the end of a step sums the steps of the last `window_ms`. Sums, counts and
+sketches merge, so the order of digests is of no matter, and predictions of one kind are never
+summed with those of another.
 """
 
 import base64
@@ -30,6 +31,7 @@ WINDOW_FIELD = b"window"
 KLL_K = 200  # rank error about 1.3%, at some 2 KB a sketch
 FREQUENT_LOG_SIZE = 10  # at most 768 names are counted at once, however many there are
 _MILLISECOND = timedelta(milliseconds=1)
+GONE_MS = 10_000  # a worker that is silent for so long while others are heard has gone
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 _SKETCHES = cast(Any, datasketches)  # the wheel has no type information
@@ -161,7 +163,7 @@ class Window(BaseModel):
     step_ms: int
     kinds: dict[Kind, KindWindow]
     trial: Trial | None = None  # the newest one, also when it is over
-    firing: list[str] = []  # rules beyond their thresholds, as rule/kind
+    firing: list[str] = []  # rules beyond their thresholds, as rule/kind or canary/version
 
 
 @dataclass
@@ -176,6 +178,10 @@ class WorkerStep:
     def per_second(self) -> float:
         """Predictions a second while its digests' windows lasted, which need not fit the step."""
         return self.count * 1_000 / max(sum(self.spans.values()), 1)
+
+    def has_gone(self, latest: int) -> bool:
+        """Whether others were heard of until so much later that they have what it left."""
+        return latest - self.time > GONE_MS + 2 * max(self.spans.values(), default=0)
 
 
 @dataclass
@@ -209,6 +215,7 @@ class Steps:
     grace_ms: int
     keep_ms: int  # windows older than this are not kept
     closed: int | None = None
+    resumed: int = 0  # what an earlier run closed: digests up to it are counted in its windows
     newest: int = 0  # latest end of a digest's window
     steps: dict[int, Step] = field(default_factory=dict[int, Step])
     idle: bool = True  # nothing happened in the last window written
@@ -224,12 +231,15 @@ def make_steps(
     """
     step_ms = max(round(insights.step_seconds * 1_000), 1)
     count = max(round(insights.window_seconds * 1_000 / step_ms), 1)
+    if closed is not None:
+        closed = closed // step_ms * step_ms
     return Steps(
         step_ms=step_ms,
         window_ms=count * step_ms,
         grace_ms=round(insights.grace_seconds * 1_000),
         keep_ms=insights.keep_windows * step_ms,
-        closed=None if closed is None else closed // step_ms * step_ms,
+        closed=closed,
+        resumed=closed or 0,
         trial=trial,
     )
 
@@ -252,9 +262,11 @@ def add(steps: Steps, digest: ScoreDigest, now_ms: int) -> tuple[Outcome, int]:
         oldest = max(oldest, steps.closed + steps.step_ms - steps.window_ms)
     if place <= oldest:
         return "late", place
-    step = steps.steps.setdefault(place, Step())
-    if digest.digest_id in step.digest_ids:
+    if any(digest.digest_id in step.digest_ids for step in steps.steps.values()):
         return "duplicate", place
+    if steps.closed is not None and steps.resumed < place <= steps.closed:
+        place = steps.closed + steps.step_ms
+    step = steps.steps.setdefault(place, Step())
     step.digest_ids.add(digest.digest_id)
     steps.newest = max(steps.newest, end)
     _add_to_kind(step.kinds.setdefault(kind, KindStep()), digest, latency, end)
@@ -312,17 +324,19 @@ def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> l
     """Alerts for the thresholds that `window` crosses; sets `window.firing`.
 
     A rule that fires (it stands in `firing`, the window before's) stays silent until its value
-    has been seen at `clear_ratio` of its threshold or below.
+    has been seen at `clear_ratio` of its threshold or below. Each trial fires for itself.
     """
-    before = set(firing)
+    trial = window.trial
+    trial_name = f"canary/{trial.version}" if trial else ""
+    before = {name for name in firing if not name.startswith("canary/") or name == trial_name}
     still = set(before)
     raised: list[Alert] = []
     for kind, summed in window.kinds.items():
         rules = _rules(kind, summed, insights)
-        if kind == "interaction":
-            rules.append(_trial_rule(window, insights))
+        if kind == "interaction" and trial and trial.end_ms > window.start_ms:
+            rules += _trial_rules(trial, insights)
         for rule, value, threshold, text in rules:
-            name = f"{rule}/{kind}"
+            name = trial_name if rule == "canary" else f"{rule}/{kind}"
             fired = name in before
             if value <= threshold * (insights.clear_ratio if fired else 1.0):
                 still.discard(name)
@@ -366,9 +380,45 @@ def encode_latency(milliseconds: NDArray[np.float32]) -> str | None:
     """The `latency_ms` of a digest: a KLL sketch in base64; None for no values."""
     if not milliseconds.size:
         return None
+    return base64.b64encode(_sketch_of(milliseconds)).decode()
+
+
+def _sketch_of(values: NDArray[np.float32]) -> bytes:
     sketch = _SKETCHES.kll_floats_sketch(KLL_K)
-    sketch.update(np.ascontiguousarray(milliseconds, np.float32))
-    return base64.b64encode(sketch.serialize()).decode()
+    sketch.update(np.ascontiguousarray(values, np.float32))
+    return sketch.serialize()
+
+
+_HEAD = 8  # bytes, the same in each sketch of one value, and in each of more
+_ONE, _MORE = (_sketch_of(np.zeros(count, np.float32))[:_HEAD] for count in (1, 2))
+
+
+def _is_sound(data: bytes) -> bool:
+    """Whether a sketch is one that `encode_latency` may have made.
+
+    The library trusts what a sketch says of its own parts: of one wrong byte it never comes back,
+    or ends the process. Raises ValueError or IndexError for less than a sketch.
+    """
+    if data[:_HEAD] == _ONE:
+        return len(data) == _HEAD + 4 and bool(np.isfinite(np.frombuffer(data[_HEAD:], "<f4")[0]))
+    count, least_k, levels = int.from_bytes(data[8:16], "little"), data[16:18], data[18]
+    starts = np.frombuffer(data, "<u4", levels, 20).astype(np.int64)
+    sizes = np.diff(starts, append=_capacity(levels))  # of the levels; a value of level i is 2**i
+    values = np.frombuffer(data, "<f4", offset=20 + 4 * levels)  # the least, the most, all kept
+    return (
+        data[:_HEAD] == _MORE
+        and least_k == data[4:6]
+        and 0 < levels <= 32
+        and bool((sizes >= 0).all())
+        and int((sizes << np.arange(levels)).sum()) == count
+        and len(values) == 2 + sizes.sum()
+        and bool(np.isfinite(values).all())
+    )
+
+
+def _capacity(levels: int) -> int:
+    """How many values a sketch of so many levels has room for: two thirds a level, 8 at least."""
+    return sum(max(8, ((2 * KLL_K << depth) // 3**depth + 1) // 2) for depth in range(levels))
 
 
 def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
@@ -382,6 +432,8 @@ def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
         return cast(Kind, next(iter(digest.kinds))), None
     try:
         data = base64.b64decode(digest.latency_ms, validate=True)
+        if not _is_sound(data):
+            raise ValueError("its parts do not fit together")
         sketch = _SKETCHES.kll_floats_sketch.deserialize(data)
     except (binascii.Error, ValueError, IndexError, RuntimeError) as error:
         raise ContractError(
@@ -453,6 +505,8 @@ def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
         for name, worker in step.workers.items():
             if name not in newest or worker.time >= newest[name].time:
                 newest[name] = worker
+    latest = max((worker.time for worker in newest.values()), default=0)
+    here = [worker for worker in newest.values() if not worker.has_gone(latest)]
     return KindWindow(
         models=models,
         step={},
@@ -461,8 +515,8 @@ def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
         top_items=_top(items, insights.top),
         top_categories=_top(categories, insights.top),
         latency_ms=_quantiles(latency),
-        lag=sum(worker.lag for worker in newest.values()),
-        workers=len(newest),
+        lag=sum(worker.lag for worker in here),
+        workers=len(here),
     )
 
 
@@ -496,21 +550,18 @@ def _rules(
     return rules
 
 
-def _trial_rule(window: Window, insights: InsightsConfig) -> tuple[str, float, float, str]:
-    """The same of a trial; nothing is wrong when none goes on."""
-    trial, limit = window.trial, insights.worse_canary
-    if trial is None or trial.end_ms <= window.start_ms:
-        return "canary", 0.0, limit, ""
-    canary, stable = trial.canary.sums, trial.stable.sums
+def _trial_rules(trial: Trial, insights: InsightsConfig) -> list[tuple[str, float, float, str]]:
+    """The same of a trial."""
+    canary, stable, limit = trial.canary.sums, trial.stable.sums, insights.worse_canary
     if min(canary.rated, stable.rated) < insights.least_rated:
-        return "canary", 0.0, limit, ""
+        return []
     above = trial.standard_errors or 0.0
     text = (
         f"{trial.version} on trial: MAE {canary.mae or 0:.2f} over {canary.rated:,} ratings, that "
         f"of stable {stable.mae or 0:.2f} over {stable.rated:,}: {above:.1f} standard errors "
         f"above it, more than {limit:g}."
     )
-    return "canary", above, limit, text
+    return [("canary", above, limit, text)]
 
 
 def _continued(trial: Trial | None, step: KindStep, end: int, step_ms: int) -> Trial | None:

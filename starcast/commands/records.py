@@ -204,5 +204,5 @@ def _line(record: PredictedRating) -> Text:
         (f" {rating:.2f}" if rating is not None else f" {record.status or '-'}", shade),
         (f" [{low:.1f}, {high:.1f}]" if low is not None and high is not None else "", "dim"),
         (f" #{record.rank} of {record.of}" if record.rank else ""),
-        (f"  {record.tier}, {plain(record.model_version)}", "dim"),
+        (f"  {f'{record.tier}, ' if record.tier else ''}{plain(record.model_version)}", "dim"),
     )

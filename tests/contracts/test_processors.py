@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import jsonschema
+import orjson
 import pytest
 from confluent_kafka import KafkaError, Message
 
+from schemas.export import json_schema
 from schemas.topics import BY_NAME
 from streams.exceptions import StoreError
 from streams.processor import Outcome, Position
 from streams.run import LOOPS
 from tests.contracts.inputs import bad, good
-from tests.contracts.scripted_shop import BATCH, STOP_SECONDS, ScriptedShop, scripted_shop
+from tests.contracts.scripted_shop import BATCH, PREFIX, STOP_SECONDS, ScriptedShop, scripted_shop
 from tests.unit.model.bundles import serve_reader
 from tests.unit.model.encoders import bert
 from tests.unit.streams.scripted_kafka import failure
@@ -289,6 +292,7 @@ def test_bad_records_stop_nothing(name: str, opened: Open, undisturbed: Undistur
                 expected.update((topic, each.value) for each in worse)
         shop.work()
         assert letters(shop.outputs()) == expected
+        assert_exported(shop.kafka.outputs)
         assert told(shop.outputs()) == told(undisturbed.outputs)
         assert shop.kept().keys() >= undisturbed.kept.keys()
 
@@ -321,6 +325,14 @@ def test_a_poll_without_messages_does_nothing(name: str, opened: Open) -> None:
         shop.turns(loop, 5)
         processor.idle()
         assert (shop.outputs(), shop.kept()) == before
+
+
+def assert_exported(outputs: list[tuple[str, bytes | None]]) -> None:
+    """What is sent keeps the schemas that others make their consumers from."""
+    for called, value in outputs:
+        topic = BY_NAME[called.removeprefix(PREFIX)]
+        if topic.record and (value or not topic.takes_null):
+            jsonschema.validate(orjson.loads(bytes(value or b"")), json_schema(topic.name))
 
 
 def told(outputs: list[tuple[str, Any]]) -> Counter[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Insights against real brokers and a real store: windows, alerts, dead letters, restarts."""
 
+import asyncio
 import json
 import threading
 import time
@@ -7,8 +8,10 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
+from aiokafka.consumer.fetcher import Fetcher
 from confluent_kafka import Producer
 from pydantic import SecretStr
 
@@ -18,7 +21,7 @@ from streams import embedded
 from streams.admin import apply_topics
 from streams.clients import client_config, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
-from streams.insights import Readiness, run_insights
+from streams.insights import QUIET_SECONDS, Readiness, run_insights
 from streams.metrics import Metrics, make_metrics
 from streams.store import connect
 from streams.tail import read_topic
@@ -157,6 +160,26 @@ def test_a_restart_neither_loses_nor_doubles(cluster: KafkaConfig, store: str) -
     reaching = [window for window in after[len(before) :] if window.start_ms < before[0].end_ms]
     for window in reaching:
         assert window.kinds["interaction"].total().sums.count >= 5
+
+
+def test_a_broker_that_is_slow_to_hand_over_a_backlog_is_waited_for(
+    cluster: KafkaConfig, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with insights(cluster, store, make_metrics()):
+        send(cluster, encode(now_digest(5, "a")))
+        until(lambda: counted(windows(store)) == 5)
+    send(cluster, encode(now_digest(7, "b")))
+    fetch = Fetcher._proc_fetch_request
+    begun = time.monotonic()
+
+    async def slow(fetcher: Any, *arguments: Any) -> Any:
+        if (left := begun + INSIGHTS.window_seconds + QUIET_SECONDS - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        return await fetch(fetcher, *arguments)
+
+    monkeypatch.setattr(Fetcher, "_proc_fetch_request", slow)
+    with insights(cluster, store, make_metrics()):
+        until(lambda: counted(windows(store)) == 12)
 
 
 def test_a_store_that_is_gone_is_waited_for(

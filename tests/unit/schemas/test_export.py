@@ -47,6 +47,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("reviews", {"rating": 6}),
     ("reviews", {"user_id": None}),
     ("reviews", {"item_id": ""}),
+    ("reviews", {"event_time": "2026-11-24T10:15:00"}),
+    ("behavior", {"event_time": "2026-11-24"}),
     ("behavior", {"action": "stare"}),
     ("behavior", {"quantity": 0}),
     ("score-requests", {"item_ids": []}),

@@ -124,6 +124,24 @@ def test_long_ranges_are_thinned_to_what_a_line_can_show() -> None:
     assert points[-1][0] == windows[-1].end_ms
 
 
+def test_no_line_is_drawn_across_a_gap_in_a_long_range() -> None:
+    """Two days of an hour and more, with a night between: 250 windows and 253 are thinned."""
+    days = [
+        windows_of(
+            [digest(at(begin + 10 * step), [(4.0, 3.0)]) for step in range(1, count)],
+            begin + 10 * count,
+        )[-count:]
+        for begin, count in ((0, 250), (50_000, 253))
+    ]
+    evening, morning = days[0][-1].end_ms, days[1][0].end_ms
+    rates = named(charts.flow([*days[0], *days[1]], []), "Interactions")["data"]
+    night = [point for point in rates if evening <= point[0] < morning]
+    assert night[0][0] == evening
+    assert night[1:] == [[evening + 10_000, 0], [morning - 10_000, 0]]
+    means = named(charts.against([*days[0], *days[1]], "interaction", []), "True")["data"]
+    assert [value for time, value in means if evening < time < morning] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("least", "most", "bounds"),
     [(4.02, 4.17, (3.9, 4.3, 0.1)), (1.0, 5.0, (1.0, 5.0, 1.0)), (3.1, 4.4, (2.5, 5.0, 0.5))],

@@ -1,7 +1,12 @@
+from datetime import UTC, datetime
+from typing import Any
+
 from pydantic import SecretStr
 
-from streams.config import RedisConfig
-from streams.dashboard_data import Feed, _follow_store
+from schemas.examples import EXAMPLES
+from schemas.records import PredictedRating
+from streams.config import KafkaConfig, RedisConfig
+from streams.dashboard_data import Feed, _follow_store, _show
 from streams.embedded import HOST, free_port
 from streams.store import Store
 
@@ -14,3 +19,18 @@ def test_a_cluster_that_is_down_is_told_and_asked_again() -> None:
     assert next(rounds, None) is None
     assert feed.snapshot.store.up is False
     assert "STARCAST_REDIS__URL" in feed.snapshot.store.reason
+
+
+def test_topics_that_were_made_anew_bring_new_predictions() -> None:
+    """Their offsets begin at 0 again, and a file that is played again has the same items."""
+    feed, nobody = (
+        Feed(),
+        Store(RedisConfig(url=SecretStr(f"redis://{HOST}:{free_port()}")), "a", 1),
+    )
+    consumer: Any = None  # requests have no event to be read
+    told = {**EXAMPLES["predicted-ratings"], "kind": "request"}
+    for hour, rating in ((1, 2.0), (2, 3.0), (1, 2.0)):
+        at = datetime(2026, 11, 24, hour, tzinfo=UTC)
+        record = PredictedRating.model_validate({**told, "predicted_at": at, "rating": rating})
+        _show(feed, KafkaConfig(), nobody, consumer, [record])
+    assert [each.rating for each in feed.snapshot.predictions] == [3.0]

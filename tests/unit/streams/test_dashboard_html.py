@@ -152,11 +152,30 @@ def test_tiles_tell_now_and_when_it_is_silent_the_range() -> None:
     assert "4.00 against 3.00 +1.00 stars off" in now
     assert "Model cold start" in now
     later = str(Words(html.tiles(LIVE, ALL, NOW + 3_600_000)))
-    assert "Predictions a second 0 " in later
+    assert "Predictions a second – " in later  # not 0: insights or the store may be gone
     assert "Waiting to be scored – not told" in later
     assert "1 rating in this range" in later
     assert "1a2b3c4d promoted" in str(Words(html.tiles(replace(LIVE, registry=REGISTRY), ALL, NOW)))
     assert "no ratings yet" in html.tiles(replace(LIVE, windows=UNRATED), Sums(), NOW)
+
+
+def test_no_interactions_are_none_a_second() -> None:
+    texts = windows_of([digest(at(5), [(4.0, 3.0)], kind="review", tier=None)], 10)
+    words = str(Words(html.tiles(replace(LIVE, windows=texts), Sums(), NOW)))
+    assert "Predictions a second 0 " in words
+
+
+def test_names_of_any_script_leave_their_surroundings_in_order() -> None:
+    name = "\u05d2\u05d9\u05d8\u05e8\u05d4 (2)"
+    text = html.predictions([row(title=name, user_id=name)], "interaction", [])
+    assert text.count(f"<bdi>{name}</bdi>") == 2
+    assert f"<bdi>{name}</bdi>" in html.bars([("a", 3)], {"a": name}, "")
+
+
+def test_intervals_are_told_to_screen_readers() -> None:
+    text = html.predictions([row(low=3.04, high=5.0)], "interaction", [])
+    assert 'aria-label="80% interval from 3.0 to 5.0"' in text
+    assert "aria-label" not in html.predictions([row(low=None, high=None)], "interaction", [])
 
 
 def test_predictions_of_a_kind_stand_on_the_scale() -> None:
@@ -167,7 +186,7 @@ def test_predictions_of_a_kind_stand_on_the_scale() -> None:
     ]
     text = html.predictions(rows, "interaction", [LADDER])
     words = str(Words(text))
-    assert "Strings review by u" in words
+    assert "Strings · review by u" in words  # the time first: of a long id the end is cut off
     assert "4.50 5 ★ User and item" in words
     assert "B00X" in words
     assert "– – Nothing known" in words
@@ -187,6 +206,26 @@ def test_model_table_marks_the_one_in_service() -> None:
     words = str(Words(html.models(replace(LIVE, registry=REGISTRY), FOUND, [FIRST])))
     assert "1a2b3c4d in service promoted" in words
     assert "cold start from running means 1 1.00 1.00 +1.00" in words
+
+
+def test_a_version_that_is_no_longer_tried_does_not_predict_from_running_means() -> None:
+    windows = windows_of([digest(at(5), [(4.0, 3.0)], version=SECOND, role="canary")], 10)
+    ended = [
+        Change(**dict(entry(SECOND, 3)), what="canary"),
+        Change(**dict(entry(SECOND, 9)), what="clear"),
+    ]
+    registry = REGISTRY.model_copy(update={"history": [*REGISTRY.history, *ended]})
+    shop = replace(LIVE, windows=windows, registry=registry)
+    words = str(Words(html.models(shop, totals(windows, "interaction"), [FIRST, SECOND])))
+    assert "9f8e7d6c not in service by trainer 1 1.00" in words
+
+
+def test_a_number_beyond_its_threshold_is_told_by_more_than_a_colour() -> None:
+    (window,) = RATED
+    firing = window.model_copy(update={"firing": ["rmse/interaction", "lag/review"]})
+    words = str(Words(html.tiles(replace(LIVE, windows=(firing,)), ALL, NOW)))
+    assert "Error, RMSE 1.00 stars Alert MAE 1.00" in words
+    assert words.count("Alert") == 1
 
 
 def on_trial(share: float, errors: int, name: str = SECOND) -> Snapshot:

@@ -107,6 +107,7 @@ def test_now_is_not_yesterday() -> None:
     assert newest(snapshot, "interaction", end + 41_000) is None
     assert silent(snapshot, end + 41_000)
     assert silent(Snapshot(), 0)
+    assert silent(snapshot, end - 3_600_000)  # written while a clock was an hour ahead
 
 
 def test_swaps_are_what_the_registry_tells() -> None:
@@ -264,4 +265,5 @@ def test_summary_is_for_programs() -> None:
     quiet = summary(snapshot, KAFKA, RATED[-1].end_ms + 3_600_000)
     assert quiet["silent"]
     assert quiet["kinds"]["interaction"]["lag"] is None
+    assert quiet["kinds"]["interaction"]["per_second"] is None
     assert timedelta(milliseconds=quiet["now_ms"] - told["now_ms"]) > timedelta(minutes=59)

@@ -1,5 +1,6 @@
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,26 @@ def test_a_window_is_summed_up(clock: Clock) -> None:
     assert digest.errors_by_tier["full"].absolute == pytest.approx(2.4)
     assert digest.top_items == {"item 0": 2, "x": 2, "item 1": 1}
     assert digest.latency_ms is not None
-    assert digest.window_start <= digest.window_end
+    assert digest.window_end - digest.window_start == timedelta(seconds=2)
     assert made.due(0) == []
+
+
+def test_a_clock_that_is_put_right_changes_no_window_s_length(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a window of no length the rate would be that of all its events in a millisecond."""
+    made = Digests("scorer-0", "interaction", 1.0)
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) - timedelta(hours=1)
+
+    monkeypatch.setattr(digests, "datetime", Earlier)
+    made.add(scored([1.0]))
+    clock.now += 1
+    (digest,) = read(made.due(0))
+    assert digest.window_end - digest.window_start == timedelta(seconds=1)
 
 
 def test_models_are_told_apart(clock: Clock) -> None:

@@ -1,13 +1,19 @@
+import base64
+import json
 import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.codec import encode
 from schemas.exceptions import ContractError
+from schemas.export import json_schema
 from schemas.records import Role, ScoreDigest
 from streams.config import InsightsConfig
 from streams.windows import (
@@ -123,6 +129,17 @@ def test_workers_add_up() -> None:
     assert kind.per_second == pytest.approx(10 / 2 + 6 / 2)
 
 
+def test_what_waited_for_a_worker_that_has_gone_waits_for_another() -> None:
+    """After a rollout each worker has another name, and for a minute all lag was told twice."""
+    insights = INSIGHTS.model_copy(update={"window_seconds": 60})
+    old = [digest(at(second), [(4.0, None)], lag=500) for second in (4, 5)]
+    new = [digest(at(second), [], worker="scorer-new-0", lag=500) for second in range(6, 31)]
+    window = window_of([*old, *new[:5]], ms(20), insights)
+    assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (1_000, 2)
+    window = window_of([*old, *new], ms(30), insights)
+    assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (500, 1)
+
+
 def test_a_repeated_digest_counts_once() -> None:
     steps = make_steps(INSIGHTS)
     assert add(steps, digest(at(5), [(3.0, 3.0)], name="x"), LATER)[0] == "counted"
@@ -130,6 +147,28 @@ def test_a_repeated_digest_counts_once() -> None:
     window = close(steps, ms(10), INSIGHTS)
     assert window is not None
     assert window.kinds["interaction"].total().sums.count == 1
+
+
+def test_a_digest_that_misses_its_step_counts_in_the_next() -> None:
+    """As one that its worker could not send while a broker failed over."""
+    steps = steps_of([digest(at(5), [(3.0, 3.0)])])
+    first = close(steps, ms(10), INSIGHTS)
+    missed = digest(at(9), [(4.0, 3.0)] * 2)
+    assert add(steps, missed, ms(13)) == ("counted", ms(20))
+    assert add(steps, missed, ms(14))[0] == "duplicate"
+    second = close(steps, ms(20), INSIGHTS)
+    assert add(steps, missed, ms(23))[0] == "duplicate"
+    assert first is not None
+    assert second is not None
+    counts = [each.kinds["interaction"].step["ladder"].sums.count for each in (first, second)]
+    assert counts == [1, 2]
+    assert second.kinds["interaction"].per_second == pytest.approx(2.0)
+
+
+def test_a_repetition_of_a_worker_whose_clock_is_ahead_counts_once() -> None:
+    steps = make_steps(INSIGHTS)
+    ahead = digest(at(500), [(3.0, 3.0)])
+    assert [add(steps, ahead, ms(now))[0] for now in (5, 15)] == ["counted", "duplicate"]
 
 
 def test_a_digest_of_steps_gone_by_is_late() -> None:
@@ -223,6 +262,54 @@ def test_digests_that_cannot_be_counted(change: dict[str, object]) -> None:
     assert not steps.steps
 
 
+COUNTS = (1, 2, 200, 201, 5_000)
+SKETCHES = [encode_latency(np.linspace(0, 9, count, dtype=np.float32)) or "" for count in COUNTS]
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+def test_latencies_come_back(sketch: str) -> None:
+    steps = steps_of([digest(at(5), [(3.0, None)]).model_copy(update={"latency_ms": sketch})])
+    window = close(steps, ms(10), INSIGHTS)
+    assert window is not None
+    latency = window.kinds["interaction"].latency_ms
+    assert latency is not None
+    assert latency["max"] in (0.0, 9.0)
+
+
+@given(st.sampled_from(SKETCHES), st.integers(0, 60), st.integers(0, 255), st.integers(1, 4_000))
+def test_no_sketch_hangs_insights_or_ends_it(sketch: str, where: int, byte: int, cut: int) -> None:
+    """`datasketches` reads for ever, or ends the process, where one is damaged."""
+    data = bytearray(base64.b64decode(sketch))
+    data[where % len(data)] = byte
+    damaged = base64.b64encode(data[:cut]).decode()
+    found = digest(at(5), [(3.0, None)]).model_copy(update={"latency_ms": damaged})
+    steps = make_steps(INSIGHTS)
+    with suppress(ContractError):
+        add(steps, found, LATER)
+        close(steps, ms(10), INSIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("where", "bytes_"),
+    [
+        (4, b"\xff"),  # k, so the room of each level
+        (8, b"\xff\xff\xff\xff\xff\xff\xff\x7f"),  # values
+        (18, b"\x09"),  # levels
+        (20, b"\x00"),  # where a level begins
+        (-4, b"\x00\x00\xc0\x7f"),  # no number
+    ],
+)
+def test_a_damaged_sketch_is_refused(where: int, bytes_: bytes) -> None:
+    data = bytearray(base64.b64decode(SKETCHES[-1]))
+    where %= len(data)
+    data[where : where + len(bytes_)] = bytes_
+    found = digest(at(5), [(3.0, None)]).model_copy(
+        update={"latency_ms": base64.b64encode(data).decode()}
+    )
+    with pytest.raises(ContractError, match="KLL sketch"):
+        add(make_steps(INSIGHTS), found, LATER)
+
+
 class TestAlerts:
     insights = InsightsConfig(
         window_seconds=10,
@@ -252,6 +339,7 @@ class TestAlerts:
         assert alert.value == pytest.approx(1.25)
         assert (alert.threshold, alert.window_end) == (1.0, at(10))
         assert "1.25" in alert.text
+        jsonschema.validate(json.loads(encode(alert)), json_schema("alerts"))
         assert window.firing == ["rmse/interaction"]
 
     def test_far_beyond_is_critical(self) -> None:
@@ -379,16 +467,42 @@ class TestTrials:
         assert (alert.rule, alert.severity, alert.subject) == ("canary", "warning", "interaction")
         assert alert.value == pytest.approx(0.75 / math.sqrt(0.15625))
         assert "MAE 1.50 over 2 ratings, that of stable 0.75 over 2" in alert.text
-        assert window.firing == ["canary/interaction"]
+        assert window.firing == ["canary/b"]
         assert alerts(window, window.firing, insights) == []
         few = insights.model_copy(update={"least_rated": 3})
         assert alerts(window, [], few) == []
-        # Once it has predicted nothing for a whole window, the trial is over.
+        # A window in which it predicts nothing says nothing new of it.
         later = close(steps, ms(60), insights)
         assert later is not None
         assert later.trial == window.trial
-        assert alerts(later, ["canary/interaction"], insights) == []
-        assert later.firing == []
+        assert alerts(later, [], insights) == []
+        assert alerts(later, ["canary/b"], insights) == []
+        assert later.firing == ["canary/b"]
+
+    def test_a_trial_with_few_events_is_told_once_and_the_next_one_again(self) -> None:
+        """A canary of a small shop's few users is quiet for minutes."""
+        changes = {"worse_canary": 1.5, "highest_rmse": 9, "largest_drift": 9}
+        insights = INSIGHTS.model_copy(update=changes)
+        steps = steps_of(
+            [
+                *self.digests(5, "canary"),
+                digest(at(55), [(3.0, 3.0)]),
+                *self.digests(105, "canary"),
+                digest(at(155), [(3.0, 3.0)]),
+                *self.digests(205, "canary", version="c"),
+            ],
+            insights,
+            ms(300),
+        )
+        told: dict[int, str] = {}
+        firing = ["canary/interaction"]  # as a release before wrote it
+        for end in range(10, 220, 10):
+            window = close(steps, ms(end), insights)
+            for alert in alerts(window, firing, insights) if window else []:
+                told[end] = alert.text[:1]
+            firing = window.firing if window else firing
+        assert told == {10: "b", 210: "c"}
+        assert firing == ["canary/c"]
 
 
 pairs = st.lists(st.tuples(st.floats(1, 5), st.none() | st.integers(1, 5).map(float)), max_size=4)
