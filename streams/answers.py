@@ -38,7 +38,10 @@ from streams.reader import USER_STATE, Reader
 from streams.store import Store
 from streams.user_states import decode_header
 
-BATCH = 200  # requests in one transaction: each may ask for a thousand items
+BATCH = 200  # requests in one transaction
+ITEMS = (
+    20_000  # about so many items at most: 200,000 take a gigabyte, and too long for a transaction
+)
 LINGER_SECONDS = 0.005  # a shopper waits for this
 CLOCK_MS = 1_000  # producers' clocks may be off by so much
 HEADER_SECONDS = 1.0  # a partition's running mean moves slowly
@@ -51,7 +54,6 @@ class Answers:
     topics = ("score-requests",)
     together = False
     transactional = True
-    batch_size = BATCH
     linger_seconds = LINGER_SECONDS
 
     def __init__(
@@ -71,7 +73,13 @@ class Answers:
         self._metrics = metrics
         self._digests = Digests(worker, "request", config.digest_seconds)
         self._headers: dict[int, tuple[float, Rows]] = {}
+        self._items = 1  # of a request of the last batch, as a mean
         self.lag = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Most requests in the next transaction, if they ask for as much as the last ones."""
+        return min(max(ITEMS // self._items, 1), BATCH)
 
     def claim(self, committed: Offsets) -> Offsets:
         """Nothing is claimed; read on from the committed offsets."""
@@ -95,6 +103,8 @@ class Answers:
         inputs, letters = split(messages, self._prefix, self.name)
         asked = inputs["score-requests"]
         now = int(time.time() * 1_000)
+        wanted = sum(len(each.item_ids) for each in asked.records)
+        self._items = max(wanted // max(len(asked.records), 1), 1)
         late = [
             _late(request, stamp, now)
             for request, stamp in zip(asked.records, asked.timestamps().tolist(), strict=True)

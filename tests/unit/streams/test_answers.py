@@ -112,6 +112,17 @@ def test_items_come_ranked(answers: Answers) -> None:
     }
 
 
+def test_large_requests_come_in_smaller_batches(answers: Answers) -> None:
+    """A batch of 200 may ask for 20,000 items: 100 of each. Of 800 each, 25 come at a time."""
+    assert answers.batch_size == 200
+    answers.process(asked(*[request(name, *map(str, range(800))) for name in ("q", "r")]))
+    assert answers.batch_size == 25
+    answers.process(asked(request("s", "good")))
+    assert answers.batch_size == 200
+    answers.process(asked(b"{"))
+    assert answers.batch_size == 200
+
+
 def test_a_users_state_counts(answers: Answers) -> None:
     rate(answers, fair=[3] * 20)
     like(answers, "ann", 1.0)
