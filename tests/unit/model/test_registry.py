@@ -77,6 +77,14 @@ def test_a_first_model_that_another_was_faster_than_is_not_promoted(url: str) ->
     assert stable(url) == "a"
 
 
+def test_only_the_newest_history_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LONGEST_HISTORY", 2)
+    for version in ("a", "b", "c"):
+        promote(url, version)
+    now = registry.read(url)
+    assert (now.revision, [change.version for change in now.history]) == (3, ["b", "c"])
+
+
 def test_canary(url: str) -> None:
     promote(url, "a")
     registry.set_canary(url, "b", "sum of b", 0.1, "test", "try")
