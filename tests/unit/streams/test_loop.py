@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
+from streams.admin import TopicError
 from streams.clients import KafkaOptionError
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
@@ -96,6 +97,22 @@ def test_what_was_claimed_and_could_not_be_begun_is_dropped(world: World) -> Non
     assert (len(processor.claims), processor.drops, loop.live) == (1, [{0}], frozenset())
     world.consumer.rebalance(gone=places(0))  # a claim that stayed would be looked after for ever
     assert processor.drops == [{0}, {0}]
+
+
+def test_topics_that_have_got_more_partitions_end_the_worker(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grown(_: KafkaConfig) -> None:
+        raise TopicError("more partitions than the settings say")
+
+    monkeypatch.setattr(loops, "check_topics", grown)
+    loop = world.loop(Counting(), group_protocol="consumer", partitions=4)
+    world.consumer.rebalance(new=places(3))
+    world.turn(loop)
+    assert loop.live
+    world.consumer.rebalance(new=places(4))
+    with pytest.raises(TopicError):
+        world.turn(loop)
 
 
 def test_work_goes_on_from_the_committed_offsets(world: World) -> None:

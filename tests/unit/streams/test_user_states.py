@@ -365,6 +365,46 @@ def test_states_expire_by_the_time_of_events(
     assert stored(forever) == [None, *kept[1:]]
 
 
+def test_an_expired_state_does_not_come_back_with_the_last_batch(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    """Few are at hand, and those of the last batch are held for the next."""
+    made = events([(0, 0, 0, 0), (1, 0, 0, 1)])
+    made["time"] += np.array([0, 10]) * DAY_MS
+    partition = Partition()
+    partition.apply(made)
+    journal(partition)
+    states = make(store, cache_users=0, expire_after_days=6)
+    states.claim({PARTITION: partition.ends()})
+    sweep(states, int(made["time"].max()))
+    assert to_bytes(read(states, USERS[:1])) == [b""]
+
+
+def test_a_user_of_whom_no_event_has_a_time_is_not_taken_for_an_old_one(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    partition = batches([(0, 0, 2, 0)])  # a text alone
+    journal(partition)
+    states = make(store, expire_after_days=6)
+    states.claim({PARTITION: partition.ends()})
+    sweep(states, NOW)
+    assert stored(states) == expected(partition)
+
+
+def test_claims_are_looked_at_now_and_then(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    journal(Partition())
+    states = make(store)
+    states.claim({PARTITION: dict.fromkeys(TOPICS, -1)})
+    states.check()
+    states._store.claim(USER_STATE, PARTITION)
+    states.check()  # it has just looked
+    states._check_at = 0.0
+    with pytest.raises(FencedError):
+        states.check()
+
+
 NOW = 1_700_000_000_000
 PARTITIONS = (0, 1, 2)
 
