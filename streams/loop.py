@@ -218,7 +218,6 @@ class Loop:
         self._idle_at = time.monotonic() + TIMED_SECONDS
         if (extra := self._processor.idle()) is not None:
             self._finish(extra, None)
-            self._settle()
 
     # -- ownership ---------------------------------------------------------------------------
 

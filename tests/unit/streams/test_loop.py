@@ -29,7 +29,7 @@ from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.loop import Loop
 from streams.metrics import make_metrics
-from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Position
+from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Output, Position
 from tests.unit.streams.looped import (
     ABORTS,
     TOPICS,
@@ -60,6 +60,7 @@ def test_topics_wanted_together_wait_for_each_other(world: World) -> None:
     assert loop.live == {("reviews", 0), ("behavior", 0)}
     assert not loop.waiting
     assert len(answered(world)) == 4
+    assert world.value("rebalances_total", processor="counting") == 2
 
 
 def test_topics_apart_are_claimed_as_they_come(world: World) -> None:
@@ -236,6 +237,18 @@ def test_claims_one_by_one_leave_time_to_poll(world: World) -> None:
     assert [partition for partition, _ in processor.claims] == [0]
     world.turn(loop, 3)
     assert [partition for partition, _ in processor.claims] == [0, 1, 2, 3]
+
+
+def test_what_is_assigned_waits_for_no_claim_that_failed_before(world: World) -> None:
+    processor = Counting(errors={"claim": [StoreError("does not answer")]})
+    loop = world.loop(processor)
+    world.consumer.rebalance(new=places(0))
+    loop._turn()
+    loop._turn()
+    assert (len(processor.claims), loop.live) == (1, frozenset())
+    world.consumer.rebalance(gone=places(0), new=places(0))
+    loop._turn()
+    assert loop.live == {("reviews", 0), ("behavior", 0)}
 
 
 def test_a_seek_that_comes_too_early_is_soon_repeated(world: World) -> None:
@@ -445,6 +458,18 @@ def test_what_cannot_be_decompressed_is_told_with_its_place(world: World) -> Non
     (told,) = [line for line in logs if line["log_level"] == "error"]
     assert told["where"] == "eu.reviews partition 0 offset 7"
     assert "docs/operate.md" in told["do"]
+
+
+@pytest.mark.parametrize("exactly_once", [True, False])
+def test_what_timed_work_tells_is_sent_though_nothing_comes(
+    world: World, exactly_once: bool
+) -> None:
+    class Telling(Counting):
+        def idle(self) -> Outcome:
+            return Outcome(outputs=[Output("score-digests", None, b"told")])
+
+    world.turn(world.loop(Telling(), exactly_once=exactly_once))
+    assert world.broker.outputs == [("eu.score-digests", b"told")]
 
 
 def test_dead_letters_are_counted_from_zero(world: World) -> None:
@@ -860,7 +885,7 @@ def test_a_worker_that_stops_ends_what_is_under_way(world: World) -> None:
     processor, loop = ahead(world)
     processor.writing.set()
     processor.batch_size = 9
-    world.consumer.between.extend([lambda: None, lambda: None, world.stop.set])
+    world.consumer.between.extend([lambda: None, world.stop.set])  # before another turn ends it
     loop.run()
     assert len(answered(world)) == 9
     assert len(processor.finished) == 1

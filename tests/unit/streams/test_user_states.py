@@ -403,6 +403,9 @@ def test_claims_are_looked_at_now_and_then(
     states._check_at = 0.0
     with pytest.raises(FencedError):
         states.check()
+    states.drop([PARTITION])  # another's by now
+    states._check_at = 0.0
+    states.check()
 
 
 NOW = 1_700_000_000_000
