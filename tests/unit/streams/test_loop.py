@@ -395,6 +395,13 @@ def test_without_transactions_offsets_come_last(world: World) -> None:
     assert world.broker.committed == {("eu.reviews", 0): 2, ("eu.behavior", 0): 2}
 
 
+def test_without_transactions_states_are_written_too(world: World) -> None:
+    processor, loop = ahead(world, exactly_once=False)
+    processor.writing.set()
+    world.turn(loop)
+    assert (len(processor.written), len(answered(world))) == (1, 3)
+
+
 @pytest.mark.parametrize("method", ["commit", "answer commit"])
 def test_offsets_that_are_not_taken_are_told(world: World, method: str) -> None:
     processor = Counting()
@@ -746,9 +753,9 @@ class Ahead(Counting):
         return replace(super().process(messages), write=write)
 
 
-def ahead(world: World) -> tuple[Ahead, Loop]:
+def ahead(world: World, exactly_once: bool = True) -> tuple[Ahead, Loop]:
     processor = Ahead()
-    loop = world.loop(processor, group_protocol="consumer")
+    loop = world.loop(processor, group_protocol="consumer", exactly_once=exactly_once)
     loop._idle_at = world.clock.now + loops.TIMED_SECONDS
     world.broker.append("eu.reviews", 0, *[b"v"] * 9)
     world.consumer.rebalance(new=places(0))
@@ -835,7 +842,7 @@ def test_what_stands_on_states_that_were_not_written_is_done_again(world: World)
     loop._turn()
     loop._turn()
     assert len(answered(world)) == 3  # committed, and the journal has it
-    assert loop.live == frozenset()
+    assert (loop.live, world.broker.producers[0].begun) == (frozenset(), False)
     world.turn(loop, 4)
     assert processor.claims[-1] == (0, {"reviews": 3, "behavior": -1})
     assert len(answered(world)) == len(set(answered(world))) == 9

@@ -673,6 +673,9 @@ def test_timed_work_looks_at_ages_and_at_claims(
     scorer.idle()
     assert users(scorer, 0, "ann", "bob")["rating_count"].tolist() == [0, 2]
     assert users(scorer, 1, "ann")["rating_count"].tolist() == [1]  # another worker's by now
+    scorer._states._store.claim(USER_STATE, 1)
+    scorer._states._check_at = 0.0
+    scorer.idle()
     scorer._states._store.claim(USER_STATE, 0)
     scorer._states._check_at = 0.0
     with pytest.raises(FencedError):

@@ -177,6 +177,9 @@ def test_an_owner_from_before_the_store_was_emptied_changes_nothing(store: str) 
     with pytest.raises(FencedError):
         mine.write(old, keys_of(mine, 1), [b"old"], b"old")
     new = mine.claim(KIND, 3)
+    assert (new.token > old.token, new.writes) == (True, old.writes)  # the token alone tells
+    with pytest.raises(FencedError):
+        mine.write(old, keys_of(mine, 1), [b"old"], b"old")
     mine.write(new, keys_of(mine, 1), [b"new"], b"new")
     with pytest.raises(FencedError):
         mine.write(old, keys_of(mine, 1), [b"old"], b"old")
