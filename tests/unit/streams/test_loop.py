@@ -506,6 +506,8 @@ def test_a_run_ends_with_its_batch(world: World) -> None:
     loop = world.loop(processor)
     fill(world, 3, 0)
     consumer = world.consumer
+    del consumer.on_assign, consumer.on_revoke, consumer.on_lost  # it subscribes itself
+    world.broker.producers[0].ready = False
     consumer.between.extend(
         [lambda: consumer.rebalance(new=places(0)), lambda: None, world.stop.set]
     )

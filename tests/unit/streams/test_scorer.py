@@ -244,6 +244,7 @@ def test_a_null_value_erases_its_user_between_two_events(make: Make) -> None:
     finish(scorer, again)
     assert users(scorer, 1, "ann")["rating_count"].tolist() == [1]
     assert not letters(outcome)
+    assert count(scorer, "events", kind="forget") == 1
 
 
 def test_topics_are_merged_by_the_time_of_their_append() -> None:
@@ -566,7 +567,8 @@ def test_a_batch_of_bad_records_still_moves_on(make: Make) -> None:
     outcome = scorer.process(log("reviews", 0, [b"{", b"[]"]))
     assert len(letters(outcome)) == 2
     finish(scorer, outcome)
-    assert scorer._states[0].header["ends"].tolist() == [2, -1, -1]
+    header = decode_header(scorer._states._store.header(USER_STATE, 0))
+    assert (header["ends"].tolist(), int(header["journal"])) == ([2, -1, -1], 10)
     (piece,) = [journal.decode(each) for each in values(outcome, "journal")]
     assert len(piece.journal) == 0
     assert piece.journal.ends == (2, -1, -1)
