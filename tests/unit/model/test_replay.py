@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from model.events import ACTIONS, EVENT, FORGET, REVIEW, TEXT, Rows, blank
 from model.exceptions import GapError
 from model.lookups import Lookups, empty, table, vectors_of
-from model.replay import BatchResult, History, Observation, Share, observe, recover, run_batch
+from model.replay import (
+    BatchResult,
+    History,
+    Observation,
+    Share,
+    _similarity,
+    observe,
+    recover,
+    run_batch,
+)
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
@@ -398,6 +407,18 @@ def test_slices_of_a_history_cover_it() -> None:
     events["event_id"] = np.arange(1, 11)
     batches = list(History(batch_events=4).run(events))
     assert [(batch.rows.start, batch.rows.stop) for batch in batches] == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_texts_are_alike_by_the_product_of_their_vectors() -> None:
+    """Of 18 numbers, two more than are summed side by side."""
+    vectors = np.random.default_rng(4).normal(size=(4, 18)).astype(np.float32)
+    items, recents = np.array([1, 0, 3]), np.zeros((3, RECENT), np.intp)
+    recents[:, :3] = [[2, 0, 3], [2, 3, 0], [3, 0, 0]]
+    found = _similarity(vectors, items, recents)
+    expected = np.full((3, RECENT), np.nan, np.float32)
+    for row, slot in ((0, 0), (0, 2), (2, 0)):
+        expected[row, slot] = vectors[items[row]] @ vectors[recents[row, slot]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_an_empty_batch_changes_nothing() -> None:
