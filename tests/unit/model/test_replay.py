@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from model.events import ACTIONS, EVENT, FORGET, REVIEW, TEXT, Rows, blank
 from model.exceptions import GapError
+from model.features import INDEX
 from model.lookups import Lookups, empty, table, vectors_of
 from model.replay import (
     BatchResult,
@@ -440,10 +441,11 @@ def test_observing_is_what_a_batch_observes() -> None:
     states = run(blank(USER, 4), partition, events, lookups).states
     events["event_id"] += np.uint64(9)
     events["time"] += 1000
-    assert_same_observations(
-        observe(states, partition, events, lookups),
-        run(states, partition, events, lookups).observation,
-    )
+    found = observe(states, partition, events, lookups)
+    assert_same_observations(found, run(states, partition, events, lookups).observation)
+    known, alike = (found.features[:, INDEX[f"text_{name}"]] for name in ("known", "similarity"))
+    assert known.any()  # of some texts there are vectors
+    assert not np.isnan(alike).all()
 
 
 @settings(max_examples=40)
