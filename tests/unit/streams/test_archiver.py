@@ -24,6 +24,7 @@ from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.metrics import make_metrics
 from streams.processor import Offsets
+from tests.unit.streams.looped import Clock
 
 VALUE = json.dumps(EXAMPLES["behavior"]).encode()
 
@@ -262,7 +263,10 @@ def test_messages_of_a_poll_go_to_their_tables(tmp_path: Path) -> None:
     first.idle()
     assert archived(tmp_path) == []
     first.process(
-        [message("eu.items", 2, 3, value=None), message("eu.behavior", 2, 8, timestamp=(0, -1))]
+        [
+            message("eu.items", 2, 3, key=None, value=None),
+            message("eu.behavior", 2, 8, timestamp=(0, -1)),
+        ]
     )
     first.idle()
     behavior = archive.read(str(tmp_path), "behavior").collect()
@@ -344,6 +348,19 @@ def test_a_commit_is_due_after_a_while_or_many_bytes(
     hasty.process([message("eu.behavior", 1, 0)])
     hasty.idle()
     assert archived(tmp_path)[-1] == (1, 0)
+
+
+def test_rows_that_wait_are_committed_though_others_keep_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(archiver, "time", clock)
+    steady = taking(tmp_path, flush_seconds=3)
+    for offset in range(2):
+        steady.process([message("eu.behavior", 0, offset)])
+        clock.now += 2
+        steady.idle()
+    assert archived(tmp_path) == [(0, 0), (0, 1)]
 
 
 def test_lost_partitions_are_dropped(tmp_path: Path) -> None:
