@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import reduce
+from itertools import product
 from operator import or_
 
 import pyarrow as pa
@@ -221,7 +222,6 @@ class Archiver:
         self._config = config
         self._prefix = topic_prefix
         self._metrics = metrics
-        self._held: set[tuple[str, int]] = set()
         self._rows = 0
         self._bytes = 0
         self._since: float | None = None  # when the oldest row that waits was taken
@@ -244,16 +244,13 @@ class Archiver:
             with _pausing():
                 found = self._archive.positions(topic, partitions, until)
             for partition, at in found.items():
-                self._held.add((topic, partition))
                 starts.setdefault(partition, {})[topic] = -1 if at is None else at
         return starts
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget what waits of these partitions; their next owner reads it again."""
-        gone = set(partitions)
-        for topic, partition in [place for place in self._held if place[1] in gone]:
+        for topic, partition in product(self.topics, set(partitions)):
             self._archive.drop(topic, partition)
-            self._held.discard((topic, partition))
 
     def process(self, messages: list[Message]) -> Outcome:
         """Take the messages of a poll for the next commit."""

@@ -81,8 +81,6 @@ class Items:
 
     def process(self, messages: list[Message]) -> Outcome:
         """Apply one batch of updates; states are written once the dead letters are out."""
-        if not messages:
-            return Outcome()
         prefix = self._kafka.topic_prefix
         inputs, letters = split(messages, prefix, self.name)
         updates = inputs[TOPIC]

@@ -56,7 +56,6 @@ def read_journals(
                         "STARCAST_KAFKA__TOPIC_PREFIX and STARCAST_REDIS__KEY_PREFIX for the new "
                         "topics, or bring the old ones back."
                     )
-                left[partition] = low
                 for transaction in _archived(archived, partition, start, low):
                     yield partition, transaction
                     # Retention may have cut into it: its last piece may stand after `low`.

@@ -218,7 +218,6 @@ class Loop:
         self._idle_at = time.monotonic() + TIMED_SECONDS
         if (extra := self._processor.idle()) is not None:
             self._finish(extra, None)
-            self._settle()
 
     # -- ownership ---------------------------------------------------------------------------
 
@@ -348,7 +347,7 @@ class Loop:
             if position not in self._live:
                 continue
             offsets: list[Any] = list(map(Message.offset, run))
-            if offsets[0] < self._live[position] or offsets != sorted(offsets):
+            if offsets[0] < self._live[position] or offsets != sorted(set(offsets)):
                 back.add(position[1])
             self._live[position] = offsets[-1] + 1
             reached.add(position)

@@ -99,7 +99,7 @@ class Processor(Protocol):
         ...
 
     def process(self, messages: list[Message]) -> Outcome:
-        """One batch. Nothing outside this process may change before the commit."""
+        """A batch of one message at least. Nothing outside may change before the commit."""
         ...
 
     def idle(self) -> Outcome | None:

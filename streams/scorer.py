@@ -167,8 +167,6 @@ class Scorer:
 
     def process(self, messages: list[Message]) -> Outcome:
         """Score and apply one batch."""
-        if not messages:
-            return Outcome()
         began = time.monotonic()
         with self._phase("decode"):
             inputs, letters = split_columns(messages, self._prefix, self.name)

@@ -38,8 +38,7 @@ def telling_features(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
     What a feature explains is the share of the rating's variance between its bins (η², the
     correlation ratio), so a leak need not be linear.
     """
-    spread = float(rating.var())
-    if len(rating) < _LEAST_ROWS or not spread:
+    if not rating.var():
         return []
     found: list[Leak] = []
     for column, feature in enumerate(features.FEATURES):

@@ -86,6 +86,19 @@ def test_a_first_model_that_another_was_faster_than_is_not_promoted(url: str) ->
     assert stable(url) == "a"
 
 
+def test_only_the_newest_history_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LONGEST_HISTORY", 2)
+    for version in ("a", "b", "c"):
+        promote(url, version)
+    now = registry.read(url)
+    assert (now.revision, [change.version for change in now.history]) == (3, ["b", "c"])
+    registry.rollback(url, "test", "worse")
+    promote(url, "d")
+    assert [change.what for change in registry.read(url).history] == ["rollback", "promote"]
+    with pytest.raises(RegistryError, match="no earlier"):
+        registry.rollback(url, "test", "worse")
+
+
 def test_canary(url: str) -> None:
     promote(url, "a")
     registry.set_canary(url, "b", "sum of b", 0.1, "test", "try")
@@ -106,6 +119,13 @@ def test_canary(url: str) -> None:
         registry.clear_canary(url, "test", "again")
     with pytest.raises(ValidationError):
         registry.set_canary(url, "d", "sum of d", 1.5, "test", "more than all")
+
+
+def test_a_canary_may_be_tried_before_anything_is_stable(url: str) -> None:
+    registry.set_canary(url, "a", "sum of a", 0.1, "test", "try", expected="")
+    now = registry.read(url)
+    assert now.canary is not None
+    assert (now.stable, now.canary.version) == (None, "a")
 
 
 def test_a_canary_is_tried_beside_the_stable_version_that_it_fits(url: str) -> None:

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 
 from model.events import ACTIONS, EVENT, FORGET, REVIEW, TEXT, Rows, blank
 from model.exceptions import GapError
+from model.features import INDEX
 from model.lookups import Lookups, empty, table, vectors_of
-from model.replay import BatchResult, History, Observation, Share, observe, recover, run_batch
+from model.replay import (
+    BatchResult,
+    History,
+    Observation,
+    Share,
+    _similarity,
+    observe,
+    recover,
+    run_batch,
+)
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
@@ -400,6 +410,18 @@ def test_slices_of_a_history_cover_it() -> None:
     assert [(batch.rows.start, batch.rows.stop) for batch in batches] == [(0, 4), (4, 8), (8, 10)]
 
 
+def test_texts_are_alike_by_the_product_of_their_vectors() -> None:
+    """Of 18 numbers, two more than are summed side by side."""
+    vectors = np.random.default_rng(4).normal(size=(4, 18)).astype(np.float32)
+    items, recents = np.array([1, 0, 3]), np.zeros((3, RECENT), np.intp)
+    recents[:, :3] = [[2, 0, 3], [2, 3, 0], [3, 0, 0]]
+    found = _similarity(vectors, items, recents)
+    expected = np.full((3, RECENT), np.nan, np.float32)
+    for row, slot in ((0, 0), (0, 2), (2, 0)):
+        expected[row, slot] = vectors[items[row]] @ vectors[recents[row, slot]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_an_empty_batch_changes_nothing() -> None:
     states, partition = blank(USER, 1), blank(PARTITION, ())
     lookups = Lookups(empty(ITEM), empty(ITEM_ATTRIBUTES), empty(USER_ATTRIBUTES))
@@ -419,10 +441,11 @@ def test_observing_is_what_a_batch_observes() -> None:
     states = run(blank(USER, 4), partition, events, lookups).states
     events["event_id"] += np.uint64(9)
     events["time"] += 1000
-    assert_same_observations(
-        observe(states, partition, events, lookups),
-        run(states, partition, events, lookups).observation,
-    )
+    found = observe(states, partition, events, lookups)
+    assert_same_observations(found, run(states, partition, events, lookups).observation)
+    known, alike = (found.features[:, INDEX[f"text_{name}"]] for name in ("known", "similarity"))
+    assert known.any()  # of some texts there are vectors
+    assert not np.isnan(alike).all()
 
 
 @settings(max_examples=40)

@@ -139,6 +139,14 @@ def test_what_is_no_journal_is_refused(damage: bytes) -> None:
         decode(damage)
 
 
+def test_a_journal_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("schemas.journal.FORMAT", "2")
+        (value,) = encode(make(3))
+    with pytest.raises(ContractError, match="format 2, this version reads 1"):
+        decode(value)
+
+
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1))
 def test_damage_is_refused_or_harmless(changes: list[tuple[float, int]]) -> None:
     """Arrow has many errors of its own; none of them comes out."""

@@ -113,6 +113,7 @@ class ScriptedConsumer:
         if gone := sorted(gone):
             call = self.on_lost if lost else self.on_revoke
             call(self, [TopicPartition(*place) for place in gone])
+            assert not self.positions.keys() & gone, "kept what is gone"
         if new := sorted(new):
             self.on_assign(self, [TopicPartition(*place) for place in new])
 
@@ -139,10 +140,12 @@ class ScriptedConsumer:
         return metadata(self.generation)
 
     def assign(self, partitions: list[TopicPartition]) -> None:
+        assert all(each.offset == OFFSET_BEGINNING for each in partitions), "may be deleted"
         self.positions = {(each.topic, each.partition): 0 for each in partitions}
         self.paused = set()
 
     def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+        assert all(each.offset == OFFSET_BEGINNING for each in partitions), "may be deleted"
         self.positions |= {(each.topic, each.partition): 0 for each in partitions}
 
     def unassign(self) -> None:

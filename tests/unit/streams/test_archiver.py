@@ -1,6 +1,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from streams.config import ArchiveConfig
 from streams.exceptions import StoreError
 from streams.metrics import make_metrics
 from streams.processor import Offsets
+from tests.unit.streams.looped import Clock
 
 VALUE = json.dumps(EXAMPLES["behavior"]).encode()
 
@@ -50,6 +52,7 @@ def test_rows_and_their_position_are_committed_together(tmp_path: Path) -> None:
     assert Archive(str(tmp_path)).positions("behavior", [0]) == {0: None}
     assert written.commit() == 4
     assert written.commit() == 0
+    assert not any(written._pending.values())  # held no longer
     assert archived(tmp_path) == [(0, 4), (0, 5), (0, 9), (1, 0)]
     assert Archive(str(tmp_path)).positions("behavior", [0, 1, 2]) == {0: 10, 1: 1, 2: None}
 
@@ -104,6 +107,15 @@ def test_dropped_rows_are_not_written(tmp_path: Path) -> None:
     assert written.commit() == 1
     assert archived(tmp_path) == [(1, 0)]
     assert written.append("behavior", rows(0, 0)) == 1
+
+
+def test_a_new_look_at_a_position_drops_what_was_taken_after_it(tmp_path: Path) -> None:
+    written = Archive(str(tmp_path))
+    for _ in range(2):
+        assert written.positions("behavior", [0]) == {0: None}
+        assert written.append("behavior", rows(0, 0, 1)) == 2
+    assert written.commit() == 2
+    assert archived(tmp_path) == [(0, 0), (0, 1)]
 
 
 def test_a_table_that_went_back_is_an_error(tmp_path: Path) -> None:
@@ -251,7 +263,10 @@ def test_messages_of_a_poll_go_to_their_tables(tmp_path: Path) -> None:
     first.idle()
     assert archived(tmp_path) == []
     first.process(
-        [message("eu.items", 2, 3, value=None), message("eu.behavior", 2, 8, timestamp=(0, -1))]
+        [
+            message("eu.items", 2, 3, key=None, value=None),
+            message("eu.behavior", 2, 8, timestamp=(0, -1)),
+        ]
     )
     first.idle()
     behavior = archive.read(str(tmp_path), "behavior").collect()
@@ -335,6 +350,19 @@ def test_a_commit_is_due_after_a_while_or_many_bytes(
     assert archived(tmp_path)[-1] == (1, 0)
 
 
+def test_rows_that_wait_are_committed_though_others_keep_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(archiver, "time", clock)
+    steady = taking(tmp_path, flush_seconds=3)
+    for offset in range(2):
+        steady.process([message("eu.behavior", 0, offset)])
+        clock.now += 2
+        steady.idle()
+    assert archived(tmp_path) == [(0, 0), (0, 1)]
+
+
 def test_lost_partitions_are_dropped(tmp_path: Path) -> None:
     losing = taking(tmp_path, flush_rows=2)
     for partition in (0, 1):
@@ -343,6 +371,29 @@ def test_lost_partitions_are_dropped(tmp_path: Path) -> None:
     losing.drop([0])
     losing.idle()
     assert archived(tmp_path) == [(1, 0)]
+
+
+def test_an_archiver_that_ends_commits_what_waits(tmp_path: Path) -> None:
+    ending = taking(tmp_path)
+    ending.process([message("eu.behavior", 0, 0)])
+    ending.close()
+    assert archived(tmp_path) == [(0, 0)]
+
+
+def test_an_archiver_has_its_tables_compacted(tmp_path: Path) -> None:
+    archiving = taking(tmp_path, flush_rows=1, compact_every=2)
+    for offset in range(2):
+        for topic in ("eu.behavior", "eu.items"):
+            archiving.process([message(topic, 0, offset)])
+        archiving.idle()
+    deadline = time.monotonic() + 60
+    while archiving._compactor._waiting:  # for the other topic's
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        archiving.idle()
+    archiving.close()
+    for topic in ("behavior", "items"):
+        assert len(DeltaTable(str(tmp_path / topic)).file_uris()) == 1
 
 
 def test_an_archive_that_does_not_answer_pauses_the_loop(

@@ -34,10 +34,10 @@ def shop(store: str) -> Shop:
     return Shop(kept, KafkaConfig(partitions=3), ArchiveConfig(), StatesConfig())
 
 
-def applied(shop: Shop, reviews: int, behavior: int, texts: int) -> None:
+def applied(shop: Shop, reviews: int, behavior: int, texts: int, partition: int = 1) -> None:
     header = decode_header(None)
     header["ends"] = reviews, behavior, texts
-    shop.store.write(shop.store.claim(USER_STATE, 1), [], [], header.tobytes())
+    shop.store.write(shop.store.claim(USER_STATE, partition), [], [], header.tobytes())
 
 
 def kept(shop: Shop, users: int) -> None:
@@ -84,6 +84,10 @@ def test_all_null_values_have_to_be_read(shop: Shop, kafka: Callable[..., None])
     ):
         applied(shop, *ends)
         assert unapplied(shop, TOLD) == waiting
+    elsewhere = Told("cem", 9, 2, {"reviews": 98, "behavior": 98, "text-features": 98})
+    assert unapplied(shop, [*TOLD, elsewhere]) == {"scorer"}
+    applied(shop, 99, 99, 99, partition=2)
+    assert not unapplied(shop, [*TOLD, elsewhere])
     assert not undeleted(shop, TOLD)
     kept(shop, 31)
     assert undeleted(shop, TOLD) == {"catalog"}
@@ -104,6 +108,10 @@ def test_texts_that_are_read_late_are_waited_for(shop: Shop, kafka: Callable[...
     applied(shop, 12, 22, 5)
     assert unapplied(shop, TOLD) == {"scorer"}
     applied(shop, 12, 22, 6)
+    assert not unapplied(shop, TOLD)
+    # What follows is of one who has come back, and of somebody else.
+    after = [message("text-features", b"{}", 1, 6, key=b"ann"), message("reviews", None, 1, 7)]
+    kafka(12, *sent, *after)
     assert not unapplied(shop, TOLD)
 
 
@@ -142,6 +150,7 @@ def test_the_archive_has_to_hold_all_before_an_end(
     assert unarchived(shop, {("journal", 1): 8}) == {"journal"}
     assert not unarchived(shop, {("journal", 1): 7})  # between are ends of transactions alone
     assert not unarchived(shop, {("journal", 1): 5})
+    assert unarchived(shop, {("journal", 1): 7, ("reviews", 1): 8}) == {"reviews"}
     kafka(None)
     assert not unarchived(shop, {("journal", 1): 8})
     decided[1] = 7  # a transaction is open from there on

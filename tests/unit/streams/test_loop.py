@@ -23,12 +23,13 @@ from structlog.testing import capture_logs
 from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
+from streams.admin import TopicError
 from streams.clients import KafkaOptionError
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
 from streams.loop import Loop
 from streams.metrics import make_metrics
-from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Position
+from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Output, Position
 from tests.unit.streams.looped import (
     ABORTS,
     TOPICS,
@@ -59,6 +60,7 @@ def test_topics_wanted_together_wait_for_each_other(world: World) -> None:
     assert loop.live == {("reviews", 0), ("behavior", 0)}
     assert not loop.waiting
     assert len(answered(world)) == 4
+    assert world.value("rebalances_total", processor="counting") == 2
 
 
 def test_topics_apart_are_claimed_as_they_come(world: World) -> None:
@@ -96,6 +98,22 @@ def test_what_was_claimed_and_could_not_be_begun_is_dropped(world: World) -> Non
     assert (len(processor.claims), processor.drops, loop.live) == (1, [{0}], frozenset())
     world.consumer.rebalance(gone=places(0))  # a claim that stayed would be looked after for ever
     assert processor.drops == [{0}, {0}]
+
+
+def test_topics_that_have_got_more_partitions_end_the_worker(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grown(_: KafkaConfig) -> None:
+        raise TopicError("more partitions than the settings say")
+
+    monkeypatch.setattr(loops, "check_topics", grown)
+    loop = world.loop(Counting(), group_protocol="consumer", partitions=4)
+    world.consumer.rebalance(new=places(3))
+    world.turn(loop)
+    assert loop.live
+    world.consumer.rebalance(new=places(4))
+    with pytest.raises(TopicError):
+        world.turn(loop)
 
 
 def test_work_goes_on_from_the_committed_offsets(world: World) -> None:
@@ -221,6 +239,18 @@ def test_claims_one_by_one_leave_time_to_poll(world: World) -> None:
     assert [partition for partition, _ in processor.claims] == [0, 1, 2, 3]
 
 
+def test_what_is_assigned_waits_for_no_claim_that_failed_before(world: World) -> None:
+    processor = Counting(errors={"claim": [StoreError("does not answer")]})
+    loop = world.loop(processor)
+    world.consumer.rebalance(new=places(0))
+    loop._turn()
+    loop._turn()
+    assert (len(processor.claims), loop.live) == (1, frozenset())
+    world.consumer.rebalance(gone=places(0), new=places(0))
+    loop._turn()
+    assert loop.live == {("reviews", 0), ("behavior", 0)}
+
+
 def test_a_seek_that_comes_too_early_is_soon_repeated(world: World) -> None:
     processor = Counting()
     loop = world.loop(processor)
@@ -235,14 +265,14 @@ def test_a_seek_that_comes_too_early_is_soon_repeated(world: World) -> None:
     assert logs == []
 
 
-@pytest.mark.parametrize("done", [0, 2])
+@pytest.mark.parametrize(("start", "done"), [(2, 0), (2, 2), (0, 1)])
 def test_a_consumer_that_goes_back_to_where_its_assignment_began_repeats_nothing(
-    world: World, done: int
+    world: World, start: int, done: int
 ) -> None:
     """Seen with librdkafka 2.16 on a busy machine: the answer to its first query undoes a seek."""
     loop = world.loop(Counting(batch_size=10))
     world.broker.append("eu.reviews", 0, b"a", b"b", b"c", b"d")
-    world.broker.committed["eu.reviews", 0] = 2
+    world.broker.committed["eu.reviews", 0] = start
     world.consumer.rebalance(new=places(0))
 
     def go_back() -> None:
@@ -251,7 +281,7 @@ def test_a_consumer_that_goes_back_to_where_its_assignment_began_repeats_nothing
     world.consumer.between.extend([lambda: None] * (done > 0) + [go_back])
     with capture_logs() as logs:
         world.turn(loop, 3)
-    assert answered(world) == [b"eu.reviews/0/2", b"eu.reviews/0/3"]
+    assert answered(world) == [b"eu.reviews/0/%d" % offset for offset in range(start, 4)]
     assert world.broker.committed["eu.reviews", 0] == 4
     assert [(each["event"], each["partitions"]) for each in logs] == [("went back", [0])]
 
@@ -365,6 +395,13 @@ def test_without_transactions_offsets_come_last(world: World) -> None:
     assert world.broker.committed == {("eu.reviews", 0): 2, ("eu.behavior", 0): 2}
 
 
+def test_without_transactions_states_are_written_too(world: World) -> None:
+    processor, loop = ahead(world, exactly_once=False)
+    processor.writing.set()
+    world.turn(loop)
+    assert (len(processor.written), len(answered(world))) == (1, 3)
+
+
 @pytest.mark.parametrize("method", ["commit", "answer commit"])
 def test_offsets_that_are_not_taken_are_told(world: World, method: str) -> None:
     processor = Counting()
@@ -430,6 +467,18 @@ def test_what_cannot_be_decompressed_is_told_with_its_place(world: World) -> Non
     assert "docs/operate.md" in told["do"]
 
 
+@pytest.mark.parametrize("exactly_once", [True, False])
+def test_what_timed_work_tells_is_sent_though_nothing_comes(
+    world: World, exactly_once: bool
+) -> None:
+    class Telling(Counting):
+        def idle(self) -> Outcome:
+            return Outcome(outputs=[Output("score-digests", None, b"told")])
+
+    world.turn(world.loop(Telling(), exactly_once=exactly_once))
+    assert world.broker.outputs == [("eu.score-digests", b"told")]
+
+
 def test_dead_letters_are_counted_from_zero(world: World) -> None:
     """Or Prometheus' `increase` would not see the first of them."""
     world.loop(Counting())
@@ -457,6 +506,8 @@ def test_a_run_ends_with_its_batch(world: World) -> None:
     loop = world.loop(processor)
     fill(world, 3, 0)
     consumer = world.consumer
+    del consumer.on_assign, consumer.on_revoke, consumer.on_lost  # it subscribes itself
+    world.broker.producers[0].ready = False
     consumer.between.extend(
         [lambda: consumer.rebalance(new=places(0)), lambda: None, world.stop.set]
     )
@@ -704,9 +755,9 @@ class Ahead(Counting):
         return replace(super().process(messages), write=write)
 
 
-def ahead(world: World) -> tuple[Ahead, Loop]:
+def ahead(world: World, exactly_once: bool = True) -> tuple[Ahead, Loop]:
     processor = Ahead()
-    loop = world.loop(processor, group_protocol="consumer")
+    loop = world.loop(processor, group_protocol="consumer", exactly_once=exactly_once)
     loop._idle_at = world.clock.now + loops.TIMED_SECONDS
     world.broker.append("eu.reviews", 0, *[b"v"] * 9)
     world.consumer.rebalance(new=places(0))
@@ -793,7 +844,7 @@ def test_what_stands_on_states_that_were_not_written_is_done_again(world: World)
     loop._turn()
     loop._turn()
     assert len(answered(world)) == 3  # committed, and the journal has it
-    assert loop.live == frozenset()
+    assert (loop.live, world.broker.producers[0].begun) == (frozenset(), False)
     world.turn(loop, 4)
     assert processor.claims[-1] == (0, {"reviews": 3, "behavior": -1})
     assert len(answered(world)) == len(set(answered(world))) == 9
@@ -843,7 +894,7 @@ def test_a_worker_that_stops_ends_what_is_under_way(world: World) -> None:
     processor, loop = ahead(world)
     processor.writing.set()
     processor.batch_size = 9
-    world.consumer.between.extend([lambda: None, lambda: None, world.stop.set])
+    world.consumer.between.extend([lambda: None, world.stop.set])  # before another turn ends it
     loop.run()
     assert len(answered(world)) == 9
     assert len(processor.finished) == 1

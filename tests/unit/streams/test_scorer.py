@@ -1,7 +1,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,7 +22,7 @@ from model.features import INDEX
 from model.ids import hash_ids
 from model.ladder import TIERS
 from model.predict import Predictions, Predictor
-from model.state import ITEM_ATTRIBUTES, LAYOUT_HASH, USER
+from model.state import ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, USER, USER_ATTRIBUTES
 from model.state_bytes import from_bytes, to_bytes
 from schemas import journal
 from schemas.records import (
@@ -35,6 +35,7 @@ from schemas.records import (
     ScoreDigest,
     TextFeatures,
 )
+from streams import user_states
 from streams.config import (
     ArchiveConfig,
     KafkaConfig,
@@ -43,12 +44,16 @@ from streams.config import (
     ScorerConfig,
     StatesConfig,
 )
+from streams.exceptions import FencedError
 from streams.inputs import split_columns
 from streams.metrics import make_metrics
 from streams.models import Models
+from streams.pace import Pace
 from streams.processor import Outcome, Output
 from streams.reader import (
     ITEM_KIND,
+    ITEM_STATE,
+    USER_KIND,
     USER_STATE,
     VECTOR_DTYPE,
     Reader,
@@ -62,6 +67,7 @@ from streams.user_states import Held, UserStates, decode_header
 from tests.unit.model.bundles import write
 from tests.unit.model.encoders import bert
 from tests.unit.model.shop import WIDTH
+from tests.unit.streams.journals import told as of_journal
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
 PARTITIONS = 3
@@ -238,6 +244,7 @@ def test_a_null_value_erases_its_user_between_two_events(make: Make) -> None:
     finish(scorer, again)
     assert users(scorer, 1, "ann")["rating_count"].tolist() == [1]
     assert not letters(outcome)
+    assert count(scorer, "events", kind="forget") == 1
 
 
 def test_topics_are_merged_by_the_time_of_their_append() -> None:
@@ -444,8 +451,9 @@ def test_letters_and_disorder_are_counted_after_the_commit(make: Make) -> None:
         ("disorder", {"kind": "future"}, 1),
         ("duplicates", {}, 1),
         ("events", {"kind": "view"}, 7),
+        ("state_writes", {"outcome": "written"}, 2),
     ]
-    assert [count(scorer, name, **labels) for name, labels, _ in counters] == [None] * 7
+    assert [count(scorer, name, **labels) for name, labels, _ in counters] == [None] * 8
     finish(scorer, outcome)
     assert [count(scorer, name, **labels) for name, labels, _ in counters] == [
         expected for _, _, expected in counters
@@ -559,7 +567,8 @@ def test_a_batch_of_bad_records_still_moves_on(make: Make) -> None:
     outcome = scorer.process(log("reviews", 0, [b"{", b"[]"]))
     assert len(letters(outcome)) == 2
     finish(scorer, outcome)
-    assert scorer._states[0].header["ends"].tolist() == [2, -1, -1]
+    header = decode_header(scorer._states._store.header(USER_STATE, 0))
+    assert (header["ends"].tolist(), int(header["journal"])) == ([2, -1, -1], 10)
     (piece,) = [journal.decode(each) for each in values(outcome, "journal")]
     assert len(piece.journal) == 0
     assert piece.journal.ends == (2, -1, -1)
@@ -644,6 +653,42 @@ def test_a_forgotten_partition_is_read_again_from_the_store(make: Make) -> None:
     scorer._states._held[0] = Held(held.claim, held.header)
     finish(scorer, scorer.process(log("reviews", 0, [record("reviews", 1, item="pot")], 1)))
     assert users(scorer, 0, "ann")["rating_count"].tolist() == [2]
+
+
+def test_timed_work_looks_at_ages_and_at_claims(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        user_states,
+        "read_journals",
+        lambda *where: chain(*(of_journal(partition, []) for partition in where[-1])),
+    )
+    scorer = make()
+    scorer._states._config = StatesConfig(expire_after_days=6)
+    scorer.claim({partition: dict.fromkeys(journal.TOPICS, -1) for partition in (0, 1)})
+    sent = [record("reviews", 0), record("reviews", 1, "bob", event_time=START + 7 * DAY)]
+    finish(scorer, scorer.process([*log("reviews", 0, sent), *log("reviews", 1, sent[:1])]))
+    late = [record("reviews", 2, "bob", "pot", event_time=START + 2 * DAY)]
+    finish(scorer, scorer.process(log("reviews", 0, late, 2)))  # turns no time back
+    scorer.drop([1])
+    scorer._states._sweep_at = 0.0
+    scorer.idle()
+    assert users(scorer, 0, "ann", "bob")["rating_count"].tolist() == [0, 2]
+    assert users(scorer, 1, "ann")["rating_count"].tolist() == [1]  # another worker's by now
+    scorer._states._store.claim(USER_STATE, 1)
+    scorer._states._check_at = 0.0
+    scorer.idle()
+    scorer._states._store.claim(USER_STATE, 0)
+    scorer._states._check_at = 0.0
+    with pytest.raises(FencedError):
+        scorer.idle()
+
+
+def test_the_next_transaction_is_smaller_after_one_that_took_long(make: Make) -> None:
+    scorer = make()
+    scorer._pace = Pace(2_000, 1e-9)
+    finish(scorer, scorer.process(log("reviews", 0, [record("reviews", 0)])))
+    assert scorer.batch_size == 1_000
 
 
 def test_digests_tell_of_what_was_scored(make: Make) -> None:
@@ -831,6 +876,32 @@ def describe(scorer: Scorer, items: list[str]) -> None:
     random = np.random.default_rng(5)
     vectors = [random.normal(size=WIDTH).astype(VECTOR_DTYPE).tobytes() for _ in items]
     kept.put(vector_keys(kept, found, names), vectors)
+
+
+def test_the_journal_tells_which_versions_were_read(make: Make, tmp_path: Path) -> None:
+    """From these a proof comes to the same features."""
+    bert(tmp_path / "encoder")
+    written = write(str(tmp_path), encoder=tmp_path / "encoder")
+    registry.promote(str(tmp_path), written.version, written.sha256, "a test", "")
+    scorer = make()
+    describe(scorer, ["cup", "pot"])
+    kept, (cup, pot, mug) = scorer._states._store, hash_ids(["cup", "pot", "mug"]).tolist()
+    state, person = blank(ITEM, 1), blank(USER_ATTRIBUTES, 1)
+    state["offset"], person["version"] = 7, 5
+    kept.put(store_keys(kept, ITEM_STATE, hash_ids(["pot"])), to_bytes(state))
+    kept.put(store_keys(kept, USER_KIND, hash_ids(["ann"])), to_bytes(person))
+    reviews = [record("reviews", at, item=name) for at, name in enumerate(("cup", "pot"))]
+    other = [record("reviews", 0, "bob", "mug")]
+    outcome = scorer.process([*log("reviews", 1, reviews), *log("reviews", 2, other)])
+    ann, bob = (journal.decode(each).journal for each in values(outcome, "journal"))
+    for entry, versions in ((ann, ([0, 7], [1, 1], [5, 5])), (bob, ([0], [0], [0]))):
+        assert entry.item_versions.tolist() == versions[0]
+        assert entry.item_attributes_versions.tolist() == versions[1]
+        assert entry.user_attributes_versions.tolist() == versions[2]
+        assert entry.encoder == scorer._models.serving.encoder_hash
+    assert (ann.item_vectors.tolist(), bob.item_vectors.tolist()) == ([cup, pot], [0])
+    assert sorted(ann.recents.tolist()) == sorted([[cup, cup, 1], [pot, pot, 1]])
+    assert bob.recents.tolist() == [[mug, 0, 0]]
 
 
 def test_a_shadow_meets_what_its_batch_met_though_the_next_one_was_read(

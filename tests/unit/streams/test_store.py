@@ -177,6 +177,9 @@ def test_an_owner_from_before_the_store_was_emptied_changes_nothing(store: str) 
     with pytest.raises(FencedError):
         mine.write(old, keys_of(mine, 1), [b"old"], b"old")
     new = mine.claim(KIND, 3)
+    assert (new.token > old.token, new.writes) == (True, old.writes)  # the token alone tells
+    with pytest.raises(FencedError):
+        mine.write(old, keys_of(mine, 1), [b"old"], b"old")
     mine.write(new, keys_of(mine, 1), [b"new"], b"new")
     with pytest.raises(FencedError):
         mine.write(old, keys_of(mine, 1), [b"old"], b"old")
@@ -477,6 +480,9 @@ def test_a_cluster_takes_the_same(tmp_path: Path) -> None:
             mine.write(old, keys[:1], [b"old"], b"")
         others = keys_of(mine, 3, partition=6)
         mine.put(others, [b"a", b"b", b"c"])
+        vectors = [mine.plain_key(f"v:{number}") for number in range(9)]  # in slots of their own
+        mine.put(vectors, [b"v"] * 9)
+        assert mine.read(vectors) == [b"v"] * 9
         assert read_owned(mine, new, keys) == [b"x"] * 1_100
         assert mine.read([*others, *keys]) == [b"a", b"b", b"c"] + [b"x"] * 1_100
         assert mine.header(KIND, 3) == b"header"

@@ -154,6 +154,7 @@ def test_a_long_recovery_goes_on_with_the_next_claim(
     states = make(store)
     committed = {1: short.ends(), PARTITION: long.ends()}
     claimed = states.claim(committed)
+    assert claimed == {}  # neither has been read to its end in no time
     while PARTITION not in claimed:
         claimed = states.claim({PARTITION: committed[PARTITION]})
     assert claimed == {PARTITION: long.ends()}
@@ -275,19 +276,19 @@ def test_states_are_read_once_and_written_through(
     journal(partition)
     states = make(store)
     states.claim({PARTITION: partition.ends()})
-    first = read(states, USERS[:3])
+    first = read(states, USERS[:4])  # the last of whom is in no batch
     step = partition.apply(events(TWO))
     states.take(taken := Taken(PARTITION, step.users, step.states, step.header))
     states.write([taken])
     assert stored(states) == expected(partition)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(states._store, "_send", lambda *_: pytest.fail("read again"))
-        again = read(states, USERS[:3])
-    assert to_bytes(again) == [value or b"" for value in expected(partition)[:3]]
+        again = read(states, USERS[:4])
+    assert to_bytes(again) == [value or b"" for value in expected(partition)[:4]]
     assert to_bytes(first) != to_bytes(again)
     states.drop([PARTITION, 99])
     states.claim({PARTITION: partition.ends()})
-    assert to_bytes(read(states, USERS[:3])) == to_bytes(again)
+    assert to_bytes(read(states, USERS[:4])) == to_bytes(again)
 
 
 def test_few_states_at_hand_give_the_same(store: str, journal: Callable[[Partition], None]) -> None:
@@ -363,6 +364,49 @@ def test_states_expire_by_the_time_of_events(
     forever.claim({PARTITION: partition.ends()})
     sweep(forever, latest + 999 * DAY_MS)
     assert stored(forever) == [None, *kept[1:]]
+
+
+def test_an_expired_state_does_not_come_back_with_the_last_batch(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    """Few are at hand, and those of the last batch are held for the next."""
+    made = events([(0, 0, 0, 0), (1, 0, 0, 1)])
+    made["time"] += np.array([0, 10]) * DAY_MS
+    partition = Partition()
+    partition.apply(made)
+    journal(partition)
+    states = make(store, cache_users=0, expire_after_days=6)
+    states.claim({PARTITION: partition.ends()})
+    sweep(states, int(made["time"].max()))
+    assert to_bytes(read(states, USERS[:1])) == [b""]
+
+
+def test_a_user_of_whom_no_event_has_a_time_is_not_taken_for_an_old_one(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    partition = batches([(0, 0, 2, 0)])  # a text alone
+    journal(partition)
+    states = make(store, expire_after_days=6)
+    states.claim({PARTITION: partition.ends()})
+    sweep(states, NOW)
+    assert stored(states) == expected(partition)
+
+
+def test_claims_are_looked_at_now_and_then(
+    store: str, journal: Callable[[Partition], None]
+) -> None:
+    journal(Partition())
+    states = make(store)
+    states.claim({PARTITION: dict.fromkeys(TOPICS, -1)})
+    states.check()
+    states._store.claim(USER_STATE, PARTITION)
+    states.check()  # it has just looked
+    states._check_at = 0.0
+    with pytest.raises(FencedError):
+        states.check()
+    states.drop([PARTITION])  # another's by now
+    states._check_at = 0.0
+    states.check()
 
 
 NOW = 1_700_000_000_000

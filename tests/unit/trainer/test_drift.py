@@ -167,6 +167,41 @@ def test_what_came_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.rows() == [(3.0, 5.0), (4.0, 2.0)]
 
 
+def test_what_counts_came_after_the_window_and_of_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each row but the first is of another kind, another version, or too old."""
+    later = NOON + timedelta(hours=1)
+    told = pl.LazyFrame(
+        {
+            "event_id": ["r0", "r1", "r2", "r3"],
+            "user_id": ["u"] * 4,
+            "item_id": ["i"] * 4,
+            "kind": ["interaction", "review", "interaction", "interaction"],
+            "model_version": ["v1", "v1", "v0", "v1"],
+            "event_time": pl.Series([later] * 3 + [NOON], dtype=pl.Datetime("ms", "UTC")),
+            "rating": pl.Series([4.5, 3.5, 2.5, 1.5], dtype=pl.Float32),
+        }
+    )
+    monkeypatch.setattr(drift.archive, "read", lambda *place: told)
+    reviews = pl.DataFrame(
+        {
+            "row": [0, 1],
+            "event_id": ["r0", "r4"],
+            "user_id": ["u"] * 2,
+            "item_id": ["i"] * 2,
+            "time": [later, NOON],
+            "rating": [5.0, 1.0],
+            "title": [None] * 2,
+            "text": [None] * 2,
+        },
+        schema=REVIEW_COLUMNS,
+    )
+    features, known = since(Log(blank(EVENT, 0), reviews, [], []), "", None, "v1", NOON)
+    assert len(features) == 0  # nothing of the journal is at hand
+    assert known.rows() == [(4.5, 5.0)]
+
+
 def test_a_rating_finds_the_newest_prediction_before_it() -> None:
     def at(*minutes: int) -> list[datetime]:
         return [NOON + timedelta(minutes=each) for each in minutes]

@@ -23,6 +23,24 @@ def test_a_feature_that_says_the_rating_is_named() -> None:
     ]
 
 
+def test_what_too_few_rows_say_is_no_alarm() -> None:
+    rating = np.tile([1.0, 5.0], 500)
+    rows = np.full((1_000, len(FEATURES)), np.nan, np.float32)
+    rows[:, 3] = rating
+    assert telling_features(rows[:199], rating[:199]) == []
+    assert [leak.rows for leak in telling_features(rows[:200], rating[:200])] == [200]
+    assert telling_features(rows, np.full(1_000, 4.0)) == []  # there is nothing to be told
+    rows[199:, 3] = np.nan
+    assert telling_features(rows, rating) == []
+
+
+def test_a_feature_that_is_known_of_one_rating_alone_is_named() -> None:
+    rating = np.repeat([5.0, 1.0], 300)
+    rows = np.full((600, len(FEATURES)), np.nan, np.float32)
+    rows[:300, 3] = 7
+    assert [leak.rows for leak in telling_features(rows, rating)] == [300]
+
+
 def test_an_item_that_is_described_later_than_it_is_seen_is_named(tmp_path: Path) -> None:
     path = tmp_path / "late.jsonl"
     late = item(1).model_copy(update={"event_time": START + timedelta(days=9)})

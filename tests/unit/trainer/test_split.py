@@ -55,7 +55,7 @@ def test_no_instant_is_parted_where_there_are_three(
         assert time[split.validation].max() < time[split.test].min()
 
 
-USERS = np.array([7, 7, 7, 8, 7, 9], np.uint64)  # oldest first
+USERS = np.array([7, 8, 7, 7, 7, 9], np.uint64)  # oldest first
 STARS = np.array([5.0, 5, 5, 5, 5, 1])
 
 
@@ -64,10 +64,10 @@ def test_samples_by_hand() -> None:
         config = SampleConfig.model_construct(rows=rows, by=by)  # fewer than are allowed
         return sample(USERS, STARS, config, 3).tolist()
 
-    assert chosen(2, "newest") == [4, 5]
-    assert chosen(3, "user") == [3, 4, 5]  # one of each
-    assert chosen(4, "user") == [2, 3, 4, 5]
-    assert chosen(0, "user") == chosen(9, "rarity") == [0, 1, 2, 3, 4, 5]
+    assert chosen(3, "newest") == [3, 4, 5]
+    assert chosen(3, "user") == [1, 4, 5]  # one of each
+    assert chosen(4, "user") == [1, 3, 4, 5]
+    assert chosen(0, "user") == chosen(6, "newest") == chosen(9, "rarity") == [0, 1, 2, 3, 4, 5]
 
 
 def test_seldom_stars_are_drawn_more_often_and_samples_are_nested() -> None:
