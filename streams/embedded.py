@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import util as importing
 from pathlib import Path
@@ -148,11 +148,23 @@ def free_port() -> int:
 
     No connection may be given it, so that a server that was down for a moment finds it free.
     """
-    for port in SystemRandom().sample(PORTS, len(PORTS)):  # other processes look as well
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((HOST, port))
-            return port
-    raise EmbeddedError(f"Ports {PORTS[0]} to {PORTS[-1]} of {HOST} are all in use; free some.")
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Several at once, which are distinct: one that nothing listens on yet may be found again."""
+    found: list[int] = []
+    with ExitStack() as probes:
+        for port in SystemRandom().sample(PORTS, len(PORTS)):  # other processes look as well
+            if len(found) == count:
+                break
+            probe = probes.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind((HOST, port))
+                found.append(port)
+    if len(found) < count:
+        raise EmbeddedError(f"Ports {PORTS[0]} to {PORTS[-1]} of {HOST} are in use; free some.")
+    return found
 
 
 def kafka_answers(bootstrap_servers: str) -> bool:

@@ -19,6 +19,7 @@ from streams.embedded import (
     Child,
     Endpoints,
     free_port,
+    free_ports,
     kafka_answers,
     start_child,
     start_store,
@@ -75,7 +76,7 @@ def start_kafka(folder: Path, overrides: str = "") -> Child:
     """Start Apache Kafka with its data and log in `folder`; `overrides` are lines of properties."""
     if missing := why_no_kafka():
         raise ServerError(missing)
-    port, controller_port = free_port(), free_port()
+    port, controller_port = free_ports(2)
     folder.mkdir(parents=True, exist_ok=True)
     properties = folder / "server.properties"
     properties.write_text(

@@ -28,7 +28,7 @@ from streams import embedded
 from streams.admin import apply_topics
 from streams.clients import client_config
 from streams.config import KafkaConfig
-from streams.embedded import HOST, Child, free_port
+from streams.embedded import HOST, Child, free_ports
 from tests.digests import digest
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ class Shop:
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Shop]:
-    broker, store, web = free_port(), free_port(), free_port()
+    broker, store, web = free_ports(3)
     kafka = KafkaConfig(bootstrap_servers=f"{HOST}:{broker}", partitions=1)
     shop = Shop(tmp_path, monkeypatch, kafka, store, web)
     try:

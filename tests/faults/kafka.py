@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from shutil import which
 
-from streams.embedded import HOST, free_port, kafka_answers
+from streams.embedded import HOST, free_ports, kafka_answers
 from tests.faults.process import Server, until
 from tests.faults.proxy import Proxy
 from tests.servers import CLUSTER_ID, FORMAT_TIMEOUT_S, JARS, ServerError, why_no_kafka
@@ -71,10 +71,12 @@ class KafkaCluster:
         if missing := why_no_kafka():
             raise ServerError(missing)
         self.proxy = proxy
-        controller = free_port()
-        self.controller = self._server(folder / "controller", 100, controller)
+        # All at once: they start together, and a proxy at one's port would answer in its place.
+        controller, *ports = free_ports(1 + 3 * 4)
+        self.controller = self._server(folder / "controller", 100, controller, ports[:3])
         self.brokers = {
-            node: self._server(folder / f"broker-{node}", node, controller) for node in (1, 2, 3)
+            node: self._server(folder / f"broker-{node}", node, controller, ports[3 * node :])
+            for node in (1, 2, 3)
         }
         servers = [self.controller, *self.brokers.values()]
         self._format(servers)
@@ -130,13 +132,13 @@ class KafkaCluster:
             with suppress(AssertionError):
                 server.kill()
 
-    def _server(self, folder: Path, node: int, controller: int) -> Server:
+    def _server(self, folder: Path, node: int, controller: int, ports: Sequence[int]) -> Server:
         folder.mkdir(parents=True)
         roles = "controller" if node == 100 else "broker"
         text = COMMON + (CONTROLLER if node == 100 else BROKER)
-        direct, behind, proxied = free_port(), free_port(), 0
+        direct, behind, proxied = ports[:3]
         if node != 100:
-            proxied = self.proxy.add(self.link(node), behind)
+            self.proxy.add(self.link(node), behind, proxied)
         properties = folder / "server.properties"
         properties.write_text(
             text.format(

@@ -127,10 +127,10 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True).start()
 
-    def add(self, server: str, target: int) -> int:
+    def add(self, server: str, target: int, port: int | None = None) -> int:
         """Listen in front of a server's port; where."""
         self.targets[server] = target
-        self.ports[server] = port = free_port()
+        self.ports[server] = port = port or free_port()
         loop = self._loop
         self._run(loop.create_server(lambda: _Pair(self, server).client, HOST, port))
         return port

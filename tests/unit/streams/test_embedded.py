@@ -18,6 +18,14 @@ def test_a_server_that_was_down_finds_its_port_free() -> None:
     assert all(free_port() < lowest for _ in range(50))
 
 
+def test_ports_that_are_found_together_are_distinct(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "PORTS", range(20_000, 20_030))
+    ports = embedded.free_ports(10)
+    assert len(set(ports)) == 10
+    with pytest.raises(EmbeddedError, match="20000 to 20029"):
+        embedded.free_ports(31)
+
+
 def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind((HOST, free_port()))
