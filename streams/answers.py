@@ -73,13 +73,9 @@ class Answers:
         self._metrics = metrics
         self._digests = Digests(worker, "request", config.digest_seconds)
         self._headers: dict[int, tuple[float, Rows]] = {}
-        self._items = 1  # of a request of the last batch, as a mean
+        self.most = BATCH  # requests in one transaction
+        self.batch_size = BATCH  # in the next one
         self.lag = 0
-
-    @property
-    def batch_size(self) -> int:
-        """Most requests in the next transaction, if they ask for as much as the last ones."""
-        return min(max(ITEMS // self._items, 1), BATCH)
 
     def claim(self, committed: Offsets) -> Offsets:
         """Nothing is claimed; read on from the committed offsets."""
@@ -102,7 +98,9 @@ class Answers:
         asked = inputs["score-requests"]
         now = int(time.time() * 1_000)
         wanted = sum(len(each.item_ids) for each in asked.records)
-        self._items = max(wanted // max(len(asked.records), 1), 1)
+        # The next ones are taken to ask for as much as these.
+        typical = max(wanted // max(len(asked.records), 1), 1)
+        self.batch_size = min(max(ITEMS // typical, 1), self.most)
         late = [
             _late(request, stamp, now)
             for request, stamp in zip(asked.records, asked.timestamps().tolist(), strict=True)

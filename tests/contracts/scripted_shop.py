@@ -147,7 +147,7 @@ class ScriptedShop:
         shared = _Shared(self.settings, self.store, lambda: self.models, self.metrics)
         made: Any = _make(self.name, shared, 0)
         if self.name != "scorer":  # whose settings say it
-            made.batch_size = BATCH
+            made.batch_size = made.most = BATCH
         return made
 
     def loop(self, processor: Processor) -> Loop:
