@@ -39,9 +39,7 @@ from streams.store import Store
 from streams.user_states import decode_header
 
 BATCH = 200  # requests in one transaction
-ITEMS = (
-    20_000  # about so many items at most: 200,000 take a gigabyte, and too long for a transaction
-)
+ITEMS = 20_000  # about so many at most: 200,000 take a gigabyte, and nearly too long
 LINGER_SECONDS = 0.005  # a shopper waits for this
 CLOCK_MS = 1_000  # producers' clocks may be off by so much
 HEADER_SECONDS = 1.0  # a partition's running mean moves slowly

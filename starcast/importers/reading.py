@@ -29,9 +29,6 @@ def _as_latin(error: UnicodeError) -> tuple[str, int]:
     return error.object[error.start : error.end].decode("latin-1"), error.end
 
 
-codecs.register_error(_OR_LATIN, _as_latin)  # MovieLens is either, by its release
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A text file, or one inside a zip; `opened` gives it decompressed."""
@@ -117,6 +114,7 @@ def _zip(path: Path, name: str) -> Callable[[], IO[bytes]]:
 
 @contextmanager
 def _readable(name: str) -> Generator[None]:
+    codecs.register_error(_OR_LATIN, _as_latin)  # MovieLens is either, by its release
     try:
         yield
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
