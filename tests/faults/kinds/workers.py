@@ -18,6 +18,7 @@ ZOMBIE_SECONDS = (8.0, 10.0)  # longer than the session timeout of 6 s
 OVERRUN = OVERRUN_SECONDS + 2.5
 DANGLING_SECONDS = 14.0  # longer than a transaction may stay open
 CLOCK_SECONDS = 2 * 86_400.0  # how far a clock jumps
+BACKLOG_SECONDS = 3.0  # of events: written in several chunks, as the few of a quick loop are not
 
 
 def _kill_at(point: Point, soon: float = 0.0) -> Callable[[World, FaultyShop, Random], str]:
@@ -28,6 +29,8 @@ def _kill_at(point: Point, soon: float = 0.0) -> Callable[[World, FaultyShop, Ra
             order = Order(processor, point, "kill_in", random.uniform(0, soon))
         else:
             order = Order(processor, point, "kill")
+        if point == "writing":
+            _let_wait(worker, processor)
         worker.not_before = time.monotonic() + random.uniform(0, 4)
         worker.order(order)
         return f"{worker.name} {processor}"
@@ -36,6 +39,11 @@ def _kill_at(point: Point, soon: float = 0.0) -> Callable[[World, FaultyShop, Ra
 
 
 _ITEMS = ("scoring", "writing")  # points that `items` has too
+
+
+def _let_wait(worker: Worker, processor: str) -> None:
+    """Have its next batch be a long one."""
+    worker.order(Order(processor, "scoring", "sleep", BACKLOG_SECONDS))
 
 
 def _dangling(world: World, shop: FaultyShop, random: Random) -> str:
@@ -55,6 +63,8 @@ def _zombie(world: World, shop: FaultyShop, random: Random) -> str:
 def _zombie_at(point: Point) -> Callable[[World, FaultyShop, Random], str]:
     def harm(world: World, shop: FaultyShop, random: Random) -> str:
         worker = some_worker(shop, random)
+        if point == "writing":
+            _let_wait(worker, "scorer")
         try:
             worker.order(Order("scorer", point, "stop"))
             time.sleep(random.uniform(*ZOMBIE_SECONDS))
