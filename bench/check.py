@@ -3,14 +3,14 @@
 `baseline.json` has, by benchmark, the command's arguments and of some ratios what they `is`, and
 which share of that is `noise`: what repeated runs of one version have shown. A ratio that is lower
 than its baseline by more than its noise fails the check. Times are not compared, only ratios of
-one run, so another machine may check too. `--as-is` compares the figures of the last runs.
+one run, so another machine may check too. The figures of the last runs, which came of more rounds
+or peers, stay as they are; `--as-is` compares those.
 """
 
 import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,18 @@ def fallen(baseline: Mapping[str, Ratio], figures: Mapping[str, Any]) -> list[st
     return [name for name, ratio in baseline.items() if not figures.get(name, 0) >= ratio.least]
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Run a benchmark. Raises StarcastError where that left its figures as they were."""
-    before = _written(name)
-    subprocess.run([sys.executable, "-m", f"bench.{name}", *arguments], check=True)
-    if _written(name) == before:
-        raise StarcastError(f"bench.{name} did not write {RESULTS / name}.json.")
+def run(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """A benchmark's figures by a new run. Raises StarcastError where it wrote none."""
+    path = RESULTS / f"{name}.json"
+    kept = path.rename(path.with_suffix(".kept")) if path.exists() else None
+    try:
+        subprocess.run([sys.executable, "-m", f"bench.{name}", *arguments], check=True)
+        return orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StarcastError(f"bench.{name} did not write {path}.") from None
+    finally:
+        if kept is not None:
+            kept.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,9 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = False
     for name in chosen.only:
         benchmark = baseline[name]
-        if not chosen.as_is:
-            run(name, benchmark.arguments)
-        figures = orjson.loads((RESULTS / f"{name}.json").read_bytes())
+        if chosen.as_is:
+            figures = orjson.loads((RESULTS / f"{name}.json").read_bytes())
+        else:
+            figures = run(name, benchmark.arguments)
         gone = fallen(benchmark.ratios, figures)
         failed = failed or bool(gone)
         for ratio, was in benchmark.ratios.items():
@@ -80,12 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.add_row(name, ratio, *numbers, said)
     Console().print(table)
     return int(failed)
-
-
-def _written(name: str) -> int | None:
-    with suppress(FileNotFoundError):
-        return (RESULTS / f"{name}.json").stat().st_mtime_ns
-    return None
 
 
 if __name__ == "__main__":

@@ -54,11 +54,14 @@ def test_figures_that_a_run_did_not_write_are_not_compared(
     monkeypatch.setattr(check, "RESULTS", tmp_path)
     monkeypatch.setattr(subprocess, "run", write)
     if other == "text":
-        check.run("text", ["--rounds", "1"])
+        assert check.run("text", ["--rounds", "1"]) == {"ratio_a": 0.1}
     else:
         with pytest.raises(StarcastError, match="did not write"):
             check.run("text", ["--rounds", "1"])
     assert ran == [["-m", "bench.text", "--rounds", "1"]]
+    # Those of the last run are there as before.
+    assert orjson.loads((tmp_path / "text.json").read_bytes()) == {"ratio_a": 2.0}
+    assert not (tmp_path / "text.kept").exists()
 
 
 def test_the_baseline_names_ratios_that_the_benchmarks_wrote() -> None:
