@@ -24,7 +24,15 @@ from streams.clients import client_config, error_of, reach, refused_option, topi
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, LetterError
 from streams.processor import Output
-from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent, existing_topic
+from streams.producer import (
+    DELIVERY_SECONDS,
+    FLUSH_SECONDS,
+    Outgoing,
+    Sent,
+    Settle,
+    existing_topic,
+    offer,
+)
 from streams.tail import read_topic
 
 HEADER_PREFIX = "starcast-"
@@ -346,20 +354,9 @@ class _Redriver:
             self._produce(topic_name(self._kafka, "dead-letters"), _mark(letter), None)
         self._flush()
 
-    def _produce(self, name: str, record: Outgoing, settle: Any) -> None:
-        while True:
-            try:
-                self._producer.produce(
-                    name,
-                    key=record.key,
-                    value=record.value,
-                    headers=list(record.headers),
-                    on_delivery=settle,
-                )
-            except BufferError:
-                self._producer.poll(0.1)
-            else:
-                return
+    def _produce(self, name: str, record: Outgoing, settle: Settle | None) -> None:
+        while not offer(self._producer, name, record, settle):
+            self._producer.poll(0.1)
 
     def _flush(self) -> None:
         if left := self._producer.flush(FLUSH_SECONDS):

@@ -28,7 +28,7 @@ STEP_SECONDS = 0.05  # a stop, and acknowledgements, are noticed this soon while
 PROGRESS_SECONDS = 0.1  # a progress bar does not need more
 
 Headers = Sequence[tuple[str, bytes | None]]
-_Settle = Callable[[KafkaError | None, Message | None], None]
+Settle = Callable[[KafkaError | None, Message | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Sender:
         self.report = Sent()
         self._kafka = kafka
         self._present = set(reach(kafka).list_topics(timeout=DELIVERY_SECONDS).topics)
-        self._lanes: dict[str, tuple[str, _Settle]] = {}
+        self._lanes: dict[str, tuple[str, Settle]] = {}
         try:
             self._producer = Producer(
                 client_config(
@@ -106,7 +106,7 @@ class Sender:
             self.report.failed[f"not acknowledged within {FLUSH_SECONDS:g} s"] += left
         return self.report
 
-    def _settle(self, topic: str) -> _Settle:
+    def _settle(self, topic: str) -> Settle:
         def settle(error: KafkaError | None, _: Message | None) -> None:
             if error is None:
                 self.report.delivered[topic] += 1
@@ -115,21 +115,28 @@ class Sender:
 
         return settle
 
-    def _accepted(self, name: str, record: Outgoing, settle: _Settle) -> bool:
+    def _accepted(self, name: str, record: Outgoing, settle: Settle) -> bool:
         """Whether librdkafka took the record; what it refuses for good is counted as failed."""
         try:
-            self._producer.produce(
-                name,
-                key=record.key,
-                value=record.value,
-                headers=list(record.headers),
-                on_delivery=settle,
-            )
-        except BufferError:
-            return False
+            return offer(self._producer, name, record, settle)
         except KafkaException as problem:  # larger than LARGEST_MESSAGE, or a fatal error
             settle(error_of(problem), None)
-        return True
+            return True
+
+
+def offer(producer: Producer, name: str, record: Outgoing, settle: Settle | None) -> bool:
+    """Whether librdkafka took a record for the topic `name`; not while its queue is full."""
+    try:
+        producer.produce(
+            name,
+            key=record.key,
+            value=record.value,
+            headers=list(record.headers),
+            on_delivery=settle,
+        )
+    except BufferError:
+        return False
+    return True
 
 
 def existing_topic(kafka: KafkaConfig, topic: str, present: Collection[str]) -> str:
