@@ -20,6 +20,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from schemas.codec import decode
 from schemas.records import EARLIEST_TIME, LATEST_TIME, DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
+from streams.admin import existing_topic
 from streams.clients import client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, LetterError
@@ -30,7 +31,6 @@ from streams.producer import (
     Outgoing,
     Sent,
     Settle,
-    existing_topic,
     offer,
 )
 from streams.tail import read_topic

@@ -7,7 +7,7 @@ silence.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -15,11 +15,10 @@ import orjson
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import encode
-from schemas.exceptions import ContractError
 from schemas.records import Record
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams.admin import TopicError
-from streams.clients import client_config, error_of, reach, refused_option, topic_name
+from streams.admin import existing_topic
+from streams.clients import client_config, error_of, reach, refused_option
 from streams.config import KafkaConfig
 
 DELIVERY_SECONDS = 120.0  # a broker that is gone for longer fails what was sent to it meanwhile
@@ -137,22 +136,6 @@ def offer(producer: Producer, name: str, record: Outgoing, settle: Settle | None
     except BufferError:
         return False
     return True
-
-
-def existing_topic(kafka: KafkaConfig, topic: str, present: Collection[str]) -> str:
-    """A topic's name on the cluster, where it must be present: Kafka would make it the wrong way.
-
-    Raises TopicError when it is missing, ContractError when there is no such topic.
-    """
-    if topic not in BY_NAME:
-        raise ContractError(f"There is no topic {topic!r}; topics are: {', '.join(BY_NAME)}.")
-    name = topic_name(kafka, topic)
-    if name not in present:
-        raise TopicError(
-            f"Topic {name} does not exist at {kafka.bootstrap_servers}. "
-            "Make all topics with `starcast topics apply`."
-        )
-    return name
 
 
 def outgoing(records: Iterable[tuple[str, Record]]) -> Iterator[Outgoing]:
