@@ -45,7 +45,7 @@ class Retrained:
 def retrain_once(
     archive_url: str,
     models_url: str,
-    config: TrainerConfig | None = None,
+    config: TrainerConfig,
     *,
     archive_options: Mapping[str, str] | None = None,
     encoder: str = "auto",
@@ -77,7 +77,7 @@ def retrain_once(
     log = from_archive(archive_url, archive_options, tracker(progress, "reading the archive"))
     changed = None
     if on_drift and served is not None:
-        changed = _drift(log, served, archive_url, archive_options, config or TrainerConfig())
+        changed = _drift(log, served, archive_url, archive_options, config)
         if changed is not None and not changed.reasons:
             reason = f"nothing has changed in the {changed.rows:,} ratings since it was fitted"
             return Retrained(None, False, previous, reason, changed)
@@ -131,25 +131,17 @@ def retrain_every(
     every: timedelta,
     once: Callable[[], object],
     stop: threading.Event,
-    on_error: Callable[[StarcastError | OSError], None] | None = None,
     is_served: Callable[[], bool] = lambda: True,
     first_retry: timedelta = FIRST_RETRY,
 ) -> None:
     """Call `once` now and then every so often until `stop` is set.
 
     A run that is due while another is going on is left out. A StarcastError or OSError of a run, as
-    of a full disk, goes to `on_error`, or to the log, and the schedule goes on; a run that is going
-    on at the stop is waited for. While no model `is_served`, the next run follows after
-    `first_retry`, doubled by each run without an error: a model that the gate refuses took work and
-    keeps its space.
+    of a full disk, goes to the log, and the schedule goes on; a run that is going on at the stop is
+    waited for. While no model `is_served`, the next run follows after `first_retry`, doubled by
+    each run without an error: a model that the gate refuses took work and keeps its space.
     """
     wait = min(first_retry, every)
-
-    def tell(error: StarcastError | OSError) -> None:
-        if on_error is not None:
-            on_error(error)
-        else:
-            logger.error("retraining failed: %s", error)
 
     def try_once() -> bool:
         """Whether the schedule is soon enough for the next run."""
@@ -158,11 +150,11 @@ def retrain_every(
             once()
             wait = min(2 * wait, every)
         except (StarcastError, OSError) as error:
-            tell(error)
+            logger.error("retraining failed: %s", error)
         try:
             return wait >= every or is_served()
         except (StarcastError, OSError) as error:
-            tell(error)
+            logger.error("retraining failed: %s", error)
             return True
 
     def run() -> None:
