@@ -37,7 +37,7 @@ class Retrained:
 
     result: TrainResult | None  # none: there was no reason to train
     promoted: bool
-    previous: str | None  # the version that was stable
+    previous: str  # the version that was stable; "" for none
     reason: str  # why it was promoted, or not
     drift: Drift | None = None  # since the stable one was fitted, where it was asked for
 
@@ -71,9 +71,9 @@ def retrain_once(
         TrainerError: too little to learn from.
         RegistryError: another model became stable meanwhile.
     """
-    stable = registry.read(models_url).stable
-    previous = stable.version if stable else None
-    served = in_service(models_url, stable)
+    registered = registry.read(models_url)
+    previous = registered.stable_version
+    served = in_service(models_url, registered.stable)
     log = from_archive(archive_url, archive_options, tracker(progress, "reading the archive"))
     changed = None
     if on_drift and served is not None:
@@ -92,7 +92,7 @@ def retrain_once(
     )
     if result.verdict.passed:
         new = registry.promote(
-            models_url, result.version, result.sha256, by, result.verdict.reason, previous or ""
+            models_url, result.version, result.sha256, by, result.verdict.reason, previous
         )
         if on_promoted is not None:
             on_promoted(new)
