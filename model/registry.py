@@ -58,6 +58,11 @@ class Registry(BaseModel):
     history: list[Change] = []  # oldest first
 
     @property
+    def stable_version(self) -> str:
+        """The version that is stable; "" for none."""
+        return self.stable.version if self.stable else ""
+
+    @property
     def rolled_back(self) -> bool:
         """Whether what is stable became so by a rollback."""
         ways = (each.what for each in reversed(self.history))
@@ -109,7 +114,7 @@ def rollback(url: str, by: str, reason: str, expected: str | None = None) -> Reg
     """
 
     def change(old: Registry) -> Registry:
-        now = old.stable.version if old.stable else ""
+        now = old.stable_version
         if expected is not None and now != expected:
             raise RegistryError(
                 f"{expected or 'none'} was to be rolled back, but {now or 'none'} is stable now; "
@@ -163,11 +168,10 @@ def clear_canary(url: str, by: str, reason: str) -> Registry:
 
 
 def _check_stable(now: Registry, version: str, expected: str | None) -> None:
-    stable = now.stable.version if now.stable else ""
-    if expected is not None and stable != expected:
+    if expected is not None and now.stable_version != expected:
         raise RegistryError(
-            f"{version} was judged against {expected or 'none'}, but {stable or 'none'} is stable "
-            "now; judge it again"
+            f"{version} was judged against {expected or 'none'}, but "
+            f"{now.stable_version or 'none'} is stable now; judge it again"
         )
 
 

@@ -182,15 +182,8 @@ class Served:
             _together(members[at : at + _TOGETHER], network.config)
             for at in range(0, len(members), _TOGETHER)
         ]
-        self._scaling = np.stack(
-            [
-                _array(network.feature_mean),
-                _array(network.feature_scale),
-                _array(network.feature_low),
-                _array(network.feature_high),
-                _array(network.feature_used),
-            ]
-        )
+        scaling = ("mean", "scale", "low", "high", "used")
+        self._scaling = np.stack([_array(getattr(network, f"feature_{each}")) for each in scaling])
         self._prior, self._shrink = _array(network.prior), np.float32(network.shrink)
         self._taste = None if network.taste is None else _taste(network.taste)
         self._trees = None if network.trees is None else _pruned(network.trees)

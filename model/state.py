@@ -407,7 +407,8 @@ def _count(sums: Any, event: Any, stars: float, replaced: float) -> None:
 
 
 @compiled
-def _mark(sums: Any, stars: float, count: int) -> None:
+def _mark(sums: Any, stars: float, count: Any) -> None:
+    """Add to the histogram where a rating is."""
     star = int(np.floor(stars + 0.5))  # halves up
     if 1 <= star <= STARS:
         sums.histogram[star - 1] += count
@@ -425,9 +426,7 @@ def _run_partition(rows: Any, events: Any, duplicate: Any) -> None:
         if stars > 0 and not duplicate[row]:
             after.rating_count += np.uint64(1)
             after.rating_sum += stars
-            star = int(np.floor(stars + 0.5))
-            if 1 <= star <= STARS:
-                after.histogram[star - 1] += np.uint64(1)
+            _mark(after, stars, np.uint64(1))
 
 
 @compiled

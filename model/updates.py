@@ -1,6 +1,7 @@
 """Item deltas as records of the topic `item-updates`, and back."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import orjson
@@ -12,6 +13,15 @@ from model.state import ITEM_DELTA
 from schemas.codec import encode_columns
 from schemas.columns import milliseconds
 from schemas.records import ItemUpdate
+
+_ALIKE = (  # fields of one name in a record and in a row
+    "rating_count",
+    "rating_sum",
+    "rating_square_sum",
+    "price_count",
+    "price_log_sum",
+    "sessions",
+)
 
 
 def encode_updates(items: Sequence[str], deltas: Rows, sources: Sequence[bytes]) -> list[bytes]:
@@ -57,15 +67,11 @@ def from_updates(updates: Sequence[ItemUpdate]) -> Rows:
     deltas["actions"] = np.array(
         [[update.counts.get(name, 0) for name in ACTIONS[:COUNTED]] for update in updates], np.int32
     ).reshape(-1, COUNTED)
-    deltas["rating_count"] = [update.rating_count for update in updates]
-    deltas["rating_sum"] = [update.rating_sum for update in updates]
-    deltas["rating_square_sum"] = [update.rating_square_sum for update in updates]
     deltas["histogram"] = np.array(
         [update.rating_histogram for update in updates], np.int32
     ).reshape(-1, 5)
-    deltas["price_count"] = [update.price_count for update in updates]
-    deltas["price_log_sum"] = [update.price_log_sum for update in updates]
-    deltas["sessions"] = [update.sessions for update in updates]
+    for name in _ALIKE:
+        deltas[name] = list(map(attrgetter(name), updates))
     deltas["first_time"] = milliseconds([update.first_event_time for update in updates])
     deltas["last_time"] = milliseconds([update.last_event_time for update in updates])
     return deltas

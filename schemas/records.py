@@ -224,13 +224,7 @@ class ItemUpdate(Record):
     rating_count: Difference = 0
     rating_sum: Real = 0.0
     rating_square_sum: Real = 0.0
-    rating_histogram: Annotated[list[Difference], Field(min_length=5, max_length=5)] = [
-        0,
-        0,
-        0,
-        0,
-        0,
-    ]
+    rating_histogram: Annotated[list[Difference], Field(min_length=5, max_length=5)] = [0] * 5
     price_count: Difference = 0
     price_log_sum: Real = 0.0
     sessions: Difference = 0

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -134,12 +134,7 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_demo(
-    settings: Settings,
-    console: Console,
-    stop: threading.Event,
-    seed: int = SEED,
-) -> None:
+def run_demo(settings: Settings, console: Console, stop: threading.Event, seed: int) -> None:
     """Play the generated shop, train, retrain once, and serve the dashboard until `stop`."""
     with cluster(settings, console, dashboard=True) as running:
         console.print(f"dashboard: http://{settings.web.host}:{settings.web.port}")
@@ -165,11 +160,7 @@ def run_demo(
 
 
 def run_once(
-    settings: Settings,
-    console: Console,
-    stop: threading.Event,
-    events: Path,
-    rate: float = RATE,
+    settings: Settings, console: Console, stop: threading.Event, events: Path, rate: float
 ) -> Summary:
     """Play a record file, train once when 80% of its events are in, and count what came back."""
     started = time.monotonic()
@@ -196,11 +187,6 @@ def run_once(
         summary = _summarise(records, places, cut, answers, len(dead))
     summary.seconds = round(time.monotonic() - started, 1)
     return summary
-
-
-def write_summary(summary: Summary, path: Path) -> None:
-    """The summary as JSON."""
-    path.write_bytes(orjson.dumps(asdict(summary), option=orjson.OPT_INDENT_2) + b"\n")
 
 
 # -- children ------------------------------------------------------------------------------------

@@ -1,1 +1,15 @@
-"""The processors that run on Kafka, and what they share."""
+"""The processors that run on Kafka, and what they share.
+
+Read `processor` and `loop` first: what a processor is, and the one loop that drives them all.
+
+- The processors: `scorer`, `items`, `catalog`, `texts`, `answers`, `archiver` (with `compaction`),
+  `insights` (its arithmetic in `windows`), and the page: `dashboard_data` to `dashboard_view` to
+  `dashboard_charts` and `dashboard_html`, served by `dashboard`. `run` starts them.
+- A batch on its way: `pace` bounds it, `inputs` decodes it, `reader` and `user_states` have what is
+  known of it, `models` predict it, `predictions` and `digests` tell of it, `sender` sends it in
+  one transaction, and then `store` gets the new states, under keys by `partitions`.
+- A partition that changes hands: `starts`, `claims`, `journal`; of items' vectors, `coverage`.
+- Work of commands: `admin`, `producer`, `tail`, `dead_letters`, `forget` and `erasure`, `recount`
+  and `rebuild`, `verify`; `embedded` and `launch` start servers of our own.
+- Around all: `config`, `clients`, `metrics`, `health`, `memory`, `deadline`, `exceptions`.
+"""

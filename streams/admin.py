@@ -1,7 +1,7 @@
 """Kafka's administration: our topics, and what a group has committed."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
@@ -23,7 +23,8 @@ from confluent_kafka.admin import (  # its stubs export the client alone
     TopicMetadata,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from schemas.topics import TOPICS, Topic
+from schemas.exceptions import ContractError
+from schemas.topics import BY_NAME, TOPICS, Topic
 from streams.clients import (
     REQUEST_SECONDS,
     error_of,
@@ -103,7 +104,7 @@ def show_topics(kafka: KafkaConfig) -> list[TopicReport]:
     counts = _counts(kafka, present, found)
     reports: list[TopicReport] = []
     for name, topic in zip(names, TOPICS, strict=True):
-        wanted = kafka.partitions if topic.keyed else 1
+        wanted = topic.partitions(kafka.partitions)
         if name not in present:
             reports.append(TopicReport(name, topic, wanted))
             continue
@@ -153,9 +154,7 @@ def check_topics(kafka: KafkaConfig) -> None:
     """
     admin = reach(kafka)
     found = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
-    wanted = {
-        topic_name(kafka, topic.name): kafka.partitions if topic.keyed else 1 for topic in TOPICS
-    }
+    wanted = {topic_name(kafka, topic.name): topic.partitions(kafka.partitions) for topic in TOPICS}
     missing = [name for name in wanted if name not in found or not found[name].partitions]
     if missing:
         raise TopicError(
@@ -164,6 +163,22 @@ def check_topics(kafka: KafkaConfig) -> None:
             "permission."
         )
     _refuse_other_counts({name: (len(found[name].partitions), wanted[name]) for name in wanted})
+
+
+def existing_topic(kafka: KafkaConfig, topic: str, present: Collection[str]) -> str:
+    """A topic's name on the cluster, where it must be present: Kafka would make it the wrong way.
+
+    Raises TopicError when it is missing, ContractError when there is no such topic.
+    """
+    if topic not in BY_NAME:
+        raise ContractError(f"There is no topic {topic!r}; topics are: {', '.join(BY_NAME)}.")
+    name = topic_name(kafka, topic)
+    if name not in present:
+        raise TopicError(
+            f"Topic {name} does not exist at {kafka.bootstrap_servers}. "
+            "Make all topics with `starcast topics apply`."
+        )
+    return name
 
 
 def _refuse_other_counts(counts: Mapping[str, tuple[int, int]]) -> None:

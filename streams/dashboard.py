@@ -7,7 +7,6 @@ changed. NiceGUI keeps its state in globals, so a process runs one dashboard.
 
 import socket
 import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from schemas.records import Kind
 from streams import dashboard_charts as charts
 from streams import dashboard_html as html
 from streams.config import KafkaConfig, RedisConfig, WebConfig
-from streams.dashboard_data import Feed, Snapshot, follow
+from streams.dashboard_data import Feed, Snapshot, follow, now_ms
 from streams.dashboard_view import (
     in_range,
     last_busy,
@@ -38,7 +37,7 @@ from streams.dashboard_view import (
 )
 from streams.dashboard_view import versions as all_versions
 from streams.health import PortError, readiness
-from streams.metrics import Metrics, make_metrics
+from streams.metrics import Metrics
 from streams.windows import Scored, Window
 
 LOOK_SECONDS = 1.0  # a browser's page is brought up to date this often
@@ -74,12 +73,10 @@ def run_dashboard(
     web: WebConfig,
     models_url: str,
     stop: threading.Event,
-    metrics: Metrics | None = None,
-    ready: Callable[[int], None] | None = None,
+    metrics: Metrics,
 ) -> None:
     """Serve the dashboard until `stop` is set; no server has to be up for that.
 
-    `ready` is called with the port once it is listened on (settings may say 0: any free one).
     Raises PortError when the address cannot be listened on, UnreachableError for a store URL that
     is none.
     """
@@ -87,7 +84,7 @@ def run_dashboard(
     # NiceGUI looks for its server among all objects and touches deprecated ones, torch's for one.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"nicegui\.ui_run_with")
     with listening, follow(kafka, redis, models_url, stop) as feed:
-        app = make_app(feed, kafka, metrics or make_metrics())
+        app = make_app(feed, kafka, metrics)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -103,8 +100,6 @@ def run_dashboard(
         thread.start()
         port = int(listening.getsockname()[1])
         _LOG.info("dashboard", url=f"http://{web.host}:{port}/")
-        if ready is not None:
-            ready(port)
         while not stop.wait(0.2) and thread.is_alive():
             pass
         server.should_exit = True
@@ -147,7 +142,7 @@ def make_app(feed: Feed, kafka: KafkaConfig, metrics: Metrics) -> FastAPI:
 
     @app.get("/api/summary")
     def api_summary() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
-        return summary(feed.snapshot, kafka, _now_ms())
+        return summary(feed.snapshot, kafka, now_ms())
 
     @app.get("/api/windows")
     def api_windows(since: int = 0) -> list[dict[str, Any]]:  # pyright: ignore[reportUnusedFunction]
@@ -198,20 +193,20 @@ class _Page:
 
     def look(self) -> None:
         """Bring the page up to date with the newest snapshot."""
-        snapshot, now_ms = self._feed.snapshot, _now_ms()
+        snapshot, now = self._feed.snapshot, now_ms()
         waiting = html.waiting(snapshot, self._kafka)
-        _show(self._chips, html.chips(snapshot, now_ms))
+        _show(self._chips, html.chips(snapshot, now))
         _show(self._wait, waiting)
         _set_hidden(self._wait, not waiting)
         _set_hidden(self._main, not (snapshot.windows or snapshot.predictions))
-        _show(self._notes, html.notes(snapshot, self._kafka, now_ms))
+        _show(self._notes, html.notes(snapshot, self._kafka, now))
         known = all_versions(snapshot)
         _show(self._predictions, html.predictions(snapshot.predictions, self._kind, known))
         _show(self._alerts, html.alerts(snapshot.alerts))
         # What follows costs more and changes only with a window, a swap or a choice.
         last = snapshot.windows[-1].end_ms if snapshot.windows else 0
         choices = self._kind, self._range, self._measure
-        quiet = silent(snapshot, now_ms)
+        quiet = silent(snapshot, now)
         drawn = (last, quiet, snapshot.registry, len(snapshot.titles), *choices)
         if drawn != self._drawn:
             self._drawn = drawn
@@ -221,7 +216,7 @@ class _Page:
             if self._kind != "interaction":
                 interactions = totals(windows, "interaction")
             everything = together(interactions.values()).sums
-            _show(self._numbers, html.tiles(snapshot, everything, now_ms))
+            _show(self._numbers, html.tiles(snapshot, everything, now))
             _show(self._models, html.models(snapshot, found, known))
             _show(self._trial, html.trial(snapshot))
             self._draw(snapshot, windows, found, known)
@@ -417,7 +412,3 @@ def _resource(name: str) -> str:
 def _favicon() -> str:
     star = html.STAR.replace("var(--predicted)", "%230072b2").replace("var(--true)", "%23d55e00")
     return star.replace("<svg", "<svg xmlns='http://www.w3.org/2000/svg'").replace('"', "'")
-
-
-def _now_ms() -> int:
-    return round(time.time() * 1_000)

@@ -30,7 +30,7 @@ from schemas.exceptions import StarcastError
 from schemas.records import Alert, Behavior, PredictedRating, Review
 from schemas.topics import BY_NAME, TOPICS
 from streams.catalog import title_of
-from streams.clients import client_config, reach, topic_name, watermarks
+from streams.clients import reach, reader_config, topic_name, watermarks
 from streams.config import KafkaConfig, RedisConfig
 from streams.exceptions import StoreError
 from streams.reader import ITEM_KIND, store_keys
@@ -95,7 +95,6 @@ class Topics:
 class Snapshot:
     """All that the page shows at one moment."""
 
-    revision: int = 0
     broker: Link = Link()
     store: Link = Link()
     models: Link = Link()
@@ -115,18 +114,16 @@ class Feed:
         self._lock = threading.Lock()
 
     def update(self, **parts: Any) -> None:
-        """Replace parts of the snapshot; a new revision only if anything differs."""
+        """Replace parts of the snapshot."""
         with self._lock:
-            now = self.snapshot
-            if any(getattr(now, name) != value for name, value in parts.items()):
-                self.snapshot = replace(now, revision=now.revision + 1, **parts)
+            self.snapshot = replace(self.snapshot, **parts)
 
     def link(self, name: str, reason: str | None) -> None:
         """Note that a server answers, or why it does not."""
         before: Link = getattr(self.snapshot, name)
         up = reason is None
         if before.up is not up:
-            self.update(**{name: Link(up, reason or "", _now_ms())})
+            self.update(**{name: Link(up, reason or "", now_ms())})
             if not up:
                 _LOG.warning("dashboard waits", server=name, reason=reason)
         elif not up and before.reason != reason:
@@ -243,13 +240,10 @@ def _follow_kafka(feed: Feed, kafka: KafkaConfig, store: Store, wait: Wait) -> N
 
 def _consumer(kafka: KafkaConfig) -> Consumer:
     return Consumer(
-        client_config(
+        reader_config(
             kafka,
-            group_id=f"{kafka.group_id}-dashboard",  # never joined: partitions are assigned
-            enable_auto_commit=False,
-            enable_partition_eof=True,
+            group_id=f"{kafka.group_id}-dashboard",
             auto_offset_reset="latest",
-            isolation_level="read_committed",
             fetch_wait_max_ms=50,
             fetch_message_max_bytes=262_144,
             error_cb=_ignore,
@@ -443,5 +437,6 @@ def _titles(feed: Feed, store: Store, predictions: Sequence[Prediction]) -> dict
     return kept
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Milliseconds since 1970."""
     return round(time.time() * 1_000)

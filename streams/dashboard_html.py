@@ -271,15 +271,21 @@ def _model(row: ModelRow, versions: Sequence[str]) -> str:
         since = f"{how} {_time(row.since_ms)}"
     if row.version != LADDER and row.by:
         since += f" by {escape(row.by)}"
-    sums = row.sums
     return (
         f'<tr><td title="{escape(row.version)}: {escape(row.reason)}"><div class="title">'
         f"{_swatch(row.version, versions)}{escape(row.name)}{role}</div>"
         f'<div class="meta">{since}</div></td>'
+        f"{_error_cells(row.sums)}</tr>"
+    )
+
+
+def _error_cells(sums: Sums) -> str:
+    """The cells below `_ERRORS`."""
+    return (
         f'<td class="num">{compact(sums.rated)}</td>'
         f'<td class="num strong">{_number(sums.rmse)}</td>'
         f'<td class="num">{_number(sums.mae)}</td>'
-        f'<td class="num">{_signed(sums)}</td></tr>'
+        f'<td class="num">{_signed(sums)}</td>'
     )
 
 
@@ -289,11 +295,7 @@ def trial(snapshot: Snapshot) -> str:
     if found is None or named is None:
         return ""
     body = "".join(
-        f'<tr><td><div class="title">{escape(name)}</div></td>'
-        f'<td class="num">{compact(sums.rated)}</td>'
-        f'<td class="num strong">{_number(sums.rmse)}</td>'
-        f'<td class="num">{_number(sums.mae)}</td>'
-        f'<td class="num">{_signed(sums)}</td></tr>'
+        f'<tr><td><div class="title">{escape(name)}</div></td>{_error_cells(sums)}</tr>'
         for name, sums in (
             ("Stable", found.stable.sums),
             (f"{short(found.version)}, {named.role}", found.canary.sums),

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
+from model.ladder import VERSION as LADDER
 from schemas.records import Kind
 from streams.config import KafkaConfig
 from streams.dashboard_data import Snapshot
 from streams.windows import KindWindow, Scored, Sums, Trial, Window
 
-LADDER = "ladder"  # the version that predictions name before there is a bundle
 SILENT_STEPS = 4  # steps without a window until the page says that nothing comes any more
 SILENT_MS = 15_000
 

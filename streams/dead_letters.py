@@ -20,11 +20,19 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from schemas.codec import decode
 from schemas.records import EARLIEST_TIME, LATEST_TIME, DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
+from streams.admin import existing_topic
 from streams.clients import client_config, error_of, reach, refused_option, topic_name
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, LetterError
 from streams.processor import Output
-from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent, existing_topic
+from streams.producer import (
+    DELIVERY_SECONDS,
+    FLUSH_SECONDS,
+    Outgoing,
+    Sent,
+    Settle,
+    offer,
+)
 from streams.tail import read_topic
 
 HEADER_PREFIX = "starcast-"
@@ -346,20 +354,9 @@ class _Redriver:
             self._produce(topic_name(self._kafka, "dead-letters"), _mark(letter), None)
         self._flush()
 
-    def _produce(self, name: str, record: Outgoing, settle: Any) -> None:
-        while True:
-            try:
-                self._producer.produce(
-                    name,
-                    key=record.key,
-                    value=record.value,
-                    headers=list(record.headers),
-                    on_delivery=settle,
-                )
-            except BufferError:
-                self._producer.poll(0.1)
-            else:
-                return
+    def _produce(self, name: str, record: Outgoing, settle: Settle | None) -> None:
+        while not offer(self._producer, name, record, settle):
+            self._producer.poll(0.1)
 
     def _flush(self) -> None:
         if left := self._producer.flush(FLUSH_SECONDS):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.ladder import TIERS
+from model.ladder import VERSION as LADDER
 from schemas.codec import encode
 from schemas.records import ErrorSums, Kind, Role, ScoreDigest
 from streams.processor import Output
@@ -47,7 +48,7 @@ class Digests:
         self._seconds = seconds
         self._since = time.monotonic()
         self._scored: dict[tuple[str, Role], list[Scored]] = {}
-        self._version = "ladder"
+        self._version = LADDER
 
     def add(self, scored: Scored) -> None:
         """Count predictions in; call it only after their commit."""
@@ -115,7 +116,7 @@ class Digests:
             top_items=dict(items.most_common(TOP_ITEMS)),
             top_categories=dict(categories.most_common(TOP_CATEGORIES)),
             lag=lag,
-            latency_ms=encode_latency(latencies) if len(latencies) else None,
+            latency_ms=encode_latency(latencies),
         )
 
 

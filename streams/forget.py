@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 from model.ids import hash_ids, partitions_of
 from schemas import archive
 from schemas.journal import TOPICS
-from streams.admin import committed, topic_configs
+from streams.admin import committed, existing_topic, topic_configs
 from streams.claims import header_offset
 from streams.clients import (
     REQUEST_SECONDS,
@@ -41,7 +41,6 @@ from streams.erasure import (
 )
 from streams.exceptions import BrokerError
 from streams.inputs import user_of
-from streams.producer import existing_topic
 from streams.reader import ATTRIBUTES_SECONDS, USER_KIND, USER_STATE
 from streams.rebuild import Shop
 from streams.tail import bounds, read_topic

@@ -31,7 +31,7 @@ from streams import windows
 from streams.clients import REPEAT_SECONDS, KafkaOptionError, option_name, reach, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.dead_letters import dead_letter
-from streams.metrics import Metrics, make_metrics
+from streams.metrics import Metrics
 from streams.processor import Output
 from streams.store import STORE_ERRORS, connect
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Steps, Window
@@ -75,8 +75,8 @@ def run_insights(
     redis: RedisConfig,
     insights: InsightsConfig,
     stop: threading.Event,
-    metrics: Metrics | None = None,
-    readiness: Readiness | None = None,
+    metrics: Metrics,
+    readiness: Readiness,
 ) -> None:
     """Write windows and alerts until `stop` is set; waits for broker, topics and store.
 
@@ -88,8 +88,8 @@ def run_insights(
         broker_credentials(kafka)
         with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder, _sparing_logs():
             key = f"{redis.key_prefix}:{WINDOWS_KEY}"
-            run = _Run(insights, client, key, readiness or Readiness())
-            asyncio.run(_supervise(kafka, run, stop, metrics or make_metrics(), folder))
+            run = _Run(insights, client, key, readiness)
+            asyncio.run(_supervise(kafka, run, stop, metrics, folder))
     finally:
         client.close()
 

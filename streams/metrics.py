@@ -1,6 +1,7 @@
 """What processors count and time, for Prometheus. All metrics are declared here."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -41,96 +42,77 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+    counter = partial(Counter, registry=registry)
+    gauge = partial(Gauge, registry=registry)
+    histogram = partial(Histogram, registry=registry)
     return Metrics(
         registry=registry,
-        events=Counter(
-            "starcast_events",
-            "Events that were processed.",
-            ("processor", "kind"),
-            registry=registry,
-        ),
-        batch_seconds=Histogram(
+        events=counter("starcast_events", "Events that were processed.", ("processor", "kind")),
+        batch_seconds=histogram(
             "starcast_batch_seconds",
             "Seconds that a batch took, by phase.",
             ("processor", "phase"),
             buckets=BATCH_SECONDS,
-            registry=registry,
         ),
-        lag=Gauge(
+        lag=gauge(
             "starcast_lag",
             "Records between a processor's position and the end of its partition.",
             ("processor", "topic", "partition"),
-            registry=registry,
         ),
-        dead_letters=Counter(
+        dead_letters=counter(
             "starcast_dead_letters",
             "Records that were sent to dead-letters: they break the contract, or say that they "
             "are from the future.",
             ("processor", "reason"),
-            registry=registry,
         ),
-        predictions=Counter(
+        predictions=counter(
             "starcast_predictions",
             "Predicted ratings that were published.",
             ("kind", "tier", "model_version"),
-            registry=registry,
         ),
-        state_writes=Counter(
+        state_writes=counter(
             "starcast_state_writes",
             "Keys that were written to the store, and times that it refused an owner (fenced) or "
             "did not answer (failed), by outcome.",
             ("processor", "outcome"),
-            registry=registry,
         ),
-        rebalances=Counter(
+        rebalances=counter(
             "starcast_rebalances",
             "Times that partitions were assigned, revoked or lost.",
             ("processor",),
-            registry=registry,
         ),
-        duplicates=Counter(
+        duplicates=counter(
             "starcast_duplicates",
             "Records that had been seen before and were not applied again.",
             ("processor",),
-            registry=registry,
         ),
-        disorder=Counter(
+        disorder=counter(
             "starcast_disorder",
             "Events whose time does not fit: long before Kafka took them (late), before an earlier "
             "event of their user (out_of_order), or long after Kafka took them (future: a dead "
             "letter).",
             ("processor", "kind"),
-            registry=registry,
         ),
-        lost=Counter(
+        lost=counter(
             "starcast_lost_records",
             "Records that retention deleted before they were read.",
             ("processor", "topic", "partition"),
-            registry=registry,
         ),
-        newcomers=Gauge(
+        newcomers=gauge(
             "starcast_newcomers_level_stars",
             "Stars by which newcomers lately rate apart, as far as it is believed: far from 0 in a "
             "storm of reviews.",
             ("processor", "partition"),
-            registry=registry,
         ),
-        model=Gauge(
-            "starcast_model_info",
-            "1 for the model version in service.",
-            ("version",),
-            registry=registry,
-        ),
-        canary=Gauge(
+        model=gauge("starcast_model_info", "1 for the model version in service.", ("version",)),
+        canary=gauge(
             "starcast_canary_share",
             "Share of users whom the version on trial answers; 0: a shadow, which answers nobody.",
             ("version",),
-            registry=registry,
         ),
-        covered=Gauge(
+        covered=gauge(
             "starcast_encoder_covered",
             "Of the items that the encoder in service has read, the share that the encoder of a "
             "version that is to serve has read too; 1: no version waits.",
-            registry=registry,
         ),
     )

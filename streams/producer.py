@@ -7,7 +7,7 @@ silence.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -15,11 +15,10 @@ import orjson
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import encode
-from schemas.exceptions import ContractError
 from schemas.records import Record
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams.admin import TopicError
-from streams.clients import client_config, error_of, reach, refused_option, topic_name
+from streams.admin import existing_topic
+from streams.clients import client_config, error_of, reach, refused_option
 from streams.config import KafkaConfig
 
 DELIVERY_SECONDS = 120.0  # a broker that is gone for longer fails what was sent to it meanwhile
@@ -28,7 +27,7 @@ STEP_SECONDS = 0.05  # a stop, and acknowledgements, are noticed this soon while
 PROGRESS_SECONDS = 0.1  # a progress bar does not need more
 
 Headers = Sequence[tuple[str, bytes | None]]
-_Settle = Callable[[KafkaError | None, Message | None], None]
+Settle = Callable[[KafkaError | None, Message | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class Sender:
         self.report = Sent()
         self._kafka = kafka
         self._present = set(reach(kafka).list_topics(timeout=DELIVERY_SECONDS).topics)
-        self._lanes: dict[str, tuple[str, _Settle]] = {}
+        self._lanes: dict[str, tuple[str, Settle]] = {}
         try:
             self._producer = Producer(
                 client_config(
@@ -106,7 +105,7 @@ class Sender:
             self.report.failed[f"not acknowledged within {FLUSH_SECONDS:g} s"] += left
         return self.report
 
-    def _settle(self, topic: str) -> _Settle:
+    def _settle(self, topic: str) -> Settle:
         def settle(error: KafkaError | None, _: Message | None) -> None:
             if error is None:
                 self.report.delivered[topic] += 1
@@ -115,37 +114,28 @@ class Sender:
 
         return settle
 
-    def _accepted(self, name: str, record: Outgoing, settle: _Settle) -> bool:
+    def _accepted(self, name: str, record: Outgoing, settle: Settle) -> bool:
         """Whether librdkafka took the record; what it refuses for good is counted as failed."""
         try:
-            self._producer.produce(
-                name,
-                key=record.key,
-                value=record.value,
-                headers=list(record.headers),
-                on_delivery=settle,
-            )
-        except BufferError:
-            return False
+            return offer(self._producer, name, record, settle)
         except KafkaException as problem:  # larger than LARGEST_MESSAGE, or a fatal error
             settle(error_of(problem), None)
-        return True
+            return True
 
 
-def existing_topic(kafka: KafkaConfig, topic: str, present: Collection[str]) -> str:
-    """A topic's name on the cluster, where it must be present: Kafka would make it the wrong way.
-
-    Raises TopicError when it is missing, ContractError when there is no such topic.
-    """
-    if topic not in BY_NAME:
-        raise ContractError(f"There is no topic {topic!r}; topics are: {', '.join(BY_NAME)}.")
-    name = topic_name(kafka, topic)
-    if name not in present:
-        raise TopicError(
-            f"Topic {name} does not exist at {kafka.bootstrap_servers}. "
-            "Make all topics with `starcast topics apply`."
+def offer(producer: Producer, name: str, record: Outgoing, settle: Settle | None) -> bool:
+    """Whether librdkafka took a record for the topic `name`; not while its queue is full."""
+    try:
+        producer.produce(
+            name,
+            key=record.key,
+            value=record.value,
+            headers=list(record.headers),
+            on_delivery=settle,
         )
-    return name
+    except BufferError:
+        return False
+    return True
 
 
 def outgoing(records: Iterable[tuple[str, Record]]) -> Iterator[Outgoing]:

@@ -24,7 +24,7 @@ from confluent_kafka import (
 
 from schemas import archive
 from schemas.topics import BY_NAME
-from streams.admin import TopicError
+from streams.admin import TopicError, existing_topic
 from streams.clients import (
     REQUEST_SECONDS,
     error_of,
@@ -63,19 +63,14 @@ def read_topic(
     is no such topic.
     """
     stop = stop or threading.Event()
-    name = topic_name(kafka, topic)
-    found = reach(kafka).list_topics(timeout=REQUEST_SECONDS).topics.get(name)
-    if found is None or not found.partitions:
-        raise TopicError(
-            f"Topic {name} does not exist at {kafka.bootstrap_servers}. "
-            "Make all topics with `starcast topics apply`."
-        )
+    found = reach(kafka).list_topics(timeout=REQUEST_SECONDS).topics
+    name = existing_topic(kafka, topic, [name for name in found if found[name].partitions])
     with reader(
         kafka,
         fetch_wait_max_ms=LONG_POLL_MS if follow else SHORT_POLL_MS,
         auto_offset_reset="earliest",
     ) as consumer:
-        left = set(found.partitions if partitions is None else partitions)
+        left = set(found[name].partitions if partitions is None else partitions)
         consumer.list_topics(name, REQUEST_SECONDS)  # else its leaders are found half a second late
         moved = time.monotonic()
         consumer.assign(_positions(consumer, name, sorted(left), start))

@@ -224,12 +224,14 @@ class Texts:
         inputs: Inputs[list[Any]] | None,
         counts: Counter[str],
     ) -> tuple[list[OutputBatch], Scored | None]:
+        """What the words of reviews say, where they have any and are not too old."""
         if inputs is None:
             return [], None
         if serving.star_head is None:
             counts["skipped: no star head"] = len(inputs.records)
             return [], None
-        oldest = self._oldest()
+        days = self._config.age_limit_days
+        oldest = time.time() * 1_000 - days * MILLISECONDS_A_DAY if days else -np.inf
         said = [review_text(each.title, each.text) for each in inputs.records]  # "": no words
         rows = [
             at
@@ -239,59 +241,66 @@ class Texts:
         counts["skipped: too old or no text"] = len(inputs.records) - len(rows)
         if not rows:
             return [], None
-        reviews: list[Review] = [inputs.records[at] for at in rows]
+        counts["review"] = len(rows)
         hidden = self._vectors(text_encoder, [said[at] for at in rows])
-        stars = text_encoder.stars(hidden).astype(np.float64)  # (n, 5)
-        mean = stars @ STARS
-        deviation = np.sqrt(np.maximum(stars @ STARS**2 - mean**2, 0))
-        count = len(reviews)
-        now = int(time.time() * 1_000)
-        users, items = [each.user_id for each in reviews], [each.item_id for each in reviews]
-        shared: dict[str, Column] = {
-            "event_id": [each.event_id for each in reviews],
-            "user_id": users,
-            "item_id": items,
-            "event_time": np.array([time_ms(each.event_time) for each in reviews], "M8[ms]"),
-            "distribution": rounded(stars.astype(np.float32)),
-        }
-        low = np.clip(mean - NORMAL_80 * deviation, 1, 5).astype(np.float32)
-        high = np.clip(mean + NORMAL_80 * deviation, 1, 5).astype(np.float32)
-        predicted = encode_columns(
-            shared
-            | {
-                "predicted_at": format_times(np.array([now]))[0],
-                "kind": "review",
-                "rating": rounded(np.clip(mean, 1, 5).astype(np.float32)),
-                "interval": rounded(np.stack([low, high], axis=1)),
-                "model_version": serving.predictor.version,
-                "source": {
-                    "topic": "reviews",
-                    "partition": inputs.partitions()[rows],
-                    "offset": inputs.offsets()[rows],
-                },
-            }
-        )
-        features = encode_columns(shared | {"encoder": text_encoder.hash})
-        counts["review"] = count
-        scored = Scored(
-            version=serving.predictor.version,
-            ratings=mean.astype(np.float32),
-            truths=np.array([each.rating for each in reviews], np.float32),
-            tiers=np.full(count, NO_TIER, np.uint8),
-            items=items,
-            actions=Counter({"review": count}),
-            latencies_ms=(now - inputs.timestamps()[rows]).astype(np.float32),
-        )
-        # A user's text features go where the user's events came from.
-        places = [inputs.messages[at].partition() or 0 for at in rows]
-        return [
-            OutputBatch(topic, _keyed(users, values, places))
-            for topic, values in (("predicted-ratings", predicted), ("text-features", features))
-        ], scored
+        version, used = serving.predictor.version, text_encoder.hash
+        return _told(inputs, rows, text_encoder.stars(hidden), version, used)
 
-    def _oldest(self) -> float:
-        days = self._config.age_limit_days
-        return time.time() * 1_000 - days * MILLISECONDS_A_DAY if days else -np.inf
+
+def _told(
+    inputs: Inputs[list[Any]],
+    rows: list[int],
+    stars: NDArray[np.float32],
+    version: str,
+    encoder_hash: str,
+) -> tuple[list[OutputBatch], Scored]:
+    """Predicted ratings and text features of these reviews (n), whose words mean `stars` (n, 5)."""
+    reviews: list[Review] = [inputs.records[at] for at in rows]
+    exact = stars.astype(np.float64)
+    mean = exact @ STARS
+    deviation = np.sqrt(np.maximum(exact @ STARS**2 - mean**2, 0))
+    now = int(time.time() * 1_000)
+    users, items = [each.user_id for each in reviews], [each.item_id for each in reviews]
+    shared: dict[str, Column] = {
+        "event_id": [each.event_id for each in reviews],
+        "user_id": users,
+        "item_id": items,
+        "event_time": np.array([time_ms(each.event_time) for each in reviews], "M8[ms]"),
+        "distribution": rounded(stars),
+    }
+    low = np.clip(mean - NORMAL_80 * deviation, 1, 5).astype(np.float32)
+    high = np.clip(mean + NORMAL_80 * deviation, 1, 5).astype(np.float32)
+    predicted = encode_columns(
+        shared
+        | {
+            "predicted_at": format_times(np.array([now]))[0],
+            "kind": "review",
+            "rating": rounded(np.clip(mean, 1, 5).astype(np.float32)),
+            "interval": rounded(np.stack([low, high], axis=1)),
+            "model_version": version,
+            "source": {
+                "topic": "reviews",
+                "partition": inputs.partitions()[rows],
+                "offset": inputs.offsets()[rows],
+            },
+        }
+    )
+    features = encode_columns(shared | {"encoder": encoder_hash})
+    scored = Scored(
+        version=version,
+        ratings=mean.astype(np.float32),
+        truths=np.array([each.rating for each in reviews], np.float32),
+        tiers=np.full(len(rows), NO_TIER, np.uint8),
+        items=items,
+        actions=Counter({"review": len(rows)}),
+        latencies_ms=(now - inputs.timestamps()[rows]).astype(np.float32),
+    )
+    # A user's text features go where the user's events came from.
+    places = [inputs.messages[at].partition() or 0 for at in rows]
+    return [
+        OutputBatch(topic, _keyed(users, values, places))
+        for topic, values in (("predicted-ratings", predicted), ("text-features", features))
+    ], scored
 
 
 def _apart(

@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import structlog
@@ -277,16 +276,16 @@ class UserStates:
             _check_layout(journal, partition)
             read = np.array(journal.ends)
             header["ends"] = np.where(read >= 0, read, header["ends"])
-        events = _joined([journal.events for journal in journals]).view(EVENT)
+        events = np.concatenate([journal.events for journal in journals]).view(EVENT)
         users, user_index = np.unique(events["user"], return_inverse=True)
         states, header["partition"] = recover(
             self.read({partition: users})[0][0],
             user_index,
             header["partition"].copy(),
             events,
-            _joined([journal.features for journal in journals]),
-            _joined([journal.duplicates for journal in journals]),
-            _joined([journal.steps for journal in journals]),
+            np.concatenate([journal.features for journal in journals]),
+            np.concatenate([journal.duplicates for journal in journals]),
+            np.concatenate([journal.steps for journal in journals]),
         )
         taken = Taken(partition, users, states, header)
         self.take(taken)
@@ -332,10 +331,6 @@ def _in_portions(
 
 def _is_behind(ends: Mapping[str, int], committed: Mapping[str, int]) -> bool:
     return any(ends[topic] < committed[topic] for topic in TOPICS)
-
-
-def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate(arrays)
 
 
 def _check_layout(journal: Journal, partition: int) -> None:

@@ -403,18 +403,13 @@ class _Partition:
     def _events(self, entry: Journal) -> Rows | None:
         """The entry's events, from the archived inputs alone."""
         events = np.zeros(len(entry), EVENT)
-        there = np.array(
-            [
-                offset in self._inputs[topic]
-                for topic, offset in zip(entry.topics.tolist(), entry.offsets.tolist(), strict=True)
-            ]
-        )
+        places = zip(entry.topics.tolist(), entry.offsets.tolist(), strict=True)
+        found = [self._inputs[topic].get(offset) for topic, offset in places]
+        there = np.array([each is not None for each in found])
         self._report.check("archived input", there, lambda at: self._place(entry, at))
         if not there.all():
             self._skipped += 1
             return None
-        places = zip(entry.topics.tolist(), entry.offsets.tolist(), strict=True)
-        found = [self._inputs[topic][offset] for topic, offset in places]
         forgets = np.array([isinstance(each, str) for each in found])
         events[forgets] = forget_rows([each for each in found if isinstance(each, str)])
         for topic, read in enumerate(FROM_RECORDS):

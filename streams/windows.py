@@ -50,15 +50,8 @@ class Sums(BaseModel):
     predicted: float = 0.0  # predicted ratings of those rated
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            count=self.count + other.count,
-            total=self.total + other.total,
-            rated=self.rated + other.rated,
-            squared=self.squared + other.squared,
-            absolute=self.absolute + other.absolute,
-            rating=self.rating + other.rating,
-            predicted=self.predicted + other.predicted,
-        )
+        named = Sums.model_fields
+        return Sums(**{name: getattr(self, name) + getattr(other, name) for name in named})
 
     @computed_field
     @property
@@ -428,8 +421,9 @@ def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
             f"Score digest {digest.digest_id} of {digest.worker} counts kinds "
             f"{sorted(digest.kinds)}: its errors belong to none. Send one of {list(_KINDS)} each."
         )
+    kind = cast(Kind, next(iter(digest.kinds)))
     if digest.latency_ms is None:
-        return cast(Kind, next(iter(digest.kinds))), None
+        return kind, None
     try:
         data = base64.b64decode(digest.latency_ms, validate=True)
         if not _is_sound(data):
@@ -440,7 +434,7 @@ def _checked(digest: ScoreDigest) -> tuple[Kind, Any]:
             f"Score digest {digest.digest_id} of {digest.worker}: latency_ms is no KLL sketch of "
             f"floats in base64 ({error})."
         ) from error
-    return cast(Kind, next(iter(digest.kinds))), sketch
+    return kind, sketch
 
 
 def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) -> None:

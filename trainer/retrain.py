@@ -37,7 +37,7 @@ class Retrained:
 
     result: TrainResult | None  # none: there was no reason to train
     promoted: bool
-    previous: str | None  # the version that was stable
+    previous: str  # the version that was stable; "" for none
     reason: str  # why it was promoted, or not
     drift: Drift | None = None  # since the stable one was fitted, where it was asked for
 
@@ -45,7 +45,7 @@ class Retrained:
 def retrain_once(
     archive_url: str,
     models_url: str,
-    config: TrainerConfig | None = None,
+    config: TrainerConfig,
     *,
     archive_options: Mapping[str, str] | None = None,
     encoder: str = "auto",
@@ -71,13 +71,13 @@ def retrain_once(
         TrainerError: too little to learn from.
         RegistryError: another model became stable meanwhile.
     """
-    stable = registry.read(models_url).stable
-    previous = stable.version if stable else None
-    served = in_service(models_url, stable)
+    registered = registry.read(models_url)
+    previous = registered.stable_version
+    served = in_service(models_url, registered.stable)
     log = from_archive(archive_url, archive_options, tracker(progress, "reading the archive"))
     changed = None
     if on_drift and served is not None:
-        changed = _drift(log, served, archive_url, archive_options, config or TrainerConfig())
+        changed = _drift(log, served, archive_url, archive_options, config)
         if changed is not None and not changed.reasons:
             reason = f"nothing has changed in the {changed.rows:,} ratings since it was fitted"
             return Retrained(None, False, previous, reason, changed)
@@ -92,7 +92,7 @@ def retrain_once(
     )
     if result.verdict.passed:
         new = registry.promote(
-            models_url, result.version, result.sha256, by, result.verdict.reason, previous or ""
+            models_url, result.version, result.sha256, by, result.verdict.reason, previous
         )
         if on_promoted is not None:
             on_promoted(new)
@@ -131,25 +131,17 @@ def retrain_every(
     every: timedelta,
     once: Callable[[], object],
     stop: threading.Event,
-    on_error: Callable[[StarcastError | OSError], None] | None = None,
     is_served: Callable[[], bool] = lambda: True,
     first_retry: timedelta = FIRST_RETRY,
 ) -> None:
     """Call `once` now and then every so often until `stop` is set.
 
     A run that is due while another is going on is left out. A StarcastError or OSError of a run, as
-    of a full disk, goes to `on_error`, or to the log, and the schedule goes on; a run that is going
-    on at the stop is waited for. While no model `is_served`, the next run follows after
-    `first_retry`, doubled by each run without an error: a model that the gate refuses took work and
-    keeps its space.
+    of a full disk, goes to the log, and the schedule goes on; a run that is going on at the stop is
+    waited for. While no model `is_served`, the next run follows after `first_retry`, doubled by
+    each run without an error: a model that the gate refuses took work and keeps its space.
     """
     wait = min(first_retry, every)
-
-    def tell(error: StarcastError | OSError) -> None:
-        if on_error is not None:
-            on_error(error)
-        else:
-            logger.error("retraining failed: %s", error)
 
     def try_once() -> bool:
         """Whether the schedule is soon enough for the next run."""
@@ -158,11 +150,11 @@ def retrain_every(
             once()
             wait = min(2 * wait, every)
         except (StarcastError, OSError) as error:
-            tell(error)
+            logger.error("retraining failed: %s", error)
         try:
             return wait >= every or is_served()
         except (StarcastError, OSError) as error:
-            tell(error)
+            logger.error("retraining failed: %s", error)
             return True
 
     def run() -> None:

@@ -94,10 +94,9 @@ def rollback(context: typer.Context, reason: Reason = "rolled back by hand") -> 
                 f"{error}. Workers could not serve it, so nothing is changed; `starcast models "
                 "promote VERSION` makes another one stable."
             ) from error
-    expected = before.stable.version if before.stable else ""
-    after = registry.rollback(url, who(), reason, expected)
+    after = registry.rollback(url, who(), reason, before.stable_version)
     announce(settings.kafka, before, after)
-    output.print(f"{after.stable.version if after.stable else 'The cold-start ladder'} is stable.")
+    output.print(f"{after.stable_version} is stable.")
 
 
 @app.command()
@@ -121,9 +120,10 @@ def canary(
     settings = settings_of(context)
     url = settings.models.url
     loaded, before = bundle.load(url, version), registry.read(url)
-    expected = before.stable.version if before.stable else ""
     _check_encoder(settings, loaded, before.stable)
-    after = registry.set_canary(url, version, loaded.sha256, share, who(), reason, expected)
+    after = registry.set_canary(
+        url, version, loaded.sha256, share, who(), reason, before.stable_version
+    )
     announce(settings.kafka, before, after)
     if share:
         output.print(f"{version} answers {100 * share:.3g}% of users.", soft_wrap=True)

@@ -29,6 +29,7 @@ from starcast.commands.context import (
     progress_bar,
     settings_of,
     stopping,
+    write_json,
 )
 from streams.admin import TopicReport, apply_topics, show_topics
 from streams.clients import reach
@@ -71,16 +72,17 @@ def demo(
     settings = settings_of(context)
     if port is not None:
         settings.web.port = port
-    from starcast.demo import RATE, SEED, run_demo, run_once, write_summary
+    from starcast.demo import RATE, SEED, run_demo, run_once
 
     with stopping() as stop:
         if events is None:
             run_demo(settings, notes, stop, SEED if seed is None else seed)
             return
         summary = run_once(settings, notes, stop, events, rate or RATE)
-    print_json(asdict(summary))
+    document = asdict(summary)
+    print_json(document)
     if json_out is not None:
-        write_summary(summary, json_out)
+        write_json(document, json_out)
     if stop.is_set():
         raise typer.Exit(INTERRUPTED)
     if summary.lost or summary.duplicated:

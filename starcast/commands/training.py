@@ -102,8 +102,7 @@ def train(
     evaluated = None if evaluation is None else _evaluation(evaluation)
     settings = settings_of(context)
     models = settings.models
-    registered = registry.read(models.url)
-    before = registered.stable
+    before = registry.read(models.url)
     with progress_bar() as progress, TemporaryDirectory(prefix="starcast-") as scratch:
         log = _history(settings, file, progress)
         result = fit(
@@ -111,7 +110,7 @@ def train(
             models.url if is_first() else scratch,  # all fit the same, one keeps it
             settings.trainer,
             encoder=models.encoder,
-            stable=in_service(models.url, before),
+            stable=in_service(models.url, before.stable),
             other=None if start is None else bundle.open_folder(start),
             evaluated=evaluated,
             progress=progress,
@@ -125,10 +124,9 @@ def train(
         return
     if not result.verdict.passed:
         raise fail(f"{result.version} is not promoted: {result.verdict.reason}")
-    expected = before.version if before else ""
-    reason = result.verdict.reason
+    reason, expected = result.verdict.reason, before.stable_version
     after = registry.promote(models.url, result.version, result.sha256, who(), reason, expected)
-    announce(settings.kafka, registered, after)
+    announce(settings.kafka, before, after)
     output.print(f"{result.version} is stable.")
 
 

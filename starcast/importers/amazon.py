@@ -71,12 +71,12 @@ def import_amazon(files: Sequence[Path], out: Path) -> ImportReport:
             for line, row in table(part, skips):
                 item = str(row.get("asin", ""))
                 if item in seen:
-                    skips.add("item described twice", f"{part.name} line {line}")
+                    skips.add("item described twice", part.place(line))
                     continue
                 seen.add(item)
                 when = first_use.get(item, start)
                 value = {"item_id": item, "event_time": when, **_item(row)}
-                yield Entry((when, FIRST), "items", value, f"{part.name} line {line}")
+                yield Entry((when, FIRST), "items", value, part.place(line))
 
     return write(in_order(entries(), out), out, skips)
 
@@ -119,7 +119,7 @@ def _reviews(
     part: Part, rows: Iterable[tuple[int, Mapping[str, Any]]], skips: Skips
 ) -> Iterator[Entry]:
     for line, row in rows:
-        place = f"{part.name} line {line}"
+        place = part.place(line)
         name, per_second = ("timestamp", 1_000) if "timestamp" in row else ("unixReviewTime", 1)
         when = unix_time(row.get(name), per_second)
         if when is None:

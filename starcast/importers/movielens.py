@@ -69,12 +69,12 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
             for line, row in reader(part, skips):
                 when = unix_time(row["timestamp"])
                 if when is None:
-                    skips.add("no time", _place(part, line))
+                    skips.add("no time", part.place(line))
                     continue
                 rating = number(row["rating"])
                 if rating == _HALF:
                     rating = 1.0
-                    changes.add("1, which were half a star", _place(part, line))
+                    changes.add("1, which were half a star", part.place(line))
                 value = {
                     "event_id": event_id(row, line),
                     "user_id": row["user_id"],
@@ -85,7 +85,7 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
                 for name in ("user_id", "item_id"):
                     if when < first_use.setdefault((name, row[name]), when):
                         first_use[name, row[name]] = when
-                yield Entry((when, THEN), "reviews", value, _place(part, line))
+                yield Entry((when, THEN), "reviews", value, part.place(line))
         start = min(first_use.values(), default="")
         for topic, key in (("items", "item_id"), ("users", "user_id")):
             for part, reader in kinds[topic]:
@@ -96,7 +96,7 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
                         "event_time": when,
                         **present(**_VALUES[topic](row)),
                     }
-                    yield Entry((when, FIRST), topic, value, _place(part, line))
+                    yield Entry((when, FIRST), topic, value, part.place(line))
 
     return write(in_order(entries(), out), out, skips, changes)
 
@@ -137,10 +137,6 @@ def _kind(part: Part) -> tuple[str, Reader] | None:
         "u.data, u.item, u.user, ratings.dat, movies.dat, users.dat, ratings.csv, movies.csv, or "
         "RecBole's .inter, .item, .user with typed headers",
     )
-
-
-def _place(part: Part, line: int) -> str:
-    return f"{part.name} line {line}"
 
 
 def _item(row: Mapping[str, str]) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class Part:
     base: str  # the file's own name
     opened: Callable[[], IO[bytes]]
 
+    def place(self, line: int) -> str:
+        """Where a line stands, for messages."""
+        return f"{self.name} line {line}"
+
     def lines(self) -> Iterator[str]:
         """Its lines, with their ends: UTF-8, and Latin-1 where it is none.
 
@@ -125,7 +129,7 @@ def not_of_set(part: Part, expected: str) -> ContractError:
     """What to raise of a file that is not of a data set; `expected` says what would be."""
     first = part.first_line()
     return ContractError(
-        f"{part.name} line 1: not a file of this data set; expected {expected}; "
+        f"{part.place(1)}: not a file of this data set; expected {expected}; "
         f"it begins {first[:60]!a}. Of other data write a record file: docs/produce.md, A file of "
         "your own"
     )
@@ -167,7 +171,7 @@ def _csv(part: Part, names: Sequence[str] | None) -> Rows:
             line = reader.line_num + 1
     except csv.Error as error:
         raise ContractError(
-            f"{part.name} line {line}: expected a CSV row with {len(header)} cells; {error} "
+            f"{part.place(line)}: expected a CSV row with {len(header)} cells; {error} "
             "(a quote that is not closed?)"
         ) from error
 
@@ -179,7 +183,7 @@ def json_rows(part: Part, skips: Skips) -> Rows:
         if row is not None:
             yield line, row
         elif text.strip():
-            skips.add("expected one JSON object a line", f"{part.name} line {line}")
+            skips.add("expected one JSON object a line", part.place(line))
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -207,6 +211,6 @@ def separated(separator: str, header: Sequence[str], skip: int = 0) -> Reader:
                 yield line, dict(zip(header, cells, strict=True))
             else:
                 reason = f"expected {len(header)} fields separated by {separator!r}"
-                skips.add(reason, f"{part.name} line {line}")
+                skips.add(reason, part.place(line))
 
     return rows

@@ -37,7 +37,7 @@ def import_rees46(files: Sequence[Path], out: Path) -> ImportReport:
                     brand=row.get("brand"),
                     category=[name for name in (row.get("category_code") or "").split(".") if name],
                 )
-                yield Entry((when, THEN), "behavior", value, f"{part.name} line {line}")
+                yield Entry((when, THEN), "behavior", value, part.place(line))
 
     def with_items(ordered: Iterable[Entry]) -> Iterator[Entry]:
         known: dict[str, tuple[Any, ...]] = {}

@@ -27,7 +27,8 @@ from schemas.records import (
 )
 from starcast.shop import shop as generated_shop
 from streams.config import InsightsConfig
-from streams.insights import run_insights
+from streams.insights import Readiness, run_insights
+from streams.metrics import make_metrics
 from streams.store import connect
 from streams.verify import Verification, verify_replay
 from streams.windows import WINDOWS_KEY, Trial, last_window
@@ -118,9 +119,8 @@ def insights(shop: Shop) -> Generator[None]:
     stop = threading.Event()
     config = InsightsConfig(window_seconds=6, step_seconds=1, grace_seconds=1)
     settings = shop.settings
-    thread = threading.Thread(
-        target=run_insights, args=(settings.kafka, settings.redis, config, stop), daemon=True
-    )
+    arguments = settings.kafka, settings.redis, config, stop, make_metrics(), Readiness()
+    thread = threading.Thread(target=run_insights, args=arguments, daemon=True)
     thread.start()
     try:
         yield

@@ -254,7 +254,7 @@ def test_retraining_promotes_what_passes_and_judges_it_against_stable(
     )
     assert first.promoted, first.reason
     assert first.result is not None
-    assert first.previous is None
+    assert first.previous == ""
     stable = registry.read(models).stable
     assert stable is not None
     assert (stable.version, stable.by) == (first.result.version, "test")
