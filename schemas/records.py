@@ -203,7 +203,10 @@ class User(Record):
 
 
 class PredictedRating(Record):
-    """A predicted rating: of an interaction, of a review's text, or of a requested item."""
+    """A predicted rating: of an interaction, of a review's text, or of a requested item.
+
+    Of a request that expired, nothing was predicted: there is neither rating nor model.
+    """
 
     event_id: Identifier | None = None
     request_id: Identifier | None = None
@@ -212,11 +215,11 @@ class PredictedRating(Record):
     event_time: Time
     predicted_at: Time
     kind: Kind
-    rating: Stars | None = None  # absent when a request expired
+    rating: Stars | None = None
     distribution: Distribution | None = None
     interval: Interval | None = None
     tier: Tier | None = None  # absent when predicted from the review's own text
-    model_version: str
+    model_version: str | None = None
     source: Source
     seq: Count | None = None  # interaction: position in the user partition's row of predictions
     rank: Count | None = None  # request: 1 is the best of `of` items
