@@ -297,7 +297,6 @@ class ScoreDigest(Record):
     errors: ErrorSums
     errors_by_tier: dict[str, ErrorSums]
     top_items: dict[str, Count]
-    top_categories: dict[str, Count]
     lag: Count
     latency_ms: str | None = None  # a KLL sketch of event to prediction, base64
 
