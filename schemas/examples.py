@@ -103,7 +103,6 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         },
         "errors_by_tier": {"full": {"count": 120, "squared": 90.0, "absolute": 75.0}},
         "top_items": {"i-31": 41},
-        "top_categories": {"Guitars": 310},
         "lag": 12,
     },
     "alerts": {

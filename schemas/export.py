@@ -126,14 +126,22 @@ def _message(topic: Topic) -> dict[str, Any]:
             },
         }
     payload: dict[str, Any] = {"$ref": _REFERENCES.format(model=_message_name(topic))}
-    if topic.takes_null:
-        said = "Erases the user." if topic.forgets else "Deletes the key."
+    if said := _null(topic):
         payload = {"oneOf": [payload, {"type": "null", "description": said}]}
     return message | {
         "contentType": "application/json",
         "payload": payload,
         "examples": [{"name": topic.name, "payload": dict(EXAMPLES[topic.name])}],
     }
+
+
+def _null(topic: Topic) -> str:
+    """What a null value of a topic says; empty where there are none."""
+    if topic.name == "dead-letters":
+        return "The letter at the position in the header starcast-redriven was sent again."
+    if topic.takes_null:
+        return "Erases the user." if topic.forgets else "Deletes the key."
+    return ""
 
 
 def _schemas() -> dict[str, Any]:

@@ -5,6 +5,7 @@ an error, so that a producer may be ahead of us. An absent field and an explicit
 optional field mean the same (`docs/decisions/0002-contract.md`).
 """
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,11 @@ LARGEST = 2**63 - 1  # whole number; columns of the archive hold none above it
 _TIME_EXPECTED = (
     "Input should be an RFC 3339 time with an offset, from 1990 to 2100, as 2026-11-24T10:15:00Z"
 )
-RFC3339 = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)"
+_CLOCK = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+RFC3339 = (
+    "(?:1989|199[0-9]|20[0-9]{2}|2100)-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
+    rf"[Tt ]{_CLOCK}:[0-5][0-9](?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{_CLOCK})"
+)
 NO_NUL = r"^[^\x00]*$"  # legal JSON, but ends a string for C libraries, terminals and columns
 
 
@@ -73,8 +78,33 @@ class _Rfc3339:
             "type": "string",
             "format": "date-time",
             "pattern": f"^{RFC3339}$",  # few validators look at a format
-            "description": "RFC 3339 with an offset, from 1990 to 2100",
+            "description": "RFC 3339 with an offset, from 1990 to 2100; no leap second",
         }
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A whole number between limits. `200.0` is one, as JSON Schema has it; `"200"` is none."""
+
+    least: int
+    most: int
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        number = core_schema.union_schema(
+            [core_schema.int_schema(strict=True), core_schema.float_schema(strict=True)],
+            mode="left_to_right",
+            custom_error_type="int_type",
+        )
+        return core_schema.chain_schema(
+            [number, core_schema.int_schema(ge=self.least, le=self.most)]
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"type": "integer", "minimum": self.least, "maximum": self.most}
 
 
 def format_time(time: datetime) -> str:
@@ -87,9 +117,8 @@ Identifier = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_
 Text = Annotated[str, Field(strict=True, max_length=LONGEST_TEXT)]  # "" is none
 Stars = Annotated[float, Field(strict=True, ge=1, le=5, allow_inf_nan=False)]
 Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
-Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
-Whole = Annotated[int, Field(le=LARGEST)]
-Difference = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]  # `model` holds them in 32 bits
+Count = Annotated[int, _Whole(0, LARGEST)]
+Difference = Annotated[int, _Whole(-(2**31), 2**31 - 1)]  # `model` holds them in 32 bits
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Distribution = Annotated[list[Share], Field(min_length=5, max_length=5)]
@@ -148,7 +177,7 @@ class ScoreRequest(Record):
     user_id: Identifier
     item_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MOST_ITEMS)]
     event_time: Time
-    deadline_ms: Annotated[int, Field(strict=True, gt=0, le=3_600_000)] | None = None
+    deadline_ms: Annotated[int, _Whole(1, 3_600_000)] | None = None
 
 
 class Item(Record):
@@ -174,7 +203,10 @@ class User(Record):
 
 
 class PredictedRating(Record):
-    """A predicted rating: of an interaction, of a review's text, or of a requested item."""
+    """A predicted rating: of an interaction, of a review's text, or of a requested item.
+
+    Of a request that expired, nothing was predicted: there is neither rating nor model.
+    """
 
     event_id: Identifier | None = None
     request_id: Identifier | None = None
@@ -183,11 +215,11 @@ class PredictedRating(Record):
     event_time: Time
     predicted_at: Time
     kind: Kind
-    rating: Stars | None = None  # absent when a request expired
+    rating: Stars | None = None
     distribution: Distribution | None = None
     interval: Interval | None = None
     tier: Tier | None = None  # absent when predicted from the review's own text
-    model_version: str
+    model_version: str | None = None
     source: Source
     seq: Count | None = None  # interaction: position in the user partition's row of predictions
     rank: Count | None = None  # request: 1 is the best of `of` items
@@ -235,11 +267,11 @@ class ItemUpdate(Record):
 class ErrorSums(Record):
     """Sums over predictions whose true rating was seen."""
 
-    count: Whole = 0
-    squared: float = 0.0
-    absolute: float = 0.0
-    rating: float = 0.0  # true
-    predicted: float = 0.0
+    count: Count = 0
+    squared: Real = 0.0
+    absolute: Real = 0.0
+    rating: Real = 0.0  # true
+    predicted: Real = 0.0
 
 
 class ScoreDigest(Record):
@@ -251,15 +283,14 @@ class ScoreDigest(Record):
     window_end: Time
     model_version: str
     role: Role = "stable"  # a shadow's predictions were published nowhere
-    kinds: dict[str, Whole]
-    tiers: dict[str, Whole]
-    actions: dict[str, Whole]
-    stars: Annotated[list[Whole], Field(min_length=5, max_length=5)]  # predicted, rounded
-    predicted_sum: float
+    kinds: dict[str, Count]
+    tiers: dict[str, Count]
+    actions: dict[str, Count]
+    stars: Annotated[list[Count], Field(min_length=5, max_length=5)]  # predicted, rounded
+    predicted_sum: Real
     errors: ErrorSums
     errors_by_tier: dict[str, ErrorSums]
-    top_items: dict[str, Whole]
-    top_categories: dict[str, Whole]
+    top_items: dict[str, Count]
     lag: Count
     latency_ms: str | None = None  # a KLL sketch of event to prediction, base64
 
@@ -272,8 +303,8 @@ class Alert(Record):
     severity: Literal["info", "warning", "critical"]
     window_start: Time
     window_end: Time
-    value: float
-    threshold: float
+    value: Real
+    threshold: Real
     subject: str
     text: str
 
@@ -284,7 +315,7 @@ class ModelUpdate(Record):
     version: str
     sha256: str
     stage: Stage
-    share: Annotated[float, Field(ge=0, le=1)]
+    share: Share
     at: Time
     by: str
     reason: str
@@ -308,4 +339,4 @@ class DeadLetter(Record):
     reason: str
     field: str | None = None
     first_failed_at: Time
-    attempts: Annotated[int, Field(ge=1, le=LARGEST)] = 1
+    attempts: Annotated[int, _Whole(1, LARGEST)] = 1

@@ -124,7 +124,8 @@ class Answers:
 
         def finish(_: dict[Position, int]) -> None:
             self._metrics.dead_letters.labels(self.name, "contract").inc(len(letters))
-            self._metrics.events.labels(self.name, "request").inc(len(late))
+            for kind, count in (("request", late.count(False)), ("expired", late.count(True))):
+                self._metrics.events.labels(self.name, kind).inc(count)
             for scored in counted:
                 self._count(scored)
 
@@ -155,11 +156,7 @@ class Answers:
         }
         scored: list[Scored] = []
         if expired:
-            columns |= {
-                "status": "expired",
-                "tier": TIERS[0],
-                "model_version": self._models.serving.predictor.version,
-            }
+            columns["status"] = "expired"  # nothing was predicted, by no model
         else:
             parts = self._predict(requests, request, items)
             columns |= prediction_columns(parts)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from itertools import product
-from operator import or_
+from operator import attrgetter, or_
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from confluent_kafka import Message
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 
 from schemas import archive
 from schemas.archive import Row
@@ -324,7 +324,12 @@ def _still_newest(table: DeltaTable) -> bool:
 
 
 def _has_fields_of(table: DeltaTable, schema: pa.Schema) -> bool:
-    return {field.name for field in table.schema().fields} == set(schema.names)
+    """Those within fields, too."""
+    ours, theirs = (
+        sorted(each.fields, key=attrgetter("name"))
+        for each in (Schema.from_arrow(schema), table.schema())
+    )
+    return ours == theirs
 
 
 def _recorded(table: DeltaTable, topic: str, partition: int) -> int | None:

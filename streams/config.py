@@ -148,9 +148,7 @@ class InsightsConfig(BaseModel):
         default=2, ge=0, description="a step stays open this long for digests that come late"
     )
     keep_windows: int = Field(default=720, ge=1, description="windows kept for the dashboard")
-    top: int = Field(
-        default=10, ge=1, le=100, description="most items and categories listed in a window"
-    )
+    top: int = Field(default=10, ge=1, le=100, description="most items listed in a window")
     highest_rmse: float = Field(
         default=1.5, gt=0, description="alert above this root mean squared error"
     )

@@ -244,10 +244,7 @@ class _Page:
         _show(self._about, ABOUT_KINDS[self._kind])
         last = last_busy(windows)
         items = last.top_items if last else []
-        categories = last.top_categories if last else []
         _show(self._items, html.bars(items, snapshot.titles, "No items in this range."))
-        _show(self._categories, html.bars(categories, {}, ""))
-        _set_hidden(self._categories_card, not categories)
 
     def _build_top(self) -> None:
         with _block("header", "top"):
@@ -315,9 +312,6 @@ class _Page:
                 with _block("div", "card"):
                     _title("Most seen items", "In the newest window with interactions.")
                     self._items = _text("div", "")
-                with _block("div", "card") as self._categories_card:
-                    _title("Most seen categories", "In the newest window with interactions.")
-                    self._categories = _text("div", "")
 
     def _build_foot(self) -> None:
         _text(

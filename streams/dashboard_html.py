@@ -241,6 +241,8 @@ def _prediction(row: Prediction, versions: Sequence[str]) -> str:
     if row.low is not None and row.high is not None:
         span = f'role="img" aria-label="80% interval from {row.low:.1f} to {row.high:.1f}"'
     known = TIERS.get(row.tier, "Its own text" if row.kind == "review" else row.tier)
+    if row.rating is None:
+        known = "Asked too late"
     return (
         f'<tr><td><div class="title">{_name(row.title or row.item_id)}</div>'
         f'<div class="meta">{_time(row.predicted_ms)} · {what} by {_name(row.user_id)}</div></td>'

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 
@@ -19,7 +19,6 @@ from streams.windows import encode_latency
 
 NO_TIER = 255  # of predictions from a review's text, which stand on no ladder
 TOP_ITEMS = 20  # items named in a digest
-TOP_CATEGORIES = 10
 QUIET_SECONDS = 10.0  # with nothing scored and no lag, a worker is heard of this often
 LATENCIES = 100_000  # kept of one window; more say nothing new of its quantiles
 
@@ -35,7 +34,6 @@ class Scored:
     items: Sequence[str]
     actions: Counter[str]
     latencies_ms: NDArray[np.float32]
-    categories: Counter[str] = field(default_factory=Counter[str])
     role: Role = "stable"  # of the version
 
 
@@ -93,7 +91,6 @@ class Digests:
         stars = np.bincount(np.clip(np.rint(ratings), 1, 5).astype(int), minlength=6)[1:]
         items = Counter(chain.from_iterable(part.items for part in parts))
         actions = sum((part.actions for part in parts), Counter[str]())
-        categories = sum((part.categories for part in parts), Counter[str]())
         present = np.unique(tiers[tiers != NO_TIER])
         name = (self._worker, self._kind, str(int(end.timestamp() * 1000)), version)
         return ScoreDigest(
@@ -114,7 +111,6 @@ class Digests:
                 for tier in present
             },
             top_items=dict(items.most_common(TOP_ITEMS)),
-            top_categories=dict(categories.most_common(TOP_CATEGORIES)),
             lag=lag,
             latency_ms=encode_latency(latencies),
         )

@@ -29,6 +29,7 @@ class Metrics:
     rebalances: Counter  # processor
     duplicates: Counter  # processor
     disorder: Counter  # processor, kind (late, out_of_order, future)
+    misplaced: Counter  # processor
     lost: Counter  # processor, topic, partition
     newcomers: Gauge  # processor, partition
     model: Gauge  # version
@@ -92,6 +93,12 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             "event of their user (out_of_order), or long after Kafka took them (future: a dead "
             "letter).",
             ("processor", "kind"),
+        ),
+        misplaced=counter(
+            "starcast_misplaced",
+            "Events in a partition that is not their user's: their producer took another key or "
+            "another partitioner.",
+            ("processor",),
         ),
         lost=counter(
             "starcast_lost_records",

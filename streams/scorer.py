@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import structlog
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
@@ -37,7 +38,7 @@ from model.events import (
     text_rows,
 )
 from model.features import FEATURE_HASH
-from model.ids import NONE, Hashes
+from model.ids import NONE, Hashes, partitions_of
 from model.ladder import TIERS
 from model.lookups import Lookups, distinct
 from model.predict import Predictions
@@ -144,6 +145,8 @@ class Scorer:
         self._digests = Digests(worker, "interaction", config.digest_seconds)
         self._owned: set[int] = set()
         self._watermark = 0
+        self._told_misplaced = False
+        self._log = structlog.get_logger(__name__)
         self.lag = 0
 
     @property
@@ -297,6 +300,7 @@ class Scorer:
         for part in parts:
             apart = newcomers.level(part.result.partition)
             self._metrics.newcomers.labels(self.name, str(part.partition)).set(float(apart))
+        self._count_misplaced(arrivals)
         events, repeated = arrivals.events, _repeated(parts)
         self._metrics.duplicates.labels(self.name).inc(int(repeated.sum()))
         if forgotten := int((events["action"] == FORGET).sum()):
@@ -310,6 +314,24 @@ class Scorer:
             ("future", letters["future"]),
         ):
             self._metrics.disorder.labels(self.name, kind).inc(int(count))
+
+    def _count_misplaced(self, arrivals: _Arrivals) -> None:
+        """Of the user of such an event, answers and `forget` look for the state elsewhere."""
+        events = arrivals.events["action"] < TEXT
+        theirs = partitions_of(arrivals.events["user"], self._states.partitions)
+        misplaced = np.flatnonzero(events & (theirs != arrivals.partitions))
+        self._metrics.misplaced.labels(self.name).inc(len(misplaced))
+        if len(misplaced) and not self._told_misplaced:
+            self._told_misplaced = True
+            at = misplaced[0]
+            self._log.warning(
+                "events lie in partitions that are not their users'",
+                topic=journal.TOPICS[arrivals.topics[at]],
+                partition=int(arrivals.partitions[at]),
+                offset=int(arrivals.offsets[at]),
+                expected=int(theirs[at]),
+                help="their producer's key must be the user_id, its partitioner murmur2_random",
+            )
 
     def _count_scored(
         self,

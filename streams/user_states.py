@@ -93,6 +93,11 @@ class UserStates:
         self._expired = 0  # by this walk
         self._log = structlog.get_logger(__name__)
 
+    @property
+    def partitions(self) -> int:
+        """How many user partitions there are, in whichever worker."""
+        return self._store.partitions
+
     def __getitem__(self, partition: int) -> Held:
         return self._held[partition]
 

@@ -101,7 +101,6 @@ class KindWindow(BaseModel):
     per_second: float  # in the last step
     actions: dict[str, int]
     top_items: list[tuple[str, int]]
-    top_categories: list[tuple[str, int]]
     lag: int
     workers: int
     latency_ms: dict[str, float] | None = None  # p50, p90, p99 and max
@@ -186,7 +185,6 @@ class KindStep:
     trials: dict[str, Scored] = field(default_factory=dict[str, Scored])  # canaries and shadows
     actions: Counter[str] = field(default_factory=Counter[str])
     items: Any = field(default_factory=lambda: _frequent())
-    categories: Any = field(default_factory=lambda: _frequent())
     latency: Any = field(default_factory=lambda: _SKETCHES.kll_floats_sketch(KLL_K))
     workers: dict[str, WorkerStep] = field(default_factory=dict[str, WorkerStep])
 
@@ -457,13 +455,9 @@ def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) ->
     if digest.role == "shadow":
         return
     step.actions.update(digest.actions)
-    for sketch, counts in (
-        (step.items, digest.top_items),
-        (step.categories, digest.top_categories),
-    ):
-        for name, weight in counts.items():
-            if weight > 0:
-                sketch.update(name, weight)
+    for name, weight in digest.top_items.items():
+        if weight > 0:
+            step.items.update(name, weight)
     if latency is not None:
         step.latency.merge(latency)
     worker = step.workers.setdefault(digest.worker, WorkerStep())
@@ -487,14 +481,13 @@ def _sums(count: int, errors: ErrorSums, total: float = 0.0) -> Sums:
 def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
     models: dict[str, Scored] = {}
     actions: Counter[str] = Counter()
-    items, categories = _frequent(), _frequent()
+    items = _frequent()
     latency = _SKETCHES.kll_floats_sketch(KLL_K)
     newest: dict[str, WorkerStep] = {}
     for step in steps:
         models = _merged(models, step.models, Scored())
         actions.update(step.actions)
         items.merge(step.items)
-        categories.merge(step.categories)
         latency.merge(step.latency)
         for name, worker in step.workers.items():
             if name not in newest or worker.time >= newest[name].time:
@@ -507,7 +500,6 @@ def _kind_window(steps: list[KindStep], insights: InsightsConfig) -> KindWindow:
         per_second=0.0,
         actions=dict(actions.most_common()),
         top_items=_top(items, insights.top),
-        top_categories=_top(categories, insights.top),
         latency_ms=_quantiles(latency),
         lag=sum(worker.lag for worker in here),
         workers=len(here),

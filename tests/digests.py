@@ -47,7 +47,6 @@ def digest(
         errors=sums,
         errors_by_tier=errors,
         top_items=dict(items or {}),
-        top_categories={},
         lag=lag,
         latency_ms=encode_latency(np.array(latencies_ms, np.float32)),
     )

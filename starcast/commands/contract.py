@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from schemas.export import asyncapi as asyncapi_document
 from schemas.export import json_schema
 from schemas.topics import TOPICS
+from starcast import __version__
 from starcast.commands.context import (
     AsJson,
     check_output,
@@ -30,6 +31,7 @@ def asyncapi(context: typer.Context, out: Out = None) -> None:
     """Print the contract as an AsyncAPI 3 document: every topic and record, as settings have it."""
     kafka = settings_of(context).kafka
     document = asyncapi_document(
+        __version__,
         partitions=kafka.partitions,
         replication=kafka.replication,
         topic_prefix=kafka.topic_prefix,

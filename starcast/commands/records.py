@@ -197,6 +197,7 @@ def _line(record: PredictedRating) -> Text:
     shade = "dim" if rating is None else "green" if rating >= 3.75 else "yellow"
     low, high = record.interval or (None, None)
     whole = round(rating or 0)
+    by = ", ".join(plain(each) for each in (record.tier, record.model_version) if each)
     return Text.assemble(
         (f"{record.predicted_at.astimezone(UTC):%H:%M:%S} ", "dim"),
         f"{record.kind:<11} {plain(record.user_id):<16.16} {plain(record.item_id):<16.16} ",
@@ -204,5 +205,5 @@ def _line(record: PredictedRating) -> Text:
         (f" {rating:.2f}" if rating is not None else f" {record.status or '-'}", shade),
         (f" [{low:.1f}, {high:.1f}]" if low is not None and high is not None else "", "dim"),
         (f" #{record.rank} of {record.of}" if record.rank else ""),
-        (f"  {f'{record.tier}, ' if record.tier else ''}{plain(record.model_version)}", "dim"),
+        (f"  {by}" if by else "", "dim"),
     )

@@ -117,8 +117,8 @@ def test_produce_tells_what_it_sent_of_a_file_that_is_cut_off(
 def test_consume_for_people_and_for_machines(topics: KafkaConfig) -> None:
     records = [prediction(number) for number in range(4)]
     expired = prediction(
-        4, event_id=None, request_id="r", kind="request", rating=None, rank=1, of=2,
-        status="expired", interval=None,
+        4, event_id=None, request_id="r", kind="request", rating=None, of=2,
+        status="expired", interval=None, tier=None, model_version=None,
     )  # fmt: skip
     send(topics, "predicted-ratings", *map(encode, [*records, expired]))
     read = ("consume", "--from", "beginning", "--no-follow")
@@ -130,7 +130,7 @@ def test_consume_for_people_and_for_machines(topics: KafkaConfig) -> None:
     shown = run(*read).stdout
     assert "12:30:00 interaction u1" in shown
     assert "★★★★☆ 4.25 [3.5, 5.0]  full, ladder" in shown
-    assert "expired #1 of 2" in shown
+    assert shown.splitlines()[-1].endswith("☆☆☆☆☆ expired")
 
 
 def test_consume_from_a_time_that_is_none(topics: KafkaConfig) -> None:

@@ -197,6 +197,7 @@ def test_config_takes_another_file(tmp_path: Path) -> None:
 def test_asyncapi_and_schema(tmp_path: Path) -> None:
     document = json.loads(RUNNER.invoke(app, ["asyncapi"]).output)
     assert document["asyncapi"].startswith("3.")
+    assert document["info"]["version"] == __version__
     assert RUNNER.invoke(app, ["asyncapi", "--out", "deep/asyncapi.json"]).exit_code == 0
     assert json.loads((tmp_path / "deep" / "asyncapi.json").read_text()) == document
     listed = RUNNER.invoke(app, ["schema"]).output

@@ -170,15 +170,24 @@ def test_a_request_that_waited_past_its_deadline_is_answered_as_expired(answers:
         message("score-requests", each, 1, offset, timestamp=arrived)
         for offset, each in enumerate(requests)
     ]
-    found = told(answers.process(batch))
+    outcome = answers.process(batch)
+    found = told(outcome)
     assert {(each.request_id, each.status) for each in found} == {
         ("late", "expired"),
         ("in time", "ok"),
         ("patient", "ok"),
     }
+    assert outcome.finish is not None
+    outcome.finish({})
+    counted = answers._metrics.registry.get_sample_value
+    kinds = {"request": 2, "expired": 1}
+    for kind, count in kinds.items():
+        labels = {"processor": "answers", "kind": kind}
+        assert counted("starcast_events_total", labels) == count
     late = [each for each in found if each.request_id == "late"]
     assert [each.item_id for each in late] == ["x", "good"]
     assert {(each.rating, each.rank, each.of) for each in late} == {(None, None, 2)}
+    assert {(each.tier, each.model_version) for each in late} == {(None, None)}  # none predicted
     assert {each.source.offset for each in late} == {0}
 
 

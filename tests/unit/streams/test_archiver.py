@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow as pa
 import pytest
 from confluent_kafka import Message
 from deltalake import DeltaTable
@@ -87,6 +88,26 @@ def test_a_table_may_be_of_a_release_with_other_fields(
     frame = archive.read(str(tmp_path), topic, columns=["kafka_offset", "role", "lag"]).collect()
     roles = ["shadow"] * 2 + [None] * 2 if lacks == "now" else [None] * 2 + ["shadow"] * 2
     assert frame.rows() == [(offset, role, 12) for offset, role in enumerate(roles)]
+
+
+@pytest.mark.parametrize("lacks", ["now", "then"])
+def test_a_field_within_a_field_may_be_of_another_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    whole, topic = archive.schema("score-digests"), "score-digests"
+    at = whole.get_field_index("errors")
+    errors = [each for each in whole.field(at).type if each.name != "predicted"]
+    shorter = whole.set(at, pa.field("errors", pa.struct(errors)))
+    value = json.dumps(EXAMPLES[topic]).encode()
+    for offset, schema in enumerate((whole, shorter) if lacks == "now" else (shorter, whole)):
+        monkeypatch.setattr(archive, "schema", lambda _, schema=schema: schema)
+        written = Archive(str(tmp_path))
+        written.append(topic, [Row(0, offset, 1_795_521_600_000, b"k", value)])
+        written.commit()
+    monkeypatch.undo()
+    frame = archive.read(str(tmp_path), topic, columns=["errors"]).collect()
+    found = [each["predicted"] for each in frame["errors"].to_list()]
+    assert found == ([622.4, None] if lacks == "now" else [None, 622.4])
 
 
 def test_an_archiver_that_wakes_late_doubles_nothing(tmp_path: Path) -> None:

@@ -182,14 +182,14 @@ def test_predictions_of_a_kind_stand_on_the_scale() -> None:
     rows = [
         row(title="Strings", action="review", truth=5.0, rating=4.5, low=3.0, high=5.0),
         row(kind="review", title="Not shown"),
-        row(item_id="B00X", truth=None, rating=None, low=None, high=None, tier="global"),
+        row(item_id="B00X", truth=None, rating=None, low=None, high=None, tier="", version=""),
     ]
     text = html.predictions(rows, "interaction", [LADDER])
     words = str(Words(text))
     assert "Strings · review by u" in words  # the time first: of a long id the end is cut off
     assert "4.50 5 ★ User and item" in words
     assert "B00X" in words
-    assert "– – Nothing known" in words
+    assert "– – Asked too late" in words
     assert "Not shown" not in words
     assert 'class="dot" style="left:87.5%"' in text
     assert 'class="truth" style="left:100.0%"' in text

@@ -19,7 +19,7 @@ from model import bundle, registry
 from model.canary import is_chosen
 from model.events import EVENT, blank
 from model.features import INDEX
-from model.ids import hash_ids
+from model.ids import hash_ids, partitions_of
 from model.ladder import TIERS
 from model.predict import Predictions, Predictor
 from model.state import ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, USER, USER_ATTRIBUTES
@@ -462,6 +462,25 @@ def test_letters_and_disorder_are_counted_after_the_commit(make: Make) -> None:
     more = [record("behavior", 7, "ann", event_time=at["on time"])]
     finish(scorer, scorer.process(log("behavior", 0, more, 10)))
     assert count(scorer, "disorder", kind="out_of_order") == 3
+
+
+def test_events_elsewhere_than_their_users_partition_are_counted_and_told_once(make: Make) -> None:
+    scorer = make()
+    (home,) = partitions_of(hash_ids(["ann"]), PARTITIONS).tolist()
+    away = (home + 1) % PARTITIONS
+    batches = [
+        log("reviews", home, [record("reviews", 0)]),
+        log("reviews", away, [record("reviews", 1), record("reviews", 2)]),
+        log("behavior", away, [record("behavior", 0)]),
+        log("text-features", away, [record("text-features", 0)]),  # ours, of an event that counted
+    ]
+    with capture_logs() as logs:
+        for batch in batches:
+            finish(scorer, scorer.process(batch))
+    assert count(scorer, "misplaced") == 3
+    (told_of,) = [each for each in logs if "help" in each]
+    assert (told_of["topic"], told_of["partition"], told_of["offset"]) == ("reviews", away, 0)
+    assert told_of["expected"] == home
 
 
 @given(
