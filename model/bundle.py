@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -117,8 +116,8 @@ def write(
     now = datetime.now(UTC)
     if target.local:
         target.local.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.local) as temporary:
-        folder = Path(temporary) / "bundle"
+    with storage.beside(target.local) as temporary:
+        folder = temporary / "bundle"
         folder.mkdir()
         encoder_hash = _copy_encoder(encoder, folder / ENCODER) if encoder else None
         if star_head is not None:
@@ -174,9 +173,9 @@ def load(
     folder = cache / version
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=cache) as temporary:
-            source.download(version, Path(temporary) / "bundle")
-            bundle = open_folder(Path(temporary) / "bundle", sha256)  # before others see it
+        with storage.beside(cache) as temporary:
+            source.download(version, temporary / "bundle")
+            bundle = open_folder(temporary / "bundle", sha256)  # before others see it
             if not folder.exists():
                 bundle.folder.rename(folder)
         _make_room(cache)
@@ -197,8 +196,8 @@ def _make_room(cache: Path) -> None:
     kept = [path for path in cache.iterdir() if _VERSION.fullmatch(path.name)]
     with suppress(OSError):  # another process was faster
         for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-_CACHED]:
-            with tempfile.TemporaryDirectory(prefix=".leaving-", dir=cache) as temporary:
-                old.rename(Path(temporary) / old.name)  # so that nobody sees half of it
+            with storage.beside(cache) as temporary:
+                old.rename(temporary / old.name)  # so that nobody sees half of it
 
 
 def encoder_of(models_url: str, version: str) -> str | None:

@@ -7,6 +7,7 @@ users of a smaller one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ class Canary:
 
     predictor: Predictor
     share: float  # of users whom it answers, 0 to 1; 0: a shadow, which answers nobody
+    since: datetime | None = None  # when its trial began
 
 
 @dataclass(frozen=True)

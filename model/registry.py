@@ -63,6 +63,18 @@ class Registry(BaseModel):
         return self.stable.version if self.stable else ""
 
     @property
+    def tried_since(self) -> datetime | None:
+        """When the trial of the canary began; another share goes on with it."""
+        began: datetime | None = None
+        for past in reversed(self.history if self.canary else []):
+            its = self.canary is not None and past.version == self.canary.version
+            if past.what == "canary" and its:
+                began = past.at
+            elif its or past.what in ("canary", "clear"):
+                break
+        return began
+
+    @property
     def rolled_back(self) -> bool:
         """Whether what is stable became so by a rollback."""
         ways = (each.what for each in reversed(self.history))

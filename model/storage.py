@@ -4,15 +4,22 @@ import contextlib
 import fcntl
 import importlib
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem  # pyright: ignore[reportMissingTypeStubs]
+
 from model.exceptions import BundleError
 from schemas.exceptions import UnreachableError
 from schemas.urls import hide_password
+
+_WRITING = ".writing-"
+_LEFT_SECONDS = 86_400.0  # nothing takes so long to write
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,8 @@ class Storage:
 
     @property
     def local(self) -> Path | None:
-        """The folder, when it is on this machine."""
-        return Path(self.root) if "file" in self.filesystem.protocol else None
+        """The folder, when it is on this machine; what a URL as filecache::s3://… copies is not."""
+        return Path(self.root) if isinstance(self.filesystem, LocalFileSystem) else None
 
     def read(self, name: str) -> bytes | None:
         """A file's content; None when there is no such file."""
@@ -43,8 +50,8 @@ class Storage:
                 self.filesystem.pipe_file(f"{self.root}/{name}", content)  # one put
                 return
             self.local.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.local, prefix=".writing-") as temporary:
-                path = Path(temporary) / name
+            with beside(self.local) as temporary:
+                path = temporary / name
                 with path.open("wb") as file:
                     file.write(content)
                     file.flush()
@@ -122,6 +129,20 @@ class Storage:
                 f"the models folder does not answer at {place}: {error}; "
                 "check models.url and the right to read and write there"
             ) from error
+
+
+@contextlib.contextmanager
+def beside(folder: Path | None) -> Generator[Path]:
+    """A folder in another for what is moved into place when it is whole; gone in the end.
+
+    None: among temporary files. Deletes those that writers who were killed left a day ago.
+    """
+    for left in folder.glob(f"{_WRITING}*") if folder else ():
+        with contextlib.suppress(OSError):  # its writer was faster
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_WRITING) as temporary:
+        yield Path(temporary)
 
 
 def settle(folder: Path) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
@@ -34,6 +35,7 @@ from schemas.topics import BY_NAME, TOPICS, Topic
 JOURNAL_CHUNK = 256  # journal values in memory at once, half a megabyte each at most
 
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}")  # of errors
+_ODD = re.compile(r"[\[\]^|\\]|%[0-9A-Fa-f]{2}")  # in a path: delta-rs 1.6 panics, or unescapes it
 _TIME = pa.timestamp("us", "UTC")  # Delta Lake knows no milliseconds
 # Milliseconds to the end of 9999: readers of Delta Lake take none later, and a producer that counts
 # in nanoseconds is far later.
@@ -112,8 +114,16 @@ def table_url(url: str, topic: str) -> str:
 
 
 def open_table(url: str, topic: str, options: Mapping[str, str] | None = None) -> DeltaTable | None:
-    """The newest version of a topic's table; none when nothing of it is archived yet."""
+    """The newest version of a topic's table; none when nothing of it is archived yet.
+
+    Raises UnreachableError where it cannot be read, or no table can be at this path.
+    """
     where = table_url(url, topic)
+    if "://" not in where and (odd := _ODD.search(str(Path(where).resolve()))):
+        raise UnreachableError(
+            f"the archive at {where} cannot be used: delta-rs takes no folder with {odd[0]} in its "
+            "path; set STARCAST_ARCHIVE__URL to another"
+        )
     with reached(where):
         storage = dict(options or {})
         if not DeltaTable.is_deltatable(where, storage_options=storage):

@@ -283,6 +283,7 @@ class ScoreDigest(Record):
     window_end: Time
     model_version: str
     role: Role = "stable"  # a shadow's predictions were published nowhere
+    tried_since: Time | None = None  # of a version on trial
     kinds: dict[str, Count]
     tiers: dict[str, Count]
     actions: dict[str, Count]

@@ -1,7 +1,9 @@
 """The one table of topics. Commands, AsyncAPI, the archive and the docs are made from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from math import inf
 from typing import Literal
 
 from schemas import records
@@ -54,6 +56,23 @@ class Topic:
             "max.message.bytes": str(self.largest_message),
             "compression.type": self.compression,
         }
+
+    def differences(self, found: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Setting → (as found, as wanted) of what a topic has otherwise.
+
+        A longer retention is none: to take it back would delete what somebody wants to keep.
+        """
+        return {
+            name: (found[name], wanted)
+            for name, wanted in self.config().items()
+            if found.get(name, wanted) != wanted
+            and not (name == "retention.ms" and _retained(found[name]) > _retained(wanted))
+        }
+
+
+def _retained(milliseconds: str) -> float:
+    """What `retention.ms` says, in milliseconds."""
+    return inf if int(milliseconds) < 0 else int(milliseconds)
 
 
 TOPICS: tuple[Topic, ...] = (

@@ -13,6 +13,7 @@ from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from model import storage
+from schemas.archive import open_table
 from schemas.exceptions import StarcastError
 from schemas.urls import hide_password
 from starcast.settings import Settings
@@ -136,6 +137,7 @@ def _archive(config: ArchiveConfig) -> Iterator[Finding]:
     advice = "Check STARCAST_ARCHIVE__URL, its rights, and STARCAST_ARCHIVE__OPTIONS__…"
     try:
         if _is_local(url):
+            open_table(url, "items")  # which refuses what no table can be in
             yield _local_folder("archive", Path(url.removeprefix("file://")))
             return
         storage = DeltaStorageHandler(url, config.storage_options)

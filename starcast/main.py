@@ -39,6 +39,7 @@ app.add_typer(running.topics_app, name="topics", rich_help_panel=RUNNING)
 app.command(rich_help_panel=RECORDS)(records.produce)
 app.command(rich_help_panel=RECORDS)(records.consume)
 app.command(rich_help_panel=RECORDS)(records.sample)
+app.command(rich_help_panel=RECORDS)(records.export)
 app.add_typer(records.import_app, name="import", rich_help_panel=RECORDS)
 
 app.command(rich_help_panel=MODELS)(training.train)

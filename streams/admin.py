@@ -109,12 +109,6 @@ def show_topics(kafka: KafkaConfig) -> list[TopicReport]:
             reports.append(TopicReport(name, topic, wanted))
             continue
         partitions = found[name].partitions
-        config = configs[name]
-        differences = {
-            key: (config[key], value)
-            for key, value in topic.config().items()
-            if key in config and config[key] != value
-        }
         reports.append(
             TopicReport(
                 name,
@@ -123,7 +117,7 @@ def show_topics(kafka: KafkaConfig) -> list[TopicReport]:
                 len(partitions),
                 min(len(partition.replicas) for partition in partitions.values()),
                 counts.get(name),
-                differences,
+                topic.differences(configs[name]),
             )
         )
     return reports
@@ -189,8 +183,8 @@ def _refuse_other_counts(counts: Mapping[str, tuple[int, int]]) -> None:
     if wrong:
         raise TopicError(
             f"Topics of other partition counts than settings say: {', '.join(wrong)}. Counts are "
-            "fixed at birth: set STARCAST_KAFKA__PARTITIONS to what exists, or take another "
-            "STARCAST_KAFKA__TOPIC_PREFIX and rebuild."
+            "fixed at birth: set STARCAST_KAFKA__PARTITIONS to what exists; docs/operate.md, Begin "
+            "anew, says how a shop gets more."
         )
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 
 import stamina
@@ -111,6 +112,13 @@ def claimed(url: str, topic: str, options: Mapping[str, str]) -> Generator[Delta
         yield table
     finally:
         _release(where, options)
+
+
+def claimed_until(url: str, topic: str, options: Mapping[str, str]) -> datetime:
+    """When the claim on a table runs out, if it is not taken back before; in 1970 without one."""
+    table = archive.open_table(url, topic, options)
+    until = 0 if table is None else table.transaction_version(_CLAIM) or 0
+    return datetime.fromtimestamp(until, UTC)
 
 
 def prolong(table: DeltaTable) -> None:

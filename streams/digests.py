@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from model.ladder import TIERS
 from model.ladder import VERSION as LADDER
 from schemas.codec import encode
-from schemas.records import ErrorSums, Kind, Role, ScoreDigest
+from schemas.records import ErrorSums, Kind, Role, ScoreDigest, format_time
 from streams.processor import Output
 from streams.windows import encode_latency
 
 NO_TIER = 255  # of predictions from a review's text, which stand on no ladder
 TOP_ITEMS = 20  # items named in a digest
 QUIET_SECONDS = 10.0  # with nothing scored and no lag, a worker is heard of this often
+_Trial = tuple[str, Role, datetime | None]  # version, role, since when it is tried
 LATENCIES = 100_000  # kept of one window; more say nothing new of its quantiles
 
 
@@ -35,22 +36,24 @@ class Scored:
     actions: Counter[str]
     latencies_ms: NDArray[np.float32]
     role: Role = "stable"  # of the version
+    tried_since: datetime | None = None  # of one on trial
 
 
 class Digests:
-    """Collects what was scored and gives one digest a window, model version and role of it."""
+    """Collects what was scored and gives one digest a window, model version and trial of it."""
 
     def __init__(self, worker: str, kind: Kind, seconds: float) -> None:
         self._worker = worker
         self._kind = kind
         self._seconds = seconds
         self._since = time.monotonic()
-        self._scored: dict[tuple[str, Role], list[Scored]] = {}
+        self._scored: dict[_Trial, list[Scored]] = {}
         self._version = LADDER
 
     def add(self, scored: Scored) -> None:
         """Count predictions in; call it only after their commit."""
-        self._scored.setdefault((scored.version, scored.role), []).append(scored)
+        trial = scored.version, scored.role, scored.tried_since
+        self._scored.setdefault(trial, []).append(scored)
         if scored.role == "stable":
             self._version = scored.version
 
@@ -62,27 +65,27 @@ class Digests:
             return []
         end = datetime.now(UTC)
         start = end - timedelta(seconds=age)  # whatever a clock that was put right says
-        versions = self._scored or {(self._version, "stable"): []}
+        versions = self._scored or {(self._version, "stable", None): []}
         outputs = [
             Output(
                 "score-digests",
                 self._worker.encode(),
-                encode(self._digest(version, role, parts, start, end, lag)),
+                encode(self._digest(trial, parts, start, end, lag)),
             )
-            for (version, role), parts in versions.items()
+            for trial, parts in versions.items()
         ]
         self._scored, self._since = {}, self._since + age
         return outputs
 
     def _digest(
         self,
-        version: str,
-        role: Role,
+        trial: _Trial,
         parts: list[Scored],
         start: datetime,
         end: datetime,
         lag: int,
     ) -> ScoreDigest:
+        version, role, tried_since = trial
         empty = np.zeros(0, np.float32)
         ratings = np.concatenate([empty, *(part.ratings for part in parts)])
         truths = np.concatenate([empty, *(part.truths for part in parts)])
@@ -92,14 +95,17 @@ class Digests:
         items = Counter(chain.from_iterable(part.items for part in parts))
         actions = sum((part.actions for part in parts), Counter[str]())
         present = np.unique(tiers[tiers != NO_TIER])
+        tried = [] if role == "stable" else [role]
+        tried += [] if tried_since is None else [format_time(tried_since)]
         name = (self._worker, self._kind, str(int(end.timestamp() * 1000)), version)
         return ScoreDigest(
             worker=self._worker,
-            digest_id="-".join([*name, *([] if role == "stable" else [role])]),
+            digest_id="-".join([*name, *tried]),
             window_start=start,
             window_end=end,
             model_version=version,
             role=role,
+            tried_since=tried_since,
             kinds={self._kind: len(ratings)},
             tiers={TIERS[tier]: int((tiers == tier).sum()) for tier in present},
             actions=dict(actions),

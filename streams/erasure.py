@@ -37,7 +37,7 @@ from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS, Journal, Piece, decode, encode_piece
 from schemas.topics import TOPICS as ALL_TOPICS
-from streams.compaction import WRITER, claimed, prolong, until_committed
+from streams.compaction import WRITER, claimed, claimed_until, prolong, until_committed
 
 OF_USERS = tuple(topic.name for topic in ALL_TOPICS if topic.key == "user_id")
 """Topics whose records each are of one user."""
@@ -226,8 +226,10 @@ def _claimed(url: str, options: Mapping[str, str], topic: str) -> Generator[Delt
                         "Run the command again."
                     ) from error
         if time.monotonic() > until:
+            until = claimed_until(url, topic, options)
             raise ErasureError(
-                f"The table at {where} is being compacted. Run the command again in a while."
+                f"The table at {where} is being compacted, or was when a worker was killed: until "
+                f"{until:%Y-%m-%d %H:%M:%S} UTC at the latest. Run the command again then."
             )
         time.sleep(CLAIM_PAUSE_SECONDS)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class Models:
                 earlier = [] if named.rolled_back else registry.earlier(named)
                 self._follow_stable(named.stable, earlier)
             finally:  # a trial ends, whatever keeps the new stable version from being read
-                self._follow_canary(named.canary)
+                self._follow_canary(named.canary, named.tried_since)
         except (StarcastError, OSError) as error:
             self._log.warning("registry not read", reason=str(error))
 
@@ -236,7 +237,7 @@ class Models:
             self._log.warning("vectors not looked for", reason=str(error))
             return 0.0
 
-    def _follow_canary(self, named: registry.Canary | None) -> None:
+    def _follow_canary(self, named: registry.Canary | None, since: datetime | None) -> None:
         stable, running = self._serving, self._serving.canary
         if named is None or named.version == stable.predictor.version:
             self._try(None)
@@ -245,11 +246,11 @@ class Models:
             and running.predictor.version == named.version
             and _pair(named.version, stable) not in self._refused
         ):
-            self._try(replace(running, share=named.share))
+            self._try(replace(running, share=named.share, since=since))
         else:
             self._try(None)  # the one before has ended; stable answers until this one is warm
             found = self._fitting(named)
-            self._try(None if found is None else Canary(found, named.share))
+            self._try(None if found is None else Canary(found, named.share, since))
 
     def _try(self, canary: Canary | None) -> None:
         if canary != self._serving.canary:

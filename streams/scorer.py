@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -206,14 +207,15 @@ class Scorer:
             took = time.monotonic() - began
 
         def finish(_: dict[Position, int]) -> None:
-            self._count_scored(arrivals, scored, truths, answers, predicted_at)
+            since = serving.canary.since if serving.canary else None
+            self._count_scored(arrivals, scored, truths, answers, since, predicted_at)
             self._pace.took(len(messages), took)
             if serving.shadow is not None and len(scored):
                 # After the commit: nobody waits for it, and no event is counted twice.
                 with self._phase("shadow"):
                     said = self._models.predict_beside(serving, events, observation, lookups)
                 if said is not None:
-                    self._count_shadow(said, truths)
+                    self._count_shadow(said, truths, since)
 
         return Outcome(
             batches=[ratings, updates],
@@ -339,12 +341,14 @@ class Scorer:
         scored: NDArray[np.intp],
         truths: NDArray[np.float32],
         answers: Sequence[Part],
+        tried_since: datetime | None,
         predicted_at: int,
     ) -> None:
         for part in answers:
             mine = scored[part.rows]
             if len(mine):
-                self._count_part(arrivals, mine, truths[part.rows], part, predicted_at)
+                since = None if part.role == "stable" else tried_since
+                self._count_part(arrivals, mine, truths[part.rows], part, since, predicted_at)
 
     def _count_part(
         self,
@@ -352,6 +356,7 @@ class Scorer:
         scored: NDArray[np.intp],
         truths: NDArray[np.float32],
         part: Part,
+        tried_since: datetime | None,
         predicted_at: int,
     ) -> None:
         events, predictions = arrivals.events.take(scored), part.predictions
@@ -377,10 +382,13 @@ class Scorer:
                 actions=actions,
                 latencies_ms=(predicted_at - arrivals.timestamps[scored]).astype(np.float32),
                 role=part.role,
+                tried_since=tried_since,
             )
         )
 
-    def _count_shadow(self, said: Predictions, truths: NDArray[np.float32]) -> None:
+    def _count_shadow(
+        self, said: Predictions, truths: NDArray[np.float32], tried_since: datetime | None
+    ) -> None:
         """Its errors alone: whatever else there is to count, the version that answered counts."""
         self._digests.add(
             Scored(
@@ -392,6 +400,7 @@ class Scorer:
                 actions=Counter(),
                 latencies_ms=np.zeros(0, np.float32),
                 role="shadow",
+                tried_since=tried_since,
             )
         )
 

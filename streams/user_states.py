@@ -343,7 +343,8 @@ def _check_layout(journal: Journal, partition: int) -> None:
         raise JournalGapError(
             f"Journal partition {partition} was written under layout {journal.layout_hash} and "
             f"features {journal.feature_hash}; this version has {LAYOUT_HASH} and {FEATURE_HASH}. "
-            "Start the version that wrote it, or begin a new topic prefix with `starcast backfill`."
+            "Start the version that wrote it, or begin anew beside it: `starcast export`, other "
+            "names of topics, keys and archive, `starcast backfill` (docs/operate.md, Begin anew)."
         )
 
 
@@ -354,7 +355,7 @@ def _compare(topic: str, partition: int, applied: int, committed: int) -> None:
         raise StoreAheadError(
             f"States of partition {partition} have applied {topic} up to offset {applied}, but the "
             f"group's committed offset is {max(committed, 0)}: the offsets or topics were reset. "
-            "Put the offsets back, or empty the store's keys and start with a new topic prefix."
+            "Put the offsets back, or begin anew (docs/operate.md, Begin anew)."
         )
     raise JournalGapError(
         f"The group's committed offset of {topic} partition {partition} is {committed}, but the "

@@ -118,6 +118,7 @@ class Trial(BaseModel):
     """
 
     version: str
+    since_ms: int = 0  # when the registry began it; 0: not told
     start_ms: int
     end_ms: int  # of the last step in which it predicted
     canary: Scored = Scored()
@@ -182,7 +183,9 @@ class KindStep:
 
     models: dict[str, Scored] = field(default_factory=dict[str, Scored])
     stable: Scored = field(default_factory=Scored)
-    trials: dict[str, Scored] = field(default_factory=dict[str, Scored])  # canaries and shadows
+    trials: dict[tuple[int, str], Scored] = field(  # by begin and version of canary or shadow
+        default_factory=dict[tuple[int, str], Scored]
+    )
     actions: Counter[str] = field(default_factory=Counter[str])
     items: Any = field(default_factory=lambda: _frequent())
     latency: Any = field(default_factory=lambda: _SKETCHES.kll_floats_sketch(KLL_K))
@@ -449,7 +452,8 @@ def _add_to_kind(step: KindStep, digest: ScoreDigest, latency: Any, end: int) ->
         if digest.role == "stable":
             step.stable += scored
         else:
-            step.trials[version] = step.trials.get(version, Scored()) + scored
+            trial = 0 if digest.tried_since is None else _milliseconds(digest.tried_since), version
+            step.trials[trial] = step.trials.get(trial, Scored()) + scored
         if digest.role != "shadow":
             step.models[version] = step.models.get(version, Scored()) + scored
     if digest.role == "shadow":
@@ -551,10 +555,12 @@ def _trial_rules(trial: Trial, insights: InsightsConfig) -> list[tuple[str, floa
 
 
 def _continued(trial: Trial | None, step: KindStep, end: int, step_ms: int) -> Trial | None:
-    """A trial with one more step; one of another version takes its place."""
-    for version, scored in step.trials.items():
-        if trial is None or trial.version != version:
-            trial = Trial(version=version, start_ms=end - step_ms, end_ms=end)
+    """A trial with one more step; a later one, perhaps of the same version, takes its place."""
+    for (since, version), scored in step.trials.items():
+        if trial is None or (trial.since_ms, trial.version) != (since, version):
+            if trial is not None and since < trial.since_ms:
+                continue  # of a worker that has not heard of the later one
+            trial = Trial(version=version, since_ms=since, start_ms=end - step_ms, end_ms=end)
         trial = trial.model_copy(
             update={
                 "end_ms": end,

@@ -24,6 +24,7 @@ def digest(
     latencies_ms: Sequence[float] = (),
     name: str = "",
     role: Role = "stable",
+    tried_since: datetime | None = None,
 ) -> ScoreDigest:
     """The digest of predictions given as pairs of predicted and true rating (None: not told)."""
     ratings = np.array([predicted for predicted, _ in pairs], np.float32)
@@ -34,11 +35,13 @@ def digest(
     errors: dict[str, ErrorSums] = {tier: sums} if tier and pairs else {}
     return ScoreDigest(
         worker=worker,
-        digest_id=name or f"{worker}-{kind}-{round(end.timestamp() * 1_000)}-{version}-{role}",
+        digest_id=name
+        or f"{worker}-{kind}-{round(end.timestamp() * 1_000)}-{version}-{role}-{tried_since}",
         window_start=end - timedelta(seconds=seconds),
         window_end=end,
         model_version=version,
         role=role,
+        tried_since=tried_since,
         kinds={kind: len(pairs)},
         tiers=tiers,
         actions={"review": sums.count} if sums.count else {},

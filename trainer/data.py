@@ -244,8 +244,9 @@ def from_archive(
 
     Partitions are merged by event time (a late event as of its arrival), each in its journal's
     order. Items and users count as known from the start, as they are known now. What a user did
-    before they were erased is left out, and so is, with a warning, a transaction of which the
-    archive lacks a part: an archiver was down for longer than Kafka kept it.
+    before they were erased is left out. So is, with a warning, what was journalled under another
+    layout of states, and a transaction of which the archive lacks a part: an archiver was down for
+    longer than Kafka kept it.
 
     `on_progress` is called with partitions of the journal read and partitions in all.
 
@@ -254,16 +255,23 @@ def from_archive(
     """
     torn: list[TornError] = []
     parts: list[_Applied] = []
+    others = 0  # events under another layout of states
     partitions = sorted(archive.positions(url, "journal", options))
     for done, number in enumerate(partitions):
         on_progress(done, len(partitions))
-        parts += [
-            _applied(number, transaction.journal)
-            for transaction in archive.journal(url, number, options, on_torn=torn.append)
-            # What another layout wrote is journalled again by the rebuild under this one.
-            if transaction.journal.layout_hash == LAYOUT_HASH and len(transaction.journal)
-        ]
+        for transaction in archive.journal(url, number, options, on_torn=torn.append):
+            journal = transaction.journal
+            if journal.layout_hash != LAYOUT_HASH:
+                others += len(journal)
+            elif len(journal):
+                parts.append(_applied(number, journal))
     on_progress(len(partitions), len(partitions))
+    if others:
+        logger.warning(
+            "%s events of the archive are left out: their journal is of another release's states. "
+            "`starcast export` writes a record file of all events, for `starcast train FILE`",
+            f"{others:,}",
+        )
     if torn:
         logger.warning(
             "%d transactions or parts of them are missing in the archive and are left out (its "

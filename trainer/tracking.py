@@ -9,6 +9,8 @@ or a server that went away, gets no more figures: hours of a fit are worth more.
 
 import importlib
 import logging
+import re
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from trainer.config import TrackingConfig
 from trainer.exceptions import TrainerError
 
 logger = logging.getLogger(__name__)
+
+_RUN = re.compile(r"\d{8}T\d{6}")  # when a training began
 
 Note = Callable[[str, float, int], None]
 """Called with a figure's name, its value, and the step or epoch."""
@@ -52,6 +56,13 @@ def tracking(config: TrackingConfig, run: str, settings: Mapping[str, Any]) -> G
                 each(name, value, step)
 
         yield note
+
+
+def prune(config: TrackingConfig, keep: int) -> None:
+    """Delete TensorBoard's folders of all trainings but the newest `keep`."""
+    runs = (folder for folder in Path(config.folder).glob("*") if _RUN.fullmatch(folder.name))
+    for old in sorted(runs)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)  # another process was faster
 
 
 @contextmanager

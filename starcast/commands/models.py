@@ -12,7 +12,7 @@ from rich.table import Table
 
 from schemas.exceptions import StarcastError
 from schemas.records import ModelUpdate, Stage
-from starcast.commands.context import AsJson, fail, notes, output, print_json, settings_of
+from starcast.commands.context import AsJson, fail, notes, output, plain, print_json, settings_of
 from starcast.settings import Settings
 from streams.config import KafkaConfig, RedisConfig
 from streams.producer import outgoing, play
@@ -43,7 +43,7 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
         return
     table = Table("version", "stage", "since", "by", "reason", box=None)
     for version in reversed(versions):
-        table.add_row(version, *_place(now, version))
+        table.add_row(version, *map(plain, _place(now, version)))
     output.print(table, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""Commands that move records: `import`, `sample`, `produce`, `consume`."""
+"""Commands that move records: `import`, `export`, `sample`, `produce`, `consume`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -12,6 +12,7 @@ from rich.text import Text
 from schemas.codec import decode, encode
 from schemas.exceptions import ContractError
 from schemas.files import FileValue, read_values, write_records
+from schemas.history import history
 from schemas.records import PredictedRating, Record
 from schemas.topics import BY_NAME
 from starcast import importers, shop
@@ -87,6 +88,32 @@ def sample(
     counts = write_records(out, shop.shop(seed, users, items, events, end))
     print_counts(counts)
     notes.print(f"Wrote {out} (generated, nothing in it is real)", markup=False)
+
+
+def export(
+    context: typer.Context,
+    out: Out,
+    since: Annotated[
+        datetime | None,
+        typer.Option(parser=parse_time, metavar="TIME", help="What Kafka took then or later."),
+    ] = None,
+    before: Annotated[
+        datetime | None,
+        typer.Option(parser=parse_time, metavar="TIME", help="What Kafka took before then."),
+    ] = None,
+) -> None:
+    """Write what the archive has of items, users, reviews and behavior as a record file.
+
+    `backfill` brings it into topics of other names or partition counts, or under another release.
+    """
+    check_output(out)
+    archive = settings_of(context).archive
+    with progress_bar() as progress:
+        task = progress.add_task("Writing", total=None)
+        records = history(archive.url, archive.storage_options, since=since, before=before)
+        counts = write_records(out, progress.track(records, task_id=task))
+    print_counts(counts)
+    notes.print(f"Wrote {out}", markup=False)
 
 
 def produce(

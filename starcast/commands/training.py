@@ -181,6 +181,7 @@ def retrain(
 
 def _retrain_once(settings: Settings, on_drift: bool, keep: int | None) -> None:
     from model import bundle, registry
+    from trainer import tracking
     from trainer.assess import summary
     from trainer.retrain import retrain_once
 
@@ -207,6 +208,7 @@ def _retrain_once(settings: Settings, on_drift: bool, keep: int | None) -> None:
     output.print(f"{done.result.version} {said}: {done.reason}", markup=False, soft_wrap=True)
     if keep is not None:
         bundle.prune(settings.models.url, keep)
+        tracking.prune(settings.trainer.tracking, keep)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, tzinfo
@@ -327,6 +328,30 @@ def test_a_cache_keeps_the_versions_that_were_loaded_last(
         assert bundles.load(url, version, cache=tmp_path).version == version
     assert {path.name for path in tmp_path.iterdir()} == {first, third}
     assert bundles.load(url, second, cache=tmp_path).version == second
+
+
+def test_what_killed_writers_left_is_deleted_a_day_later(tmp_path: Path) -> None:
+    url = str(tmp_path / "models")
+    write(url)
+    old, new = (tmp_path / "models" / f".writing-{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        (folder / "bundle").mkdir(parents=True)
+        (folder / "bundle" / "network.json").write_text("{}")
+    yesterday = time.time() - 90_000
+    os.utime(old, (yesterday, yesterday))
+    written = write(url, 1)
+    assert not old.exists()
+    assert new.exists()  # it may be under way
+    old.mkdir()
+    os.utime(old, (yesterday, yesterday))
+    registry.promote(url, written.version, written.sha256, "a test", "better")
+    assert not old.exists()
+
+
+def test_a_folder_that_copies_an_object_store_is_not_local(tmp_path: Path) -> None:
+    store = storage.locate(f"filecache::memory://{uuid4()}/models")
+    assert store.local is None
+    assert storage.locate(f"{tmp_path}").local == tmp_path
 
 
 @pytest.mark.parametrize("name", ["../../evil", "encoder/../../../evil", "/{tmp_path}/evil"])

@@ -1,6 +1,7 @@
 """The registry of bundles."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
@@ -119,6 +120,32 @@ def test_canary(url: str) -> None:
         registry.clear_canary(url, "test", "again")
     with pytest.raises(ValidationError):
         registry.set_canary(url, "d", "sum of d", 1.5, "test", "more than all")
+
+
+def test_a_trial_begins_when_it_is_set_and_goes_on_with_another_share(url: str) -> None:
+    promote(url, "a")
+
+    def set_canary(version: str, share: float) -> tuple[datetime, datetime | None]:
+        now = registry.set_canary(url, version, f"sum of {version}", share, "test", "try")
+        return now.history[-1].at, now.tried_since
+
+    assert registry.read(url).tried_since is None
+    began, since = set_canary("b", 0)
+    assert since == began
+    promote(url, "c")  # by `retrain`, meanwhile
+    registry.rollback(url, "test", "c is worse")
+    assert set_canary("b", 0.1)[1] == began
+    registry.clear_canary(url, "test", "enough")
+    assert registry.read(url).tried_since is None
+    again, since = set_canary("b", 0.1)
+    assert since == again > began
+    promote(url, "b")
+    registry.rollback(url, "test", "b is worse")
+    third, since = set_canary("b", 0.1)
+    assert since == third
+    set_canary("d", 0.1)
+    fourth, since = set_canary("b", 0.1)
+    assert since == fourth
 
 
 def test_a_canary_may_be_tried_before_anything_is_stable(url: str) -> None:

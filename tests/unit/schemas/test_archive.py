@@ -45,6 +45,13 @@ def test_rows_are_kept_raw_beside_their_columns(tmp_path: Path) -> None:
     assert found["event_time"][0] == datetime(2026, 11, 24, 10, 15, 0, 123_000, tzinfo=UTC)
 
 
+@pytest.mark.parametrize("name", ["shop [old]", "a%20b", "a|b", "a^b", "a\\b"])
+def test_a_path_that_delta_takes_for_another_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match="its path; set STARCAST_ARCHIVE__URL"):
+        archive.open_table(str(tmp_path / name), "reviews")
+    assert archive.open_table(str(tmp_path / "100% (new)"), "reviews") is None
+
+
 @pytest.mark.parametrize("topic", [topic.name for topic in TOPICS if topic.record])
 def test_a_path_may_have_spaces(tmp_path: Path, topic: str) -> None:
     plain, odd = tmp_path / "plain", tmp_path / "my shop's ümläut+1"

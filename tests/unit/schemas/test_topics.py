@@ -20,6 +20,34 @@ def test_configuration_is_as_kafka_names_it() -> None:
     assert BY_NAME["score-requests"].config()["retention.ms"] == "86400000"
 
 
+DAY = 86_400_000
+
+
+@pytest.mark.parametrize(
+    ("name", "retention", "differs"),
+    [
+        ("journal", 7 * DAY, False),
+        ("journal", 6 * DAY, True),
+        ("journal", 30 * DAY, False),  # an operator's, whose archiver is down
+        ("journal", -1, False),
+        ("items", -1, False),
+        ("items", 30 * DAY, True),
+    ],
+)
+def test_a_longer_retention_is_left_alone(name: str, retention: int, differs: bool) -> None:
+    topic = BY_NAME[name]
+    found = {**topic.config(), "retention.ms": str(retention), "min.insync.replicas": "2"}
+    wanted = topic.config()["retention.ms"]
+    expected = {"retention.ms": (str(retention), wanted)} if differs else {}
+    assert topic.differences(found) == expected
+
+
+def test_what_a_broker_does_not_tell_is_no_difference() -> None:
+    found = {"max.message.bytes": "9000000", "compression.type": "snappy"}
+    wanted = ("9000000", str(USUAL_MESSAGE))
+    assert BY_NAME["reviews"].differences(found) == {"max.message.bytes": wanted}
+
+
 @pytest.mark.parametrize("name", ["reviews", "behavior", "score-requests", "text-features"])
 def test_what_is_scored_is_dated_by_the_broker(name: str) -> None:
     """Deadlines, events from the future and the order among topics hang on one clock."""

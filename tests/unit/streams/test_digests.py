@@ -1,6 +1,6 @@
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 import numpy as np
@@ -123,18 +123,24 @@ def test_roles_of_a_version_are_told_apart(clock: Clock) -> None:
     made.add(scored([1.0], version="v1"))
     for role in ("canary", "shadow", "stable"):  # as one window meets it that ends two trials
         made.add(scored([2.0, 4.0], [2, 2], version="v2", role=role))
-    made.add(scored([3.0], version="v3", role="shadow"))
+    for minute in (1, 2):  # its trial was ended, and began again
+        since = datetime(2026, 1, 1, 0, minute, tzinfo=UTC)
+        made.add(scored([3.0], version="v3", role="shadow", tried_since=since))
     clock.now += 1
     found = read(made.due(0))
-    assert [(each.model_version, each.role) for each in found] == [
-        ("v1", "stable"),
-        ("v2", "canary"),
-        ("v2", "shadow"),
-        ("v2", "stable"),
-        ("v3", "shadow"),
+    assert [
+        (each.model_version, each.role, each.tried_since and each.tried_since.minute)
+        for each in found
+    ] == [
+        ("v1", "stable", None),
+        ("v2", "canary", None),
+        ("v2", "shadow", None),
+        ("v2", "stable", None),
+        ("v3", "shadow", 1),
+        ("v3", "shadow", 2),
     ]
-    assert len({each.digest_id for each in found}) == 5  # else insights would take them for one
-    assert [each.errors.squared for each in found] == [0, 4, 4, 4, 0]
+    assert len({each.digest_id for each in found}) == 6  # else insights would take them for one
+    assert [each.errors.squared for each in found] == [0, 4, 4, 4, 0, 0]
     clock.now += QUIET_SECONDS
     (digest,) = read(made.due(0))
     assert (digest.model_version, digest.role) == ("v2", "stable")

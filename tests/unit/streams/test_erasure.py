@@ -28,7 +28,7 @@ from schemas.codec import encode
 from schemas.records import DeadLetter, PredictedRating, Record, Review, Source
 from streams import compaction, erasure
 from streams.archiver import Archive
-from streams.compaction import claimed
+from streams.compaction import COMPACTION_SECONDS, claimed, claimed_until
 from streams.erasure import Erased, ErasureError, erase_journal, erase_rows, nobody, rows_elsewhere
 from tests.unit.streams.journals import USERS, Partition, events
 
@@ -310,7 +310,9 @@ def test_a_table_that_another_rewrites_is_waited_for(
     monkeypatch.setattr(erasure, "CLAIM_SECONDS", 0.1)
     with claimed(str(tmp_path), "reviews", {}) as table:
         assert table is not None
-        with pytest.raises(ErasureError, match="is being compacted"):
+        until = claimed_until(str(tmp_path), "reviews", {})
+        assert time.time() < until.timestamp() <= time.time() + COMPACTION_SECONDS
+        with pytest.raises(ErasureError, match=f"is being compacted.* until {until:%Y-%m-%d %H:}"):
             erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)])
     began = time.monotonic()
     assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1

@@ -160,6 +160,7 @@ def test_a_canary_comes_changes_its_share_and_goes(tmp_path: Path) -> None:
     assert before.canary is None  # whoever took it for a batch keeps it
     assert first.canary is not None
     assert (first.canary.predictor.version, first.canary.share) == (other, 0.1)
+    assert first.canary.since == registry.read(str(tmp_path)).tried_since
     assert (first.predictor, first.bundle, first.shadow) == (before.predictor, before.bundle, None)
     assert (in_service(models), on_trial(models)) == ({stable: 1}, {other: 0.1})
     models.refresh()

@@ -374,10 +374,20 @@ class TestTrials:
     stable = ((4.0, 3.0), (3.5, 3.0), (2.0, None))  # errors 1 and 0.5
     other = ((5.0, 3.0), (4.0, 3.0))  # 2 and 1
 
-    def digests(self, second: float, role: Role, version: str = "b") -> list[ScoreDigest]:
+    def digests(
+        self, second: float, role: Role, version: str = "b", since: float | None = None
+    ) -> list[ScoreDigest]:
         return [
             digest(at(second), self.stable, version="a", lag=3, items={"x": 3}),
-            digest(at(second), self.other, version=version, role=role, lag=3, latencies_ms=[9.0]),
+            digest(
+                at(second),
+                self.other,
+                version=version,
+                role=role,
+                tried_since=None if since is None else at(since),
+                lag=3,
+                latencies_ms=[9.0],
+            ),
         ]
 
     def test_a_shadow_is_in_no_sum_but_its_trial(self) -> None:
@@ -443,6 +453,25 @@ class TestTrials:
         assert windows[1] is not None
         assert windows[1].trial is not None
         assert (windows[1].trial.version, windows[1].trial.canary.sums.count) == ("c", 2)
+
+    def test_a_version_that_is_tried_again_begins_anew(self) -> None:
+        steps = steps_of(
+            [
+                *self.digests(5, "canary", since=1),
+                *self.digests(15, "shadow", since=1),  # another share, the same trial
+                *self.digests(25, "canary", since=20),
+                *self.digests(35, "canary", since=20),
+                *self.digests(36, "canary", since=1),  # of a worker that has not looked yet
+            ]
+        )
+        windows = [close(steps, ms(end), INSIGHTS) for end in (10, 20, 30, 40)]
+        trials = [window.trial for window in windows if window and window.trial]
+        assert [(each.start_ms, each.canary.sums.count) for each in trials] == [
+            (ms(0), 2),
+            (ms(0), 4),
+            (ms(20), 2),
+            (ms(20), 4),
+        ]
 
     def test_requests_are_no_trial(self) -> None:
         asked = digest(at(5), [(3.0, None)], kind="request", version="b", role="canary")

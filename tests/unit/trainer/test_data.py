@@ -235,6 +235,22 @@ def test_a_transaction_that_has_lost_a_part_is_left_out_and_told(
     assert "part of a transaction is missing" in caplog.text
 
 
+def test_what_another_layout_journalled_is_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_archive(str(tmp_path), shop())
+    archive = Archive(str(tmp_path))
+    there = archive.positions("journal", [0])[0] or 0
+    [*_, last], whole = from_journal(tmp_path), len(from_archive(str(tmp_path)))
+    assert not caplog.records
+    [value] = journal.encode(replace(last, layout_hash="of another release"))
+    archive.append("journal", [Row(0, there, 0, b"", value)])
+    archive.commit()
+    assert len(from_archive(str(tmp_path))) == whole
+    assert f"{len(last)} events of the archive are left out" in caplog.text
+    assert "starcast export" in caplog.text
+
+
 def test_what_users_did_before_they_were_erased_is_left_out() -> None:
     events = blank(EVENT, 8)
     events["user"] = [1, 2, 1, 1, 1, 0, 2, 3]  # 0: erased from the archive

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainer.config import TrackingConfig
 from trainer.exceptions import TrainerError
-from trainer.tracking import tracking
+from trainer.tracking import prune, tracking
 
 
 def test_tensorboard_reads_what_was_noted(tmp_path: Path) -> None:
@@ -21,6 +21,19 @@ def test_tensorboard_reads_what_was_noted(tmp_path: Path) -> None:
     events: Any = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     assert [(each.step, each.value) for each in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+
+
+def test_old_trainings_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    runs = [f"2026010{day}T000000" for day in range(1, 5)]
+    for name in (*runs, "wandb", "20260101"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events").write_text("figures")
+    config = TrackingConfig(folder=str(tmp_path))
+    prune(config, 2)
+    assert {each.name for each in tmp_path.iterdir()} == {*runs[2:], "wandb", "20260101"}
+    prune(config, 4)
+    assert len(list(tmp_path.iterdir())) == 4
+    prune(TrackingConfig(folder=str(tmp_path / "none")), 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""An archive's history, written anew."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deltalake import write_deltalake
+
+from schemas import archive, history
+from schemas.archive import Row
+from schemas.examples import EXAMPLES
+from schemas.exceptions import UnreachableError
+
+NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+
+def at(minutes: float) -> int:
+    """Minutes after noon in milliseconds, as Kafka tells a time."""
+    return round((NOON + timedelta(minutes=minutes)).timestamp() * 1_000)
+
+
+def row(topic: str, offset: int, minutes: float, partition: int = 0, **changes: Any) -> Row:
+    """A record that happened when Kafka took it, unless it says otherwise."""
+    time = (NOON + timedelta(minutes=minutes)).isoformat()
+    value = {**EXAMPLES[topic], "event_time": time, **changes}
+    key = value["item_id" if topic == "items" else "user_id"].encode()
+    # As a person writes it, on several lines.
+    return Row(partition, offset, at(minutes), key, json.dumps(value, indent=1).encode())
+
+
+def write(url: Path, topic: str, *rows: Row) -> None:
+    table = archive.table(topic, rows)
+    write_deltalake(archive.table_url(str(url), topic), table, mode="append")
+
+
+def told(url: Path, **bounds: datetime) -> list[tuple[str, str]]:
+    """Of each record the topic, and the id of its event, item or user."""
+    found = [(topic, json.loads(value)) for topic, value in history.history(str(url), **bounds)]
+    ids = {"items": "item_id", "users": "user_id"}
+    return [(topic, value[ids.get(topic, "event_id")]) for topic, value in found]
+
+
+def test_partitions_and_topics_are_merged_by_time_each_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "_HELD_ROWS", 1)
+    monkeypatch.setattr(history, "_LEAST_CHUNK", 2)
+    early = (NOON - timedelta(days=9)).isoformat()
+    future = (NOON + timedelta(days=9)).isoformat()
+    write(
+        tmp_path,
+        "reviews",
+        row("reviews", 4, 1, event_id="a"),
+        row("reviews", 5, 3, event_id="b", event_time=future),
+        row("reviews", 9, 5, event_id="c", event_time=early),  # late: it stands where it came
+        row("reviews", 0, 4, 1, event_id="d"),
+    )
+    write(tmp_path, "behavior", row("behavior", 0, 1, event_id="e"), row("behavior", 1, 6))
+    write(tmp_path, "items", row("items", 0, 1))
+    write(tmp_path, "users", row("users", 0, 2))
+    known = [("items", EXAMPLES["items"]["item_id"]), ("users", EXAMPLES["users"]["user_id"])]
+    last = ("behavior", EXAMPLES["behavior"]["event_id"])
+    events = [("reviews", each) for each in "abcd"]
+    expected = [known[0], events[0], ("behavior", "e"), known[1], *events[1:], last]
+    assert told(tmp_path) == expected
+    bounds = {"since": NOON + timedelta(minutes=2), "before": NOON + timedelta(minutes=4)}
+    assert told(tmp_path, **bounds) == [known[1], events[1]]
+    assert all(b"\n" not in value for _, value in history.history(str(tmp_path)))
+
+
+def test_what_is_bad_or_erased_is_left_out(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "reviews",
+        row("reviews", 0, 0, user_id="ann", event_id="before"),
+        row("reviews", 1, 0, user_id="ann", event_id="bad", rating=9),
+        Row(0, 2, at(0), b"ann", b"{"),
+        Row(0, 3, at(0), None, None),  # as `forget` leaves it
+        Row(0, 4, at(2), b"ann", None),
+        row("reviews", 5, 3, user_id="ann", event_id="after"),
+    )
+    write(
+        tmp_path,
+        "behavior",
+        row("behavior", 0, 1, user_id="ann", event_id="viewed"),
+        row("behavior", 1, 1, user_id="bob", event_id="other"),
+    )
+    write(
+        tmp_path,
+        "users",
+        row("users", 0, 0, user_id="ann"),
+        row("users", 1, 0, user_id="bob"),
+        Row(0, 2, at(1), b"bob", None),
+    )
+    assert told(tmp_path) == [("users", "ann"), ("behavior", "other"), ("reviews", "after")]
+
+
+def test_an_archive_that_is_empty_or_damaged(tmp_path: Path) -> None:
+    assert told(tmp_path) == []
+    write(tmp_path, "items", row("items", 0, 0))
+    for file in (tmp_path / "items").glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(UnreachableError, match="items cannot be used"):
+        told(tmp_path)
