@@ -64,6 +64,7 @@ from trainer.train import base_encoder, fit_network, fitted_until, refit_network
 logger = logging.getLogger(__name__)
 
 MODEL = "model"
+_LEAST_TIMES = 3  # so that train, validation and test are each of their own
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,13 @@ def _begin(log: Log, config: TrainerConfig, ties: Ties, allow_leaks: bool) -> _B
     found = cleaned(log, config)
     rows = found.reviews["row"].to_numpy()
     cut = by_instant if ties == "instant" else by_time
-    split = cut(log.events["time"][rows], config.split)
+    time = log.events["time"][rows]
+    split = cut(time, config.split)
+    if ties == "instant" and len(np.unique(time)) < _LEAST_TIMES:
+        logger.warning(
+            "all rows are of one time or two, and rows of one time are asked for without what the "
+            "others say: the order of the file is taken by --ties arrival"
+        )
     worded, copies = evaluate_texts.texts_of(found.reviews, split, config)
     alarms = leaks.known_later(log)
     _stop_at(alarms, allow_leaks)
