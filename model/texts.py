@@ -26,11 +26,16 @@ def plain(text: str | None) -> str:
     if "<" in text:
         text = _TAG.sub(" ", shown(text))
     if "&" in text:
-        text = html.unescape(_BEYOND.sub("\ufffd", text))
+        text = unescaped(text)
     if not text.isprintable():  # line ends, control and format characters, no-break spaces
         text = "".join(letter if letter.isprintable() else " " for letter in text)
     text = _SIGNS.sub(lambda found: _thinned(found[0]), text)
     return " ".join(unicodedata.normalize("NFC", text).replace("\ufffd", " ").split())
+
+
+def unescaped(text: str) -> str:
+    """A text with HTML's entities as their characters; U+FFFD for a number that none has."""
+    return html.unescape(_BEYOND.sub("\ufffd", text))
 
 
 def _thinned(signs: str) -> str:

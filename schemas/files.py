@@ -1,10 +1,11 @@
 """Record files: `{"topic": "reviews", "value": {...}}` a line, in event order.
 
-JSON lines, plain or gzipped, or Parquet with the columns `topic` and `value` (JSON text, or a
+JSON lines, plain or packed by gzip or Zstandard, or Parquet with the columns `topic` and `value` (JSON text, or a
 struct). Which of these a file is shows in its first bytes. Files are read as streams.
 """
 
 import gzip
+import io
 import zlib
 from codecs import BOM_UTF8
 from collections import Counter
@@ -181,6 +182,9 @@ def _lines(path: Path) -> Iterator[bytes | dict[str, Any]]:
             elif start[:2] == b"\x1f\x8b":
                 with gzip.open(file) as unzipped:
                     yield from unzipped
+            elif start == b"\x28\xb5\x2f\xfd":  # Zstandard
+                with pa.CompressedInputStream(pa.PythonFile(file), "zstd") as unpacked:
+                    yield from io.BufferedReader(unpacked)
             else:
                 yield from file
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:

@@ -4,22 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
-import torch
 from rich.console import Group, RenderableType
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from model import encoder as encoders
 from model.bundle import Bundle
-from model.calibration import Calibration as BundleCalibration
 from model.encoder import TextEncoder
-from trainer import text
 from trainer.clean import Step
 from trainer.config import TrainerConfig
-from trainer.data import Log
-from trainer.fine_tune import taken
 from trainer.metrics import (
     HISTORY_BUCKETS,
     Calibration,
@@ -28,11 +21,9 @@ from trainer.metrics import (
     TextScores,
     calibration,
     evaluate,
-    text_scores,
 )
-from trainer.models import Predicted, baselines, predict
-from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_texts
-from trainer.progress import tracker
+from trainer.models import Predicted, baselines
+from trainer.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -71,69 +62,11 @@ def compare(data: Prepared, ours: Predicted, config: TrainerConfig) -> Compared:
     )
 
 
-def assess(
-    log: Log,
-    bundle: Bundle | None,
-    config: TrainerConfig,
-    *,
-    progress: Progress | None = None,
-) -> Assessment:
-    """Score a bundle, or the cold-start ladder when it is None, on a log's newest rows.
-
-    The bundle may have been fitted on these very rows; its metrics say up to when it was
-    (`window`). Raises TrainerError when there are too few rated rows.
-    """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    found = cleaned(log, config)
-    encoder = bundle_encoder(bundle, config)
-    vectors = item_vectors(log, encoder, tracker(progress, "encoding item texts"))
-    data = prepared(
-        log,
-        found.reviews,
-        vectors,
-        encoder.hash if encoder else "",
-        config,
-        tracker(progress, "replaying events"),
-    )
-    ours = predict(
-        bundle.network if bundle else None,
-        bundle.calibration if bundle else BundleCalibration(),
-        data.examples,
-        data.split.test,
-    )
-    compared = compare(data, ours, config)
-    return Assessment(
-        compared.evaluations,
-        compared.calibration,
-        _read_texts(found.reviews, encoder, config, progress),
-        found.steps,
-        {"events": len(log), "rated": log.rated, "test": len(data.split.test)},
-    )
-
-
 def bundle_encoder(bundle: Bundle | None, config: TrainerConfig) -> TextEncoder | None:
     """The encoder of a bundle with its star head; None when it has none."""
     if bundle is None or bundle.encoder_folder is None:
         return None
     return encoders.load(bundle.encoder_folder, config.device, bundle.star_head)
-
-
-def _read_texts(
-    reviews: pl.DataFrame,
-    encoder: TextEncoder | None,
-    config: TrainerConfig,
-    progress: Progress | None,
-) -> TextScores | None:
-    """Question (b) on the newest texts."""
-    texts = review_texts(reviews, config.text, config.split)
-    if encoder is None or encoder.star_head is None or texts is None:
-        return None
-    test = texts.span == text.TEST
-    chosen = taken(texts.texts, np.flatnonzero(test))
-    bar = tracker(progress, "reading review texts")
-    shares = text.stars(encoder.star_head, text.encode(encoder, chosen, bar))
-    return text_scores(texts.rating[test], shares)
 
 
 def summary(result: Assessment) -> RenderableType:

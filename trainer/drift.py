@@ -5,7 +5,8 @@ there. Rows that came after its window are set beside them:
 
 - the population stability index of each feature and of the predictions of what was rated,
   Σ (a − e) ln(a / e) over tenths of the expected rows and the missing (Siddiqi 2006, "Credit Risk
-  Scorecards", chapter 9);
+  Scorecards", chapter 9), less what it is by chance where nothing has changed, of n rows beside m:
+  (bins − 1)(1/n + 1/m) (Yurdakul 2018, "Statistical Properties of Population Stability Index");
 - the RMSE of ratings that came after their predictions. A rating comes late: of an event's own
   prediction and those that its user's earlier events with the item got, the newest before it
   counts.
@@ -28,6 +29,7 @@ from trainer.metrics import Floats, rmse
 
 _TENTHS = np.linspace(0.1, 0.9, 9)
 _LEAST_SHARE = 1e-3  # an empty bin would make the index infinite
+_ERRORS = 2.0  # standard errors that lie between an error that has grown and that of before
 
 
 class Spread(BaseModel):
@@ -47,6 +49,8 @@ class Reference(BaseModel):
     features: dict[str, Spread]
     predictions: Spread
     rmse: float
+    rows: int | None = None  # newest rows; bundles of before do not tell
+    deviation: float = 0.0  # standard deviation of their squared errors
 
 
 class Drift(BaseModel):
@@ -73,11 +77,19 @@ def spread(column: NDArray[np.floating[Any]]) -> Spread:
     return Spread(edges=tuple(edges.tolist()), shares=tuple(_shares(column, edges).tolist()))
 
 
-def stability(expected: Spread, column: NDArray[np.floating[Any]]) -> float:
-    """The population stability index of a column (n); 0: spread as expected."""
-    wanted = np.maximum(np.array(expected.shares), _LEAST_SHARE)
-    found = np.maximum(_shares(column, np.array(expected.edges)), _LEAST_SHARE)
-    return float(((found - wanted) * np.log(found / wanted)).sum())
+def stability(
+    expected: Spread, column: NDArray[np.floating[Any]], rows: int | None = None
+) -> float:
+    """The population stability index of a column (n) beside what was expected by so many `rows`.
+
+    What chance makes of it is taken off; 0: spread as expected.
+    """
+    wanted = np.array(expected.shares)
+    found = _shares(column, np.array(expected.edges))
+    bins = np.count_nonzero(wanted + found)
+    chance = (bins - 1) * ((1 / rows if rows else 0.0) + 1 / max(len(column), 1))
+    wanted, found = np.maximum(wanted, _LEAST_SHARE), np.maximum(found, _LEAST_SHARE)
+    return max(float(((found - wanted) * np.log(found / wanted)).sum()) - chance, 0.0)
 
 
 def _shares(column: NDArray[np.floating[Any]], edges: NDArray[np.floating[Any]]) -> Floats:
@@ -93,7 +105,14 @@ def reference(features: NDArray[np.float32], predicted: Floats, rating: Floats) 
         features={name: spread(features[:, at]) for at, name in enumerate(NAMES)},
         predictions=spread(predicted),
         rmse=rmse(rating, predicted),
+        rows=len(rating),
+        deviation=float(_squares(rating, predicted).std()),
     )
+
+
+def _squares(rating: Floats, predicted: Floats) -> Floats:
+    """Squared errors (n), as `rmse` has them."""
+    return (np.clip(predicted, 1, 5) - rating) ** 2
 
 
 def measure(
@@ -101,7 +120,7 @@ def measure(
 ) -> Drift:
     """Rows that came since (n, F), and `joined` predictions, beside what a model knew."""
     indices = {
-        name: stability(kept.features[name], features[:, at])
+        name: stability(kept.features[name], features[:, at], kept.rows)
         for at, name in enumerate(NAMES)
         if name in kept.features
     }
@@ -110,9 +129,14 @@ def measure(
     rated = joined.drop_nulls("rating")
     told = rated["predicted"].to_numpy()
     predictions = error = None
+    worse = False
     if rated.height >= config.least_rows:  # a model that is new has predicted few of the rows
-        predictions = stability(kept.predictions, told)
-        error = rmse(rated["rating"].to_numpy(), told)
+        predictions = stability(kept.predictions, told, kept.rows)
+        truth = rated["rating"].to_numpy()
+        error = rmse(truth, told)
+        chance = _squares(truth, told).var() / len(told) + kept.deviation**2 / (kept.rows or 1)
+        grown = error**2 - kept.rmse**2 > _ERRORS * chance**0.5
+        worse = grown and error > kept.rmse * config.largest_error
     reasons: list[str] = []
     if len(features) >= config.least_rows:
         share = len(moved) / max(len(indices), 1)
@@ -123,7 +147,7 @@ def measure(
             )
         if predictions is not None and predictions > config.largest_index:
             reasons.append(f"predictions are spread otherwise (index {predictions:.2f})")
-        if error is not None and error > kept.rmse * config.largest_error:
+        if worse:
             reasons.append(f"RMSE is {error:.4f}, {kept.rmse:.4f} when it was fitted")
     return Drift(
         rows=len(features),

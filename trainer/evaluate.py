@@ -12,6 +12,7 @@ mixed with (a).
 """
 
 import hashlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +27,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from model import encoder as encoders
+from model.bundle import Bundle
+from model.calibration import Calibration as BundleCalibration
 from model.encoder import TextEncoder
+from model.ladder import VERSION
 from trainer import ablations, evaluate_texts, leaks
+from trainer.assess import bundle_encoder
 from trainer.clean import Step
 from trainer.config import TrainerConfig
 from trainer.data import Examples, Log, Ties, replay, sorted_by_time
@@ -43,7 +48,7 @@ from trainer.metrics import (
     calibration,
     scores,
 )
-from trainer.models import Predicted, predict
+from trainer.models import Predicted, baselines, predict
 from trainer.prepare import (
     Prepared,
     cleaned,
@@ -54,9 +59,12 @@ from trainer.prepare import (
 from trainer.progress import tracker
 from trainer.report import reliability
 from trainer.split import Split, by_instant, by_time
-from trainer.train import base_encoder, fit_network, refit_network
+from trainer.train import base_encoder, fit_network, fitted_until, refit_network
+
+logger = logging.getLogger(__name__)
 
 MODEL = "model"
+_LEAST_TIMES = 3  # so that train, validation and test are each of their own
 
 
 @dataclass(frozen=True)
@@ -104,59 +112,147 @@ def evaluate(
     """
     config = config or TrainerConfig()
     wanted = _wanted(peers)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     kept = Kept(folder)
-    log = sorted_by_time(log) if ties == "instant" else log
-    found = cleaned(log, config)
-    rows = found.reviews["row"].to_numpy()
+    begun = _begin(log, config, ties, allow_leaks)
+    log, rows, split, worded = begun.log, begun.rows, begun.split, begun.worded
     if not np.array_equal(kept.get("rows", lambda: {"rows": rows})["rows"], rows):
         raise TrainerError(  # what lay in the future then may not now
             f"{folder} has parts that were measured on other rows; delete it to begin anew"
         )
-    cut = by_instant if ties == "instant" else by_time
-    split = cut(log.events["time"][rows], config.split)
     base = base_encoder(encoder, None, config)
-    worded, copies = evaluate_texts.texts_of(found.reviews, split, config)
-    steps = (*found.steps, copies)
-    alarms = leaks.known_later(log)
-    _stop_at(alarms, allow_leaks)
     unrated = unrated_texts(log, config.text, int(rows[split.test].min()))
     read, used = evaluate_texts.ours(worded, unrated, base, config, kept, progress)
-    asked = _replays(log, rows, split, used, ties, progress)
-    examples, test = asked["prequential"], split.test
-    alarms += leaks.telling_features(examples.inputs.features[test], examples.rating[test])
-    _stop_at(alarms, allow_leaks)
+    asked = _replays(begun, used, ties, progress)
+    alarms = _alarms(begun, asked, allow_leaks)
     ours = _ours(asked, split, config, kept, progress)
     texts = {} if read is None else {MODEL: read}
     theirs = _peers(wanted, asked, split, config, kept, progress) if wanted else {}
     if wanted and worded is not None and base is not None:
         texts |= evaluate_texts.peers(wanted, worded, base, config, kept, progress)
-    rating = examples.rating[test]
+    others = {way: _of_way(theirs, way) for way in asked}
+    document = {"ties": ties, **_document(begun, asked, ours, others, texts, alarms, config)}
+    if ablate:
+        data = sampled(Prepared(asked["prequential"], split), config)
+        document["ablations"] = ablated(data, config, kept, progress)
+    return Evaluated(document, begun.steps)
+
+
+def measure(
+    log: Log,
+    bundle: Bundle | None,
+    config: TrainerConfig | None = None,
+    *,
+    ties: Ties = "instant",
+    allow_leaks: bool = False,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Ask a bundle, or the cold-start ladder when it is None, for the newest rows of a log.
+
+    Nothing is fitted but the baselines beside it, which see the older rows alone. The bundle may
+    have been fitted to these very rows: how many are not newer than its own is told. The other
+    arguments and errors are as in `evaluate`.
+    """
+    config = config or TrainerConfig()
+    begun = _begin(log, config, ties, allow_leaks)
+    log, split, worded = begun.log, begun.split, begun.worded
+    encoder = bundle_encoder(bundle, config)
+    asked = _replays(begun, encoder, ties, progress)
+    alarms = _alarms(begun, asked, allow_leaks)
+    network = bundle.network if bundle else None
+    calibrated = bundle.calibration if bundle else BundleCalibration()
+    ours = {way: predict(network, calibrated, data, split.test) for way, data in asked.items()}
+    others = {way: baselines(data, split, split.test, config) for way, data in asked.items()}
+    texts: dict[str, Arrays] = {}
+    if worded is not None and encoder is not None and encoder.star_head is not None:
+        bar = tracker(progress, "reading review texts")
+        texts[MODEL] = evaluate_texts.read(worded, encoder, encoder.star_head, bar)
+    document = _document(begun, asked, ours, others, texts, alarms, config)
+    times = log.events["time"][begun.rows[split.test]]
+    known = int((times <= fitted_until(bundle)).sum()) if bundle else 0
+    if known:
+        logger.warning(
+            "%s was fitted to rows as new as %d of these %d: of a shop whose rows they are it errs "
+            "less here than on what it has not met",
+            bundle.version if bundle else VERSION,
+            known,
+            len(times),
+        )
+    document["rows"]["not_newer_than_its_own"] = known
+    named = {"model": bundle.version if bundle else VERSION, "ties": ties}
+    return Evaluated({**named, **document}, begun.steps)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is asked for, before anything is fitted."""
+
+    log: Log  # in the order of time, when ties are those of an instant
+    rows: NDArray[np.int64]  # of the cleaned reviews, in the log
+    split: Split  # of these
+    worded: evaluate_texts.Worded | None
+    alarms: list[leaks.Leak]
+    steps: tuple[Step, ...]  # of cleaning
+
+
+def _begin(log: Log, config: TrainerConfig, ties: Ties, allow_leaks: bool) -> _Begun:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    log = sorted_by_time(log) if ties == "instant" else log
+    found = cleaned(log, config)
+    rows = found.reviews["row"].to_numpy()
+    cut = by_instant if ties == "instant" else by_time
+    time = log.events["time"][rows]
+    split = cut(time, config.split)
+    if ties == "instant" and len(np.unique(time)) < _LEAST_TIMES:
+        logger.warning(
+            "all rows are of one time or two, and rows of one time are asked for without what the "
+            "others say: the order of the file is taken by --ties arrival"
+        )
+    worded, copies = evaluate_texts.texts_of(found.reviews, split, config)
+    alarms = leaks.known_later(log)
+    _stop_at(alarms, allow_leaks)
+    return _Begun(log, rows, split, worded, alarms, (*found.steps, copies))
+
+
+def _alarms(begun: _Begun, asked: Mapping[str, Examples], allow_leaks: bool) -> list[leaks.Leak]:
+    """All alarms, once the rows have been replayed. Raises TrainerError unless they are allowed."""
+    examples, test = asked["prequential"], begun.split.test
+    telling = leaks.telling_features(examples.inputs.features[test], examples.rating[test])
+    _stop_at([*begun.alarms, *telling], allow_leaks)
+    return [*begun.alarms, *telling]
+
+
+def _document(
+    begun: _Begun,
+    asked: Mapping[str, Examples],
+    ours: Mapping[str, Predicted],
+    others: Mapping[str, Mapping[str, Floats]],
+    texts: Mapping[str, Arrays],
+    alarms: Sequence[leaks.Leak],
+    config: TrainerConfig,
+) -> dict[str, Any]:
+    """The figures of ours and of others, by way of asking and by name."""
+    test = begun.split.test
+    rating = asked["prequential"].rating[test]
     blocks = {
-        way: _block(rating, data, test, {MODEL: ours[way].rating, **_of_way(theirs, way)}, config)
+        way: _block(rating, data, test, {MODEL: ours[way].rating, **others[way]}, config)
         for way, data in asked.items()
     }
     model = ours["prequential"]
-    document: dict[str, Any] = {
-        "ties": ties,
+    return {
         "rows": {
-            "events": len(log),
-            "rated": log.rated,
-            **{name: len(getattr(split, name)) for name in ("train", "validation", "test")},
+            "events": len(begun.log),
+            "rated": begun.log.rated,
+            **{name: len(getattr(begun.split, name)) for name in ("train", "validation", "test")},
         },
         "rating": blocks,
         "gain": gained(blocks["prequential"]),
         "calibration": asdict(calibration(rating, model.distribution, model.low, model.high)),
-        **evaluate_texts.blocks(worded, texts),
+        **evaluate_texts.blocks(begun.worded, texts),
         "leaks": [asdict(each) for each in alarms],
-        "cleaning": [asdict(each) for each in steps],
+        "cleaning": [asdict(each) for each in begun.steps],
         "settings": config.model_dump(mode="json"),
     }
-    if ablate:
-        data = sampled(Prepared(examples, split), config)
-        document["ablations"] = ablated(data, config, kept, progress)
-    return Evaluated(document, steps)
 
 
 def _wanted(peers: Collection[str] | None) -> frozenset[str]:
@@ -200,18 +296,14 @@ def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root:
 
 
 def _replays(
-    log: Log,
-    rows: NDArray[np.int64],
-    split: Split,
-    encoder: TextEncoder | None,
-    ties: Ties,
-    progress: Progress | None,
+    begun: _Begun, encoder: TextEncoder | None, ties: Ties, progress: Progress | None
 ) -> dict[str, Examples]:
     """The rated rows as each way of asking meets them."""
+    log, rows = begun.log, begun.rows
     vectors = item_vectors(log, encoder, tracker(progress, "encoding item texts"))
     width = 0 if vectors is None else vectors.rows.shape[1]
     name = encoder.hash if encoder else ""
-    first = int(rows[split.test].min())
+    first = int(rows[begun.split.test].min())
 
     def replayed(ties: Ties, still: int | None = None) -> Examples:
         words = tracker(progress, "replaying events" + (", standing still" if still else ""))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from model import encoder as encoders
-from model.encoder import TextEncoder, review_text
+from model.encoder import StarHead, TextEncoder, review_text
 from trainer import checkpoints, text
 from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
@@ -24,7 +24,7 @@ from trainer.copies import copies
 from trainer.fine_tune import taken
 from trainer.kept import Arrays, Kept
 from trainer.metrics import Floats, TextScores, class_scores
-from trainer.progress import tracker
+from trainer.progress import OnProgress, tracker
 from trainer.split import Split
 from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
 
@@ -105,12 +105,7 @@ def ours(
         answers: Arrays = {
             "encoder": np.array(where.name if where.is_relative_to(folder) else ""),
         }
-        for part in PARTS:
-            vectors = text.encode(found.encoder, taken(worded.part(part), test), bar)
-            shares = text.stars(found.judged, vectors)
-            answers[part] = shares @ np.arange(1.0, 6.0)
-            answers[f"{part} stars"] = shares.argmax(1) + 1
-        return answers
+        return answers | read(worded, found.encoder, found.judged, bar)
 
     answers = kept.get("text model", make)
     checkpoints.drop(kept.folder / "checkpoint")
@@ -119,6 +114,18 @@ def ours(
         return answers, base
     folder = kept.folder / "encoder" / name
     return answers, encoders.load(folder, config.device)
+
+
+def read(worded: Worded, encoder: TextEncoder, head: StarHead, on_progress: OnProgress) -> Arrays:
+    """What a star head says of the test texts, and of each of their parts."""
+    test = np.flatnonzero(worded.whole.span == TEST)
+    answers: Arrays = {}
+    for part in PARTS:
+        vectors = text.encode(encoder, taken(worded.part(part), test), on_progress)
+        shares = text.stars(head, vectors)
+        answers[part] = shares @ np.arange(1.0, 6.0)
+        answers[f"{part} stars"] = shares.argmax(1) + 1
+    return answers
 
 
 def peers(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model.distribution import HIGHEST, LOWEST
 from trainer.config import GateConfig
 from trainer.metrics import Calibration, Difference, Floats, paired, scores
 
@@ -98,7 +99,8 @@ def judge(
         return Verdict(False, (Check("rows", False, few),))
     checks = [_better(name, rating, candidate, baselines[name]) for name in claimed]
     every = np.ones(len(rating), bool)
-    compared = [("running bias", baselines[REFERENCE], every)]
+    served = np.clip(baselines[REFERENCE], LOWEST, HIGHEST)  # as a distribution needs it
+    compared = [("running bias", served, every)]
     if stable is not None:
         compared.append(
             ("stable model", stable, unseen if unseen.sum() >= config.least_unseen else every)

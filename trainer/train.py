@@ -159,7 +159,7 @@ def train(
             compared.rating,
             compared.ours.rating,
             _stable_ratings(log, found, stable, used, data, config, progress),
-            data.examples.events["time"][data.split.test] > _ended(stable),
+            data.examples.events["time"][data.split.test] > fitted_until(stable),
             compared.rivals,
             claims,
             compared.calibration,
@@ -320,12 +320,12 @@ def _start(stable: Bundle | None, other: Bundle | None, data: Prepared) -> fit.S
     if other is not None:
         return fit.Start(other.network, same_shop=False)
     validation = data.examples.events["time"][data.split.validation]
-    if stable is None or _ended(stable) >= validation.min():
+    if stable is None or fitted_until(stable) >= validation.min():
         return None
     return fit.Start(stable.network, same_shop=True)
 
 
-def _ended(stable: Bundle | None) -> float:
+def fitted_until(stable: Bundle | None) -> float:
     """Milliseconds since the epoch of the newest row that a bundle was fitted to, as it knows."""
     if stable is None or "window" not in stable.metrics:
         return math.inf
@@ -462,9 +462,9 @@ def _evaluated(document: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     rating = document.get("rating")
     prequential = cast(Any, rating).get("prequential") if isinstance(rating, dict) else None
-    if prequential is None:
+    if prequential is None or "model" in document:
         raise TrainerError(
-            "the evaluation compares no models: "
+            "the evaluation is of a bundle, or of nothing: "
             "give what `starcast evaluate --json` writes without --model"
         )
     return {

@@ -250,11 +250,11 @@ def evaluate(
     check_output(json_out, events)
     if json_out is not None and json_out.suffix == _PLOT:
         raise typer.BadParameter(f"{json_out} is where the plot goes; give the figures another end")
+    if model is not None and (ablations or (peers and peers != [_NO_PEERS])):
+        raise typer.BadParameter("--peers and --ablations fit models; with --model nothing is")
     _alone(context)
     from trainer import data
     from trainer import evaluate as evaluation
-    from trainer.assess import assess, summary
-    from trainer.report import reliability
 
     settings = settings_of(context)
     config, encoder = settings.trainer, settings.models.encoder
@@ -272,24 +272,20 @@ def evaluate(
                 ablate=ablations,
                 progress=progress,
             )
-            shown, document, plot = evaluation.summary(found), found.document, found.plot
         else:
             chosen = _chosen(settings.models.url, model)
-            assessed = assess(log, chosen, config, progress=progress)
-            shown = summary(assessed)
-            plot = reliability(assessed.calibration)
-            document: dict[str, Any] = {
-                "model": chosen.version if chosen else model,
-                "rows": assessed.rows,
-                "rating": {each: asdict(it) for each, it in assessed.evaluations.items()},
-                "calibration": asdict(assessed.calibration),
-                "text": asdict(assessed.text) if assessed.text else None,
-            }
-    output.print(shown)
+            found = evaluation.measure(
+                log,
+                chosen,
+                config,
+                ties=ties.value,
+                allow_leaks=allow_leaks,
+                progress=progress,
+            )
+    output.print(evaluation.summary(found))
     if json_out is not None:
-        whole = {"events": str(events), **document}
-        write_json(whole, json_out)
-        json_out.with_suffix(_PLOT).write_text(plot, encoding="utf-8")
+        write_json({"events": str(events), **found.document}, json_out)
+        json_out.with_suffix(_PLOT).write_text(found.plot, encoding="utf-8")
 
 
 def search(

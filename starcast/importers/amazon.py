@@ -1,11 +1,11 @@
 """Amazon reviews with their items, of the sets of 2014, 2018 and 2023."""
 
-import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from model.texts import unescaped
 from schemas.exceptions import ContractError
 from schemas.records import LONGEST_ID
 from starcast.importers.reading import (
@@ -161,7 +161,7 @@ def _item(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _markup_free(value: Any) -> str:
     """Text without HTML's tags and character references."""
-    text = html.unescape(re.sub(r"<[^<>]{1,2000}>", " ", stripped(value) or ""))
+    text = unescaped(re.sub(r"<[^<>]{1,2000}>", " ", stripped(value) or ""))
     return re.sub(r"[^\S\n]+", " ", text).strip()
 
 

@@ -81,14 +81,12 @@ def test_a_model_from_training_to_rollback(kafka_config: KafkaConfig, tmp_path: 
     assert measured.exit_code == 0
     document = json.loads((tmp_path / "e.json").read_text())
     assert document["model"] == first
-    rating = document["rating"]
-    assert rating["model"]["all"]["rows"] == rating["bias_running"]["all"]["rows"] > 50
+    rating = document["rating"]["prequential"]
+    assert rating["model"]["rows"] == rating["bias_running"]["rows"] > 50
     run("evaluate", "--events", "shop.jsonl", "--model", "ladder", "--json", "e.json")
-    ladder = json.loads((tmp_path / "e.json").read_text())["rating"]
+    ladder = json.loads((tmp_path / "e.json").read_text())["rating"]["prequential"]
     # One is served, rounded and clipped as a distribution needs it, the other is the bare feature.
-    assert ladder["model"]["all"]["rmse"] == pytest.approx(
-        ladder["bias_running"]["all"]["rmse"], abs=0.01
-    )
+    assert ladder["model"]["rmse"] == pytest.approx(ladder["bias_running"]["rmse"], abs=0.01)
 
     assert run("models", "promote", second, "--reason", "by hand").exit_code == 0
     assert stable() == second

@@ -45,6 +45,18 @@ def test_the_content_tells_the_format(tmp_path: Path) -> None:
     assert len(list(read_values(tmp_path / "a.json"))) == 1
 
 
+def test_zstandard_is_read_in_one_frame_or_several(tmp_path: Path) -> None:
+    """As `zstd` packs a file, and as two packed files make one."""
+    rows = [f"{line('reviews', {**REVIEW, 'event_id': f'e{at}'})}\n".encode() for at in range(9)]
+    packed = [pa.compress(b"".join(some), "zstd", asbytes=True) for some in (rows[:5], rows[5:])]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(packed))
+    assert [found.line for found in read_records(path)] == [*range(1, 10)]
+    path.write_bytes(packed[0][:-9])
+    with pytest.raises(ContractError, match="cannot be read"):
+        list(read_records(path))
+
+
 def test_values_are_keyed_and_not_validated(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     bad = {**REVIEW, "rating": 9}

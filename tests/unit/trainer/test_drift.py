@@ -29,9 +29,10 @@ def test_spread_by_hand() -> None:
 
 def test_stability_by_hand() -> None:
     expected = Spread(edges=(0.0,), shares=(0.5, 0.5, 0.0))
-    column = np.array([-1.0, 1.0, 1.0, 1.0])
-    wanted = (0.25 - 0.5) * np.log(0.25 / 0.5) + (0.75 - 0.5) * np.log(0.75 / 0.5)
-    assert stability(expected, column) == pytest.approx(wanted)
+    column = np.repeat([-1.0, 1.0], (25, 75))
+    index = (0.25 - 0.5) * np.log(0.25 / 0.5) + (0.75 - 0.5) * np.log(0.75 / 0.5)
+    assert stability(expected, column) == pytest.approx(index - 1 / 100)
+    assert stability(expected, column, 20) == pytest.approx(index - 1 / 100 - 1 / 20)
     assert stability(expected, np.array([-1.0, 1.0])) == 0
     assert stability(expected, np.array([np.nan])) > 5
 
@@ -71,6 +72,19 @@ def test_each_change_is_a_reason() -> None:
     worse = measure(kept, rows(seed=2), joined(-1.0, 3), CONFIG)
     assert any("RMSE is" in reason for reason in worse.reasons)
     assert any("predictions are spread" in reason for reason in worse.reasons)
+
+
+def test_a_model_that_was_judged_by_few_rows_is_not_fitted_again_by_chance() -> None:
+    """As in a shop of 500 ratings: the newest tenth says little of how all are spread."""
+    changed = 0
+    for seed in range(40):
+        known = joined(0.5, seed).with_columns(
+            pl.lit(np.random.default_rng(seed).normal(3, 0.5, 400)).alias("predicted")
+        )
+        told, rating = (known[name].to_numpy() for name in ("predicted", "rating"))
+        kept = reference(rows(seed=seed)[:50], told[:50], rating[:50])
+        changed += bool(measure(kept, rows(seed=seed + 100), known[50:], CONFIG).reasons)
+    assert changed <= 2
 
 
 def test_few_rows_tell_nothing() -> None:

@@ -157,6 +157,24 @@ def test_an_alarm_stops_it_unless_told_otherwise(
     assert found.document["leaks"][0]["kind"] == "a leak"
 
 
+def test_rows_of_one_time_alone_are_told(
+    shop_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None of them is older than another: nothing is known of any."""
+    sold: list[tuple[str, Any]] = [*shop()]
+    write_records(
+        tmp_path / "noon.jsonl",
+        [(topic, each.model_copy(update={"event_time": START})) for topic, each in sold],
+    )
+    log = from_file(tmp_path / "noon.jsonl")
+    found = evaluate(log, tmp_path / "noon", SMALL, encoder="none", peers=()).document
+    assert found["rating"]["prequential"]["model"]["buckets"]["0"]["rows"] == found["rows"]["test"]
+    assert "--ties arrival" in caplog.text
+    caplog.clear()
+    evaluate(from_file(shop_file), tmp_path / "shop", SMALL, encoder="none", peers=())
+    assert "--ties arrival" not in caplog.text
+
+
 def test_parts_of_other_rows_are_not_taken_for_these(shop_file: Path, tmp_path: Path) -> None:
     """As of a file whose newest rows were dated in the future when they were measured."""
     Kept(tmp_path).get("rows", lambda: {"rows": np.arange(3)})

@@ -50,6 +50,16 @@ def test_a_better_and_calibrated_model_passes_and_the_reason_names_each_check() 
     assert "0.5000 against 1.4142" in verdict.reason
 
 
+def test_a_model_of_a_shop_of_fives_passes() -> None:
+    """Neither it nor what is served without a model predicts more than 4.98."""
+    fives = np.full(ROWS, 5.0)
+    for most, passes in ((4.98, True), (4.9, False)):
+        baselines = {REFERENCE: np.full(ROWS, 4.999)}
+        candidate, known = np.full(ROWS, most), np.zeros(ROWS, bool)
+        verdict = judge(fives, candidate, None, known, baselines, (), SOUND, CONFIG, seed=1)
+        assert verdict.passed == passes
+
+
 def test_the_same_model_again_is_not_worse_than_itself() -> None:
     assert run(CLOSE, stable=CLOSE).passed
 

@@ -22,10 +22,13 @@ from tests.unit.trainer.test_data import write_archive
 from trainer import checkpoints
 from trainer import fine_tune as tuning
 from trainer import train as module
-from trainer.assess import assess, summary
+from trainer.assess import summary
 from trainer.clean import Step
 from trainer.config import TextConfig, TrackingConfig, TrainerConfig
 from trainer.data import from_file
+from trainer.evaluate import measure
+from trainer.evaluate import summary as evaluated
+from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
 from trainer.retrain import retrain_once
 from trainer.train import TrainResult, train
@@ -168,26 +171,45 @@ def test_a_fit_starts_from_stable_where_it_has_not_seen_what_chooses(
     assert (module._start(stable, None, data) is not None) is started
 
 
-def test_assessing_the_bundle_and_the_ladder(
-    result: TrainResult, models: str, shop_file: Path
+def test_a_bundle_and_the_ladder_are_measured_as_what_is_fitted_is(
+    result: TrainResult, models: str, shop_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = from_file(shop_file)
     bundle = bundles.load(models, result.version)
-    found = assess(log, bundle, CONFIG)
-    assert found.evaluations["bias_running"] == result.evaluations["bias_running"]
-    assert found.evaluations["model"].all.rmse < found.evaluations["bias_running"].all.rmse
-    assert found.text is not None
-    ladder = assess(log, None, CONFIG)
-    assert ladder.evaluations["model"].all.rmse == pytest.approx(
-        ladder.evaluations["bias_running"].all.rmse, abs=0.01
-    )
+    found = measure(log, bundle, CONFIG, ties="arrival").document
+    assert found["model"] == result.version
+    assert found["rating"].keys() == {"prequential", "static"}
+    rating = found["rating"]["prequential"]
+    for measured in ("rmse", "mse", "mae"):
+        told = getattr(result.evaluations["bias_running"].all, measured)
+        assert rating["bias_running"][measured] == pytest.approx(told)
+    assert rating["model"]["rmse"] < rating["bias_running"]["rmse"]
+    assert rating["model"]["buckets"].keys() == {"0", "1-2", "3-9", "10+"}
+    for part in PARTS:
+        assert found[part].keys() == {"model"}
+    assert found["text"]["model"]["rmse"] < 1
+    assert found["rows"]["not_newer_than_its_own"] == found["rows"]["test"]
+    assert "was fitted to rows as new as" in caplog.text
+    caplog.clear()
+    ladder = measure(log, None, CONFIG)
+    assert not caplog.text
+    found = ladder.document
+    assert found["rating"].keys() == {"prequential", "static", "arrival"}
+    rating = found["rating"]["prequential"]
+    # One is served, rounded and clipped as a distribution needs it, the other is the bare feature.
+    assert rating["model"]["rmse"] == pytest.approx(rating["bias_running"]["rmse"], abs=0.01)
+    assert (found["model"], found["text"]) == ("ladder", {})
     console = Console(width=160)
     with console.capture() as shown:
-        console.print(summary(found))
+        console.print(evaluated(ladder))
     assert "bias_running" in shown.get()
+
+
+def test_ids_from_outside_do_not_steer_the_console(result: TrainResult) -> None:
+    console = Console(width=160)
     odd = Step("seen before", True, 2, ("order[/5]", "[red]x", "u\x1b[31m", "Ä"))
     with console.capture() as shown:
-        console.print(summary(replace(found, steps=(odd,))))
+        console.print(summary(replace(result, steps=(odd,))))
     assert "order[/5], [red]x, u\\x1b[31m, Ä" in shown.get()
 
 
@@ -226,7 +248,7 @@ def test_too_few_ratings_are_an_error_that_says_so(tmp_path: Path) -> None:
         train(from_file(path), str(tmp_path), CONFIG, encoder="none")
 
 
-@pytest.mark.parametrize("rating", [{"model": {}}, 3])
+@pytest.mark.parametrize("rating", [{"model": {}}, {"prequential": {}}, 3])
 def test_an_evaluation_of_one_model_alone_is_refused_before_anything_is_fitted(
     rating: object, tmp_path: Path
 ) -> None:

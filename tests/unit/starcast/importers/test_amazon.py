@@ -135,6 +135,17 @@ def test_amazon_2018_with_items(tmp_path: Path) -> None:
     assert never["price"] == 5.0
 
 
+def test_an_entity_of_more_digits_than_python_takes_is_no_letter(tmp_path: Path) -> None:
+    item = {"asin": "A1", "title": f"Salt &#{'9' * 5_000}; &amp; pepper"}
+    files = [
+        packed(tmp_path / "meta.json", json_lines([item])),
+        packed(tmp_path / "reviews.csv", AMAZON_2014),
+    ]
+    import_amazon(files, tmp_path / "out.jsonl")
+    (found,) = values(read(tmp_path / "out.jsonl"), "items")
+    assert found["title"] == "Salt \ufffd & pepper"
+
+
 @pytest.mark.parametrize(
     ("told", "category"),
     [
