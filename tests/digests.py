@@ -21,6 +21,7 @@ def digest(
     lag: int = 0,
     seconds: float = 1.0,
     items: Mapping[str, int] | None = None,
+    categories: Mapping[str, int] | None = None,
     latencies_ms: Sequence[float] = (),
     name: str = "",
     role: Role = "stable",
@@ -47,7 +48,7 @@ def digest(
         errors=sums,
         errors_by_tier=errors,
         top_items=dict(items or {}),
-        top_categories={},
+        top_categories=dict(categories or {}),
         lag=lag,
         latency_ms=encode_latency(np.array(latencies_ms, np.float32)),
     )

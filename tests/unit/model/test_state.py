@@ -62,6 +62,18 @@ def test_counts_and_sums_of_ratings() -> None:
     assert user["step"] == 2
 
 
+def test_every_number_of_stars_has_its_place() -> None:
+    ratings = (1, 1.25, 1.5, 2, 2.5, 3.5, 4, 4.5, 5)
+    events = [event(k, 10 + k, REVIEW, rating=rating) for k, rating in enumerate(ratings, 1)]
+    change, user = apply(*events)
+    assert user["histogram"].tolist() == [2, 2, 1, 2, 2]
+    rows = np.concatenate(events)
+    partition = run_partition(blank(PARTITION, ()), rows, change.duplicate)[-1]
+    assert partition["histogram"].tolist() == [2, 2, 1, 2, 2]
+    (deltas,) = item_deltas(rows, change)
+    assert deltas["histogram"].sum(0).tolist() == [2, 2, 1, 2, 2]
+
+
 def test_each_event_meets_the_state_before_it() -> None:
     change, _ = apply(event(1, 10, REVIEW, rating=5), event(2, 11, at=1), event(3, 12, CART, at=2))
     assert change.met["rating_count"].tolist() == [0, 1, 1]
@@ -117,6 +129,13 @@ def test_a_repeated_event_changes_nothing_but_the_step() -> None:
     assert user["step"] == 3
     user["step"] = expected["step"]
     assert user.tobytes() == expected.tobytes()
+
+
+def test_a_repetition_takes_no_place_among_the_events_remembered() -> None:
+    events = [event(number, 10) for number in range(1, RECENT + 1)]
+    change, user = apply(*events, event(RECENT, 10), event(1, 10), event(2, 10))
+    assert change.duplicate[RECENT:].all()
+    assert user["actions"][VIEW] == RECENT
 
 
 def test_an_edited_review_replaces_its_stars() -> None:
@@ -233,6 +252,9 @@ def test_item_deltas_by_item_and_topic() -> None:
     assert deltas["sessions"].tolist() == [1, 1, 0]
     assert deltas["first_time"].tolist() == [START + m * MINUTE for m in (2, 0, 1)]
     assert deltas["last_time"].tolist() == [START + m * MINUTE for m in (2, 3, 1)]
+    late, _ = apply(*events[:0:-1])  # in an order of arrival that is not that of time
+    (deltas,) = item_deltas(np.concatenate(events[:0:-1]), late)
+    assert deltas["first_time"].tolist() == [START + m * MINUTE for m in (2, 3, 1)]
 
 
 def test_item_deltas_of_each_partition() -> None:
@@ -253,7 +275,13 @@ def test_item_states_apply_each_delta_once() -> None:
     index, offsets = np.array([0, 1, 1]), np.array([5, 6, 9], np.uint64)
     states = apply_items(blank(ITEM, 2), index, deltas, offsets)
     assert states["offset"].tolist() == [6, 10]
+    assert states["rating_count"].tolist() == [0, 1]
     assert states["rating_sum"].tolist() == [0, 4]
+    assert states["rating_square_sum"].tolist() == [0, 16]
+    assert states["histogram"].tolist() == [[0] * 5, [0, 0, 0, 1, 0]]
+    assert states["price_count"].tolist() == [0, 1]
+    assert states["price_log_sum"].tolist() == [0, round(np.log(10) * 256) / 256]
+    assert states["sessions"].tolist() == [1, 1]
     assert states["actions"][:, VIEW].tolist() == [1, 1]
     assert states["first_time"].tolist() == [START + 2 * MINUTE, START]
     assert states["last_time"].tolist() == [START + 2 * MINUTE, START + MINUTE]

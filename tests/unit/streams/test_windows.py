@@ -55,8 +55,20 @@ def test_a_window_computed_by_hand() -> None:
     # Step (0, 10]: errors +1 and -1; step (20, 30]: error +2, and one prediction without a rating.
     window = window_of(
         [
-            digest(at(9), [(4.0, 3.0), (2.0, 3.0)], lag=7, items={"a": 3, "b": 1}),
-            digest(at(30), [(5.0, 3.0), (4.4, None)], lag=4, items={"b": 5}),
+            digest(
+                at(9),
+                [(4.0, 3.0), (2.0, 3.0)],
+                lag=7,
+                items={"a": 3, "b": 1},
+                categories={"drums": 2},
+            ),
+            digest(
+                at(30),
+                [(5.0, 3.0), (4.4, None)],
+                lag=4,
+                items={"b": 5},
+                categories={"drums": 1, "pianos": 1},
+            ),
         ],
         ms(30),
         INSIGHTS,
@@ -74,6 +86,7 @@ def test_a_window_computed_by_hand() -> None:
     assert kind.total().tiers["full"].rated == 3
     assert kind.actions == {"review": 3}
     assert kind.top_items == [("b", 6), ("a", 3)]
+    assert kind.top_categories == [("drums", 3), ("pianos", 1)]
     assert kind.lag == 4  # the newest, not a sum over time
     assert kind.workers == 1
     # The step alone: two predictions in the one second that the digest's window lasted.
@@ -209,6 +222,7 @@ def test_due_waits_for_the_grace_and_for_digests_to_catch_up_with() -> None:
     # While digests stream in, their own time closes steps: much may still be unread.
     assert due(steps, ms(500), quiet=False) == []
     add(steps, digest(at(33), [(3.0, 3.0)]), ms(500))
+    add(steps, digest(at(6), [(3.0, 3.0)]), ms(500))  # of a worker that is behind
     assert due(steps, ms(500), quiet=False) == [ms(10), ms(20), ms(30)]
 
 
@@ -354,6 +368,7 @@ class TestAlerts:
 
     def test_few_ratings_prove_nothing(self) -> None:
         assert alerts(self.window(1.9, rated=1), [], self.insights) == []
+        assert len(alerts(self.window(1.9, rated=2), [], self.insights)) == 1
 
     def test_once_a_crossing_with_hysteresis(self) -> None:
         firing: list[str] = []
@@ -457,6 +472,17 @@ class TestTrials:
         window = window_of(same, ms(10), INSIGHTS)
         assert window.trial is not None
         assert window.trial.standard_errors is None
+        insights = INSIGHTS.model_copy(update={"highest_rmse": 9, "largest_drift": 9})
+        assert alerts(window, [], insights) == []
+
+    def test_of_a_shadow_alone_nothing_is_written_and_nothing_lost(self) -> None:
+        steps = steps_of([*self.digests(5, "shadow")[1:], *self.digests(15, "shadow")])
+        assert close(steps, ms(10), INSIGHTS) is None
+        window = close(steps, ms(20), INSIGHTS)
+        assert window is not None
+        assert window.kinds["interaction"].workers == 1
+        assert window.trial is not None
+        assert window.trial.canary.sums.count == 4
 
     def test_an_alert_when_the_canary_errs_more(self) -> None:
         insights = INSIGHTS.model_copy(update={"worse_canary": 1.5, "highest_rmse": 9})
