@@ -156,11 +156,12 @@ def test_times_and_sessions() -> None:
         session_second=(NOW - HOUR) // 1000,
         session_events=3,
     )
-    same, silent, other = (
+    same, unnamed, silent, other = (
         features_of(user, event=row(EVENT, **fields))
         for fields in (
             {"time": NOW, "session": 9},
-            {"time": NOW + HOUR},
+            {"time": NOW + HOUR // 4},  # half an hour after the event before
+            {"time": NOW + HOUR // 4 + 1},
             {"time": NOW, "session": 8},
         )
     )
@@ -168,6 +169,8 @@ def test_times_and_sessions() -> None:
     assert same["user_tenure"] == pytest.approx(np.log(3))
     assert same["session_position"] == pytest.approx(np.log(4))
     assert same["session_age"] == pytest.approx(np.log(61))
+    assert unnamed["session_position"] == pytest.approx(np.log(4))
+    assert unnamed["session_age"] == pytest.approx(np.log(76))
     assert [silent[name] for name in ("session_position", "session_age")] == [0, 0]
     assert [other[name] for name in ("session_position", "session_age")] == [0, 0]
     assert (same["hour_sine"], same["hour_cosine"]) == pytest.approx((1, 0), abs=1e-6)

@@ -10,6 +10,7 @@ from model.state import (
     OLDER,
     PARTITION,
     RECENT,
+    SESSION_GAP,
     USER,
     Change,
     advance,
@@ -84,11 +85,11 @@ def test_each_event_meets_the_state_before_it() -> None:
 
 
 def test_prices_and_payments() -> None:
-    _, user = apply(event(1, 10, price=9), event(2, 10, PURCHASE, price=0), event(3, 11))
-    assert user["price_count"] == 2
-    assert user["price_log_sum"] == round(np.log(10) * 256) / 256
-    assert user["paid_count"] == 1
-    assert user["paid_log_sum"] == 0
+    nine = round(np.log(10) * 256) / 256
+    bought = [event(2, 10, PURCHASE, price=0), event(4, 10, PURCHASE, price=9)]
+    _, user = apply(event(1, 10, price=9), *bought, event(3, 11), event(5, 10, PURCHASE))
+    assert (user["price_count"], user["price_log_sum"]) == (3, 2 * nine)
+    assert (user["paid_count"], user["paid_log_sum"]) == (2, nine)
 
 
 def test_recent_items_are_distinct_and_newest_first() -> None:
@@ -136,6 +137,10 @@ def test_a_repetition_takes_no_place_among_the_events_remembered() -> None:
     change, user = apply(*events, event(RECENT, 10), event(1, 10), event(2, 10))
     assert change.duplicate[RECENT:].all()
     assert user["actions"][VIEW] == RECENT
+    assert user["recent"]["event_id"].tolist() == list(range(RECENT, 0, -1))
+    change, user = apply(*events, event(RECENT + 1, 10), event(2, 10), event(1, 10))
+    assert change.duplicate[RECENT:].tolist() == [False, True, False]
+    assert user["recent"]["event_id"].tolist() == [1, *range(RECENT + 1, 2, -1)]
 
 
 def test_an_edited_review_replaces_its_stars() -> None:
@@ -167,6 +172,7 @@ def test_a_text_counts_its_stars_only() -> None:
     assert user["actions"].sum() == 1
     assert user["recent"]["actions"][0] == 1 << REVIEW
     assert len(item_deltas(text, apply(text)[0])[0]) == 0
+    assert apply(event(98, 10, TEXT))[1]["text_count"] == 0  # nobody could read stars off it
 
 
 def test_a_late_event_never_turns_time_back() -> None:
@@ -192,6 +198,15 @@ def test_sessions_open_by_name_or_after_silence() -> None:
     assert (user["sessions"], user["session_events"], user["session"]) == (4, 2, 8)
     assert user["session_second"] == (START + 91 * MINUTE) // 1000
     assert change.new_touch.tolist() == [True, False, True, True, True, False, True, False]
+    change, _ = apply(event(1, 10, session=7), event(2, 10, session=8))  # within a second
+    assert change.new_touch.tolist() == [True, True]
+
+
+def test_a_session_ends_after_more_than_its_gap() -> None:
+    still, over = event(2, 10), event(2, 10)
+    still["time"] += SESSION_GAP
+    over["time"] += SESSION_GAP + 1
+    assert [apply(event(1, 10), each)[1]["sessions"] for each in (still, over)] == [1, 2]
 
 
 def test_users_without_events_stay_as_they_are() -> None:
@@ -252,9 +267,9 @@ def test_item_deltas_by_item_and_topic() -> None:
     assert deltas["sessions"].tolist() == [1, 1, 0]
     assert deltas["first_time"].tolist() == [START + m * MINUTE for m in (2, 0, 1)]
     assert deltas["last_time"].tolist() == [START + m * MINUTE for m in (2, 3, 1)]
-    late, _ = apply(*events[:0:-1])  # in an order of arrival that is not that of time
-    (deltas,) = item_deltas(np.concatenate(events[:0:-1]), late)
-    assert deltas["first_time"].tolist() == [START + m * MINUTE for m in (2, 3, 1)]
+    (late,) = item_deltas(np.concatenate(events[::-1]), apply(*events[::-1])[0])
+    assert late["first_time"].tolist() == deltas["first_time"].tolist()
+    assert late["last_time"].tolist() == deltas["last_time"].tolist()
 
 
 def test_item_deltas_of_each_partition() -> None:
@@ -289,6 +304,11 @@ def test_item_states_apply_each_delta_once() -> None:
     later = apply_items(states, index[1:], deltas[1:], np.array([8, 10], np.uint64))
     assert later["rating_sum"].tolist() == [0, 4]
     assert later["actions"][:, VIEW].tolist() == [1, 2]
+    earlier = deltas[2:].copy()
+    earlier["first_time"] = earlier["last_time"] = START - MINUTE  # of a user whose events are late
+    later = apply_items(states, index[2:], earlier, np.array([10], np.uint64))
+    assert later["first_time"].tolist() == [START + 2 * MINUTE, START - MINUTE]
+    assert later["last_time"].tolist() == states["last_time"].tolist()
 
 
 def test_layout_hash_follows_the_fields() -> None:

@@ -122,6 +122,12 @@ def test_kinds_and_models_are_kept_apart() -> None:
     assert window.kinds["review"].total().tiers == {}
     assert window.kinds["interaction"].lag == 0
     assert window.kinds["review"].lag == 9
+    steps = [digest(at(9), [(4.0, 2.0)]), digest(at(19), [(2.0, 2.0)], kind="review", tier=None)]
+    apart = window_of(steps, ms(20), INSIGHTS)
+    assert {kind: each.total().sums.count for kind, each in apart.kinds.items()} == {
+        "interaction": 1,
+        "review": 1,
+    }
     # Two models of one worker in one window: its second is not counted twice.
     assert window.kinds["interaction"].per_second == pytest.approx(2.0)
 
@@ -151,6 +157,16 @@ def test_what_waited_for_a_worker_that_has_gone_waits_for_another() -> None:
     assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (1_000, 2)
     window = window_of([*old, *new], ms(30), insights)
     assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (500, 1)
+
+
+def test_a_worker_that_tells_seldom_has_not_gone() -> None:
+    """Silent for up to 10 s and twice as long as its windows last."""
+    insights = INSIGHTS.model_copy(update={"window_seconds": 60})
+    seldom = digest(at(10), [(4.0, None)], lag=5, seconds=10)
+    for heard, lag in ((40, 7), (40.001, 2)):
+        often = digest(at(heard), [(4.0, None)], worker="scorer-1", lag=2)
+        window = window_of([seldom, often], ms(50), insights)
+        assert window.kinds["interaction"].lag == lag
 
 
 def test_a_repeated_digest_counts_once() -> None:
