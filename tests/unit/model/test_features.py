@@ -239,6 +239,9 @@ def test_crosses_with_recent_items() -> None:
     assert found["leaf_rating"] == pytest.approx(1 / (1 + features.CROSS_DAMPING))
     assert found["user_last_rating"] == 5
     assert found["user_recent_rating"] == 3.5
+    user["residual_sum"], user["rating_count"] = -1 - USER_DAMPING, 1  # a star below the mean
+    found = features_of(user, attributes=attributes, recent=recent)
+    assert found["leaf_rating"] == pytest.approx((5 - 3) / (1 + features.CROSS_DAMPING))
     nothing = features_of(user, attributes=row(ITEM_ATTRIBUTES), recent=recent)
     assert [nothing[f"{name}_count"] for name in ("category", "leaf", "brand", "price_band")] == [
         0
@@ -285,6 +288,9 @@ def test_similar_texts() -> None:
     assert found["text_similarity"] == 0.25
     assert found["text_similarity_highest"] == 0.75
     assert found["text_rating"] == pytest.approx(0.5 / (0.5 + features.CROSS_DAMPING))
+    user["residual_sum"], user["rating_count"] = -1 - USER_DAMPING, 1  # a star below the mean
+    found = features_of(user, text_known=np.array([True]), similarity=similarity)
+    assert found["text_rating"] == pytest.approx((0.5 * 2) / (0.5 + features.CROSS_DAMPING))
     lonely = features_of(
         text_known=np.array([True]), similarity=np.full((1, RECENT), np.nan, np.float32)
     )

@@ -513,6 +513,10 @@ class TestTrials:
         assert alerts(window, window.firing, insights) == []
         few = insights.model_copy(update={"least_rated": 3})
         assert alerts(window, [], few) == []
+        for role in ("stable", "shadow"):  # one more of either, of which the other has too few
+            one_more = digest(at(6), [(3.0, 3.0)], version="ab"[role == "shadow"], role=role)
+            uneven = window_of([*self.digests(5, "shadow"), one_more], ms(10), few)
+            assert alerts(uneven, [], few) == []
         # A window in which it predicts nothing says nothing new of it.
         later = close(steps, ms(60), insights)
         assert later is not None
