@@ -105,7 +105,7 @@ def clean(reviews: pl.DataFrame, config: CleanConfig, now: datetime | None = Non
         ),
         (near, pl.struct("text", "item_id").map_batches(_repeats, return_dtype=pl.Boolean)),
         (
-            f"spam burst: one text {config.burst_rows} times in {config.burst_seconds:g} s or more",
+            f"spam: one text more than {config.burst_rows} times in {config.burst_seconds:g} s",
             pl.col("text").is_not_null() & (pl.col("row").count().over(*burst) > config.burst_rows),
         ),
     )

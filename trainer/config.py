@@ -41,7 +41,7 @@ class CleanConfig(BaseModel):
     burst_rows: int = Field(
         default=20,
         ge=2,
-        description="more rated rows of one user than this in one burst are spam",
+        description="more rated rows of one user and text than this in one burst are spam",
     )
     burst_seconds: float = Field(default=60, gt=0, description="length of one burst")
     repeated_text_users: int = Field(

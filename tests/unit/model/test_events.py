@@ -8,14 +8,17 @@ import numpy as np
 from model.events import (
     CART,
     EVENT,
+    FORGET,
     REVIEW,
     TEXT,
     blank,
     duplicated,
+    forget_rows,
     from_behavior,
     from_request,
     from_reviews,
     from_text_features,
+    joined,
     opaque,
 )
 from model.ids import hash_ids
@@ -64,6 +67,22 @@ def test_a_text_is_no_repetition_of_its_review() -> None:
 
 def test_no_records_give_no_rows() -> None:
     assert [len(make([])) for make in (from_reviews, from_behavior, from_text_features)] == [0] * 3
+
+
+def test_users_are_forgotten_by_rows_that_name_them_alone() -> None:
+    rows = forget_rows(["u1", "u2"])
+    assert rows["user"].tolist() == hash_ids(["u1", "u2"]).tolist()
+    assert rows["action"].tolist() == [FORGET] * 2
+    assert not any(rows[name].any() for name in ("item", "event_id", "time"))
+
+
+def test_parts_are_joined_in_their_order() -> None:
+    rows = from_request(7, np.array([1, 2, 3], np.uint64), 99)
+    for cuts in ([], [1], [0, 2], [3]):
+        whole = joined(np.split(rows, cuts))
+        assert whole.dtype == EVENT
+        assert whole.tobytes() == rows.tobytes()
+    assert joined([np.array([1, 2]), np.array([3])]).tolist() == [1, 2, 3]
 
 
 def test_a_request_asks_for_each_item() -> None:

@@ -156,11 +156,12 @@ def test_times_and_sessions() -> None:
         session_second=(NOW - HOUR) // 1000,
         session_events=3,
     )
-    same, silent, other = (
+    same, unnamed, silent, other = (
         features_of(user, event=row(EVENT, **fields))
         for fields in (
             {"time": NOW, "session": 9},
-            {"time": NOW + HOUR},
+            {"time": NOW + HOUR // 4},  # half an hour after the event before
+            {"time": NOW + HOUR // 4 + 1},
             {"time": NOW, "session": 8},
         )
     )
@@ -168,6 +169,8 @@ def test_times_and_sessions() -> None:
     assert same["user_tenure"] == pytest.approx(np.log(3))
     assert same["session_position"] == pytest.approx(np.log(4))
     assert same["session_age"] == pytest.approx(np.log(61))
+    assert unnamed["session_position"] == pytest.approx(np.log(4))
+    assert unnamed["session_age"] == pytest.approx(np.log(76))
     assert [silent[name] for name in ("session_position", "session_age")] == [0, 0]
     assert [other[name] for name in ("session_position", "session_age")] == [0, 0]
     assert (same["hour_sine"], same["hour_cosine"]) == pytest.approx((1, 0), abs=1e-6)
@@ -236,6 +239,9 @@ def test_crosses_with_recent_items() -> None:
     assert found["leaf_rating"] == pytest.approx(1 / (1 + features.CROSS_DAMPING))
     assert found["user_last_rating"] == 5
     assert found["user_recent_rating"] == 3.5
+    user["residual_sum"], user["rating_count"] = -1 - USER_DAMPING, 1  # a star below the mean
+    found = features_of(user, attributes=attributes, recent=recent)
+    assert found["leaf_rating"] == pytest.approx((5 - 3) / (1 + features.CROSS_DAMPING))
     nothing = features_of(user, attributes=row(ITEM_ATTRIBUTES), recent=recent)
     assert [nothing[f"{name}_count"] for name in ("category", "leaf", "brand", "price_band")] == [
         0
@@ -282,6 +288,9 @@ def test_similar_texts() -> None:
     assert found["text_similarity"] == 0.25
     assert found["text_similarity_highest"] == 0.75
     assert found["text_rating"] == pytest.approx(0.5 / (0.5 + features.CROSS_DAMPING))
+    user["residual_sum"], user["rating_count"] = -1 - USER_DAMPING, 1  # a star below the mean
+    found = features_of(user, text_known=np.array([True]), similarity=similarity)
+    assert found["text_rating"] == pytest.approx((0.5 * 2) / (0.5 + features.CROSS_DAMPING))
     lonely = features_of(
         text_known=np.array([True]), similarity=np.full((1, RECENT), np.nan, np.float32)
     )

@@ -74,6 +74,13 @@ def test_two_ratings() -> None:
     assert after["error_sum"] == pytest.approx(9 * FORGETTING + 4)
 
 
+def test_each_rating_meets_what_those_before_it_left() -> None:
+    events, begin = ratings(1, 2, 1, 1, 5), settled()
+    met, _ = followed(events, begin)
+    for place in range(len(events)):
+        assert met[place].tobytes() == followed(events[:place], begin)[1].tobytes()
+
+
 def test_a_storm_is_believed_and_passes() -> None:
     in_it = storm(20)
     assert -3 < level(in_it) < -1

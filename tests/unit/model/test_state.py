@@ -10,6 +10,7 @@ from model.state import (
     OLDER,
     PARTITION,
     RECENT,
+    SESSION_GAP,
     USER,
     Change,
     advance,
@@ -62,6 +63,18 @@ def test_counts_and_sums_of_ratings() -> None:
     assert user["step"] == 2
 
 
+def test_every_number_of_stars_has_its_place() -> None:
+    ratings = (1, 1.25, 1.5, 2, 2.5, 3.5, 4, 4.5, 5)
+    events = [event(k, 10 + k, REVIEW, rating=rating) for k, rating in enumerate(ratings, 1)]
+    change, user = apply(*events)
+    assert user["histogram"].tolist() == [2, 2, 1, 2, 2]
+    rows = np.concatenate(events)
+    partition = run_partition(blank(PARTITION, ()), rows, change.duplicate)[-1]
+    assert partition["histogram"].tolist() == [2, 2, 1, 2, 2]
+    (deltas,) = item_deltas(rows, change)
+    assert deltas["histogram"].sum(0).tolist() == [2, 2, 1, 2, 2]
+
+
 def test_each_event_meets_the_state_before_it() -> None:
     change, _ = apply(event(1, 10, REVIEW, rating=5), event(2, 11, at=1), event(3, 12, CART, at=2))
     assert change.met["rating_count"].tolist() == [0, 1, 1]
@@ -72,11 +85,11 @@ def test_each_event_meets_the_state_before_it() -> None:
 
 
 def test_prices_and_payments() -> None:
-    _, user = apply(event(1, 10, price=9), event(2, 10, PURCHASE, price=0), event(3, 11))
-    assert user["price_count"] == 2
-    assert user["price_log_sum"] == round(np.log(10) * 256) / 256
-    assert user["paid_count"] == 1
-    assert user["paid_log_sum"] == 0
+    nine = round(np.log(10) * 256) / 256
+    bought = [event(2, 10, PURCHASE, price=0), event(4, 10, PURCHASE, price=9)]
+    _, user = apply(event(1, 10, price=9), *bought, event(3, 11), event(5, 10, PURCHASE))
+    assert (user["price_count"], user["price_log_sum"]) == (3, 2 * nine)
+    assert (user["paid_count"], user["paid_log_sum"]) == (2, nine)
 
 
 def test_recent_items_are_distinct_and_newest_first() -> None:
@@ -119,6 +132,17 @@ def test_a_repeated_event_changes_nothing_but_the_step() -> None:
     assert user.tobytes() == expected.tobytes()
 
 
+def test_a_repetition_takes_no_place_among_the_events_remembered() -> None:
+    events = [event(number, 10) for number in range(1, RECENT + 1)]
+    change, user = apply(*events, event(RECENT, 10), event(1, 10), event(2, 10))
+    assert change.duplicate[RECENT:].all()
+    assert user["actions"][VIEW] == RECENT
+    assert user["recent"]["event_id"].tolist() == list(range(RECENT, 0, -1))
+    change, user = apply(*events, event(RECENT + 1, 10), event(2, 10), event(1, 10))
+    assert change.duplicate[RECENT:].tolist() == [False, True, False]
+    assert user["recent"]["event_id"].tolist() == [1, *range(RECENT + 1, 2, -1)]
+
+
 def test_an_edited_review_replaces_its_stars() -> None:
     change, user = apply(event(1, 10, REVIEW, rating=5), event(2, 10, REVIEW, at=1, rating=2))
     assert user["actions"][REVIEW] == 1
@@ -148,6 +172,7 @@ def test_a_text_counts_its_stars_only() -> None:
     assert user["actions"].sum() == 1
     assert user["recent"]["actions"][0] == 1 << REVIEW
     assert len(item_deltas(text, apply(text)[0])[0]) == 0
+    assert apply(event(98, 10, TEXT))[1]["text_count"] == 0  # nobody could read stars off it
 
 
 def test_a_late_event_never_turns_time_back() -> None:
@@ -173,6 +198,15 @@ def test_sessions_open_by_name_or_after_silence() -> None:
     assert (user["sessions"], user["session_events"], user["session"]) == (4, 2, 8)
     assert user["session_second"] == (START + 91 * MINUTE) // 1000
     assert change.new_touch.tolist() == [True, False, True, True, True, False, True, False]
+    change, _ = apply(event(1, 10, session=7), event(2, 10, session=8))  # within a second
+    assert change.new_touch.tolist() == [True, True]
+
+
+def test_a_session_ends_after_more_than_its_gap() -> None:
+    still, over = event(2, 10), event(2, 10)
+    still["time"] += SESSION_GAP
+    over["time"] += SESSION_GAP + 1
+    assert [apply(event(1, 10), each)[1]["sessions"] for each in (still, over)] == [1, 2]
 
 
 def test_users_without_events_stay_as_they_are() -> None:
@@ -233,6 +267,9 @@ def test_item_deltas_by_item_and_topic() -> None:
     assert deltas["sessions"].tolist() == [1, 1, 0]
     assert deltas["first_time"].tolist() == [START + m * MINUTE for m in (2, 0, 1)]
     assert deltas["last_time"].tolist() == [START + m * MINUTE for m in (2, 3, 1)]
+    (late,) = item_deltas(np.concatenate(events[::-1]), apply(*events[::-1])[0])
+    assert late["first_time"].tolist() == deltas["first_time"].tolist()
+    assert late["last_time"].tolist() == deltas["last_time"].tolist()
 
 
 def test_item_deltas_of_each_partition() -> None:
@@ -253,7 +290,13 @@ def test_item_states_apply_each_delta_once() -> None:
     index, offsets = np.array([0, 1, 1]), np.array([5, 6, 9], np.uint64)
     states = apply_items(blank(ITEM, 2), index, deltas, offsets)
     assert states["offset"].tolist() == [6, 10]
+    assert states["rating_count"].tolist() == [0, 1]
     assert states["rating_sum"].tolist() == [0, 4]
+    assert states["rating_square_sum"].tolist() == [0, 16]
+    assert states["histogram"].tolist() == [[0] * 5, [0, 0, 0, 1, 0]]
+    assert states["price_count"].tolist() == [0, 1]
+    assert states["price_log_sum"].tolist() == [0, round(np.log(10) * 256) / 256]
+    assert states["sessions"].tolist() == [1, 1]
     assert states["actions"][:, VIEW].tolist() == [1, 1]
     assert states["first_time"].tolist() == [START + 2 * MINUTE, START]
     assert states["last_time"].tolist() == [START + 2 * MINUTE, START + MINUTE]
@@ -261,6 +304,11 @@ def test_item_states_apply_each_delta_once() -> None:
     later = apply_items(states, index[1:], deltas[1:], np.array([8, 10], np.uint64))
     assert later["rating_sum"].tolist() == [0, 4]
     assert later["actions"][:, VIEW].tolist() == [1, 2]
+    earlier = deltas[2:].copy()
+    earlier["first_time"] = earlier["last_time"] = START - MINUTE  # of a user whose events are late
+    later = apply_items(states, index[2:], earlier, np.array([10], np.uint64))
+    assert later["first_time"].tolist() == [START + 2 * MINUTE, START - MINUTE]
+    assert later["last_time"].tolist() == states["last_time"].tolist()
 
 
 def test_layout_hash_follows_the_fields() -> None:

@@ -45,6 +45,25 @@ def test_counters_have_as_few_bytes_as_the_largest_needs() -> None:
     assert from_bytes(values, USER).tobytes() == states.tobytes()
 
 
+def test_a_counter_that_needs_more_bytes_gets_them_wherever_it_stands() -> None:
+    """Of users without recent items, so that what is cut off lies within the counters."""
+    large = (1, 255, 256, 65_535, 65_536, 2**24, 2**24 + 1)
+    pairs = np.array([(a, b) for a in large for b in (0, *large)])
+    states = blank(USER, len(pairs))
+    for first, last in (("session_events", "left"), ("left", "session_events")):
+        states[first], states[last] = pairs.T
+        values = to_bytes(states)
+        assert from_bytes(values, USER).tobytes() == states.tobytes()
+        assert not any(value.endswith(b"\0") for value in values)
+
+
+def test_a_state_without_a_zero_is_longer_by_its_width() -> None:
+    states = np.frombuffer(b"\xff" * (3 * USER.itemsize), USER)
+    values = to_bytes(states)
+    assert [len(value) for value in values] == [USER.itemsize + 1] * 3
+    assert from_bytes(values, USER).tobytes() == states.tobytes()
+
+
 @given(
     st.lists(
         st.tuples(

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Annotated, Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import orjson
@@ -235,6 +236,15 @@ def test_times_of_several_zones() -> None:
     here = timezone(timedelta(hours=2))
     found = milliseconds([datetime(2026, 1, 1, 2, tzinfo=here), datetime(2026, 1, 1, tzinfo=UTC)])
     assert found[0] == found[1]
+
+
+def test_times_of_a_zone_with_summers() -> None:
+    berlin = ZoneInfo("Europe/Berlin")
+    hours = [datetime(2026, month, 1, 12, tzinfo=berlin) for month in (1, 7)]
+    assert milliseconds(hours).tolist() == [
+        int(datetime(2026, month, 1, hour, tzinfo=UTC).timestamp()) * 1_000
+        for month, hour in ((1, 11), (7, 10))
+    ]
 
 
 @given(st.integers(631_152_000_000, 4_102_444_800_000), st.integers(0, 999), st.integers(-720, 720))

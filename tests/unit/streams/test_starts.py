@@ -1,15 +1,21 @@
 """Where a partition that is taken over is read on, by a loop in a scripted Kafka."""
 
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, KafkaError
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException
 from structlog.testing import capture_logs
 
-from streams.exceptions import StoreAheadError
+from streams.config import KafkaConfig
+from streams.exceptions import StoreAheadError, StoreError
 from streams.processor import Offsets
+from streams.starts import Start, claim
 from tests.unit.streams.looped import Counting, World, fill, places
 from tests.unit.streams.scripted_kafka import failure
+
+CONFIG = KafkaConfig(topic_prefix="eu.")
 
 
 def test_a_store_that_is_ahead_of_offsets_that_have_moved_is_not_called_ahead(world: World) -> None:
@@ -113,3 +119,53 @@ def test_without_exactly_once_the_ends_of_partitions_are_not_compared(world: Wor
     world.consumer.rebalance(new=places(0))
     loop._claim_pending()
     assert loop._live == {("reviews", 0): 3, ("behavior", 0): OFFSET_BEGINNING}
+
+
+def claimed(world: World, processor: Counting, *partitions: int) -> dict[tuple[str, int], Start]:
+    consumer: Any = world.broker.consumer({})
+    return claim(processor, consumer, CONFIG, {each: ["reviews"] for each in partitions})
+
+
+def test_what_retention_took_is_lost_from_the_first_record_on(world: World) -> None:
+    fill(world, 6, 0)
+    world.broker.first["eu.reviews", 0] = 4
+    processor = Counting(starts={"reviews": 0})
+    assert claimed(world, processor, 0) == {("reviews", 0): Start(4, lost=4)}
+    assert len(processor.claims) == 2  # the archive might have had them
+
+
+def test_only_partitions_that_retention_has_passed_are_claimed_again(world: World) -> None:
+    class Reading(Counting):
+        def claim(self, committed: Offsets) -> Offsets:
+            starts = super().claim(committed)
+            self.slow = {1}  # the archive has long to tell
+            return starts
+
+    fill(world, 6, 0, 1)
+    world.broker.committed |= {("eu.reviews", 0): 2, ("eu.reviews", 1): 2}
+    world.broker.first["eu.reviews", 1] = 4
+    processor = Reading()
+    assert claimed(world, processor, 0, 1) == {("reviews", 0): Start(2)}
+    assert [partition for partition, _ in processor.claims] == [0, 1, 1]
+
+
+def test_an_input_of_which_kafka_tells_nothing_is_not_read_from_its_beginning() -> None:
+    problem = KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)
+    told = SimpleNamespace(topic="eu.reviews", partition=0, offset=-1001, error=problem)
+    consumer: Any = SimpleNamespace(committed=lambda *_: [told])
+    with pytest.raises(KafkaException) as raised:
+        claim(Counting(), consumer, CONFIG, {0: ["reviews"]})
+    assert raised.value.args[0] is problem
+
+
+def test_of_many_inputs_without_an_answer_three_are_named(world: World) -> None:
+    def error(code: int, *partitions: int) -> str:
+        world.broker.fail("committed", failure(code))
+        with pytest.raises((StoreError, KafkaException)) as raised:
+            claimed(world, Counting(), *partitions)
+        return str(raised.value)
+
+    asked = error(KafkaError._TIMED_OUT, 0, 1, 2)
+    assert "of eu.reviews partition 0, eu.reviews partition 1, eu.reviews partition 2: " in asked
+    assert "partition 2 and 2 more: " in error(KafkaError._TIMED_OUT, 0, 1, 2, 3, 4)
+    assert "hangs" not in error(KafkaError.GROUP_AUTHORIZATION_FAILED, 0)

@@ -55,8 +55,20 @@ def test_a_window_computed_by_hand() -> None:
     # Step (0, 10]: errors +1 and -1; step (20, 30]: error +2, and one prediction without a rating.
     window = window_of(
         [
-            digest(at(9), [(4.0, 3.0), (2.0, 3.0)], lag=7, items={"a": 3, "b": 1}),
-            digest(at(30), [(5.0, 3.0), (4.4, None)], lag=4, items={"b": 5}),
+            digest(
+                at(9),
+                [(4.0, 3.0), (2.0, 3.0)],
+                lag=7,
+                items={"a": 3, "b": 1},
+                categories={"drums": 2},
+            ),
+            digest(
+                at(30),
+                [(5.0, 3.0), (4.4, None)],
+                lag=4,
+                items={"b": 5},
+                categories={"drums": 1, "pianos": 1},
+            ),
         ],
         ms(30),
         INSIGHTS,
@@ -74,6 +86,7 @@ def test_a_window_computed_by_hand() -> None:
     assert kind.total().tiers["full"].rated == 3
     assert kind.actions == {"review": 3}
     assert kind.top_items == [("b", 6), ("a", 3)]
+    assert kind.top_categories == [("drums", 3), ("pianos", 1)]
     assert kind.lag == 4  # the newest, not a sum over time
     assert kind.workers == 1
     # The step alone: two predictions in the one second that the digest's window lasted.
@@ -109,6 +122,12 @@ def test_kinds_and_models_are_kept_apart() -> None:
     assert window.kinds["review"].total().tiers == {}
     assert window.kinds["interaction"].lag == 0
     assert window.kinds["review"].lag == 9
+    steps = [digest(at(9), [(4.0, 2.0)]), digest(at(19), [(2.0, 2.0)], kind="review", tier=None)]
+    apart = window_of(steps, ms(20), INSIGHTS)
+    assert {kind: each.total().sums.count for kind, each in apart.kinds.items()} == {
+        "interaction": 1,
+        "review": 1,
+    }
     # Two models of one worker in one window: its second is not counted twice.
     assert window.kinds["interaction"].per_second == pytest.approx(2.0)
 
@@ -138,6 +157,16 @@ def test_what_waited_for_a_worker_that_has_gone_waits_for_another() -> None:
     assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (1_000, 2)
     window = window_of([*old, *new], ms(30), insights)
     assert (window.kinds["interaction"].lag, window.kinds["interaction"].workers) == (500, 1)
+
+
+def test_a_worker_that_tells_seldom_has_not_gone() -> None:
+    """Silent for up to 10 s and twice as long as its windows last."""
+    insights = INSIGHTS.model_copy(update={"window_seconds": 60})
+    seldom = digest(at(10), [(4.0, None)], lag=5, seconds=10)
+    for heard, lag in ((40, 7), (40.001, 2)):
+        often = digest(at(heard), [(4.0, None)], worker="scorer-1", lag=2)
+        window = window_of([seldom, often], ms(50), insights)
+        assert window.kinds["interaction"].lag == lag
 
 
 def test_a_repeated_digest_counts_once() -> None:
@@ -209,6 +238,7 @@ def test_due_waits_for_the_grace_and_for_digests_to_catch_up_with() -> None:
     # While digests stream in, their own time closes steps: much may still be unread.
     assert due(steps, ms(500), quiet=False) == []
     add(steps, digest(at(33), [(3.0, 3.0)]), ms(500))
+    add(steps, digest(at(6), [(3.0, 3.0)]), ms(500))  # of a worker that is behind
     assert due(steps, ms(500), quiet=False) == [ms(10), ms(20), ms(30)]
 
 
@@ -354,6 +384,7 @@ class TestAlerts:
 
     def test_few_ratings_prove_nothing(self) -> None:
         assert alerts(self.window(1.9, rated=1), [], self.insights) == []
+        assert len(alerts(self.window(1.9, rated=2), [], self.insights)) == 1
 
     def test_once_a_crossing_with_hysteresis(self) -> None:
         firing: list[str] = []
@@ -486,6 +517,17 @@ class TestTrials:
         window = window_of(same, ms(10), INSIGHTS)
         assert window.trial is not None
         assert window.trial.standard_errors is None
+        insights = INSIGHTS.model_copy(update={"highest_rmse": 9, "largest_drift": 9})
+        assert alerts(window, [], insights) == []
+
+    def test_of_a_shadow_alone_nothing_is_written_and_nothing_lost(self) -> None:
+        steps = steps_of([*self.digests(5, "shadow")[1:], *self.digests(15, "shadow")])
+        assert close(steps, ms(10), INSIGHTS) is None
+        window = close(steps, ms(20), INSIGHTS)
+        assert window is not None
+        assert window.kinds["interaction"].workers == 1
+        assert window.trial is not None
+        assert window.trial.canary.sums.count == 4
 
     def test_an_alert_when_the_canary_errs_more(self) -> None:
         insights = INSIGHTS.model_copy(update={"worse_canary": 1.5, "highest_rmse": 9})
@@ -500,6 +542,10 @@ class TestTrials:
         assert alerts(window, window.firing, insights) == []
         few = insights.model_copy(update={"least_rated": 3})
         assert alerts(window, [], few) == []
+        for role in ("stable", "shadow"):  # one more of either, of which the other has too few
+            one_more = digest(at(6), [(3.0, 3.0)], version="ab"[role == "shadow"], role=role)
+            uneven = window_of([*self.digests(5, "shadow"), one_more], ms(10), few)
+            assert alerts(uneven, [], few) == []
         # A window in which it predicts nothing says nothing new of it.
         later = close(steps, ms(60), insights)
         assert later is not None

@@ -45,9 +45,10 @@ def test_sound_rows_are_kept_in_order_and_nothing_is_reported() -> None:
 
 
 def test_rows_without_or_with_impossible_ratings_are_dropped() -> None:
-    kept, dropped = run([{"rating": None}, {"rating": float("nan")}, {"rating": 0.5}, {}])
-    assert kept == ["e3"]
-    assert dropped == {"no rating": 2, "rating outside 1 to 5": 1}
+    ratings = (None, float("nan"), 0.5, 5.5, 1.0, 5.0)
+    kept, dropped = run([{"rating": rating} for rating in ratings])
+    assert kept == ["e4", "e5"]
+    assert dropped == {"no rating": 2, "rating outside 1 to 5": 2}
 
 
 def test_impossible_times_are_dropped() -> None:
@@ -88,6 +89,7 @@ def test_a_long_text_of_many_users_is_copied_and_a_short_one_is_not() -> None:
     kept, dropped = run([{"text": LONG}] * 5 + [{"text": "Works great"}] * 5)
     assert kept == ["e0", "e5", "e6", "e7", "e8", "e9"]
     assert dropped == {"text copied by 5 users or more": 4}
+    assert len(run([{"text": None}] * 9)[0]) == 9  # nothing is no text that they share
 
 
 def test_a_long_text_that_nearly_repeats_one_of_its_item_is_dropped() -> None:
@@ -102,7 +104,11 @@ def test_a_burst_of_one_text_by_one_user_is_spam_and_a_burst_without_texts_is_no
     spam = [{"user_id": "bot", "text": "Buy at my shop", "item_id": f"i{n}"} for n in range(6)]
     kept, dropped = run(spam, burst_rows=5)
     assert kept == []
-    assert list(dropped.values()) == [6]
+    assert dropped == {"spam: one text more than 5 times in 60 s": 6}
+    assert len(run(spam, burst_rows=6)[0]) == 6
+    slow = [{**row, "time": NOW - timedelta(minutes=n)} for n, row in enumerate(spam, 1)]
+    assert len(run(slow, burst_rows=2)[0]) == 6
+    assert len(run(slow, burst_rows=2, burst_seconds=3_600)[0]) == 0
     silent = [{**row, "text": None} for row in spam]
     assert len(run(silent, burst_rows=5)[0]) == 6
 

@@ -69,6 +69,8 @@ def test_each_change_is_a_reason() -> None:
     moved = measure(kept, rows(1.0, 2), joined(0.5, 3), CONFIG)
     assert len(moved.reasons) == 1
     assert f"of {len(NAMES)} features" in moved.reasons[0]
+    assert list(moved.features.values()) == sorted(moved.features.values(), reverse=True)
+    assert f"({', '.join(list(moved.features)[:3])})" in moved.reasons[0]
     worse = measure(kept, rows(seed=2), joined(-1.0, 3), CONFIG)
     assert any("RMSE is" in reason for reason in worse.reasons)
     assert any("predictions are spread" in reason for reason in worse.reasons)
@@ -87,12 +89,34 @@ def test_a_model_that_was_judged_by_few_rows_is_not_fitted_again_by_chance() -> 
     assert changed <= 2
 
 
+def test_so_many_features_may_change_and_no_more() -> None:
+    kept = reference(rows(), np.full(400, 4.0), np.full(400, 4.0))
+    most = int(len(NAMES) * CONFIG.largest_share)
+    for moved in (most, most + 1):
+        after = rows(seed=2)
+        after[:, :moved] += 5
+        found = measure(kept, after, joined(0.0)[:0], CONFIG)
+        assert set(found.features) == {*NAMES[:moved]}
+        assert len(found.reasons) == (moved > most)
+
+
+def test_a_feature_that_a_model_did_not_know_is_not_compared() -> None:
+    known = joined(0.5)
+    kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
+    others = {name: kept.features[name] for name in NAMES[1:]}
+    found = measure(kept.model_copy(update={"features": others}), rows(5.0), known, CONFIG)
+    assert set(found.features) == {*NAMES[1:]}
+    assert f"of {len(NAMES) - 1} features" in found.reasons[0]
+
+
 def test_few_rows_tell_nothing() -> None:
     known = joined(0.5)
     kept = reference(rows(), known["predicted"].to_numpy(), known["rating"].to_numpy())
-    found = measure(kept, rows(9.0)[:20], joined(-1.0)[:20], CONFIG)
+    found = measure(kept, rows(9.0)[:49], joined(-1.0)[:49], CONFIG)
     assert found.reasons == ()
     assert found.rmse is None
+    found = measure(kept, rows(9.0)[:50], joined(-1.0)[:50], CONFIG)
+    assert len(found.reasons) == 3
 
 
 def test_few_predictions_of_a_new_model_tell_nothing() -> None:
@@ -214,6 +238,24 @@ def test_what_counts_came_after_the_window_and_of_the_version(
     features, known = since(Log(blank(EVENT, 0), reviews, [], []), "", None, "v1", NOON)
     assert len(features) == 0  # nothing of the journal is at hand
     assert known.rows() == [(4.5, 5.0)]
+
+
+def test_of_several_ratings_after_one_prediction_the_newest_counts() -> None:
+    predictions = pl.DataFrame(
+        {"event_id": ["view"], "user_id": "u", "item_id": "i", "time": NOON, "predicted": 3.0}
+    )
+    for stars in ([5.0, 2.0], [2.0, 5.0]):
+        ratings = pl.DataFrame(
+            {
+                "event_id": ["review", "edit"],
+                "user_id": "u",
+                "item_id": "i",
+                "time": [NOON + timedelta(hours=1), NOON + timedelta(hours=2)],
+                "rating": stars,
+            }
+        )
+        for order in (ratings, ratings[::-1]):
+            assert join(predictions, order).rows() == [(3.0, stars[1])]
 
 
 def test_a_rating_finds_the_newest_prediction_before_it() -> None:

@@ -105,6 +105,7 @@ def test_a_model_that_errs_a_little_more_on_all_rows_is_refused_below_the_bound(
 
 def test_a_claim_that_does_not_hold_is_refused() -> None:
     assert failed(run(MIDDLE, claimed=("lightgbm",))) == ["better than lightgbm"]
+    assert failed(run(CLOSE, claimed=("lightgbm",))) == ["better than lightgbm"]  # nor worse
 
 
 @pytest.mark.parametrize(
@@ -119,9 +120,16 @@ def test_an_uncalibrated_model_is_refused(calibration: Calibration, name: str) -
 
 
 def test_too_few_rows_decide_nothing() -> None:
-    verdict = run(CLOSE, rows=10)
+    verdict = run(CLOSE, rows=CONFIG.least_rows - 1)
     assert not verdict.passed
-    assert "10 newest rated rows" in verdict.reason
+    assert failed(verdict) == ["rows"]
+    assert "29 newest rated rows" in verdict.reason
+    assert run(CLOSE, rows=CONFIG.least_rows).passed
+
+
+def test_a_model_as_calibrated_as_it_must_be_passes() -> None:
+    least = replace(SOUND, ece=CONFIG.largest_ece, coverage=CONFIG.least_coverage)
+    assert run(CLOSE, calibration=least).passed
 
 
 def test_only_what_was_beaten_significantly_is_claimed() -> None:

@@ -23,6 +23,28 @@ def test_a_feature_that_says_the_rating_is_named() -> None:
     ]
 
 
+def test_a_feature_may_explain_much_and_not_nearly_all() -> None:
+    """Of 500 ratings of 1 and 500 of 5, some of which it takes for 1: n say 1 - 4n / (500 + n)."""
+    rating = np.repeat([1.0, 5.0], 500)
+    rows = np.full((1_000, len(FEATURES)), np.nan, np.float32)
+    for wrong, leaks in ((2, 1), (3, 0)):
+        rows[:, 3] = rating
+        rows[500 : 500 + 2 * wrong, 3] = 1
+        assert len(telling_features(rows, rating)) == leaks
+
+
+def test_what_a_feature_explains_by_chance_is_no_alarm() -> None:
+    """Two hundred bins of one row each, or of one and two, tell ratings that they never saw."""
+    random = np.random.default_rng(0)
+    rows = np.full((300, len(FEATURES)), np.nan, np.float32)
+    for count in (200, 201, 300):
+        rating = random.permutation(np.resize([1.0, 5.0], count))
+        rows[:, 3] = np.arange(300)
+        assert telling_features(rows[:count], rating) == []
+        rating.sort()
+        assert len(telling_features(rows[:count], rating)) == (count > 200)
+
+
 def test_what_too_few_rows_say_is_no_alarm() -> None:
     rating = np.tile([1.0, 5.0], 500)
     rows = np.full((1_000, len(FEATURES)), np.nan, np.float32)
@@ -50,3 +72,26 @@ def test_an_item_that_is_described_later_than_it_is_seen_is_named(tmp_path: Path
     assert leak.examples == ("i1",)
     write_records(path, [*events, ("items", late)])
     assert known_later(from_file(path)) == []
+    write_records(path, [*events, ("items", late), ("reviews", review(4, 4, 1, START, 4))])
+    assert [leak.rows for leak in known_later(from_file(path))] == [1]
+
+
+def test_a_description_from_the_time_of_an_event_is_not_later(tmp_path: Path) -> None:
+    path = tmp_path / "same.jsonl"
+    seen = review(1, 1, 1, START, 4)
+    for later, leaks in ((0, 0), (1, 1)):
+        said = {"event_time": seen.event_time + timedelta(milliseconds=later)}
+        write_records(path, [("items", item(1).model_copy(update=said)), ("reviews", seen)])
+        assert len(known_later(from_file(path))) == leaks
+
+
+def test_descriptions_are_held_against_events_with_their_own_item(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    late = {"event_time": START + timedelta(days=9)}
+    items = [("items", item(n).model_copy(update=late)) for n in range(12)]
+    write_records(path, [*items, ("items", item(12)), ("reviews", review(1, 1, 12, START, 4))])
+    assert known_later(from_file(path)) == []
+    seen = [("reviews", review(n, n, n, START, 4)) for n in range(12)]
+    write_records(path, [*items, *seen])
+    (leak,) = known_later(from_file(path))
+    assert (leak.rows, leak.examples) == (12, tuple(f"i{n}" for n in range(10)))

@@ -5,7 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.metrics import calibration, class_scores, evaluate, paired, scores, text_scores
+from trainer.metrics import (
+    by_rating,
+    calibration,
+    class_scores,
+    evaluate,
+    log_loss,
+    paired,
+    rmse,
+    scores,
+    text_scores,
+)
 
 
 def test_scores_by_hand() -> None:
@@ -25,11 +35,13 @@ def test_scores_of_no_rows_are_unknown() -> None:
 def test_models_are_compared_on_the_same_rows_by_history_and_clipped() -> None:
     rating = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     history = np.array([0.0, 1.0, 2.0, 9.0, 10.0])
-    found = evaluate(rating, history, {"ones": np.full(5, -3.0), "exact": rating})
+    models = {"ones": np.full(5, -3.0), "fives": np.full(5, 9.0), "exact": rating}
+    found = evaluate(rating, history, models)
     assert found["ones"].all.mse == pytest.approx((0 + 1 + 4 + 9 + 16) / 5)
     by_bucket = {name: bucket.rows for name, bucket in found["ones"].buckets.items()}
     assert by_bucket == {"0": 1, "1-2": 2, "3-9": 1, "10+": 1}
     assert found["ones"].buckets["1-2"].mse == pytest.approx((1 + 4) / 2)
+    assert found["fives"].all.mse == found["ones"].all.mse
     assert found["exact"].all.rmse == 0
     with pytest.raises(ValueError, match="short"):
         evaluate(rating, history, {"short": np.ones(3)})
@@ -45,6 +57,45 @@ def test_paired_difference_has_the_sign_of_the_gain_and_repeats() -> None:
     assert gap.low == pytest.approx(-0.75)  # every row gains the same
     assert gap.high == pytest.approx(-0.75)
     assert gap == paired(rating, better, worse, **options)
+
+
+def test_a_paired_interval_is_as_wide_as_its_confidence_asks() -> None:
+    rating = np.full(400, 3.0)
+    model = np.tile([3.0, 4.0], 200)  # gaps of 0 and 1: a mean of 0.5, off by 0.025
+    options: Any = {"resamples": 4000, "seed": 1}
+    for confidence, deviations in ((0.9, 1.645), (0.5, 0.674)):
+        gap = paired(rating, model, rating, confidence=confidence, **options)
+        assert gap.mean == 0.5
+        assert gap.low == pytest.approx(0.5 - deviations * 0.025, abs=0.003)
+        assert gap.high == pytest.approx(0.5 + deviations * 0.025, abs=0.003)
+
+
+def test_what_a_model_predicts_past_the_stars_counts_as_the_last_one() -> None:
+    rating = np.array([1.0, 5.0])
+    assert rmse(rating, np.array([-9.0, 9.0])) == 0
+    past = np.array([-9.0, 9.0])
+    options: Any = {"confidence": 0.9, "resamples": 9, "seed": 1}
+    assert paired(rating, past, rating, **options).mean == 0
+    assert paired(rating, rating, past, **options).mean == 0
+
+
+def test_rows_by_their_rounded_rating() -> None:
+    masks = by_rating(np.array([0.2, 1.0, 2.4, 3.0, 3.6, 5.0, 5.9]))
+    assert {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()} == {
+        "1 stars": [0, 1],
+        "2 stars": [2],
+        "3 stars": [3],
+        "4 stars": [4],
+        "5 stars": [5, 6],
+    }
+
+
+def test_log_loss_is_of_all_stars_that_the_label_holds() -> None:
+    distribution = np.array([[0.5, 0.25, 0.25, 0, 0], [0, 0, 0, 0, 1.0]])
+    labels = np.array([[0.5, 0.5, 0, 0, 0], [0, 0, 0, 0, 1]], np.float32)
+    assert log_loss(distribution, labels) == pytest.approx(0.75 * np.log(2))
+    never = np.array([[0, 0, 0, 0, 1]], np.float32)
+    assert log_loss(np.array([[1.0, 0, 0, 0, 0]]), never) == pytest.approx(-np.log(1e-9))
 
 
 def test_a_distribution_that_says_what_happens_has_no_calibration_error() -> None:
@@ -65,12 +116,26 @@ def test_a_distribution_that_is_sure_and_wrong_has_the_largest_calibration_error
     assert found.coverage == 0
 
 
+def test_calibration_by_bins_of_what_was_claimed() -> None:
+    """Of ratings 3 and 9 (five): P(stars ≥ 2..5) is 0.85, 0.65, 0.25, 0.05 and 1, 1, 1, 1."""
+    distribution = np.array([[0.15, 0.2, 0.4, 0.2, 0.05], [0, 0, 0, 0, 1.0]])
+    found = calibration(np.array([3.0, 9.0]), distribution, np.ones(2), np.array([2.0, 9.0]))
+    claimed, happened, rows = zip(*found.bins, strict=True)
+    assert claimed == pytest.approx((0.05, 0.25, 0.65, 0.85, 1))
+    assert happened == (0, 0, 1, 1, 1)
+    assert rows == (1, 1, 1, 1, 4)
+    assert found.ece == pytest.approx((0.05 + 0.25 + 0.35 + 0.15) / 8)
+    assert found.log_loss == pytest.approx(-np.log(0.4) / 2)
+    assert (found.coverage, found.width) == (0.5, 4.5)
+
+
 def test_text_scores_use_the_expected_stars_and_the_likeliest() -> None:
     distribution = np.array([[0.0, 0, 0, 0.5, 0.5], [1.0, 0, 0, 0, 0]])
-    found = text_scores(np.array([4.0, 2.0]), distribution)
+    found = text_scores(np.array([4.0, 3.0]), distribution)
     assert found.accuracy == 0.5
-    assert found.rmse == pytest.approx(((0.5**2 + 1) / 2) ** 0.5)
-    assert found.mae == pytest.approx(0.75)
+    assert found.off_by_one == 0.5
+    assert found.rmse == pytest.approx(((0.5**2 + 2**2) / 2) ** 0.5)
+    assert found.mae == pytest.approx(1.25)
 
 
 def test_macro_f1_counts_every_star_that_occurs_alike() -> None:

@@ -1,5 +1,7 @@
 """Splits by time."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,13 +9,20 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trainer.config import SampleConfig, SplitConfig
-from trainer.split import by_instant, by_time, sample
+from trainer.split import Split, by_instant, by_time, sample
 
 
 def test_spans_follow_each_other_in_time() -> None:
     split = by_time(np.array([5, 1, 9, 3, 7, 2, 8, 4, 6, 0]), SplitConfig())
     assert split.train.tolist() == [9, 1, 5, 3, 7, 0, 8, 4]
     assert (split.validation.tolist(), split.test.tolist()) == ([6], [2])
+
+
+@pytest.mark.parametrize("cut", [by_time, by_instant])
+def test_spans_have_their_shares(cut: Callable[[np.ndarray, SplitConfig], Split]) -> None:
+    split = cut(np.arange(60)[::-1] // 2, SplitConfig(validation_share=0.2, test_share=0.1))
+    assert [len(span) for span in (split.train, split.validation, split.test)] == [42, 12, 6]
+    assert split.test.max() == 5  # the newest stand first
 
 
 @given(
@@ -65,6 +74,7 @@ def test_samples_by_hand() -> None:
         return sample(USERS, STARS, config, 3).tolist()
 
     assert chosen(3, "newest") == [3, 4, 5]
+    assert chosen(2, "user") == [4, 5]
     assert chosen(3, "user") == [1, 4, 5]  # one of each
     assert chosen(4, "user") == [1, 3, 4, 5]
     assert chosen(0, "user") == chosen(6, "newest") == chosen(9, "rarity") == [0, 1, 2, 3, 4, 5]
