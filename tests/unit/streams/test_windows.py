@@ -60,14 +60,12 @@ def test_a_window_computed_by_hand() -> None:
                 [(4.0, 3.0), (2.0, 3.0)],
                 lag=7,
                 items={"a": 3, "b": 1},
-                categories={"drums": 2},
             ),
             digest(
                 at(30),
                 [(5.0, 3.0), (4.4, None)],
                 lag=4,
                 items={"b": 5},
-                categories={"drums": 1, "pianos": 1},
             ),
         ],
         ms(30),
@@ -86,7 +84,6 @@ def test_a_window_computed_by_hand() -> None:
     assert kind.total().tiers["full"].rated == 3
     assert kind.actions == {"review": 3}
     assert kind.top_items == [("b", 6), ("a", 3)]
-    assert kind.top_categories == [("drums", 3), ("pianos", 1)]
     assert kind.lag == 4  # the newest, not a sum over time
     assert kind.workers == 1
     # The step alone: two predictions in the one second that the digest's window lasted.
