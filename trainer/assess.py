@@ -74,7 +74,7 @@ def compare(data: Prepared, ours: Predicted, config: TrainerConfig) -> Compared:
 def assess(
     log: Log,
     bundle: Bundle | None,
-    config: TrainerConfig,
+    config: TrainerConfig | None = None,
     *,
     progress: Progress | None = None,
 ) -> Assessment:
@@ -83,6 +83,7 @@ def assess(
     The bundle may have been fitted on these very rows; its metrics say up to when it was
     (`window`). Raises TrainerError when there are too few rated rows.
     """
+    config = config or TrainerConfig()
     if config.threads:
         torch.set_num_threads(config.threads)
     found = cleaned(log, config)
