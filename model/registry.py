@@ -58,11 +58,6 @@ class Registry(BaseModel):
     history: list[Change] = []  # oldest first
 
     @property
-    def stable_version(self) -> str:
-        """The version that is stable; "" for none."""
-        return self.stable.version if self.stable else ""
-
-    @property
     def tried_since(self) -> datetime | None:
         """When the trial of the canary began; another share goes on with it."""
         began: datetime | None = None
@@ -79,6 +74,11 @@ class Registry(BaseModel):
         """Whether what is stable became so by a rollback."""
         ways = (each.what for each in reversed(self.history))
         return next((way == "rollback" for way in ways if way in ("promote", "rollback")), False)
+
+    @property
+    def stable_version(self) -> str:
+        """The version that is stable; "" for none."""
+        return self.stable.version if self.stable else ""
 
 
 def read(url: str) -> Registry:

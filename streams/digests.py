@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.ladder import TIERS
-from model.ladder import VERSION as LADDER
 from schemas.codec import encode
 from schemas.records import ErrorSums, Kind, Role, ScoreDigest, format_time
 from streams.processor import Output
@@ -48,7 +47,7 @@ class Digests:
         self._seconds = seconds
         self._since = time.monotonic()
         self._scored: dict[_Trial, list[Scored]] = {}
-        self._version = LADDER
+        self._version = "ladder"
 
     def add(self, scored: Scored) -> None:
         """Count predictions in; call it only after their commit."""

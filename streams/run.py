@@ -104,7 +104,6 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
     elif "insights" in names:  # which waits for its topics by itself
         reach(settings.kafka)
     metrics = make_metrics()
-    failures: list[BaseException] = []
     checks: dict[str, Callable[[], str | None]] = {}
     with ExitStack() as stack:
         tasks: dict[str, Callable[[], None]] = {}
@@ -144,16 +143,17 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
                 )
             )
         settle()
-        _run_threads(tasks, stop, failures)
+        failures = _run_threads(tasks, stop)
     if failures:
         raise failures[0]
 
 
 def _run_threads(
-    tasks: Mapping[str, Callable[[], None]],
-    stop: threading.Event,
-    failures: list[BaseException],
-) -> None:
+    tasks: Mapping[str, Callable[[], None]], stop: threading.Event
+) -> list[BaseException]:
+    """Run each task in a thread until `stop` is set, as by one that fails; what failed."""
+    failures: list[BaseException] = []
+
     def guarded(name: str, task: Callable[[], None]) -> None:
         try:
             task()
@@ -180,6 +180,7 @@ def _run_threads(
                     f"{_where(thread)}; what it had not committed is read again."
                 )
             )
+    return failures
 
 
 def _where(thread: threading.Thread) -> str:

@@ -44,30 +44,11 @@ def adapt(
     Raises:
         TrainerError: it is no model that fills in masks, or more than plain weights.
     """
-    # Seconds to import, and of use here alone.
-    from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
+    from transformers import DataCollatorForLanguageModeling  # seconds to import
 
     require_plain(encoder)
-    if encoder.tokenizer.mask_token is None:
-        raise TrainerError(
-            f"{encoder.folder} knows no mask token, so it cannot be adapted: "
-            "set trainer.text.adapt.epochs to 0"
-        )
     torch.manual_seed(seed)
-    try:
-        model: Any = AutoModelForMaskedLM.from_pretrained(
-            encoder.folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-        )
-    except ValueError as error:  # a decoder, say
-        raise TrainerError(
-            f"{encoder.folder} is no model that fills in masks, so it cannot be adapted: "
-            "set trainer.text.adapt.epochs to 0"
-        ) from error
-    model.to(encoder.device).train()
+    model = _masked_model(encoder)
     mask = DataCollatorForLanguageModeling(encoder.tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
     steps = config.epochs * -(-len(texts) // config.batch_texts)
@@ -110,6 +91,28 @@ def adapt(
         adapted = adapted.get_encoder()
     replace(encoder, model=adapted).save(folder)
     return encoders.load(folder, str(encoder.device))
+
+
+def _masked_model(encoder: TextEncoder) -> Any:
+    """The encoder with its head that fills in masks, to be trained."""
+    from transformers import AutoModelForMaskedLM  # seconds to import
+
+    instead = "so it cannot be adapted: set trainer.text.adapt.epochs to 0"
+    if encoder.tokenizer.mask_token is None:
+        raise TrainerError(f"{encoder.folder} knows no mask token, {instead}")
+    try:
+        model: Any = AutoModelForMaskedLM.from_pretrained(
+            encoder.folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+    except ValueError as error:  # a decoder, say
+        raise TrainerError(
+            f"{encoder.folder} is no model that fills in masks, {instead}"
+        ) from error
+    return model.to(encoder.device).train()
 
 
 def _order(count: int, config: AdaptConfig, seed: int) -> list[batches.Rows]:

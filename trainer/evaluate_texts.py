@@ -5,7 +5,7 @@ Everybody is fitted to whole reviews, and asked for these, for titles alone and 
 
 import logging
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -144,20 +144,8 @@ def peers(
         return {}
     whole, spans = worded.whole, worded.whole.span
     test = np.flatnonzero(spans == TEST)
-    vectors = {
-        part: kept.get(
-            f"vectors {part}",
-            lambda part=part: {
-                "vectors": text.encode(
-                    base,
-                    worded.part(part) if part == "text" else taken(worded.part(part), test),
-                    tracker(progress, "encoding texts for the peers"),
-                )
-            },
-        )["vectors"]
-        for part in PARTS
-        if chosen  # a plain fine-tune reads words
-    }
+    # A plain fine-tune reads words.
+    vectors = _vectors(worded, base, kept, progress) if chosen else {}
 
     def those(span: int) -> texts.RatedTexts:
         chosen = np.flatnonzero(spans == span)
@@ -169,12 +157,14 @@ def peers(
 
     def make(peer: texts.TextPeer) -> Arrays:
         settings, read = texts.settle(peer, those(TRAIN), those(VALIDATION), config.seed)
-        answers: Arrays = {"settings": np.array(orjson.dumps(settings).decode())}
-        for part in PARTS:
-            encoded = vectors[part][test] if part == "text" else vectors[part]
-            words = taken(worded.part(part), test)
-            answers[part], answers[f"{part} stars"] = read(words, encoded)
-        return answers
+        told = (
+            read(
+                taken(worded.part(part), test),
+                vectors[part][test] if part == "text" else vectors[part],
+            )
+            for part in PARTS
+        )
+        return {"settings": np.array(orjson.dumps(settings).decode()), **_answers(told)}
 
     bar = tracker(progress, "fitting the peers that read texts")
     every = len(chosen) + (texts.PLAIN in wanted)
@@ -186,30 +176,59 @@ def peers(
         except ValueError as error:  # all stars are alike, or no word occurs twice
             logger.warning("peer %s is left out, for it takes no such texts: %s", name, error)
     bar(len(chosen), every)
-    if texts.PLAIN not in wanted:
-        return found
-    checkpoints = kept.folder / "plain"
+    if texts.PLAIN in wanted:
+        found[texts.PLAIN] = _finetuned(worded, base, config.seed, kept)
+        bar(1, 1)
+    return found
 
-    def plain() -> Arrays:
-        known = np.flatnonzero(spans != TEST)
+
+def _vectors(
+    worded: Worded, base: TextEncoder, kept: Kept, progress: Progress | None
+) -> dict[str, NDArray[np.float32]]:
+    """Vectors of all reviews, and of the parts of those that are tested, (n, hidden) each."""
+    test = np.flatnonzero(worded.whole.span == TEST)
+
+    def make(part: str) -> Arrays:
+        words = worded.part(part) if part == "text" else taken(worded.part(part), test)
+        bar = tracker(progress, "encoding texts for the peers")
+        return {"vectors": text.encode(base, words, bar)}
+
+    return {
+        part: kept.get(f"vectors {part}", lambda part=part: make(part))["vectors"] for part in PARTS
+    }
+
+
+def _finetuned(worded: Worded, base: TextEncoder, seed: int, kept: Kept) -> Arrays:
+    """What a plain fine-tune says of the test texts."""
+    from trainer.peers import texts  # an extra
+
+    whole, spans = worded.whole, worded.whole.span
+    known, test = np.flatnonzero(spans != TEST), np.flatnonzero(spans == TEST)
+    scratch = kept.folder / "plain"
+
+    def make() -> Arrays:
         told = texts.finetune_plain(
             base.folder,
             taken(whole.texts, known),
             whole.rating[known],
             [taken(worded.part(part), test) for part in PARTS],
             base.longest_tokens,
-            config.seed,
-            checkpoints,
+            seed,
+            scratch,
         )
-        answers: Arrays = {}
-        for part, (expected, stars) in zip(PARTS, told, strict=True):
-            answers[part], answers[f"{part} stars"] = expected, stars
-        return answers
+        return _answers(told)
 
-    found[texts.PLAIN] = kept.get(f"text peer {texts.PLAIN}", plain)
-    bar(1, 1)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # hundreds of megabytes, of no more use
-    return found
+    answers = kept.get(f"text peer {texts.PLAIN}", make)
+    shutil.rmtree(scratch, ignore_errors=True)  # hundreds of megabytes, of no more use
+    return answers
+
+
+def _answers(told: Iterable[tuple[Floats, NDArray[np.int64]]]) -> Arrays:
+    """What is told of each part, in the order of PARTS: expected ratings, and whole stars."""
+    answers: Arrays = {}
+    for part, (expected, stars) in zip(PARTS, told, strict=True):
+        answers[part], answers[f"{part} stars"] = expected, stars
+    return answers
 
 
 def blocks(worded: Worded | None, texts: Mapping[str, Arrays]) -> dict[str, dict[str, Any]]:

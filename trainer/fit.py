@@ -110,7 +110,7 @@ def fit(
     spans = [(train, validation)] if start else _spans(train, validation)
     begun = [_begin(network_config, inputs, rating, *span, seed) for span in spans]
     last = begun[-1]
-    network, inputs = last.network, last.inputs
+    network = last.network
     truth = np.concatenate([rating[each.asked] for each in begun])
 
     def told() -> Floats:
@@ -138,15 +138,7 @@ def fit(
     network.eval()
     grown, shares = None, (1.0, 0.0)
     if config.trees:
-        threads = torch.get_num_threads()
-        how = boost.choose(inputs.features[train], last.target, _ends(train), seed, threads)
-        trees = boost.grow(inputs.features[train], last.target, how, seed, threads)
-        if trees is not None:
-            said = boost.values(trees, inputs.features[validation])
-            bias = inputs.features[validation, network.config.bias_column].astype(np.float64)
-            said = np.stack([mean(network, inputs, validation) - bias, said])
-            grown, shares = how, _shared(said, rating[validation] - bias)
-            _plant(network, trees, shares)
+        grown, shares = _add_trees(last, rating, seed)
     _fold(network, last.taste)
     return Fitted(
         network, last.penalty, best_epoch, belief, grown, shares, carried, tuple(errors[1:])
@@ -222,6 +214,27 @@ def _begin(
     penalty = ridge.choose(_design(network, inputs, rows), target, _ends(rows))
     intercept = _fit_linear(network, inputs, rating, rows, penalty)
     return _Begun(network, taste, inputs, rows, asked, target, penalty, intercept)
+
+
+def _add_trees(
+    begun: _Begun, rating: Floats, seed: int
+) -> tuple[Grown | None, tuple[float, float]]:
+    """Grow trees beside the network; how they grew, and the shares of what both say.
+
+    None and the network's whole share where trees say nothing.
+    """
+    network, asked = begun.network, begun.asked
+    features, later = begun.inputs.features[begun.rows], begun.inputs.features[asked]
+    threads = torch.get_num_threads()
+    how = boost.choose(features, begun.target, _ends(begun.rows), seed, threads)
+    trees = boost.grow(features, begun.target, how, seed, threads)
+    if trees is None:
+        return None, (1.0, 0.0)
+    bias = later[:, network.config.bias_column].astype(np.float64)
+    said = np.stack([mean(network, begun.inputs, asked) - bias, boost.values(trees, later)])
+    shares = _shared(said, rating[asked] - bias)
+    _plant(network, trees, shares)
+    return how, shares
 
 
 def _spans(train: Rows, validation: Rows) -> list[tuple[Rows, Rows]]:

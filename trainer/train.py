@@ -21,7 +21,7 @@ from model import bundle as bundles
 from model import device as devices
 from model import encoder as encoders
 from model import storage
-from model.bundle import Bundle, Written
+from model.bundle import Bundle
 from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead, TextEncoder
@@ -47,8 +47,8 @@ from trainer.prepare import (
     unrated_texts,
 )
 from trainer.progress import tracker
-from trainer.text import ReviewTexts, TextModel
-from trainer.tracking import tracking, unnoted
+from trainer.text import TextModel
+from trainer.tracking import Note, tracking, unnoted
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +69,6 @@ class TrainResult(Assessment):
     verdict: Verdict
     claims: tuple[str, ...]  # baselines that it claims to beat
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """What is written: chosen without the newest rows, fitted with them when settings say so."""
-
-    fitted: Fitted
-    network: FusedNetwork
-    calibration: Calibration
-    encoder: TextEncoder | None
-    texts: TextModel | None
 
 
 def train(
@@ -134,13 +123,7 @@ def train(
         kept = encoder == "auto" and other is None and served
         config = config.model_copy(update={"text": text.settled(config.text, kept)})
         place = Path(folder) / "encoder"
-        reviews = _review_texts(base, log, found.reviews, config)
-        texts, checkpoint = None, None
-        if reviews is not None and base is not None:
-            root = Path(config.checkpoints)
-            checkpoint = text.checkpoint_of(root, reviews, base, config.text, config.seed)
-            bar = tracker(progress, "reading review texts")
-            texts = text.fit(reviews, base, config.text, place, config.seed, bar, checkpoint, note)
+        texts, checkpoint = _text_model(base, log, found.reviews, config, place, progress, note)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
         start = _start(stable, other, data)
@@ -170,26 +153,16 @@ def train(
         if config.fit.refit:
             everything = np.concatenate([data.split.train, data.split.validation, data.split.test])
             network = refit_network(fitted, data, everything, config, progress, start)
-        candidate = _Candidate(fitted, network, calibration, used, texts)
         rows = _rows(log, data, texts)
-        settings = _settings(candidate, config)
-        written = _write(
+        settings = _settings(fitted, texts, config)
+        written = bundles.write(
             models_url,
-            candidate,
-            compared,
-            claims,
-            verdict,
-            rows,
-            settings,
-            data.window(),
-            source,
-            stable,
-            told,
-            drift.reference(
-                data.examples.inputs.features[data.split.test],
-                compared.ours.rating,
-                compared.rating,
-            ),
+            network=network,
+            calibration=calibration,
+            metrics=_metrics(compared, texts, claims, verdict, rows, data),
+            card=_card(source, data.window(), rows, settings, compared, verdict, told),
+            encoder=used.folder if used else None,
+            star_head=texts.head if texts else _kept_head(used, stable),
         )
         if checkpoint is not None and is_first():
             checkpoints.drop(checkpoint)
@@ -234,14 +207,29 @@ def base_encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> 
     return encoders.load(folder, config.device)
 
 
-def _review_texts(
-    encoder: TextEncoder | None, log: Log, reviews: pl.DataFrame, config: TrainerConfig
-) -> ReviewTexts | None:
-    """What a star head is fitted to, when there is an encoder, enough texts, and settings want."""
+def _text_model(
+    encoder: TextEncoder | None,
+    log: Log,
+    reviews: pl.DataFrame,
+    config: TrainerConfig,
+    folder: Path,
+    progress: Progress | None,
+    note: Note,
+) -> tuple[TextModel | None, Path | None]:
+    """A star head with the encoder it reads by, and the folder of its checkpoints.
+
+    Neither without an encoder or with too few texts, nor where settings want none.
+    """
     if encoder is None or config.text.method == "none":
-        return None
+        return None, None
     texts = review_texts(reviews, config.text, config.split)
-    return None if texts is None else replace(texts, unrated=unrated_texts(log, config.text))
+    if texts is None:
+        return None, None
+    texts = replace(texts, unrated=unrated_texts(log, config.text))
+    settings, seed = config.text, config.seed
+    checkpoint = text.checkpoint_of(Path(config.checkpoints), texts, encoder, settings, seed)
+    bar = tracker(progress, "reading review texts")
+    return text.fit(texts, encoder, settings, folder, seed, bar, checkpoint, note), checkpoint
 
 
 def _replayed(
@@ -379,8 +367,7 @@ def _rows(log: Log, data: Prepared, texts: TextModel | None) -> dict[str, int]:
     }
 
 
-def _settings(candidate: _Candidate, config: TrainerConfig) -> dict[str, Any]:
-    fitted, texts = candidate.fitted, candidate.texts
+def _settings(fitted: Fitted, texts: TextModel | None, config: TrainerConfig) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "ridge penalty": fitted.penalty,
@@ -397,22 +384,16 @@ def _settings(candidate: _Candidate, config: TrainerConfig) -> dict[str, Any]:
     }
 
 
-def _write(
-    models_url: str,
-    candidate: _Candidate,
+def _metrics(
     compared: Compared,
+    texts: TextModel | None,
     claims: tuple[str, ...],
     verdict: Verdict,
     rows: dict[str, int],
-    settings: dict[str, Any],
-    window: tuple[datetime, datetime],
-    source: str,
-    stable: Bundle | None,
-    evaluated: Mapping[str, Any],
-    spread: drift.Reference,
-) -> Written:
-    texts, encoder = candidate.texts, candidate.encoder
-    head = texts.head if texts else _kept_head(encoder, stable)
+    data: Prepared,
+) -> dict[str, Any]:
+    """What `metrics.json` holds."""
+    features = data.examples.inputs.features[data.split.test]
     metrics = {
         "rating": {name: asdict(found) for name, found in compared.evaluations.items()},
         "calibration": asdict(compared.calibration),
@@ -420,39 +401,43 @@ def _write(
         "claims": list(claims),
         "gate": asdict(verdict),
         "rows": rows,
-        "window": [moment.isoformat() for moment in window],
-        "drift": spread.model_dump(),
+        "window": [moment.isoformat() for moment in data.window()],
+        "drift": drift.reference(features, compared.ours.rating, compared.rating).model_dump(),
     }
-    return bundles.write(
-        models_url,
-        network=candidate.network,
-        calibration=candidate.calibration,
-        metrics=cast(dict[str, Any], _finite(metrics)),
-        card=ModelCard(
-            data=source,
-            data_from=window[0],
-            data_to=window[1],
-            rows=rows,
-            settings=settings,
-            metrics={
-                name: {"RMSE": found.all.rmse, "MSE": found.all.mse, "MAE": found.all.mae}
-                | {
-                    f"RMSE, history {bucket}": each.rmse
-                    for bucket, each in found.buckets.items()
-                    if each.rows
-                }
-                for name, found in compared.evaluations.items()
-            },
-            calibration={
-                "Calibration error": compared.calibration.ece,
-                "Share of ratings in 80% intervals": compared.calibration.coverage,
-            },
-            **evaluated,
-            limits=list(_LIMITS),
-            notes=f"Gate: {verdict.reason}",
-        ),
-        encoder=encoder.folder if encoder else None,
-        star_head=head,
+    return cast(dict[str, Any], _finite(metrics))
+
+
+def _card(
+    source: str,
+    window: tuple[datetime, datetime],
+    rows: dict[str, int],
+    settings: dict[str, Any],
+    compared: Compared,
+    verdict: Verdict,
+    evaluated: Mapping[str, Any],
+) -> ModelCard:
+    return ModelCard(
+        data=source,
+        data_from=window[0],
+        data_to=window[1],
+        rows=rows,
+        settings=settings,
+        metrics={
+            name: {"RMSE": found.all.rmse, "MSE": found.all.mse, "MAE": found.all.mae}
+            | {
+                f"RMSE, history {bucket}": each.rmse
+                for bucket, each in found.buckets.items()
+                if each.rows
+            }
+            for name, found in compared.evaluations.items()
+        },
+        calibration={
+            "Calibration error": compared.calibration.ece,
+            "Share of ratings in 80% intervals": compared.calibration.coverage,
+        },
+        **evaluated,
+        limits=list(_LIMITS),
+        notes=f"Gate: {verdict.reason}",
     )
 
 

@@ -41,6 +41,16 @@ GENRES = (
     "War",
     "Western",
 )
+_RATING = ("user_id", "item_id", "rating", "timestamp")
+_FILES: Mapping[str, tuple[str, Reader]] = {
+    "u.data": ("ratings", separated("\t", _RATING)),
+    "u.user": ("users", separated("|", ("user_id", "age", "gender", "occupation", "zip"))),
+    "u.item": ("items", separated("|", ("item_id", "title", "released", "video", "url", *GENRES))),
+    "ratings.dat": ("ratings", separated("::", _RATING)),
+    "users.dat": ("users", separated("::", ("user_id", "gender", "age", "occupation", "zip"))),
+    "movies.dat": ("items", separated("::", ("item_id", "title", "genres"))),
+}
+_TYPED_NAMES = {"movie_title": "title", "class": "genre_words", "genre": "genre_words"}
 _CSV_NAMES = {"userId": "user_id", "movieId": "item_id"}
 _UNUSED = ("tags.csv", "tags.dat", "links.csv", "genome-scores.csv", "genome-tags.csv")
 _HALF = 0.5  # the least rating of sets with half stars; the contract's is 1
@@ -66,26 +76,12 @@ def import_movielens(files: Sequence[Path], out: Path) -> ImportReport:
 
     def entries() -> Iterator[Entry]:
         for part, reader in kinds["ratings"]:
-            for line, row in reader(part, skips):
-                when = unix_time(row["timestamp"])
-                if when is None:
-                    skips.add("no time", part.place(line))
-                    continue
-                rating = number(row["rating"])
-                if rating == _HALF:
-                    rating = 1.0
-                    changes.add("1, which were half a star", part.place(line))
-                value = {
-                    "event_id": event_id(row, line),
-                    "user_id": row["user_id"],
-                    "item_id": row["item_id"],
-                    "event_time": when,
-                    "rating": rating,
-                }
+            for entry in _ratings(part, reader, skips, changes):
                 for name in ("user_id", "item_id"):
-                    if when < first_use.setdefault((name, row[name]), when):
-                        first_use[name, row[name]] = when
-                yield Entry((when, THEN), "reviews", value, part.place(line))
+                    key, when = (name, entry.value[name]), entry.order[0]
+                    if when < first_use.setdefault(key, when):
+                        first_use[key] = when
+                yield entry
         start = min(first_use.values(), default="")
         for topic, key in (("items", "item_id"), ("users", "user_id")):
             for part, reader in kinds[topic]:
@@ -106,26 +102,15 @@ def _kind(part: Part) -> tuple[str, Reader] | None:
     first, base = part.first_line(), part.base
     if ":token" in first:
         header = [name.partition(":")[0] for name in first.split("\t")]
-        if {"user_id", "item_id", "rating", "timestamp"} <= set(header):
+        if set(_RATING) <= set(header):
             return "ratings", separated("\t", header, skip=1)
         if header[0] == "user_id":
             return "users", separated("\t", header, skip=1)
         if header[0] == "item_id" and len(header) > 2:
-            names = {"movie_title": "title", "class": "genre_words", "genre": "genre_words"}
-            return "items", separated("\t", [names.get(name, name) for name in header], skip=1)
-    elif base == "u.data":
-        return "ratings", separated("\t", ["user_id", "item_id", "rating", "timestamp"])
-    elif base == "u.user":
-        return "users", separated("|", ["user_id", "age", "gender", "occupation", "zip"])
-    elif base == "u.item":
-        header = ["item_id", "title", "released", "video", "url", *GENRES]
-        return "items", separated("|", header)
-    elif base == "ratings.dat":
-        return "ratings", separated("::", ["user_id", "item_id", "rating", "timestamp"])
-    elif base == "users.dat":
-        return "users", separated("::", ["user_id", "gender", "age", "occupation", "zip"])
-    elif base == "movies.dat":
-        return "items", separated("::", ["item_id", "title", "genres"])
+            names = [_TYPED_NAMES.get(name, name) for name in header]
+            return "items", separated("\t", names, skip=1)
+    elif base in _FILES:
+        return _FILES[base]
     elif {"userId", "movieId", "rating", "timestamp"} <= set(cells(first)):
         return "ratings", renamed(csv_rows, _CSV_NAMES)
     elif {"movieId", "title", "genres"} <= set(cells(first)):
@@ -137,6 +122,26 @@ def _kind(part: Part) -> tuple[str, Reader] | None:
         "u.data, u.item, u.user, ratings.dat, movies.dat, users.dat, ratings.csv, movies.csv, or "
         "RecBole's .inter, .item, .user with typed headers",
     )
+
+
+def _ratings(part: Part, reader: Reader, skips: Skips, changes: Skips) -> Iterator[Entry]:
+    for line, row in reader(part, skips):
+        when, place = unix_time(row["timestamp"]), part.place(line)
+        if when is None:
+            skips.add("no time", place)
+            continue
+        rating = number(row["rating"])
+        if rating == _HALF:
+            rating = 1.0
+            changes.add("1, which were half a star", place)
+        value = {
+            "event_id": event_id(row, line),
+            "user_id": row["user_id"],
+            "item_id": row["item_id"],
+            "event_time": when,
+            "rating": rating,
+        }
+        yield Entry((when, THEN), "reviews", value, place)
 
 
 def _item(row: Mapping[str, str]) -> dict[str, Any]:

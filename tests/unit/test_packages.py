@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 import pytest
 
 
-@pytest.mark.parametrize("name", ["streams", "trainer"])
+@pytest.mark.parametrize("name", ["model", "streams", "trainer"])
 def test_each_module_stands_in_the_words_of_its_package(name: str) -> None:
     package = import_module(name)
     named = re.findall(r"`(\w+)`", package.__doc__ or "")

@@ -159,10 +159,10 @@ def test_who_predicts_nothing_does_without_torch() -> None:
 
 def run_tasks(**tasks: Callable[[threading.Event], None]) -> tuple[list[BaseException], float]:
     """What failed, and how long it took."""
-    stop, failures = threading.Event(), list[BaseException]()
+    stop = threading.Event()
     bound = {name: (lambda task=task: task(stop)) for name, task in tasks.items()}
     started = time.monotonic()
-    _run_threads(bound, stop, failures)
+    failures = _run_threads(bound, stop)
     return failures, time.monotonic() - started
 
 
