@@ -1,7 +1,7 @@
 """What the archive holds of a shop's history, as a record file has it: to begin anew elsewhere."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from heapq import merge
 from operator import itemgetter
 
@@ -15,6 +15,7 @@ HISTORY = ("items", "users", "reviews", "behavior")
 
 _HELD_ROWS = 200_000  # of all partitions together
 _LEAST_CHUNK = 500
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 _Row = tuple[datetime, int, bytes]  # when it happened, position in HISTORY, value
 
@@ -47,7 +48,7 @@ def history(
         topic = HISTORY[place]
         frame = archive.read(url, topic, options, partitions=[number]).filter(taken)
         first, last = spans[topic][number]
-        reached: datetime | None = None
+        reached = _LONG_AGO
         for at in range(first, last + 1, chunk):
             rows = frame.filter(
                 pl.col("kafka_offset").is_between(at, min(at + chunk - 1, last))
@@ -63,7 +64,7 @@ def history(
             for time, came, name, value in found.iter_rows():
                 end = erased.get(topic, events).get(name)
                 if end is None or (came is not None and came > end):
-                    reached = time if reached is None else max(reached, time)
+                    reached = max(reached, time)
                     yield reached, place, value
 
     parts = [
