@@ -1,7 +1,7 @@
 """What the archive holds of a shop's history, as a record file has it: to begin anew elsewhere."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from heapq import merge
 from operator import itemgetter
 
@@ -15,7 +15,6 @@ HISTORY = ("items", "users", "reviews", "behavior")
 
 _HELD_ROWS = 200_000  # of all partitions together
 _LEAST_CHUNK = 500
-_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 _Row = tuple[datetime, int, bytes]  # when it happened, position in HISTORY, value
 
@@ -48,7 +47,6 @@ def history(
         topic = HISTORY[place]
         frame = archive.read(url, topic, options, partitions=[number]).filter(taken)
         first, last = spans[topic][number]
-        reached = _LONG_AGO
         for at in range(first, last + 1, chunk):
             rows = frame.filter(
                 pl.col("kafka_offset").is_between(at, min(at + chunk - 1, last))
@@ -64,12 +62,12 @@ def history(
             for time, came, name, value in found.iter_rows():
                 end = erased.get(topic, events).get(name)
                 if end is None or (came is not None and came > end):
-                    reached = max(reached, time)
-                    yield reached, place, value
+                    yield time, place, value
 
     parts = [
         partition(place, number) for place, topic in enumerate(HISTORY) for number in spans[topic]
     ]
+    # Of what is first in each partition the earliest: a late record goes as soon as it is first.
     for _, place, value in merge(*parts, key=itemgetter(0, 1)):
         yield HISTORY[place], orjson.dumps(orjson.loads(value))  # on one line
 
