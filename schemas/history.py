@@ -47,7 +47,6 @@ def history(
         topic = HISTORY[place]
         frame = archive.read(url, topic, options, partitions=[number]).filter(taken)
         first, last = spans[topic][number]
-        reached: datetime | None = None
         for at in range(first, last + 1, chunk):
             rows = frame.filter(
                 pl.col("kafka_offset").is_between(at, min(at + chunk - 1, last))
@@ -63,12 +62,12 @@ def history(
             for time, came, name, value in found.iter_rows():
                 end = erased.get(topic, events).get(name)
                 if end is None or (came is not None and came > end):
-                    reached = time if reached is None else max(reached, time)
-                    yield reached, place, value
+                    yield time, place, value
 
     parts = [
         partition(place, number) for place, topic in enumerate(HISTORY) for number in spans[topic]
     ]
+    # Of what is first in each partition the earliest: a late record goes as soon as it is first.
     for _, place, value in merge(*parts, key=itemgetter(0, 1)):
         yield HISTORY[place], orjson.dumps(orjson.loads(value))  # on one line
 

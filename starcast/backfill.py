@@ -8,6 +8,7 @@ predicts meanwhile is history too: start those who read predictions after the ba
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from schemas import archive
@@ -42,12 +43,14 @@ def backfill(
     stop: threading.Event,
     on_sent: Callable[[Sent], None] = lambda sent: None,
     on_stage: Callable[[str], None] = lambda stage: None,
+    skip: int = 0,
 ) -> Sent:
     """Plays record files, one after the other, and returns when states and archive hold them.
 
-    `on_sent` is told of records that went out, `on_stage` which processor is waited for. `stop`
-    ends it early. Raises what `apply_topics`, `play` and `run_processors` raise, and BackfillError
-    when a record was refused.
+    `skip` records at their beginning are left out: an earlier call has sent them. `on_sent` is told
+    of records that went out, `on_stage` which processor is waited for. `stop` ends it early. Raises
+    what `apply_topics`, `play` and `run_processors` raise, and BackfillError when a record was
+    refused.
     """
     apply_topics(settings.kafka)
     done = threading.Event()
@@ -63,11 +66,13 @@ def backfill(
     worker = threading.Thread(target=work, name="backfill")
     worker.start()
     try:
-        sent = play(_records(files, done), settings.kafka, stop=stop, on_progress=on_sent)
+        records = islice(_records(files, done), skip, None)
+        sent = play(records, settings.kafka, stop=stop, on_progress=on_sent)
         if sent.failed:
             raise BackfillError(
-                f"Kafka refused {sent.failed.total()} records: {dict(sent.failed)}. Mend what is "
-                "wrong and play the file again; events that are in already are known by their ids."
+                f"Kafka refused {sent.failed.total()} records: {dict(sent.failed)}. All others are "
+                "in, and played again they would count twice: go on without those, or mend what "
+                "is wrong and play all into new names (docs/operate.md, Begin anew)."
             )
         for stage in (*STAGES, ARCHIVER):
             on_stage(stage)

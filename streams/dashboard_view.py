@@ -202,9 +202,10 @@ def short(version: str) -> str:
 
 def trial(snapshot: Snapshot) -> Trial | None:
     """What is counted of the version that is on trial now."""
-    named = snapshot.registry.canary
+    registry = snapshot.registry
+    named, since = registry.canary, registry.tried_since
     found = snapshot.windows[-1].trial if snapshot.windows else None
-    return found if named and found and found.version == named.version else None
+    return found if named and found and found.is_of(named.version, since) else None
 
 
 def model_rows(snapshot: Snapshot, found: Mapping[str, Scored]) -> list[ModelRow]:

@@ -420,8 +420,8 @@ def _library() -> tuple[str, str]:
 
 def _refused(claim: Claim) -> FencedError:
     return FencedError(
-        f"A newer worker has claimed {claim.kind.decode()} partition {claim.partition}, or the "
-        "store has lost writes (emptied, or failed over); nothing was written."
+        f"A newer worker or `starcast state rebuild` has claimed partition {claim.partition}, or "
+        "the store has lost writes (emptied, or failed over); nothing was written."
     )
 
 

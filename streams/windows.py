@@ -124,6 +124,13 @@ class Trial(BaseModel):
     canary: Scored = Scored()
     stable: Scored = Scored()
 
+    def is_of(self, version: str, since: datetime | None) -> bool:
+        """Whether it is the trial of a version that began then, as the registry has it."""
+        if since is None or not self.since_ms:  # neither tells of every trial
+            return self.version == version
+        apart = abs(self.since_ms - _milliseconds(since))
+        return self.version == version and apart <= 1  # records have no microseconds
+
     @computed_field
     @property
     def standard_errors(self) -> float | None:

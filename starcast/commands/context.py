@@ -51,6 +51,9 @@ _MARKS = {"fine": ("✓", "green"), "wrong": ("✗", "red"), "note": ("–", "ye
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AsJsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+Skip = Annotated[
+    int, typer.Option(min=0, help="Records at the beginning to leave out, since they were sent.")
+]
 
 output = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 """Where what was asked for is printed."""
@@ -189,6 +192,14 @@ def write_json(document: Any, out: Path) -> None:
 def print_marked(state: Literal["fine", "wrong", "note"], said: str) -> None:
     """Print a line with a mark that says how it is meant."""
     output.print(Text.assemble(_MARKS[state], f" {plain(said)}"), soft_wrap=True)
+
+
+def how_to_go_on(sent: int) -> str:
+    """What to do where so many records of files were sent, and not all."""
+    return (
+        f"Stopped: {sent:,} records were sent. To go on, add --skip {sent} to the command: what "
+        "is sent again may count twice."
+    )
 
 
 def print_counts(counts: Mapping[str, int]) -> None:

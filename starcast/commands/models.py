@@ -179,13 +179,14 @@ def compare(context: typer.Context, as_json: AsJson = False) -> None:
     from model import registry
 
     settings = settings_of(context)
-    named = registry.read(settings.models.url).canary
+    registered = registry.read(settings.models.url)
+    named, since = registered.canary, registered.tried_since
     if named is None:
         raise fail(
             "No version is on trial; `starcast models canary VERSION --share 0.05` sets one."
         )
     trial = _trial(settings.redis)
-    if trial is None or trial.version != named.version:
+    if trial is None or not trial.is_of(named.version, since):
         raise fail(
             f"Nothing is counted of {named.version} yet: scorer and insights must run. A worker "
             "that has refused the bundle says so in its log."

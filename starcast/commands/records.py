@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +20,10 @@ from starcast import importers, shop
 from starcast.commands.context import (
     INTERRUPTED,
     AsJsonLines,
+    Skip,
     check_output,
     fail,
+    how_to_go_on,
     notes,
     output,
     parse_time,
@@ -125,6 +128,7 @@ def produce(
     speed: Annotated[
         float | None, typer.Option(min=0.001, help="Times the pace of the records' own times.")
     ] = None,
+    skip: Skip = 0,
 ) -> None:
     """Play a record file into its topics; ends with 1 when a record was not acknowledged."""
     if rate is not None and speed is not None:
@@ -142,7 +146,10 @@ def produce(
 
         try:
             sent = play(
-                map(_outgoing, read_values(file, lambda error: bad.append(str(error)))),
+                map(
+                    _outgoing,
+                    islice(read_values(file, lambda error: bad.append(str(error))), skip, None),
+                ),
                 kafka,
                 rate=rate,
                 speed=speed,
@@ -151,8 +158,8 @@ def produce(
             )
         except ContractError as problem:  # as of a file that is cut off
             raise fail(
-                f"{problem}. {delivered:,} records before that were sent: leave them out when you "
-                "play the file again."
+                f"{problem}. {skip + delivered:,} records before that were sent: leave them out by "
+                f"--skip {skip + delivered} when you play the file again."
             ) from None
     print_counts(sent.delivered)
     pace = sent.delivered.total() / sent.seconds if sent.seconds else 0.0
@@ -163,7 +170,7 @@ def produce(
     if problems:
         raise fail("\n".join(problems))
     if stop.is_set():
-        raise typer.Exit(INTERRUPTED)
+        raise fail(how_to_go_on(skip + sent.delivered.total()), INTERRUPTED)
 
 
 def _outgoing(value: FileValue) -> Outgoing:

@@ -19,8 +19,10 @@ from starcast.commands.context import (
     INTERRUPTED,
     AsJson,
     AsJsonLines,
+    Skip,
     check_output,
     fail,
+    how_to_go_on,
     notes,
     output,
     print_counts,
@@ -180,6 +182,7 @@ def _topics_table(reports: Sequence[TopicReport]) -> Table:
 def backfill(
     context: typer.Context,
     files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, readable=True)],
+    skip: Skip = 0,
 ) -> None:
     """Bring a shop's history into states and archive, before it goes live.
 
@@ -197,10 +200,11 @@ def backfill(
             stop,
             lambda sent: progress.update(task, completed=sent.delivered.total()),
             lambda stage: progress.update(task, description=f"Waiting for {stage}"),
+            skip,
         )
     print_counts(sent.delivered)
     if stop.is_set():
-        raise fail("Stopped before all of it was in; play it again.", INTERRUPTED)
+        raise fail(how_to_go_on(skip + sent.delivered.total()), INTERRUPTED)
 
 
 def doctor(

@@ -1,5 +1,6 @@
 """A history that is brought in is in the states and in the archive, whole and once."""
 
+import json
 import threading
 import uuid
 from collections import Counter
@@ -11,8 +12,10 @@ import pytest
 from pydantic import SecretStr
 
 from schemas import archive
+from schemas.codec import encode
 from schemas.exceptions import UnreachableError
 from schemas.files import write_records
+from schemas.history import history
 from starcast.backfill import STAGES, BackfillError, backfill
 from starcast.settings import Settings
 from starcast.shop import shop
@@ -57,6 +60,9 @@ def test_all_of_a_history_is_in(settings: Settings, tmp_path: Path) -> None:
     assert predictions["event_id"].n_unique() == 300
     assert archived("journal")["rows"].sum() == 300
     assert len(archived("item-updates")) > 0
+    exported = [(topic, json.loads(value)) for topic, value in history(settings.archive.url)]
+    played = [(topic, json.loads(encode(record))) for topic, record in records]
+    assert sorted(map(str, exported)) == sorted(map(str, played))
 
 
 def test_a_stop_ends_it(settings: Settings, tmp_path: Path) -> None:

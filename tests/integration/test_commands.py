@@ -3,7 +3,12 @@
 import base64
 import gzip
 import json
+import os
+import re
+import signal
+import threading
 import uuid
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +23,7 @@ from schemas.topics import TOPICS
 from starcast.main import app
 from streams.config import KafkaConfig
 from streams.producer import Outgoing, play
+from streams.tail import read_topic
 from tests.commands import run
 
 TIME = datetime(2026, 1, 1, 12, 30, tzinfo=UTC)
@@ -112,6 +118,22 @@ def test_produce_tells_what_it_sent_of_a_file_that_is_cut_off(
     assert done.exit_code == 1
     assert "f.jsonl.gz cannot be read" in done.stderr
     assert "records before that were sent" in done.stderr
+
+
+def test_produce_goes_on_where_it_was_stopped(topics: KafkaConfig, tmp_path: Path) -> None:
+    lines = [json.dumps({"topic": "reviews", "value": {"user_id": f"u{at}"}}) for at in range(40)]
+    (tmp_path / "f.jsonl").write_text("\n".join(lines))
+    ctrl_c = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
+    ctrl_c.start()
+    stopped = run("produce", "f.jsonl", "--rate", "10")
+    ctrl_c.join()
+    assert stopped.exit_code == 130
+    found = re.search(r"--skip (\d+)", stopped.stderr)
+    assert found is not None
+    assert 0 < int(found[1]) < 40
+    assert run("produce", "f.jsonl", "--skip", found[1]).exit_code == 0
+    keys = Counter(each.key() for batch in read_topic(topics, "reviews") for each in batch)
+    assert keys == Counter(f"u{at}".encode() for at in range(40))
 
 
 def test_consume_for_people_and_for_machines(topics: KafkaConfig) -> None:

@@ -14,6 +14,25 @@ from streams.exceptions import StoreAheadError
 from streams.producer import Outgoing, Sent
 
 
+def test_what_was_sent_before_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = '{{"topic": "users", "value": {{"user_id": "{}"}}}}\n'
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file, users in zip(files, ("uv", "wx"), strict=True):
+        file.write_text("".join(map(line.format, users)))
+    taken: list[bytes | None] = []
+
+    def play(records: Iterable[Outgoing], *_: Any, **__: Any) -> Sent:
+        taken.extend(record.key for record in records)
+        return Sent()
+
+    monkeypatch.setattr(module, "apply_topics", lambda _: None)
+    monkeypatch.setattr(module, "run_processors", lambda _, __, done: done.wait())
+    monkeypatch.setattr(module, "play", play)
+    monkeypatch.setattr(module, "_has_work", lambda _, __: False)
+    backfill(Settings(), files, threading.Event(), skip=3)
+    assert taken == [b"x"]
+
+
 def test_no_more_is_sent_when_a_processor_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

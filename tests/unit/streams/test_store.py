@@ -79,7 +79,7 @@ def test_an_older_owner_changes_nothing(store: str) -> None:
     new = mine.claim(KIND, 3)
     keys = keys_of(mine, 3)
     mine.write(new, keys, [b"a", b"b", b"c"], b"new")
-    with pytest.raises(FencedError, match="u partition 3"):
+    with pytest.raises(FencedError, match="claimed partition 3"):
         mine.write(old, [*keys, keys_of(mine, 4)[3]], [b"x", b"", b"z", b"w"], b"old")
     assert mine.read(keys_of(mine, 4)) == [b"a", b"b", b"c", None]
     assert mine.header(KIND, 3) == b"new"
@@ -125,11 +125,11 @@ def test_partitions_are_read_and_written_together(
     assert mine.read_all_owned(wanted) == [values, values]
     assert [claim.writes for claim in claims.values()] == [2, 2, 2]
     mine.claim(KIND, 4)
-    with pytest.raises(FencedError, match="u partition 4"):
+    with pytest.raises(FencedError, match="claimed partition 4"):
         write(b"two")
     assert [mine.header(KIND, at) for at in claims] == [b"two", b"one", b"two"]
     assert [claim.writes for claim in claims.values()] == [4, 2, 4]
-    with pytest.raises(FencedError, match="u partition 4"):
+    with pytest.raises(FencedError, match="claimed partition 4"):
         mine.read_all_owned([(claims[at], []) for at in claims])
     assert mine.read_all_owned([]) == []
     mine.write_all([])
@@ -154,7 +154,7 @@ def test_what_is_owned_and_what_is_not_are_read_together(
     assert mine.read_beside(list(zip(claims, keys, strict=True)), groups) == (owned, free)
     assert mine.read_beside([], groups) == ([], free)
     mine.claim(KIND, 4)
-    with pytest.raises(FencedError, match="u partition 4"):
+    with pytest.raises(FencedError, match="claimed partition 4"):
         mine.read_beside(list(zip(claims, keys, strict=True)), groups)
 
 

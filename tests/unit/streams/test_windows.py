@@ -501,6 +501,20 @@ class TestTrials:
             (ms(20), 4),
         ]
 
+    @pytest.mark.parametrize(
+        ("version", "since", "is_it"),
+        [("b", 20.0004, True), ("b", None, True), ("b", 1, False), ("c", 20, False)],
+    )
+    def test_it_is_the_trial_that_the_registry_began(
+        self, version: str, since: float | None, is_it: bool
+    ) -> None:
+        window = window_of(self.digests(25, "canary", since=20), ms(30), INSIGHTS)
+        assert window.trial is not None
+        assert window.trial.is_of(version, None if since is None else at(since)) == is_it
+        untold = window_of(self.digests(25, "canary"), ms(30), INSIGHTS).trial
+        assert untold is not None  # by a worker of the release before
+        assert untold.is_of("b", at(1))
+
     def test_requests_are_no_trial(self) -> None:
         asked = digest(at(5), [(3.0, None)], kind="request", version="b", role="canary")
         assert window_of([asked], ms(10), INSIGHTS).trial is None
