@@ -105,8 +105,8 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         ),
         misplaced=Counter(
             "starcast_misplaced",
-            "Events in a partition that is not their user's: their producer took another key or "
-            "another partitioner.",
+            "Records in a partition that is not their user's or item's: their producer took "
+            "another key or another partitioner.",
             ("processor",),
             registry=registry,
         ),
