@@ -84,7 +84,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
     },
     "score-digests": {
         "worker": "scorer-0",
-        "digest_id": "scorer-0-1795515301",
+        "digest_id": "scorer-0-interaction-1795515301000-20261124T060000-1a2b3c4d",
         "window_start": "2026-11-24T10:15:00Z",
         "window_end": "2026-11-24T10:15:01Z",
         "model_version": "20261124T060000-1a2b3c4d",
@@ -131,7 +131,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "headers": [{"key": "trace", "value": "MDA="}],
         "source": _SOURCE,
         "processor": "scorer",
-        "reason": "rating: Input should be less than or equal to 5 (got 7)",
+        "reason": "Input should be less than or equal to 5 (got 7)",
         "field": "rating",
         "first_failed_at": "2026-11-24T10:15:00.170Z",
         "attempts": 1,

@@ -120,6 +120,7 @@ Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, _Whole(0, LARGEST)]
 Difference = Annotated[int, _Whole(-(2**31), 2**31 - 1)]  # `model` holds them in 32 bits
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Sum = Annotated[float, Field(strict=True, ge=0, le=1e21)]  # of up to LARGEST stars or errors
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Distribution = Annotated[list[Share], Field(min_length=5, max_length=5)]
 Interval = Annotated[list[Real], Field(min_length=2, max_length=2)]
@@ -268,10 +269,10 @@ class ErrorSums(Record):
     """Sums over predictions whose true rating was seen."""
 
     count: Count = 0
-    squared: Real = 0.0
-    absolute: Real = 0.0
-    rating: Real = 0.0  # true
-    predicted: Real = 0.0
+    squared: Sum = 0.0
+    absolute: Sum = 0.0
+    rating: Sum = 0.0  # true
+    predicted: Sum = 0.0
 
 
 class ScoreDigest(Record):
@@ -288,7 +289,7 @@ class ScoreDigest(Record):
     tiers: dict[str, Count]
     actions: dict[str, Count]
     stars: Annotated[list[Count], Field(min_length=5, max_length=5)]  # predicted, rounded
-    predicted_sum: Real
+    predicted_sum: Sum
     errors: ErrorSums
     errors_by_tier: dict[str, ErrorSums]
     top_items: dict[str, Count]

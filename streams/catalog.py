@@ -11,7 +11,7 @@ from confluent_kafka import Message
 
 from model.catalog import describe_items, describe_users, forget_items
 from model.events import Rows, blank
-from model.ids import hash_ids
+from model.ids import hash_ids, partitions_of
 from model.lookups import Table, table
 from model.state import CATEGORY, ITEM_ATTRIBUTES
 from model.state_bytes import from_bytes, to_bytes
@@ -94,6 +94,9 @@ class Catalog:
     ) -> tuple[list[bytes], list[bytes]]:
         """Keys and values to write for one partition; an empty value deletes."""
         entries = entries_of(inputs, partition)
+        hashes = hash_ids([name for name, _, _ in entries])
+        misplaced = partitions_of(hashes, self._store.partitions) != partition
+        self._metrics.misplaced.labels(self.name).inc(int(misplaced.sum()))
         names = list(dict.fromkeys(name for name, _, _ in entries))
         keys = partition_keys(self._store, kind, partition, hash_ids(names))
         if kind == USER_KIND:

@@ -58,7 +58,7 @@ _FENCED = (
     KafkaError.INVALID_PRODUCER_EPOCH,
 )
 _ask_headers: Callable[[Any], Any] = methodcaller("headers")
-_UNREADABLE = (LEFT_OUT_HEADER, b"headers")
+UNREADABLE = (LEFT_OUT_HEADER, b"headers")  # in place of headers that the client cannot read
 _LOG = structlog.get_logger(__name__)
 
 
@@ -72,7 +72,7 @@ def headers_of(message: Message) -> list[tuple[str, Any]]:
     try:
         found = _ask_headers(message) or []
     except SystemError:
-        return [_UNREADABLE]
+        return [UNREADABLE]
     return list(found.items()) if isinstance(found, dict) else found
 
 
@@ -82,15 +82,21 @@ def _text(value: bytes | str | None) -> str | None:
 
 
 def dead_letter(
-    message: Message, topic: str, processor: str, reason: str, field: str | None = None
+    message: Message,
+    topic: str,
+    processor: str,
+    reason: str,
+    field: str | None = None,
+    headers: list[tuple[str, Any]] | None = None,
 ) -> Output:
     """The record for `dead-letters` that tells why a message could not be used.
 
-    `topic` is the message's topic without the prefix in settings. What is too large is left out,
+    `topic` is the message's topic without the prefix in settings; `headers` are those that
+    `headers_of` gave to who has asked it already. What is too large is left out,
     since Kafka would refuse the letter, and its transaction, each time anew.
     """
-    headers = headers_of(message)
-    if headers and headers[0] is _UNREADABLE:
+    headers = headers_of(message) if headers is None else headers
+    if headers and headers[0] is UNREADABLE:
         reason += " (headers left out: a name is not UTF-8)"
     else:
         headers = [each for each in headers if each[0] != LEFT_OUT_HEADER]  # that is ours to say

@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import faust
 import structlog
-from confluent_kafka import Message
+from confluent_kafka import Message, TopicPartition
 from faust.auth import SASLCredentials, SSLCredentials
 
 from schemas.codec import decode, encode
@@ -28,12 +29,21 @@ from schemas.exceptions import ContractError, StarcastError, UnreachableError
 from schemas.records import Alert, ScoreDigest
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
 from streams import windows
-from streams.clients import REPEAT_SECONDS, KafkaOptionError, option_name, reach, topic_name
+from streams.clients import (
+    REPEAT_SECONDS,
+    KafkaOptionError,
+    option_name,
+    reach,
+    reader,
+    topic_name,
+)
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
-from streams.dead_letters import dead_letter
+from streams.dead_letters import UNREADABLE, dead_letter, headers_of
 from streams.metrics import Metrics
 from streams.processor import Output
+from streams.producer import Outgoing, play
 from streams.store import STORE_ERRORS, connect
+from streams.tail import read_topic
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Steps, Window
 
 REACH_SECONDS = 3.0  # a broker that is down must not hold back the end
@@ -233,16 +243,23 @@ async def _supervise(
 ) -> None:
     """Keep an app running; a new one after a failure, with longer and longer pauses."""
     pause = FIRST_PAUSE_SECONDS
+    unreadable = False
     while not stop.is_set():
         started = time.monotonic()
         try:
             await asyncio.to_thread(_find_topics, kafka)
+            if unreadable:
+                await asyncio.to_thread(_step_over, kafka, metrics)
+                unreadable = False
             await _serve(_insights_app(kafka, run, metrics, folder), stop)
         except KafkaOptionError:
             raise
         except StarcastError as error:
             run.readiness.reason = str(error)
             _LOG.warning("insights waits", reason=str(error))
+        except UnicodeDecodeError:  # aiokafka's, which reads no header whose name is not UTF-8
+            unreadable = True
+            run.readiness.reason = "a digest's headers cannot be read"
         except Exception as error:  # noqa: BLE001  aiokafka's and Faust's failures have no base
             run.readiness.reason = f"{type(error).__name__}: {error}"
             _LOG.warning("insights starts again", reason=run.readiness.reason)
@@ -262,6 +279,31 @@ def _find_topics(kafka: KafkaConfig) -> None:
             f"Kafka at {kafka.bootstrap_servers} has no topic {', '.join(missing)}. Make them "
             "with `starcast topics apply`; insights goes on when they are there."
         )
+
+
+def _step_over(kafka: KafkaConfig, metrics: Metrics) -> None:
+    """Make a dead letter of the next digest whose headers cannot be read, and go on behind it.
+
+    Windows that are open lack the digests before it, which were read and are not read again.
+    """
+    place = TopicPartition(topic_name(kafka, "score-digests"), 0)
+    group_id = f"{kafka.group_id}-insights"
+    with reader(kafka, group_id=group_id, isolation_level="read_uncommitted") as consumer:
+        (place,) = consumer.committed([place], REACH_SECONDS)
+        start = {0: place.offset} if place.offset >= 0 else "beginning"
+        for message in chain.from_iterable(read_topic(kafka, "score-digests", start=start)):
+            headers = headers_of(message)
+            if headers == [UNREADABLE]:
+                letter = dead_letter(
+                    message, "score-digests", "insights", "not read", headers=headers
+                )
+                sent = play([Outgoing(letter.topic, letter.key, letter.value)], kafka)
+                if sent.failed:
+                    raise UnreachableError(f"Kafka took no dead letter: {'; '.join(sent.failed)}.")
+                metrics.dead_letters.labels("insights", "contract").inc()
+                place.offset = (message.offset() or 0) + 1
+                consumer.commit(offsets=[place], asynchronous=False)
+                return
 
 
 async def _serve(app: faust.App, stop: threading.Event) -> None:

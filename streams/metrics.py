@@ -96,8 +96,8 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         ),
         misplaced=counter(
             "starcast_misplaced",
-            "Events in a partition that is not their user's: their producer took another key or "
-            "another partitioner.",
+            "Records in a partition that is not their user's or item's: their producer took "
+            "another key or another partitioner.",
             ("processor",),
         ),
         lost=counter(

@@ -1,6 +1,7 @@
 """Insights against real brokers and a real store: windows, alerts, dead letters, restarts."""
 
 import asyncio
+import base64
 import json
 import threading
 import time
@@ -27,6 +28,7 @@ from streams.store import connect
 from streams.tail import read_topic
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window
 from tests.digests import digest
+from tests.odd_headers import NoName, send_with
 from tests.shops import until
 
 STOP_SECONDS = 10.0
@@ -141,6 +143,25 @@ def test_digests_become_windows_alerts_and_dead_letters(cluster: KafkaConfig, st
     }
     assert samples["starcast_duplicates_total", "insights"] == 1
     assert samples["starcast_dead_letters_total", "insights", "contract"] == 2
+
+
+@pytest.mark.parametrize("cluster", ["kafka"], indirect=True)
+def test_a_digest_whose_headers_cannot_be_read_stops_nothing(
+    cluster: KafkaConfig, store: str
+) -> None:
+    metrics = make_metrics()
+    with insights(cluster, store, metrics):
+        send(cluster, encode(now_digest(5, "a")))
+        until(lambda: counted(windows(store)) == 5)
+        odd = encode(now_digest(200, "odd"))
+        send_with([(NoName("trace"), b"1")], cluster, "score-digests", odd)
+        until(lambda: read(cluster, "dead-letters") != [])
+        send(cluster, encode(now_digest(7, "b")))
+        until(lambda: counted(windows(store)) == 12)
+    (letter,) = [DeadLetter.model_validate_json(value) for value in read(cluster, "dead-letters")]
+    assert letter.source.offset == 1
+    assert letter.reason == "not read (headers left out: a name is not UTF-8)"
+    assert base64.b64decode(letter.value or "") == odd
 
 
 def test_a_restart_neither_loses_nor_doubles(cluster: KafkaConfig, store: str) -> None:

@@ -54,6 +54,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("score-requests", {"item_ids": []}),
     ("items", {"category": "Guitars"}),
     ("users", {"age": -1}),
+    ("score-digests", {"predicted_sum": 1e308}),  # two would sum up to infinity
 ]
 
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
 from model.events import Rows
-from model.ids import hash_ids
+from model.ids import hash_ids, partitions_of
 from model.lookups import Table, empty
 from model.state import CATEGORY, ITEM_ATTRIBUTES, LAYOUT_HASH, USER_ATTRIBUTES
 from model.state_bytes import from_bytes
@@ -93,6 +93,16 @@ def test_the_newest_record_counts_and_a_tombstone_deletes(store: str) -> None:
     work(catalog, items_log([("a", None), item("c", 5), ("never there", None)], start=5))
     assert stored(catalog, "a") == [None]
     assert attributes_of(stored(catalog, "c"))["version"].tolist() == [7]
+
+
+def test_records_elsewhere_than_their_items_partition_are_counted(store: str) -> None:
+    catalog = make(store)
+    catalog.claim({0: {}})
+    names = [f"i-{number}" for number in range(20)]
+    away = int(partitions_of(hash_ids(names), 2).sum())  # in partition 1 of two; all come in 0
+    work(catalog, items_log([item(name) for name in [*names, *names]]))
+    misplaced = catalog._metrics.registry.get_sample_value
+    assert misplaced("starcast_misplaced_total", {"processor": "catalog"}) == 2 * away > 0
 
 
 def test_users_get_attributes(store: str) -> None:
