@@ -1,7 +1,8 @@
 """Record files: `{"topic": "reviews", "value": {...}}` a line, in event order.
 
-JSON lines, plain or packed by gzip or Zstandard, or Parquet with the columns `topic` and `value` (JSON text, or a
-struct). Which of these a file is shows in its first bytes. Files are read as streams.
+JSON lines, plain or packed by gzip or Zstandard, or Parquet with the columns `topic` and `value`
+(JSON text, or a struct). Which of these a file is shows in its first bytes. Files are read as
+streams.
 """
 
 import gzip
