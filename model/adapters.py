@@ -7,7 +7,7 @@ changes.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,9 +62,10 @@ def layers(model: nn.Module) -> nn.ModuleList:
     return max(stacks, key=len)
 
 
-def add(model: nn.Module, hidden: int, bottleneck: int) -> None:
-    """Put an adapter after each layer."""
+def add(model: nn.Module, bottleneck: int) -> None:
+    """Put an adapter after each layer of a transformers' model."""
     stack = layers(model)
+    hidden = int(cast(Any, model).config.hidden_size)  # of layers; OPT-350m says less
     for number, layer in enumerate(stack):
         stack[number] = Adapted(layer, hidden, bottleneck)
 
@@ -87,7 +88,7 @@ def write(folder: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / ADAPTERS)
 
 
-def read(folder: Path, model: nn.Module, hidden: int) -> None:
+def read(folder: Path, model: nn.Module) -> None:
     """Add the adapters of an encoder's directory, where there are any.
 
     Raises EncoderError when they do not fit.
@@ -97,7 +98,7 @@ def read(folder: Path, model: nn.Module, hidden: int) -> None:
         return
     try:
         weights = load_file(file)
-        add(model, hidden, len(weights["0.down.bias"]))
+        add(model, len(weights["0.down.bias"]))
         with torch.no_grad():
             for number, adapted in enumerate(layers(model)):
                 for name in ("down", "up"):

@@ -286,14 +286,17 @@ def load(
     read = (each for each in model.named_parameters() if each[0] not in report["missing_keys"])
     if broken := next((name for name, weight in read if not weight.isfinite().all()), None):
         raise EncoderError(f"{folder}: the weights of {broken} are no numbers; train again")
+    if not hasattr(config, "hidden_size"):
+        raise EncoderError(f"{folder}: {type(model).__name__} is no model of texts alone")
     words = len(tokenizer)
     known = model.get_input_embeddings().num_embeddings
     if not len(tokenizer.all_special_ids) < words <= known:  # none, or another model's
         raise EncoderError(f"{folder}: a tokenizer of {words} tokens does not fit {known} in use")
     if config.is_encoder_decoder:
         model = model.get_encoder()
-    hidden = int(config.hidden_size)
-    adapters.read(folder, model, hidden)
+    adapters.read(folder, model)
+    # OPT-350m's vectors are narrower than its layers.
+    hidden = int(getattr(config, "word_embed_proj_dim", config.hidden_size))
     heads.read(folder, model)
     quantized = (folder / QUANTIZATION).is_file()
     if quantized:

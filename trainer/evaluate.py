@@ -216,10 +216,15 @@ def _begin(log: Log, config: TrainerConfig, ties: Ties, allow_leaks: bool) -> _B
 
 def _alarms(begun: _Begun, asked: Mapping[str, Examples], allow_leaks: bool) -> list[leaks.Leak]:
     """All alarms, once the rows have been replayed. Raises TrainerError unless they are allowed."""
-    examples, test = asked["prequential"], begun.split.test
-    telling = leaks.telling_features(examples.inputs.features[test], examples.rating[test])
-    _stop_at([*begun.alarms, *telling], allow_leaks)
-    return [*begun.alarms, *telling]
+    examples = asked["prequential"]
+    told = {  # by what all rows say, and the newest, in which a leak may have begun
+        each.kind: each
+        for rows in (np.arange(len(examples)), begun.split.test)
+        for each in leaks.telling_features(examples.inputs.features[rows], examples.rating[rows])
+    }
+    alarms = [*begun.alarms, *told.values()]
+    _stop_at(alarms, allow_leaks)
+    return alarms
 
 
 def _document(
@@ -279,8 +284,8 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
         told = "\n".join(f"- {each}" for each in alarms)
         raise TrainerError(
             f"these rows let a model know the answer before it is asked:\n{told}\n"
-            "Mend the data (date an item at its first event or before), or pass --allow-leaks to "
-            "measure all the same"
+            "Mend the data (date an item at its first event or before, leave out what was made of "
+            "ratings), or pass --allow-leaks to measure all the same"
         )
 
 

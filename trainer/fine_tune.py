@@ -224,6 +224,7 @@ class _Fit:
         kept = self._config.averaged if whole else 0.0
         self._averaged_from = steps - int(steps * kept)  # as many steps are not averaged
         self._averaged: list[Tensor] = []  # as `_weights`, once there are some
+        self._translated: list[str] | None = None  # there and back: the same in every epoch
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._waited = 0
         self._ended = False
@@ -332,13 +333,12 @@ class _Fit:
             return rows
         random = np.random.default_rng([self._seed, epoch])
         vocabulary = Vocabulary.of(rows.texts)
-        translated = None
-        if "translate" in config.ways and config.there and config.back:
+        if "translate" in config.ways and config.there and config.back and not self._translated:
             there, back = Path(config.there), Path(config.back)
-            translated = translate(rows.texts, there, back, str(self._device))
+            self._translated = translate(rows.texts, there, back, str(self._device))
         texts = [*rows.texts]
         for _ in range(config.variants):
-            texts += variants(rows.texts, config, vocabulary, random, translated)
+            texts += variants(rows.texts, config, vocabulary, random, self._translated)
         return Labelled(texts, np.tile(rows.labels, (1 + config.variants, 1)))
 
     def _enough(self, validation: Labelled, note: Note) -> bool:

@@ -29,34 +29,40 @@ class Leak:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.rows} rows, as {', '.join(self.examples)}"
+        named = f", as {', '.join(self.examples)}" if self.examples else ""
+        return f"{self.kind}: {self.rows} rows{named}"
 
 
 def telling_features(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
     """Features (n, F) that say the rating (n) itself.
 
-    What a feature explains is the share of the rating's variance between its bins (η², the
-    correlation ratio), so a leak need not be linear.
+    What a feature explains is the share of the rating's variance that its bins tell, so a leak need
+    not be linear.
     """
-    if not rating.var():
-        return []
     found: list[Leak] = []
     for column, feature in enumerate(features.FEATURES):
-        known = ~np.isnan(rows[:, column])
+        values = rows[:, column]
+        known = ~np.isnan(values)
         if known.sum() < _LEAST_ROWS:
             continue
-        values, truth = rows[known, column], rating[known]
-        edges = np.unique(np.quantile(values, np.linspace(0, 1, _BINS + 1)))
-        bins = np.searchsorted(edges, values)
-        counts = np.bincount(bins)
-        means = np.bincount(bins, truth) / np.maximum(counts, 1)
-        # Bins of a row or two explain it by themselves: what they would by chance is taken off.
-        chance = (np.count_nonzero(counts) - 1) / max(len(truth) - 1, 1)
-        within = float(((truth - means[bins]) ** 2).mean())
-        told = 1 - within / (float(truth.var()) or 1.0)
-        if (told - chance) / max(1 - chance, 1e-9) > _TOLD:
+        edges = np.unique(np.quantile(values[known], np.linspace(0, 1, _BINS + 1)))
+        bins = np.searchsorted(edges, values)  # what is missing comes last
+        # A feature that is known of one rating alone says it by being known.
+        asked = known if rating[known].var() else np.ones(len(rating), bool)
+        if _explained(bins[asked], rating[asked]) > _TOLD:
             found.append(Leak(f"feature {feature.name} says the rating", int(known.sum()), ()))
     return found
+
+
+def _explained(bins: NDArray[np.intp], rating: Floats) -> float:
+    """Share of the variance of ratings (n) that the others of each one's bin explain.
+
+    A row does not tell of itself: bins of a row or two would explain all by chance.
+    """
+    counts, sums = np.bincount(bins)[bins], np.bincount(bins, rating)[bins]
+    others = np.where(counts > 1, (sums - rating) / np.maximum(counts - 1, 1), rating.mean())
+    spread = float(rating.var())
+    return 1 - float(((rating - others) ** 2).mean()) / spread if spread else 0.0
 
 
 def known_later(log: Log) -> list[Leak]:

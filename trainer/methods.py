@@ -45,7 +45,7 @@ def trainable(
         for layer in adapters.layers(model)[-config.top_layers :]:
             layer.requires_grad_(True)
     elif method == "adapters":
-        adapters.add(model, encoder.hidden, config.bottleneck)
+        adapters.add(model, config.bottleneck)
         for layer in adapters.layers(model):
             cast(adapters.Adapted, layer).down.requires_grad_(True)
             cast(adapters.Adapted, layer).up.requires_grad_(True)

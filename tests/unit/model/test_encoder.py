@@ -15,10 +15,14 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTModel,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -69,6 +73,23 @@ def llama(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def opt(folder: Path) -> None:
+    """As the 350m one, whose vectors are narrower than its layers."""
+    size = save_tokenizer(folder, special=False)
+    config = OPTConfig(
+        vocab_size=size,
+        hidden_size=2 * HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        do_layer_norm_before=False,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        init_std=0.5,
+    )
+    OPTModel(config).save_pretrained(folder)
+
+
 def t5(folder: Path) -> None:
     size = save_tokenizer(folder, special=True)
     config = T5Config(
@@ -104,6 +125,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "masked bert": (masked_bert, "mean"),
     "gpt2": (gpt2, "last"),
     "llama": (llama, "last"),
+    "opt": (opt, "last"),
     "t5": (t5, "mean"),
     "bart": (bart, "mean"),
 }
@@ -258,6 +280,20 @@ def test_a_text_is_never_longer_than_the_model(own: Path) -> None:
     encoder = encoders.load(own, "cpu")
     assert encoder.longest_tokens == 40
     assert encoder.encode(["good " * 500]).any()
+
+
+def test_a_model_of_texts_and_pictures_is_refused(tmp_path: Path) -> None:
+    size = save_tokenizer(tmp_path, special=True)
+    small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "projection_dim": 8}
+    CLIPModel(
+        CLIPConfig(
+            text_config=small | {"vocab_size": size, "max_position_embeddings": 40},
+            vision_config=small | {"image_size": 8, "patch_size": 4},
+        )
+    ).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="CLIPModel is no model of texts alone"):
+        encoders.load(tmp_path, "cpu")
 
 
 def test_positions_before_the_first_are_not_for_texts(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from schemas.files import write_records
+from schemas.records import Item
 from tests.unit.trainer.shop import REVIEWS, START, Entries, shop
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
@@ -155,6 +156,20 @@ def test_an_alarm_stops_it_unless_told_otherwise(
         evaluate(log, tmp_path, SMALL, encoder="none", peers=())
     found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
+
+
+def test_a_feature_that_says_the_ratings_of_a_small_shop_is_an_alarm(tmp_path: Path) -> None:
+    """Each price is that of one rating: the newest rows alone, 70, are too few to see it."""
+    sold: list[tuple[str, Any]] = [*shop()]
+    entries: Entries = []
+    for topic, each in sold:
+        if topic == "reviews":
+            name, time = f"sold {each.event_id}", each.event_time
+            entries.append(("items", Item(item_id=name, event_time=time, price=each.rating)))
+            entries.append((topic, each.model_copy(update={"item_id": name})))
+    write_records(tmp_path / "told.jsonl", entries)
+    with pytest.raises(TrainerError, match=r"feature item_price says the rating: 700 rows\n"):
+        evaluate(from_file(tmp_path / "told.jsonl"), tmp_path, SMALL, encoder="none", peers=())
 
 
 def test_rows_of_one_time_alone_are_told(

@@ -136,6 +136,21 @@ def test_top_layers_leave_the_layers_below_as_they_are(
     assert all(name.startswith("encoder.layer.1.") for name in changed)
 
 
+def test_texts_are_translated_once_for_all_epochs(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def translate(texts: list[str], *_: object) -> list[str]:
+        asked.append(len(texts))
+        return texts
+
+    monkeypatch.setattr(module, "translate", translate)
+    augment = AugmentConfig(ways=("translate",), there="a", back="b")
+    _, cost = tune(encoder, tmp_path / "new", epochs=3, augment=augment)
+    assert (asked, cost.steps) == ([128], 3 * 16)
+
+
 def test_layers_below_learn_less(encoder: TextEncoder, tmp_path: Path) -> None:
     found, _ = tune(encoder, tmp_path / "new", layer_decay=0.01)
     old, new = encoder.model.state_dict(), found.model.state_dict()

@@ -63,6 +63,17 @@ def test_a_feature_that_is_known_of_one_rating_alone_is_named() -> None:
     assert [leak.rows for leak in telling_features(rows, rating)] == [300]
 
 
+def test_what_few_other_ratings_happen_to_have_is_no_alarm() -> None:
+    """A shop of fives, but for one row: a value of its own, and what is known of fives alone."""
+    rating = np.full(1_000, 5.0)
+    rating[7] = 1.0
+    rows = np.full((1_000, len(FEATURES)), np.nan, np.float32)
+    rows[:, 3] = np.arange(1_000) % 40
+    rows[7, 3] = 99
+    rows[100:400, 4] = np.arange(300)
+    assert telling_features(rows, rating) == []
+
+
 def test_an_item_that_is_described_later_than_it_is_seen_is_named(tmp_path: Path) -> None:
     path = tmp_path / "late.jsonl"
     late = item(1).model_copy(update={"event_time": START + timedelta(days=9)})

@@ -13,6 +13,8 @@ from transformers import (
     ElectraModel,
     ModernBertConfig,
     ModernBertModel,
+    OPTConfig,
+    OPTModel,
 )
 
 from model import encoder as encoders
@@ -50,6 +52,16 @@ def test_layers_that_are_asked_of_which_kind_they_are_take_adapters(tmp_path: Pa
     encoder = encoder_of(tmp_path, ModernBertModel(ModernBertConfig(**SIZES, **special)))
     model = methods.trainable(encoder, "adapters", FineTuneConfig(), 1)
     assert encoder.holding(model).embed(encoder.tokens(["good thing"])).requires_grad
+
+
+def test_adapters_are_as_wide_as_the_layers(tmp_path: Path) -> None:
+    """Of OPT-350m these are wider than what it says."""
+    config = OPTConfig(**SIZES, word_embed_proj_dim=12, do_layer_norm_before=False)
+    encoder = encoder_of(tmp_path, OPTModel(config))
+    model = methods.trainable(encoder, "adapters", FineTuneConfig(), 1)
+    assert encoder.holding(model).embed(encoder.tokens(["good thing"])).shape == (1, 12)
+    methods.write(encoder, "adapters", tmp_path / "adapted")
+    assert encoders.load(tmp_path / "adapted", "cpu").encode(["good thing"]).shape == (1, 12)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
