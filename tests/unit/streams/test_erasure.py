@@ -340,11 +340,11 @@ def test_a_table_is_taken_when_the_other_is_through_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "reviews", (0, "ann", review("ann", 0)))
-    other = ExitStack()
-    other.enter_context(claimed(str(tmp_path), "reviews", {}))
-    clock = {"monotonic": time.monotonic, "time": time.time, "sleep": lambda _: other.close()}
-    monkeypatch.setattr("streams.erasure.time", SimpleNamespace(**clock))
-    assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1
+    with ExitStack() as other:
+        other.enter_context(claimed(str(tmp_path), "reviews", {}))
+        clock = {"monotonic": time.monotonic, "time": time.time, "sleep": lambda _: other.close()}
+        monkeypatch.setattr("streams.erasure.time", SimpleNamespace(**clock))
+        assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1
 
 
 def test_of_tables_that_are_not_there_and_of_users_without_rows_nothing_is_erased(

@@ -256,6 +256,22 @@ def test_what_users_did_before_they_were_erased_is_left_out() -> None:
     assert data._kept(events).tolist() == [False, True, False, False, True, False, True, False]
 
 
+def test_an_archive_whose_users_were_all_erased_is_told(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    write_archive(url, shop())
+    archive = Archive(url)
+    for partition, end in archives.positions(url, "journal").items():
+        done = [each.journal for each in archives.journal(url, partition)]
+        users = np.concatenate([each.events.view(EVENT)["user"] for each in done])
+        gone = blank(EVENT, len(done[0]))
+        gone["user"], gone["action"] = np.resize(np.unique(users), len(gone)), FORGET
+        (value,) = journal.encode(replace(done[0], events=gone.view(f"V{EVENT.itemsize}")))
+        archive.append("journal", [Row(partition, end, 0, b"", value)])
+    archive.commit()
+    with pytest.raises(TrainerError, match=r"all users .* were erased"):
+        from_archive(url)
+
+
 def test_a_deleted_user_is_known_only_by_what_came_after(tmp_path: Path) -> None:
     write_archive(str(tmp_path), shop())
     archive = Archive(str(tmp_path))
