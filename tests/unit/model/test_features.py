@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model import features
-from model.events import CART, EVENT, PURCHASE, REVIEW, VIEW, Rows, blank
+from model.events import CART, CLICK, EVENT, PURCHASE, REVIEW, VIEW, Rows, blank
 from model.features import (
     FEATURE_HASH,
     FEATURES,
@@ -142,9 +142,15 @@ def test_shares_and_deviation_of_a_user() -> None:
             histogram=[1, 0, 0, 1, 2],
         )
     )
+    assert found["user_ratings"] == pytest.approx(np.log(5))
     assert found["user_five_share"] == 0.5
     assert found["user_low_share"] == 0.25
     assert found["user_rating_deviation"] == pytest.approx(np.std([1, 4, 5, 5]))
+    found = features_of(
+        row(USER, rating_count=1, rating_sum=2, rating_square_sum=4, histogram=[0, 1, 0, 0, 0])
+    )
+    assert found["user_low_share"] == 1
+    assert np.isnan(found["user_rating_deviation"])  # of one rating there is none
 
 
 def test_times_and_sessions() -> None:
@@ -187,6 +193,15 @@ def test_age_of_an_item_counts_from_its_first_sign() -> None:
     assert features_of(item=item, attributes=attributes)["item_age"] == pytest.approx(np.log(3))
     assert features_of(attributes=attributes)["item_age"] == pytest.approx(np.log(2))
     assert features_of(attributes=attributes)["item_known"] == 1
+    assert features_of(item=item)["item_age"] == pytest.approx(np.log(3))
+    item["first_time"], attributes["first_time"] = listed, seen
+    assert features_of(item=item, attributes=attributes)["item_age"] == pytest.approx(np.log(3))
+
+
+def test_sessions_are_counted() -> None:
+    found = features_of(row(USER, sessions=3), row(ITEM, sessions=6))
+    assert found["user_sessions"] == pytest.approx(np.log(4))
+    assert found["item_sessions"] == pytest.approx(np.log(7))
 
 
 def test_prices() -> None:
@@ -209,7 +224,7 @@ def test_prices() -> None:
 
 def test_rates() -> None:
     actions = np.zeros(8)
-    actions[[VIEW, CART, PURCHASE]] = [15, 4, 3]
+    actions[[VIEW, CLICK, CART, PURCHASE]] = [9, 6, 4, 3]
     found = features_of(row(USER, actions=actions), row(ITEM, actions=actions))
     for side in ("user", "item"):
         assert found[f"{side}_cart_rate"] == pytest.approx(4 / 20)
@@ -242,6 +257,10 @@ def test_crosses_with_recent_items() -> None:
     user["residual_sum"], user["rating_count"] = -1 - USER_DAMPING, 1  # a star below the mean
     found = features_of(user, attributes=attributes, recent=recent)
     assert found["leaf_rating"] == pytest.approx((5 - 3) / (1 + features.CROSS_DAMPING))
+    recent["category"][0, :3] = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 0, 0, 0]]
+    for path, alike in (([1, 2, 3, 4], 1), ([1, 2, 3, 0], 2), ([1, 0, 0, 0], 3)):
+        leaf = features_of(user, attributes=row(ITEM_ATTRIBUTES, category=path), recent=recent)
+        assert (leaf["category_count"], leaf["leaf_count"]) == (3, alike)
     nothing = features_of(user, attributes=row(ITEM_ATTRIBUTES), recent=recent)
     assert [nothing[f"{name}_count"] for name in ("category", "leaf", "brand", "price_band")] == [
         0
@@ -266,6 +285,11 @@ def test_an_item_met_before() -> None:
         3,
     ]
     assert found["item_seen"] == pytest.approx(np.log(2))
+    for action, what in ((VIEW, "viewed"), (CLICK, "viewed"), (PURCHASE, "bought")):
+        met = features_of(
+            recents({"item": 10, "actions": 1 << action}), event=row(EVENT, time=NOW, item=10)
+        )
+        assert [name for name in ("viewed", "carted", "bought") if met[f"item_{name}"]] == [what]
     other = features_of(user, event=row(EVENT, time=NOW, item=9))
     assert other["item_carted"] == 0
     assert np.isnan([other["item_rated"], other["item_seen"]]).all()
@@ -282,7 +306,7 @@ def test_attributes_of_users() -> None:
 def test_similar_texts() -> None:
     user = recents({"item": 10, "rating": 160}, {"item": 11, "rating": 32}, {"item": 12})
     similarity = np.full((1, RECENT), np.nan, np.float32)
-    similarity[0, :3] = [0.5, -0.5, 0.75]
+    similarity[0, :4] = [0.5, -0.5, 0.75, 0.25]
     found = features_of(user, text_known=np.array([True]), similarity=similarity)
     assert found["text_known"] == 1
     assert found["text_similarity"] == 0.25

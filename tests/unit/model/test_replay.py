@@ -113,6 +113,14 @@ def joined(observations: Sequence[Observation]) -> Observation:
     return Observation(*(np.concatenate(parts) for parts in fields))
 
 
+def test_who_comes_before_the_latest_event_of_their_user_is_behind() -> None:
+    events = blank(EVENT, 5)
+    events["user"], events["item"], events["event_id"] = [1, 1, 1, 2, 1], 1, range(1, 6)
+    events["time"] = START + np.array([5, 5, 4, 3, 6])
+    result = run(blank(USER, len(USERS)), blank(PARTITION, ()), events, surroundings())
+    assert result.behind.tolist() == [False, False, True, False, False]
+
+
 @settings(max_examples=60)
 @given(histories(forgets=True), st.integers(1, 20))
 def test_a_batch_gives_what_its_events_alone_give(events: Rows, size: int) -> None:

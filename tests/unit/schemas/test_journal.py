@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.exceptions import ContractError
-from schemas.journal import LARGEST_PIECE, Journal, TornError, decode, decode_all, encode, join
+from schemas.journal import (
+    LARGEST_PIECE,
+    Journal,
+    TornError,
+    decode,
+    decode_all,
+    encode,
+    encode_all,
+    join,
+)
 
 EVENT = np.dtype([("user", "<u8"), ("time", "<i8"), ("rating", "<f4"), ("action", "u1")])
 
@@ -94,6 +103,14 @@ def test_a_long_transaction_is_cut_and_joined() -> None:
     pieces = [decode(value) for value in values]
     assert [piece.index for piece in pieces] == list(range(len(values)))
     assert_same(join([piece.journal for piece in pieces]), journal)
+
+
+def test_partitions_that_are_encoded_together_are_as_each_alone() -> None:
+    journals = [make(5), make(4_000, recents=9_000, seed=1), make(3, recents=0, seed=2)]
+    together = encode_all(journals)
+    assert [len(values) > 1 for values in together] == [False, True, False]
+    for values, journal in zip(together, journals, strict=True):
+        assert_same(join([decode(value).journal for value in values]), journal)
 
 
 def test_recents_alone_are_cut_too() -> None:

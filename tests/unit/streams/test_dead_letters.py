@@ -81,7 +81,9 @@ def test_a_record_comes_back_as_it_was(
 
 
 def test_a_record_that_fails_again_keeps_its_history() -> None:
-    first = letter_of(message("reviews", b"{", headers=[("trace", b"1")]))
+    told = [("trace", b"1"), (FIRST_FAILED_HEADER, b"2026-01-01T00:00:00Z")]
+    first = letter_of(message("reviews", b"{", headers=told))
+    assert first.first_failed_at == datetime(2026, 1, 1, tzinfo=UTC)
     found = first
     for attempt in range(2, 5):
         sent = redriven(Letter(0, attempt, found))

@@ -4,8 +4,10 @@ import base64
 import os
 import threading
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,6 +206,23 @@ def test_files_of_commits_that_never_came_are_deleted_with_what_is_erased(tmp_pa
     assert left(tmp_path, "users") == [1]
 
 
+def test_a_file_that_an_archiver_commits_while_others_are_deleted_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "reviews", (0, "ann", review("ann", 0)), (0, "bob", review("bob", 1)))
+    archiver, positions = Archive(str(tmp_path)), archive.positions
+
+    def committed(*where: Any) -> dict[int, int]:
+        monkeypatch.setattr(archive, "positions", positions)
+        archiver.append("reviews", [Row(0, 2, 0, b"bob", encode(review("bob", 2)))])
+        archiver.commit()
+        return positions(*where)
+
+    monkeypatch.setattr(archive, "positions", committed)
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=2)]) == 1
+    assert left(tmp_path, "reviews") == [1, 2]
+
+
 def test_files_that_a_killed_writer_had_begun_are_deleted_with_what_is_erased(
     tmp_path: Path,
 ) -> None:
@@ -317,6 +336,28 @@ def test_a_table_that_another_rewrites_is_waited_for(
     began = time.monotonic()
     assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1
     assert time.monotonic() - began < 30
+
+
+def test_a_table_is_taken_when_the_other_is_through_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "reviews", (0, "ann", review("ann", 0)))
+    with ExitStack() as other:
+        other.enter_context(claimed(str(tmp_path), "reviews", {}))
+        clock = {"monotonic": time.monotonic, "time": time.time, "sleep": lambda _: other.close()}
+        monkeypatch.setattr("streams.erasure.time", SimpleNamespace(**clock))
+        assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", reviews=1)]) == 1
+
+
+def test_of_tables_that_are_not_there_and_of_users_without_rows_nothing_is_erased(
+    tmp_path: Path,
+) -> None:
+    ann = erased("ann", reviews=1)
+    assert erase_rows(str(tmp_path), {}, "reviews", [ann]) == 0
+    assert erase_journal(str(tmp_path), {}, [ann]) == ([], 0)
+    write(tmp_path, "reviews", (0, "ann", review("ann", 0)))
+    assert erase_rows(str(tmp_path), {}, "reviews", [erased("ann", behavior=1)]) == 0
+    assert left(tmp_path, "reviews") == [0]
 
 
 # A partition in which user 0 rates, views and writes, is forgotten, and comes back.

@@ -4,7 +4,9 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import certifi
@@ -12,12 +14,19 @@ import pytest
 from faust.auth import SASLCredentials, SSLCredentials
 from pydantic import SecretStr
 
+from schemas.codec import encode
+from schemas.records import DeadLetter, ScoreDigest
 from schemas.topics import LARGEST_MESSAGE
 from streams.clients import KafkaOptionError
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.embedded import HOST, free_port
 from streams.insights import (
+    FIRST_SECONDS,
+    QUIET_SECONDS,
     Readiness,
+    _acknowledge,
+    _close_due,
+    _count,
     _resume,
     _Run,
     _write,
@@ -27,7 +36,8 @@ from streams.insights import (
 )
 from streams.metrics import make_metrics
 from streams.store import connect
-from streams.windows import WINDOW_FIELD, Window
+from streams.windows import WINDOW_FIELD, Trial, Window, add, make_steps
+from tests.digests import at, digest, ms
 
 
 def credentials(**options: str) -> SASLCredentials | SSLCredentials | None:
@@ -182,3 +192,112 @@ def test_a_window_of_another_release_tells_where_it_ends(store: str, field: byte
     assert run.readiness.reason is None
     assert run.steps is not None
     assert run.steps.closed == 60_000
+
+
+def test_it_goes_on_with_what_the_last_window_says(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(RedisConfig(url=SecretStr(store)))
+    run = _Run(InsightsConfig(), client, "windows")
+    in_loop(_resume(run))
+    assert run.steps is not None
+    assert (run.steps.closed, run.steps.trial, run.firing) == (None, None, [])
+    trial = Trial(version="b", start_ms=0, end_ms=60_000)
+    last = Window(start_ms=0, end_ms=60_000, step_ms=5_000, kinds={}, trial=trial, firing=["lag/x"])
+    run.unwritten.append(last)
+    assert in_loop(_write(run, make_metrics()))
+    monkeypatch.setattr("streams.insights.time", SimpleNamespace(monotonic=lambda: 7.0))
+    in_loop(_resume(run))
+    assert run.steps is not None
+    assert (run.steps.closed, run.steps.trial, run.firing) == (60_000, trial, ["lag/x"])
+    assert run.last_arrival == 7 + FIRST_SECONDS  # the first digests may come late
+
+
+class TestOneRun:
+    insights = InsightsConfig(
+        window_seconds=30, step_seconds=10, grace_seconds=2, keep_windows=3, highest_lag=10
+    )
+
+    def run_of(self, *digests: ScoreDigest, last_arrival: float = 0.0) -> _Run:
+        run = _Run(self.insights, None, "windows", last_arrival=last_arrival)
+        run.steps = make_steps(self.insights, closed=ms(0))
+        for each in digests:
+            assert add(run.steps, each, ms(25))[0] == "counted"
+        return run
+
+    def closed(self, run: _Run, now: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Rules of the alerts that are raised at a time, of either clock."""
+        clock = SimpleNamespace(time=lambda: ms(now) / 1_000, monotonic=lambda: now)
+        monkeypatch.setattr("streams.insights.time", clock)
+        assert run.steps is not None
+        return [alert.rule for alert in _close_due(run, run.steps)]
+
+    def test_steps_are_closed_while_it_is_quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        heard = 22.0
+        run = self.run_of(digest(at(5), [], lag=50), digest(at(12), [], lag=9), last_arrival=heard)
+        assert self.closed(run, heard + QUIET_SECONDS, monkeypatch) == ["lag"]
+        assert [window.end_ms for window in run.unwritten] == [ms(10)]  # more may still come
+        assert run.firing == ["lag/interaction"]
+        assert self.closed(run, heard + QUIET_SECONDS + 1, monkeypatch) == []
+        assert [window.end_ms for window in run.unwritten] == [ms(10), ms(20)]
+        assert run.firing == []
+
+    def test_a_rule_that_fires_is_told_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = self.run_of(digest(at(5), [], lag=50), digest(at(12), [], lag=50))
+        assert self.closed(run, 13, monkeypatch) == ["lag"]
+        assert self.closed(run, 23, monkeypatch) == []
+        assert run.firing == ["lag/interaction"]
+
+    def test_no_more_windows_wait_than_the_store_keeps(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = self.run_of(digest(at(5), [(3.0, 3.0)]), digest(at(15), [(3.0, 3.0)]))
+        self.closed(run, 63, monkeypatch)
+        # A last one tells of silence; what follows is not written.
+        assert [window.end_ms for window in run.unwritten] == [ms(30), ms(40), ms(50)]
+
+    def test_digests_are_acknowledged_when_no_later_window_needs_them(self) -> None:
+        run, acknowledged = self.run_of(), list[int]()
+
+        def told(number: int) -> Any:
+            return SimpleNamespace(ack=lambda: acknowledged.append(number))
+
+        places = [ms(70), 0, ms(80), ms(90), ms(70)]  # the second is a dead letter
+        run.pending.extend((place, told(number)) for number, place in enumerate(places))
+        steps = make_steps(self.insights)
+        _acknowledge(run, steps)
+        assert acknowledged == []
+        steps.closed = ms(100)  # the next window is (80, 110]
+        _acknowledge(run, steps)
+        assert acknowledged == [0, 1, 2]
+        steps.closed = ms(110)
+        _acknowledge(run, steps)
+        assert acknowledged == [0, 1, 2, 3, 4]
+
+    def test_of_each_digest_it_is_told_what_became_of_it(self) -> None:
+        run, metrics = self.run_of(), make_metrics()
+        assert run.steps is not None
+        steps = run.steps
+
+        def count(value: bytes) -> tuple[int, DeadLetter | None]:
+            message = SimpleNamespace(
+                topic="score-digests", partition=0, offset=4, key=b"w", value=value, headers=()
+            )
+            place, letter = _count(steps, message, metrics)
+            return place, letter and DeadLetter.model_validate_json(letter.value or b"")
+
+        mixed = digest(at(5), []).model_copy(update={"kinds": {"review": 1, "request": 1}})
+        for value, field in ((b"{}", "worker"), (encode(mixed), None)):
+            place, letter = count(value)
+            assert place == 0
+            assert letter is not None
+            assert (letter.field, letter.source.offset, letter.processor) == (field, 4, "insights")
+        late = ms(-50)
+        assert count(encode(digest(at(-50), []))) == (late, None)
+        value = metrics.registry.get_sample_value
+        told = {"processor": "insights", "reason": "contract"}
+        assert value("starcast_dead_letters_total", told) == 2
+        assert value("starcast_events_total", {"processor": "insights", "kind": "late"}) == 1
+        twice = encode(digest(datetime.now(UTC), []))
+        assert len({count(twice) for _ in range(2)}) == 1  # to acknowledge with the first one
+        assert value("starcast_duplicates_total", {"processor": "insights"}) == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from model import features
-from model.events import EVENT, FORGET, REVIEW, VIEW, blank
+from model.events import EVENT, FORGET, REVIEW, TEXT, VIEW, blank
 from model.ids import hash_ids, partitions_of
 from model.replay import History
 from model.state import LAYOUT_HASH, PARTITION
@@ -21,7 +21,7 @@ from schemas.archive import Row
 from schemas.exceptions import UnreachableError
 from schemas.files import write_records
 from schemas.journal import Journal
-from schemas.records import Record, User
+from schemas.records import Record, TextFeatures, User
 from streams.archiver import Archive
 from tests.unit.trainer.shop import ITEMS, REVIEWS, START, USERS, item, review, shop
 from trainer import data
@@ -56,6 +56,20 @@ def test_a_file_gives_its_events_in_order_with_what_is_known_beside_them(shop_fi
     assert log.reviews["event_id"][0] == "r0"
     assert hash_ids(["r0"])[0] == log.events["event_id"][1]
     assert len(item_texts(log)) == ITEMS
+
+
+def test_what_was_read_off_texts_is_an_event_of_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    stars: dict[str, Any] = {"distribution": [0, 0, 0, 0.5, 0.5], "encoder": "e"}
+    rated = review(1, 2, 3, START, 5)
+    names = {name: getattr(rated, name) for name in ("event_id", "user_id", "item_id")}
+    text = TextFeatures(**names, event_time=rated.event_time, **stars)
+    write_records(path, [("reviews", rated), ("text-features", text), ("reviews", rated)])
+    log = from_file(path)
+    assert log.events["action"].tolist() == [REVIEW, TEXT, REVIEW]
+    assert log.events["text_stars"][1] == 4.5
+    assert log.events["user"].tolist() == hash_ids(["u2"] * 3).tolist()
+    assert log.reviews["row"].to_list() == [0, 2]
 
 
 def test_a_file_without_events_is_refused(tmp_path: Path) -> None:
@@ -256,6 +270,22 @@ def test_what_users_did_before_they_were_erased_is_left_out() -> None:
     events["user"] = [1, 2, 1, 1, 1, 0, 2, 3]  # 0: erased from the archive
     events["action"][[3, 7]] = FORGET
     assert data._kept(events).tolist() == [False, True, False, False, True, False, True, False]
+
+
+def test_an_archive_whose_users_were_all_erased_is_told(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    write_archive(url, shop())
+    archive = Archive(url)
+    for partition, end in archives.positions(url, "journal").items():
+        done = [each.journal for each in archives.journal(url, partition)]
+        users = np.concatenate([each.events.view(EVENT)["user"] for each in done])
+        gone = blank(EVENT, len(done[0]))
+        gone["user"], gone["action"] = np.resize(np.unique(users), len(gone)), FORGET
+        (value,) = journal.encode(replace(done[0], events=gone.view(f"V{EVENT.itemsize}")))
+        archive.append("journal", [Row(partition, end, 0, b"", value)])
+    archive.commit()
+    with pytest.raises(TrainerError, match=r"all users .* were erased"):
+        from_archive(url)
 
 
 def test_a_deleted_user_is_known_only_by_what_came_after(tmp_path: Path) -> None:
