@@ -216,7 +216,7 @@ def renamed(tried: Tried, chosen: PredictedRating) -> str:
         value, key = each.value() or b"", each.key()
         record = PredictedRating.model_validate_json(value)
         if record == chosen:
-            old = record.model_version.encode()
+            old = str(record.model_version).encode()
             value = value.replace(old, swapped[old])
         assert isinstance(key, bytes)
         rows.append(Row(each.partition() or 0, each.offset() or 0, each.timestamp()[1], key, value))

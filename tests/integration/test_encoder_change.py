@@ -41,7 +41,7 @@ def in_service(workers: Workers, version: str) -> bool:
 
 
 def by_version(predictions: list[PredictedRating]) -> Counter[str]:
-    return Counter(each.model_version for each in predictions)
+    return Counter(str(each.model_version) for each in predictions)
 
 
 def all_read(shop: Shop, version: str) -> bool:

@@ -1,4 +1,6 @@
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain, pairwise
@@ -67,6 +69,8 @@ from streams.user_states import Held, UserStates, decode_header
 from tests.unit.model.bundles import write
 from tests.unit.model.encoders import bert
 from tests.unit.model.shop import WIDTH
+from tests.unit.schemas.test_agreement import valid
+from tests.unit.schemas.test_agreement import values as taken_by_schema
 from tests.unit.streams.journals import told as of_journal
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
 
@@ -483,6 +487,37 @@ def test_events_elsewhere_than_their_users_partition_are_counted_and_told_once(m
     assert told_of["expected"] == home
 
 
+@given(st.data())
+@settings(
+    max_examples=15,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_of_any_events_that_the_schemas_take_it_sends_what_the_schemas_take(
+    make: Make, data: st.DataObject
+) -> None:
+    later = 4_102_444_800_000  # no event is from the future
+    events = [
+        (topic, value)
+        for topic in ("reviews", "behavior")
+        for value in data.draw(st.lists(taken_by_schema(topic), min_size=1, max_size=8))
+    ]
+    scorer = make()
+    outcome = scorer.process(
+        [
+            message(topic, json.dumps(value).encode(), 0, at, timestamp=(2, later))
+            for at, (topic, value) in enumerate(events)
+        ]
+    )
+    finish(scorer, outcome)
+    digests = scorer.idle()
+    sent = [(each.topic, one["value"]) for each in outcome.batches for one in each.messages]
+    sent += [(each.topic, each.value) for each in digests.outputs] if digests else []
+    assert Counter(topic for topic, _ in sent)["predicted-ratings"] == len(events)
+    assert not outcome.outputs
+    for topic, value in sent:
+        assert valid(topic)(json.loads(value)), value
+
+
 @given(
     st.lists(
         st.tuples(
@@ -796,7 +831,7 @@ def test_a_canary_answers_its_users_in_order(make: Make, tmp_path: Path) -> None
     assert by_version[stable] != by_version[other]
     for each, its in zip(found, chosen.tolist(), strict=True):
         assert each.model_version == (other if its else stable)
-        assert each.rating == by_version[each.model_version][str(each.event_id)]
+        assert each.rating == by_version[str(each.model_version)][str(each.event_id)]
     # The same states and journal, whoever answers.
     assert values(outcome, "journal") == values(all_stable, "journal")
     names = [f"user-0-{at}" for at in range(12)]
