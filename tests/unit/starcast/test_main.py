@@ -152,6 +152,15 @@ def test_peers_of_an_evaluation_are_named(
     assert asked == [wanted]
 
 
+@pytest.mark.parametrize("option", [("--peers", "bias"), ("--ablations",)])
+def test_what_fits_models_does_not_go_with_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
+) -> None:
+    (tmp_path / "shop.jsonl").touch()
+    asked = ("evaluate", "--events", "shop.jsonl", "--model", "stable", *option)
+    assert run_main(monkeypatch, *asked) == 2
+
+
 @pytest.mark.parametrize("command", ["retrain", "evaluate", "search", "compress"])
 def test_what_processes_do_not_share_is_refused(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
