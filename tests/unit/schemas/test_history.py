@@ -35,7 +35,7 @@ def write(url: Path, topic: str, *rows: Row) -> None:
     write_deltalake(archive.table_url(str(url), topic), table, mode="append")
 
 
-def told(url: Path, **bounds: datetime) -> list[tuple[str, str]]:
+def told(url: Path, **bounds: Any) -> list[tuple[str, str]]:
     """Of each record the topic, and the id of its event, item or user."""
     found = [(topic, json.loads(value)) for topic, value in history.history(str(url), **bounds)]
     ids = {"items": "item_id", "users": "user_id"}

@@ -491,7 +491,7 @@ def test_old_versions_are_deleted(
 def test_retrain_deletes_old_versions_when_it_has_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     pruned: list[int] = []
     verdict = SimpleNamespace(version="20260101T000000-00000000")
-    done = Retrained(cast(Any, verdict), False, None, "worse")
+    done = Retrained(cast(Any, verdict), False, "", "worse")
     monkeypatch.setattr("trainer.retrain.retrain_once", lambda *_, **__: done)
     monkeypatch.setattr("trainer.assess.summary", lambda _: "")
     monkeypatch.setattr(bundle, "prune", lambda url, keep: pruned.append(keep))

@@ -271,7 +271,7 @@ def test_latency_is_told_from_the_time_of_arrival(answers: Answers) -> None:
     outcome = answers.process([arrived])
     assert outcome.finish is not None
     outcome.finish({})
-    (scored,) = answers._digests._scored["ladder", "stable"]
+    (scored,) = answers._digests._scored["ladder", "stable", None]
     assert 5_000 <= scored.latencies_ms[0] < 10_000
     assert now > NOW_MS  # of messages whose time does not matter
 

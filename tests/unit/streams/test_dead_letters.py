@@ -38,7 +38,12 @@ headers = st.lists(st.tuples(st.text(max_size=10), contents), max_size=4)
 
 
 def letter_of(letter_message: Message, **changes: Any) -> DeadLetter:
-    fields = {"topic": "reviews", "processor": "scorer", "reason": "not JSON", **changes}
+    fields: dict[str, Any] = {
+        "topic": "reviews",
+        "processor": "scorer",
+        "reason": "not JSON",
+        **changes,
+    }
     output = dead_letter(letter_message, **fields)
     assert (output.topic, output.key) == ("dead-letters", fields["topic"].encode())
     found = DeadLetter.model_validate_json(output.value or b"")
