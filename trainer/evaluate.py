@@ -217,10 +217,13 @@ def _begin(log: Log, config: TrainerConfig, ties: Ties, allow_leaks: bool) -> _B
 def _alarms(begun: _Begun, asked: Mapping[str, Examples], allow_leaks: bool) -> list[leaks.Leak]:
     """All alarms, once the rows have been replayed. Raises TrainerError unless they are allowed."""
     examples = asked["prequential"]
+    time = begun.log.events["time"][begun.rows]
     told = {  # by what all rows say, and the newest, in which a leak may have begun
         each.kind: each
         for rows in (np.arange(len(examples)), begun.split.test)
-        for each in leaks.telling_features(examples.inputs.features[rows], examples.rating[rows])
+        for each in leaks.telling_features(
+            examples.inputs.features[rows], examples.rating[rows], time[rows]
+        )
     }
     alarms = [*begun.alarms, *told.values()]
     _stop_at(alarms, allow_leaks)

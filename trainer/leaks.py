@@ -17,6 +17,7 @@ from trainer.metrics import Floats
 _TOLD = 0.98  # share of a rating's variance that one feature may explain
 _BINS = 200  # into which a feature is cut to see what it explains
 _LEAST_ROWS = 200  # fewer cannot tell chance from a leak
+_DAY = 86_400_000  # milliseconds
 _NAMED = 10
 
 
@@ -33,13 +34,18 @@ class Leak:
         return f"{self.kind}: {self.rows} rows{named}"
 
 
-def telling_features(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
-    """Features (n, F) that say the rating (n) itself.
+def telling_features(
+    rows: NDArray[np.float32], rating: Floats, time: NDArray[np.int64]
+) -> list[Leak]:
+    """Features (n, F) that say the rating (n) itself; `time` (n) is in milliseconds.
 
     What a feature explains is the share of the rating's variance that its bins tell, so a leak need
     not be linear.
     """
     found: list[Leak] = []
+    days, day = np.unique(time // _DAY, return_inverse=True)
+    if len(days) == 1:
+        day = np.arange(len(rows))
     for column, feature in enumerate(features.FEATURES):
         values = rows[:, column]
         known = ~np.isnan(values)
@@ -49,20 +55,26 @@ def telling_features(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
         bins = np.searchsorted(edges, values)  # what is missing comes last
         # A feature that is known of one rating alone says it by being known.
         asked = known if rating[known].var() else np.ones(len(rating), bool)
-        if _explained(bins[asked], rating[asked]) > _TOLD:
+        if _explained(bins[asked], day[asked], rating[asked]) > _TOLD:
             found.append(Leak(f"feature {feature.name} says the rating", int(known.sum()), ()))
     return found
 
 
-def _explained(bins: NDArray[np.intp], rating: Floats) -> float:
-    """Share of the variance of ratings (n) that the others of each one's bin explain.
+def _explained(bins: NDArray[np.intp], day: NDArray[np.intp], rating: Floats) -> float:
+    """Share of the variance of ratings (n) that those of other days in each one's bin explain.
 
-    A row does not tell of itself: bins of a row or two would explain all by chance.
+    Rows of one day do not tell of each other: where a user gives ten items one star on a day, the
+    mean of all stars tells that day from others, and would seem to say the rating.
     """
-    counts, sums = np.bincount(bins)[bins], np.bincount(bins, rating)[bins]
-    others = np.where(counts > 1, (sums - rating) / np.maximum(counts - 1, 1), rating.mean())
+    _, own = np.unique(bins * (day.max() + 1) + day, return_inverse=True)
+
+    def of_others(column: Floats) -> Floats:
+        return np.bincount(bins, column)[bins] - np.bincount(own, column)[own]
+
+    counts = of_others(np.ones(len(rating)))
+    told = np.where(counts > 0, of_others(rating) / np.maximum(counts, 1), rating.mean())
     spread = float(rating.var())
-    return 1 - float(((rating - others) ** 2).mean()) / spread if spread else 0.0
+    return 1 - float(((rating - told) ** 2).mean()) / spread if spread else 0.0
 
 
 def known_later(log: Log) -> list[Leak]:

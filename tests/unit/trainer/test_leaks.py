@@ -4,21 +4,31 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 from model.features import FEATURES
 from schemas.files import write_records
 from tests.unit.trainer.shop import START, item, review
 from trainer.data import from_file
-from trainer.leaks import known_later, telling_features
+from trainer.leaks import Leak, known_later, telling_features
+from trainer.metrics import Floats
+
+DAY = 86_400_000
+
+
+def telling(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
+    """Each row is of a day of its own."""
+    return telling_features(rows, rating, np.arange(len(rows)) * DAY)
 
 
 def test_a_feature_that_says_the_rating_is_named() -> None:
     random = np.random.default_rng(0)
     rating = random.integers(1, 6, 1_000).astype(np.float64)
     rows = random.normal(size=(1_000, len(FEATURES))).astype(np.float32)
-    assert telling_features(rows, rating) == []
+    assert telling(rows, rating) == []
     rows[:, 3] = (rating - 3) ** 2 * 10 + rating  # not in a line, and yet it says all
-    assert [leak.kind for leak in telling_features(rows, rating)] == [
+    assert [leak.kind for leak in telling(rows, rating)] == [
         f"feature {FEATURES[3].name} says the rating"
     ]
 
@@ -30,37 +40,37 @@ def test_a_feature_may_explain_much_and_not_nearly_all() -> None:
     for wrong, leaks in ((2, 1), (3, 0)):
         rows[:, 3] = rating
         rows[500 : 500 + 2 * wrong, 3] = 1
-        assert len(telling_features(rows, rating)) == leaks
+        assert len(telling(rows, rating)) == leaks
 
 
 def test_what_a_feature_explains_by_chance_is_no_alarm() -> None:
     """Two hundred bins of one row each, or of one and two, tell ratings that they never saw."""
     random = np.random.default_rng(0)
-    rows = np.full((300, len(FEATURES)), np.nan, np.float32)
-    for count in (200, 201, 300):
+    rows = np.full((400, len(FEATURES)), np.nan, np.float32)
+    rows[:, 3] = np.arange(400)
+    for count in (200, 201, 300, 400):
         rating = random.permutation(np.resize([1.0, 5.0], count))
-        rows[:, 3] = np.arange(300)
-        assert telling_features(rows[:count], rating) == []
-        rating.sort()
-        assert len(telling_features(rows[:count], rating)) == (count > 200)
+        assert telling(rows[:count], rating) == []
+        rating.sort()  # a row of its own bin is told by no other
+        assert len(telling(rows[:count], rating)) == (count == 400)
 
 
 def test_what_too_few_rows_say_is_no_alarm() -> None:
     rating = np.tile([1.0, 5.0], 500)
     rows = np.full((1_000, len(FEATURES)), np.nan, np.float32)
     rows[:, 3] = rating
-    assert telling_features(rows[:199], rating[:199]) == []
-    assert [leak.rows for leak in telling_features(rows[:200], rating[:200])] == [200]
-    assert telling_features(rows, np.full(1_000, 4.0)) == []  # there is nothing to be told
+    assert telling(rows[:199], rating[:199]) == []
+    assert [leak.rows for leak in telling(rows[:200], rating[:200])] == [200]
+    assert telling(rows, np.full(1_000, 4.0)) == []  # there is nothing to be told
     rows[199:, 3] = np.nan
-    assert telling_features(rows, rating) == []
+    assert telling(rows, rating) == []
 
 
 def test_a_feature_that_is_known_of_one_rating_alone_is_named() -> None:
     rating = np.repeat([5.0, 1.0], 300)
     rows = np.full((600, len(FEATURES)), np.nan, np.float32)
     rows[:300, 3] = 7
-    assert [leak.rows for leak in telling_features(rows, rating)] == [300]
+    assert [leak.rows for leak in telling(rows, rating)] == [300]
 
 
 def test_what_few_other_ratings_happen_to_have_is_no_alarm() -> None:
@@ -71,7 +81,22 @@ def test_what_few_other_ratings_happen_to_have_is_no_alarm() -> None:
     rows[:, 3] = np.arange(1_000) % 40
     rows[7, 3] = 99
     rows[100:400, 4] = np.arange(300)
-    assert telling_features(rows, rating) == []
+    assert telling(rows, rating) == []
+
+
+@pytest.mark.parametrize("days", [1, 3])
+def test_a_day_of_one_star_is_no_alarm_and_a_leak_on_it_is(days: int) -> None:
+    """Three hundred ratings of 5 on other days, each with a mean of its own, as the days of 1."""
+    rating = np.repeat([5.0, 1.0], [300, 10 * days])
+    time = np.concatenate([np.arange(300), np.repeat(300 + np.arange(days), 10)]) * DAY
+    rows = np.full((len(rating), len(FEATURES)), np.nan, np.float32)
+    rows[:, 3] = time / DAY
+    assert telling_features(rows, rating, time) == []
+    rows[:, 4] = rating
+    assert len(telling_features(rows, rating, time)) == (days > 1)
+    rows[:, 3] = np.nan
+    # A file of one day has no others to ask.
+    assert len(telling_features(rows, rating, time // time.max())) == 1
 
 
 def test_an_item_that_is_described_later_than_it_is_seen_is_named(tmp_path: Path) -> None:
