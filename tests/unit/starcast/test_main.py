@@ -78,7 +78,7 @@ def test_an_expected_error_is_one_message_and_1(
 def test_an_error_of_the_system_is_one_message_and_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(**_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(ENOSPC, "No space left on device", "/data/out")
 
     monkeypatch.setattr("starcast.commands.contract.asyncapi_document", full)
@@ -123,7 +123,7 @@ def test_what_is_no_evaluation_is_refused_before_a_training(
 
 
 def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise KeyError("x")
 
     monkeypatch.setattr("starcast.commands.contract.asyncapi_document", broken)

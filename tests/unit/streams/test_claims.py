@@ -46,12 +46,12 @@ def test_claims_are_looked_at_now_and_then_and_not_those_that_went(kept: Store) 
     make(kept).claim(KIND, [1])
     mine.check()  # it has just looked
     mine._check_at = 0.0
-    with pytest.raises(FencedError, match="i partition 1"):
+    with pytest.raises(FencedError, match="claimed partition 1"):
         mine.check()
     mine.drop([1])
     mine._check_at = 0.0
     mine.check()
     make(kept).claim(OTHER, [0])
     mine._check_at = 0.0
-    with pytest.raises(FencedError, match="a partition 0"):
+    with pytest.raises(FencedError, match="claimed partition 0"):
         mine.check()
