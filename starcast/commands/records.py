@@ -98,11 +98,13 @@ def export(
     out: Out,
     since: Annotated[
         datetime | None,
-        typer.Option(parser=parse_time, metavar="TIME", help="What Kafka took then or later."),
+        typer.Option(
+            parser=parse_time, metavar="TIME", help="Events that Kafka took then or later."
+        ),
     ] = None,
     before: Annotated[
         datetime | None,
-        typer.Option(parser=parse_time, metavar="TIME", help="What Kafka took before then."),
+        typer.Option(parser=parse_time, metavar="TIME", help="Events that Kafka took before then."),
     ] = None,
 ) -> None:
     """Write what the archive has of items, users, reviews and behavior as a record file.
@@ -110,10 +112,17 @@ def export(
     `backfill` brings it into topics of other names or partition counts, or under another release.
     """
     check_output(out)
-    archive = settings_of(context).archive
+    settings = settings_of(context)
+    archive = settings.archive
     with progress_bar() as progress:
         task = progress.add_task("Writing", total=None)
-        records = history(archive.url, archive.storage_options, since=since, before=before)
+        records = history(
+            archive.url,
+            archive.storage_options,
+            since=since,
+            before=before,
+            longest_future_seconds=settings.scorer.longest_future_seconds,
+        )
         counts = write_records(out, progress.track(records, task_id=task))
     print_counts(counts)
     notes.print(f"Wrote {out}", markup=False)

@@ -66,7 +66,7 @@ def test_partitions_and_topics_are_merged_by_time_each_in_its_order(
     expected = [known[0], events[0], ("behavior", "e"), known[1], *events[1:], last]
     assert told(tmp_path) == expected
     bounds = {"since": NOON + timedelta(minutes=2), "before": NOON + timedelta(minutes=4)}
-    assert told(tmp_path, **bounds) == [known[1], events[1]]
+    assert told(tmp_path, **bounds) == [*known, events[1]]  # their Kafka time is a producer's
     assert all(b"\n" not in value for _, value in history.history(str(tmp_path)))
 
 
@@ -94,7 +94,33 @@ def test_what_is_bad_or_erased_is_left_out(tmp_path: Path) -> None:
         row("users", 1, 0, user_id="bob"),
         Row(0, 2, at(1), b"bob", None),
     )
-    assert told(tmp_path) == [("users", "ann"), ("behavior", "other"), ("reviews", "after")]
+    write(
+        tmp_path,
+        "items",
+        row("items", 0, 3, item_id="deleted"),  # by its producer's time, after it was deleted
+        row("items", 1, 0, item_id="back"),
+        Row(0, 2, at(1), b"deleted", None),
+        Row(0, 3, at(1), b"back", None),
+        row("items", 4, 0, item_id="back"),
+    )
+    assert told(tmp_path) == [
+        ("items", "back"),
+        ("users", "ann"),
+        ("behavior", "other"),
+        ("reviews", "after"),
+    ]
+
+
+def test_events_that_were_dead_letters_of_the_future_are_left_out(tmp_path: Path) -> None:
+    ahead = [(NOON + timedelta(seconds=seconds)).isoformat() for seconds in (60, 61)]
+    reviews = [
+        row("reviews", at, 0, event_id=str(at), event_time=each) for at, each in enumerate(ahead)
+    ]
+    write(tmp_path, "reviews", *reviews)
+    write(tmp_path, "items", row("items", 0, 0, event_time=ahead[1]))
+    item = ("items", EXAMPLES["items"]["item_id"])
+    assert told(tmp_path, longest_future_seconds=60) == [item, ("reviews", "0")]
+    assert len(told(tmp_path)) == 3
 
 
 def test_an_archive_that_is_empty_or_damaged(tmp_path: Path) -> None:
