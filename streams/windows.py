@@ -163,7 +163,7 @@ class Window(BaseModel):
     step_ms: int
     kinds: dict[Kind, KindWindow]
     trial: Trial | None = None  # the newest one, also when it is over
-    firing: list[str] = []  # rules beyond their thresholds, as rule/kind or canary/version
+    firing: list[str] = []  # rules beyond their thresholds, as rule/kind or canary/version/begin
 
 
 @dataclass
@@ -328,7 +328,7 @@ def alerts(window: Window, firing: Iterable[str], insights: InsightsConfig) -> l
     has been seen at `clear_ratio` of its threshold or below. Each trial fires for itself.
     """
     trial = window.trial
-    trial_name = f"canary/{trial.version}" if trial else ""
+    trial_name = f"canary/{trial.version}/{trial.since_ms}" if trial else ""
     before = {name for name in firing if not name.startswith("canary/") or name == trial_name}
     still = set(before)
     raised: list[Alert] = []

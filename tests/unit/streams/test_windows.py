@@ -55,18 +55,8 @@ def test_a_window_computed_by_hand() -> None:
     # Step (0, 10]: errors +1 and -1; step (20, 30]: error +2, and one prediction without a rating.
     window = window_of(
         [
-            digest(
-                at(9),
-                [(4.0, 3.0), (2.0, 3.0)],
-                lag=7,
-                items={"a": 3, "b": 1},
-            ),
-            digest(
-                at(30),
-                [(5.0, 3.0), (4.4, None)],
-                lag=4,
-                items={"b": 5},
-            ),
+            digest(at(9), [(4.0, 3.0), (2.0, 3.0)], lag=7, items={"a": 3, "b": 1}),
+            digest(at(30), [(5.0, 3.0), (4.4, None)], lag=4, items={"b": 5}),
         ],
         ms(30),
         INSIGHTS,
@@ -549,7 +539,7 @@ class TestTrials:
         assert (alert.rule, alert.severity, alert.subject) == ("canary", "warning", "interaction")
         assert alert.value == pytest.approx(0.75 / math.sqrt(0.15625))
         assert "MAE 1.50 over 2 ratings, that of stable 0.75 over 2" in alert.text
-        assert window.firing == ["canary/b"]
+        assert window.firing == ["canary/b/0"]
         assert alerts(window, window.firing, insights) == []
         few = insights.model_copy(update={"least_rated": 3})
         assert alerts(window, [], few) == []
@@ -562,8 +552,8 @@ class TestTrials:
         assert later is not None
         assert later.trial == window.trial
         assert alerts(later, [], insights) == []
-        assert alerts(later, ["canary/b"], insights) == []
-        assert later.firing == ["canary/b"]
+        assert alerts(later, ["canary/b/0"], insights) == []
+        assert later.firing == ["canary/b/0"]
 
     def test_a_trial_with_few_events_is_told_once_and_the_next_one_again(self) -> None:
         """A canary of a small shop's few users is quiet for minutes."""
@@ -588,7 +578,19 @@ class TestTrials:
                 told[end] = alert.text[:1]
             firing = window.firing if window else firing
         assert told == {10: "b", 210: "c"}
-        assert firing == ["canary/c"]
+        assert firing == ["canary/c/0"]
+
+    def test_a_version_that_is_tried_again_is_told_again(self) -> None:
+        changes = {"worse_canary": 1.5, "highest_rmse": 9, "largest_drift": 9}
+        insights = INSIGHTS.model_copy(update=changes)
+        digests = [*self.digests(5, "canary", since=1), *self.digests(15, "canary", since=11)]
+        steps = steps_of(digests, insights)
+        firing: list[str] = []
+        for end in (10, 20):
+            window = close(steps, ms(end), insights)
+            assert window is not None
+            assert len(alerts(window, firing, insights)) == 1
+            firing = window.firing
 
 
 pairs = st.lists(st.tuples(st.floats(1, 5), st.none() | st.integers(1, 5).map(float)), max_size=4)
