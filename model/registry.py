@@ -6,6 +6,7 @@ again just before it writes and gives up when the file has changed.
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +17,7 @@ from model.exceptions import RegistryError
 FILE = "registry.json"
 _LOCK = ".registry.lock"
 _LONGEST_HISTORY = 1_000  # changes
+_OF_TRIALS = ("canary", "clear")
 
 
 class Entry(BaseModel):
@@ -60,14 +62,10 @@ class Registry(BaseModel):
     @property
     def tried_since(self) -> datetime | None:
         """When the trial of the canary began; another share goes on with it."""
-        began: datetime | None = None
-        for past in reversed(self.history if self.canary else []):
-            its = self.canary is not None and past.version == self.canary.version
-            if past.what == "canary" and its:
-                began = past.at
-            elif its or past.what in ("canary", "clear"):
-                break
-        return began
+        version = self.canary.version if self.canary else None
+        told = (p for p in reversed(self.history) if p.what in _OF_TRIALS or p.version == version)
+        trial = takewhile(lambda past: (past.what, past.version) == ("canary", version), told)
+        return min((past.at for past in trial), default=None)
 
     @property
     def rolled_back(self) -> bool:
