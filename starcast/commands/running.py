@@ -36,6 +36,7 @@ from starcast.commands.context import (
 from streams.admin import TopicReport, apply_topics, show_topics
 from streams.clients import reach
 from streams.config import KafkaConfig
+from streams.producer import Sent
 
 FIRST_WAIT_SECONDS = 1.0  # a broker that is starting is asked again this soon,
 LAST_WAIT_SECONDS = 10.0  # and later this often
@@ -190,18 +191,33 @@ def backfill(
     """
     settings = settings_of(context)
     reach(settings.kafka)
+    from starcast.backfill import BackfillError
     from starcast.backfill import backfill as bring_in
 
+    delivered = 0
     with stopping() as stop, progress_bar() as progress:
         task = progress.add_task("Playing", total=None)
-        sent = bring_in(
-            settings,
-            files,
-            stop,
-            lambda sent: progress.update(task, completed=sent.delivered.total()),
-            lambda stage: progress.update(task, description=f"Waiting for {stage}"),
-            skip,
-        )
+
+        def show(sent: Sent) -> None:
+            nonlocal delivered
+            delivered = sent.delivered.total()
+            progress.update(task, completed=delivered)
+
+        try:
+            sent = bring_in(
+                settings,
+                files,
+                stop,
+                show,
+                lambda stage: progress.update(task, description=f"Waiting for {stage}"),
+                skip,
+            )
+        except BackfillError:  # which says what to do
+            raise
+        except StarcastError as problem:
+            if not delivered:
+                raise
+            raise fail(f"{problem}\n{how_to_go_on(skip + delivered)}") from None
     print_counts(sent.delivered)
     if stop.is_set():
         raise fail(how_to_go_on(skip + sent.delivered.total()), INTERRUPTED)

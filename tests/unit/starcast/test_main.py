@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
@@ -23,6 +24,7 @@ from starcast.commands.context import check_output, fail
 from starcast.main import app, main
 from starcast.settings import load
 from streams.embedded import HOST, Endpoints, free_port
+from streams.producer import Sent
 from tests.unit.model import bundles
 from trainer import search
 from trainer.exceptions import TrainerError
@@ -150,6 +152,28 @@ def test_peers_of_an_evaluation_are_named(
     options = [option for name in named for option in ("--peers", name)]
     assert run_main(monkeypatch, "evaluate", "--events", "shop.jsonl", *options) == 1
     assert asked == [wanted]
+
+
+@pytest.mark.parametrize(("delivered", "how"), [(5, "--skip 7"), (0, "")])
+def test_a_backfill_that_fails_says_where_to_go_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    delivered: int,
+    how: str,
+) -> None:
+    def failing(_: Any, __: Any, ___: Any, on_sent: Any, *____: Any) -> Sent:
+        on_sent(Sent(delivered=Counter({"reviews": delivered})))
+        raise StarcastError("the archive is full")
+
+    (tmp_path / "shop.jsonl").touch()
+    monkeypatch.setattr("starcast.commands.running.reach", lambda _: None)
+    monkeypatch.setattr("starcast.backfill.backfill", failing)
+    assert run_main(monkeypatch, "backfill", "shop.jsonl", "--skip", "2") == 1
+    said = capsys.readouterr().err
+    assert "the archive is full" in said
+    assert ("--skip" in said) == bool(how)
+    assert how in said
 
 
 @pytest.mark.parametrize("option", [("--peers", "bias"), ("--ablations",)])
