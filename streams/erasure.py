@@ -226,10 +226,10 @@ def _claimed(url: str, options: Mapping[str, str], topic: str) -> Generator[Delt
                         "Run the command again."
                     ) from error
         if time.monotonic() > until:
-            until = claimed_until(url, topic, options)
+            ends = claimed_until(url, topic, options)
             raise ErasureError(
                 f"The table at {where} is being compacted, or was when a worker was killed: until "
-                f"{until:%Y-%m-%d %H:%M:%S} UTC at the latest. Run the command again then."
+                f"{ends:%Y-%m-%d %H:%M:%S} UTC at the latest. Run the command again then."
             )
         time.sleep(CLAIM_PAUSE_SECONDS)
 
