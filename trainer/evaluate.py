@@ -169,17 +169,17 @@ def measure(
     document = _document(begun, asked, ours, others, texts, alarms, config)
     times = log.events["time"][begun.rows[split.test]]
     known = int((times <= fitted_until(bundle)).sum()) if bundle else 0
+    document["rows"]["not_newer_than_its_own"] = known
+    version = bundle.version if bundle else VERSION
     if known:
         logger.warning(
             "%s was fitted to rows as new as %d of these %d: of a shop whose rows they are it errs "
             "less here than on what it has not met",
-            bundle.version if bundle else VERSION,
+            version,
             known,
             len(times),
         )
-    document["rows"]["not_newer_than_its_own"] = known
-    named = {"model": bundle.version if bundle else VERSION, "ties": ties}
-    return Evaluated({**named, **document}, begun.steps)
+    return Evaluated({"model": version, "ties": ties, **document}, begun.steps)
 
 
 @dataclass(frozen=True)
