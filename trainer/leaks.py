@@ -5,6 +5,7 @@ older ones are no alarm: `evaluate_texts.texts_of` leaves them out and names the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ def _explained(bins: NDArray[np.intp], day: NDArray[np.intp], rating: Floats) ->
     """
     _, own = np.unique(bins * (day.max() + 1) + day, return_inverse=True)
 
-    def of_others(column: Floats) -> Floats:
+    def of_others(column: Floats) -> NDArray[Any]:
         return np.bincount(bins, column)[bins] - np.bincount(own, column)[own]
 
     counts = of_others(np.ones(len(rating)))
