@@ -28,6 +28,8 @@ REVIEW, VIEW, CLICK, WISHLIST, SHARE, CART, REMOVE, PURCHASE, TEXT = range(len(A
 COUNTED = len(ACTIONS) - 1  # actions that states count: all but a text's features
 # No action: the user is erased, as if never seen. Codes below TEXT are what users do.
 FORGET = len(ACTIONS)
+DAY_MS = 86_400_000  # of event times
+LATE_MS = DAY_MS  # an event that came so long after it happened counts as late
 
 EVENT = np.dtype(
     [

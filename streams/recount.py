@@ -13,7 +13,7 @@ import numpy as np
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
-from model.events import EVENT, Rows
+from model.events import DAY_MS, EVENT, Rows
 from model.ids import Hashes, hash_ids
 from model.lookups import Store as Rowstore
 from model.lookups import Table, empty
@@ -40,7 +40,7 @@ from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE, hashes_
 from streams.rebuild import Shop, require_rows, require_updates
 from streams.store import Store
 from streams.tail import read_log
-from streams.user_states import MILLISECONDS_A_DAY, decode_header
+from streams.user_states import decode_header
 from streams.verify import Verification
 
 TRANSACTIONS = 32  # of the journal, applied at once: bounds memory, not the result
@@ -123,7 +123,7 @@ def _recount_users(shop: Shop, partition: int, end: int) -> tuple[Rowstore, Rows
         newest = max(newest, int(events["time"].max(initial=0)))
         if days:
             last = users.rows["last_time"][places]
-            paused |= set(hashes[(last > 0) & (last < newest - days * MILLISECONDS_A_DAY)].tolist())
+            paused |= set(hashes[(last > 0) & (last < newest - days * DAY_MS)].tolist())
         users.rows[places], state = recover(
             users.rows[places],
             index,

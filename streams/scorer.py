@@ -29,6 +29,7 @@ from model.events import (
     ACTIONS,
     EVENT,
     FORGET,
+    LATE_MS,
     TEXT,
     Rows,
     behavior_rows,
@@ -63,8 +64,6 @@ from streams.predictions import prediction_columns
 from streams.processor import Offsets, Outcome, Output, OutputBatch, Position
 from streams.reader import Reader
 from streams.user_states import Taken, UserStates
-
-LATE_MS = 86_400_000  # an event that Kafka took so long after it happened counts as late
 
 _ROWS: dict[str, Callable[[Columns], Rows]] = {
     "reviews": review_rows,

@@ -24,6 +24,7 @@ from model.bundle import Bundle
 from model.catalog import item_text
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
+from model.events import DAY_MS
 from model.ids import hash_ids
 from schemas.codec import Column, encode_columns, format_times, time_ms
 from schemas.records import Review
@@ -42,7 +43,6 @@ from streams.store import Store
 
 LINGER_SECONDS = 0.02
 NORMAL_80 = 1.2816  # deviations around the mean that hold 80% of a normal distribution
-MILLISECONDS_A_DAY = 86_400_000
 CHECK_SECONDS = 5.0  # a store that lost its vectors, and a new encoder, are noticed this soon
 STARS = np.arange(1.0, 6.0)
 
@@ -231,7 +231,7 @@ class Texts:
             counts["skipped: no star head"] = len(inputs.records)
             return [], None
         days = self._config.age_limit_days
-        oldest = time.time() * 1_000 - days * MILLISECONDS_A_DAY if days else -np.inf
+        oldest = time.time() * 1_000 - days * DAY_MS if days else -np.inf
         said = [review_text(each.title, each.text) for each in inputs.records]  # "": no words
         rows = [
             at

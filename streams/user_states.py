@@ -18,7 +18,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from model.events import EVENT, Rows, blank, opaque
+from model.events import DAY_MS, EVENT, Rows, blank, opaque
 from model.exceptions import LayoutError
 from model.features import FEATURE_HASH
 from model.ids import Hashes
@@ -42,7 +42,6 @@ SWEEP_SECONDS = 600.0  # walks for expired states begin this far apart: each see
 # A walk goes on in slices: who takes minutes over one does not poll, and leaves its group.
 SLICE_SECONDS = 0.1
 SLICE_STEPS = 50  # of the store's walk, each with a read of what it found and perhaps a write
-MILLISECONDS_A_DAY = 86_400_000
 
 HEADER = np.dtype(
     [
@@ -223,7 +222,7 @@ class UserStates:
                 return
             self._sweep_at = started + SWEEP_SECONDS
             self._walk, self._expired = self._store.walk(USER_STATE), 0
-        oldest = watermark - int(days * MILLISECONDS_A_DAY)
+        oldest = watermark - int(days * DAY_MS)
         for _ in range(SLICE_STEPS):
             found = next(self._walk, None)
             if found is None:

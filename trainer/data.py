@@ -26,6 +26,7 @@ from model.catalog import describe_items, describe_users, item_text
 from model.events import (
     EVENT,
     FORGET,
+    LATE_MS,
     REVIEW,
     Rows,
     blank,
@@ -61,7 +62,6 @@ Kind = TypeVar("Kind", Item, User)
 
 _DECODED = 10_000  # records of attributes at once
 _REASONS = 5  # of lines left out that are told
-_LATE_MS = 86_400_000  # as the stream counts an event as late
 _LATE_SHARE = 0.05  # of events that are late in a stream's record
 _MEND = "Write it anew: `starcast schema reviews` and docs/produce.md, A file of your own, say how."
 _BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
@@ -207,7 +207,7 @@ def from_file(path: Path) -> Log:
 
 def _out_of_place(path: Path, time: NDArray[np.int64], known: Sequence[int]) -> Iterator[str]:
     """What the order of a file's lines spoils: event times (n), events before each item."""
-    late = int((time < np.maximum.accumulate(time) - _LATE_MS).sum())
+    late = int((time < np.maximum.accumulate(time) - LATE_MS).sum())
     if late > _LATE_SHARE * len(time):
         yield (
             f"{path} is not in the order of time: {late:,} of {len(time):,} events are more than a "

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import features
+from model.events import DAY_MS
 from model.ids import hash_ids
 from trainer.data import Log
 from trainer.metrics import Floats
@@ -18,7 +19,6 @@ from trainer.metrics import Floats
 _TOLD = 0.98  # share of a rating's variance that one feature may explain
 _BINS = 200  # into which a feature is cut to see what it explains
 _LEAST_ROWS = 200  # fewer cannot tell chance from a leak
-_DAY = 86_400_000  # milliseconds
 _NAMED = 10
 
 
@@ -44,7 +44,7 @@ def telling_features(
     not be linear.
     """
     found: list[Leak] = []
-    days, day = np.unique(time // _DAY, return_inverse=True)
+    days, day = np.unique(time // DAY_MS, return_inverse=True)
     if len(days) == 1:
         day = np.arange(len(rows))
     for column, feature in enumerate(features.FEATURES):

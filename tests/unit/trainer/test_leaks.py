@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.events import DAY_MS
 from model.features import FEATURES
 from schemas.files import write_records
 from tests.unit.trainer.shop import START, item, review
@@ -14,12 +15,10 @@ from trainer.data import from_file
 from trainer.leaks import Leak, known_later, telling_features
 from trainer.metrics import Floats
 
-DAY = 86_400_000
-
 
 def telling(rows: NDArray[np.float32], rating: Floats) -> list[Leak]:
     """Each row is of a day of its own."""
-    return telling_features(rows, rating, np.arange(len(rows)) * DAY)
+    return telling_features(rows, rating, np.arange(len(rows)) * DAY_MS)
 
 
 def test_a_feature_that_says_the_rating_is_named() -> None:
@@ -88,9 +87,9 @@ def test_what_few_other_ratings_happen_to_have_is_no_alarm() -> None:
 def test_a_day_of_one_star_is_no_alarm_and_a_leak_on_it_is(days: int) -> None:
     """Three hundred ratings of 5 on other days, each with a mean of its own, as the days of 1."""
     rating = np.repeat([5.0, 1.0], [300, 10 * days])
-    time = np.concatenate([np.arange(300), np.repeat(300 + np.arange(days), 10)]) * DAY
+    time = np.concatenate([np.arange(300), np.repeat(300 + np.arange(days), 10)]) * DAY_MS
     rows = np.full((len(rating), len(FEATURES)), np.nan, np.float32)
-    rows[:, 3] = time / DAY
+    rows[:, 3] = time / DAY_MS
     assert telling_features(rows, rating, time) == []
     rows[:, 4] = rating
     assert len(telling_features(rows, rating, time)) == (days > 1)
