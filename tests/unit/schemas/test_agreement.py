@@ -70,7 +70,7 @@ def drawn(schema: Schema, definitions: Schema) -> st.SearchStrategy[Any]:
 
 def _text(schema: Schema) -> st.SearchStrategy[str]:
     if schema.get("format") == "date-time":
-        return st.from_regex(schema["pattern"], fullmatch=True).filter(_is_day)
+        return st.from_regex(schema["pattern"], fullmatch=True).map(_on_a_day)
     bare = "\0" if schema.get("pattern") == NO_NUL else ""
     signs = st.characters(codec="utf-8", exclude_characters=bare)
     least, most = schema.get("minLength", 0), schema.get("maxLength", 20)
@@ -90,6 +90,11 @@ def _number(schema: Schema) -> st.SearchStrategy[float]:
     return st.floats(least, most, exclude_min=above) | st.integers(
         math.ceil(least) + above, math.floor(most)
     )
+
+
+def _on_a_day(time: str) -> str:
+    """The same, on another day where this is none: too many are, to leave them out."""
+    return time if _is_day(time) else f"2026-11-24{time[10:]}"
 
 
 def _is_day(time: str) -> bool:
