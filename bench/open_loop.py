@@ -165,8 +165,9 @@ def echo(
     predictions under the event's id and key, and to the other topics as many of the scorer's
     records. Gives how many transactions there were.
     """
+    partitions = len(Scorer.topics) * kafka.partitions
     consumer = bare_consumer(
-        kafka, fetch_max_bytes=FETCH_BYTES, **fetching(policy.linger_ms / 1_000)
+        kafka, fetch_max_bytes=FETCH_BYTES, **fetching(policy.linger_ms / 1_000, partitions)
     )
     producer = bare_producer(kafka)
     consumer.subscribe(

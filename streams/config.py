@@ -107,7 +107,11 @@ class ScorerConfig(BaseModel):
     """The scorer's micro-batches."""
 
     batch_events: int = Field(
-        default=2_000, ge=1, le=100_000, description="most events in a transaction"
+        default=2_000,
+        ge=1,
+        le=100_000,
+        description="most events in a transaction; of a worker of more than 64 partitions more in "
+        "proportion, up to four times as many",
     )
     linger_ms: int = Field(
         default=20,

@@ -58,6 +58,9 @@ LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
 FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most, and one answer of a broker,
 FETCH_BYTES = 4 * 1024 * 1024  # which behind a backlog would hold a megabyte of each partition
 FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
+# Each fetch names all partitions, news or not: 5 µs of client and broker for each. Waits of so long
+# for each keep that at a twentieth of a core.
+FETCH_PARTITION_SECONDS = 0.0001
 PROMPT_SECONDS = 0.01  # who lingers for less has brokers answer at once; others
 GATHER_BYTES = 256 * 1024  # let them gather up to this much: each fetch costs both sides
 # A thread that ends a transaction has Python back this soon, each time it has waited for Kafka or
@@ -599,7 +602,10 @@ class Loop:
             "on_commit": self._on_commit,
             "queued.max.messages.kbytes": FETCH_KILOBYTES,
             "fetch.max.bytes": FETCH_BYTES,
-            **fetching(self._processor.linger_seconds),
+            **fetching(
+                self._processor.linger_seconds,
+                len(self._processor.topics) * self._config.partitions,
+            ),
         }
         if self._config.group_protocol == "consumer":
             config |= {"group.protocol": "consumer", "group.remote.assignor": "range"}
@@ -612,11 +618,15 @@ class Loop:
         return client_config(self._config, **config)
 
 
-def fetching(linger: float) -> dict[str, int]:
-    """A consumer's options so that brokers gather for the half of `linger` (seconds)."""
+def fetching(linger: float, partitions: int) -> dict[str, int]:
+    """A consumer's options so that brokers gather for the half of `linger` (seconds).
+
+    Where there are many partitions, of all topics together, they gather for longer.
+    """
     if linger < PROMPT_SECONDS:
         return {"fetch.wait.max.ms": round(FETCH_WAIT_SECONDS * 1_000), "fetch.min.bytes": 1}
-    return {"fetch.wait.max.ms": round(linger / 2 * 1_000), "fetch.min.bytes": GATHER_BYTES}
+    wait = max(linger / 2, min(FETCH_PARTITION_SECONDS * partitions, FETCH_WAIT_SECONDS))
+    return {"fetch.wait.max.ms": round(wait * 1_000), "fetch.min.bytes": GATHER_BYTES}
 
 
 def lingering(linger: float) -> float:

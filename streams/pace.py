@@ -1,6 +1,9 @@
 """How many events a transaction takes, so that it ends in time, and how long they are gathered."""
 
 LEAST = 100  # events: a transaction costs as much with fewer
+# Kafka's client asks the broker once for each partition that it writes to. A worker of more
+# partitions than these takes larger transactions in proportion, up to so many times as large.
+SPREAD, WIDEST = 64, 4
 SHRINK, GROW = 0.5, 1.25  # a turn changes the size by these factors at most
 NEWEST = 0.2  # what the last turn counts in a running mean
 LONG_SECONDS = 2.0  # to process a batch, where a transaction may stay open for ten
@@ -17,10 +20,15 @@ class Pace:
     """
 
     def __init__(self, most: int, target_seconds: float) -> None:
-        """At most `most` events; a target of 0 is none."""
-        self._most = most
+        """At most `most` events while partitions are few; a target of 0 is none."""
+        self._usual = self._most = most
         self._target = target_seconds
         self._size = float(most)
+
+    def spread(self, partitions: int) -> None:
+        """Events lie in so many partitions from now on."""
+        self._most = round(self._usual * min(max(partitions / SPREAD, 1), WIDEST))
+        self._size = min(self._size, self._most)
 
     def size(self, lag: int) -> int:
         """Most events of the next transaction; `lag`: events that wait."""

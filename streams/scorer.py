@@ -158,12 +158,14 @@ class Scorer:
         """Claim and recover the partitions' user states."""
         starts = self._states.claim(committed)
         self._owned |= starts.keys()
+        self._pace.spread(len(self._owned))
         return starts
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget partitions."""
         gone = set(partitions)
         self._owned -= gone
+        self._pace.spread(len(self._owned))
         self._states.drop(gone)
         for partition in gone:
             self._metrics.newcomers.remove(self.name, str(partition))

@@ -12,7 +12,7 @@ def test_no_time_is_longer_than_the_kafka_client_takes() -> None:
     options = {
         "group.id": "g",
         "session.timeout.ms": kafka.session_timeout_ms,
-        **fetching(scorer.linger_ms / 1_000),
+        **fetching(scorer.linger_ms / 1_000, partitions=24),
     }
     Consumer(client_config(kafka, **options)).close()
     with pytest.raises(ValidationError, match="session_timeout_ms"):

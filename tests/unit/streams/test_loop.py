@@ -579,6 +579,17 @@ def test_brokers_gather_for_half_of_the_wait(world: World) -> None:
     assert gathered(0.005) == (1, 100)  # a shopper waits
 
 
+def test_brokers_gather_longer_where_a_fetch_names_many_partitions(world: World) -> None:
+    def waited(linger: float, partitions: int) -> int:
+        world.loop(Counting(linger_seconds=linger), partitions=partitions)
+        return world.consumer.config["fetch.wait.max.ms"]
+
+    topics = len(Counting().topics)
+    assert waited(0.02, 300) == 30 * topics
+    assert waited(0.5, 300) == 250
+    assert waited(0.02, 4_000) == 100
+
+
 # -- any order of events -------------------------------------------------------------------------
 
 PARTITIONS = 3

@@ -38,6 +38,25 @@ def test_who_is_behind_takes_the_largest() -> None:
     assert pace.size(2_000) == 1_000
 
 
+def test_events_that_are_spread_over_many_partitions_make_larger_transactions() -> None:
+    pace = Pace(2_000, 0)
+    sizes: list[int] = []
+    for partitions in (0, 64, 96, 256, 4_096, 8):
+        pace.spread(partitions)
+        sizes.append(pace.size(0))
+    assert sizes == [2_000, 2_000, 3_000, 8_000, 8_000, 2_000]
+
+
+def test_under_a_target_transactions_grow_only_as_fast_as_they_end_in_time() -> None:
+    pace = Pace(2_000, 0.2)
+    pace.spread(256)
+    assert (pace.size(8_000), pace.size(8_001)) == (2_000, 8_000)
+    pace.took(2_000, 0.01)
+    assert pace.size(0) == 2_000 * GROW
+    pace.spread(8)
+    assert pace.size(0) == 2_000
+
+
 @given(
     st.floats(0.001, 0.3),
     st.floats(1e-6, 1e-3),

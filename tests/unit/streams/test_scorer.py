@@ -745,6 +745,17 @@ def test_the_next_transaction_is_smaller_after_one_that_took_long(make: Make) ->
     assert scorer.batch_size == 1_000
 
 
+def test_a_worker_of_many_partitions_takes_larger_transactions(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = make()
+    monkeypatch.setattr(scorer._states, "claim", lambda committed: committed)
+    scorer.claim({partition: {} for partition in range(128)})
+    assert scorer.batch_size == 4_000
+    scorer.drop(range(64))
+    assert scorer.batch_size == 2_000
+
+
 def test_digests_tell_of_what_was_scored(make: Make) -> None:
     scorer = make()
     finish(scorer, scorer.process(log("reviews", 0, [record("reviews", 0, rating=2)])))
