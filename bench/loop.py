@@ -12,7 +12,8 @@ new events in topics of its own. Prints tables and writes `results/loop.json`.
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -177,16 +178,25 @@ class Bench:
             ).result()
 
 
-def run_bare(source: KafkaConfig, target: KafkaConfig, transactions: Sequence[Transaction]) -> Run:
-    """Consume, produce, commit: the same transactions with nothing in between."""
+def run_bare(
+    source: KafkaConfig,
+    target: KafkaConfig,
+    transactions: Sequence[Transaction],
+    spent: Callable[[], float] = time.process_time,
+    **fetch: int,
+) -> Run:
+    """Consume, produce, commit: the same transactions with nothing in between.
+
+    `spent` tells processor seconds; `fetch` are options of the consumer.
+    """
     written = [
         {target.topic_prefix + topic: by_partition(each) for topic, each in one.outputs.items()}
         for one in transactions
     ]
-    consumer = bare_consumer(source, fetch_wait_max_ms=20)
+    consumer = bare_consumer(source, **{"fetch.wait.max.ms": 20} | fetch)
     producer = bare_producer(target)
     consumer.subscribe([source.topic_prefix + topic for topic in Scorer.topics])
-    watch = Stopwatch()
+    watch = Stopwatch(spent)
     for at, (transaction, outputs) in enumerate(zip(transactions, written, strict=True)):
         left = transaction.events
         while left:

@@ -39,20 +39,20 @@ class Worker:
                 f"{self.child.name} has ended (exit code {code}). {self.child.last_words()}"
             )
 
-    def samples(self) -> Iterator[Sample]:
-        """All of its metrics as they are now. Raises StarcastError when it has ended."""
+    def samples(self, *names: str) -> Iterator[Sample]:
+        """Its metrics, or those of these names. Raises StarcastError when it has ended."""
         try:
-            found = read_metrics(self.child.address)
+            found = read_metrics(self.child.address, *names)
         except OSError:
             self.check()
             raise
         for family in text_string_to_metric_families(found):
             yield from family.samples
 
-    def metrics(self) -> dict[str, float]:
-        """Events predicted and records waiting, as it says itself."""
+    def metrics(self, *names: str) -> dict[str, float]:
+        """Events predicted and records waiting, as it says itself; of these metrics, or all."""
         found = dict.fromkeys((*COUNTED.values(), "scorer_lag"), 0.0)
-        for sample in self.samples():
+        for sample in self.samples(*names):
             if sample.labels.get("kind", "interaction") != "interaction":
                 continue
             if what := COUNTED.get(sample.name):

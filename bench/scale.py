@@ -7,7 +7,8 @@ users: processor time an event with more and more users in the store, at the sam
 bytes: growth of the store's memory by users;
 items: the same with more and more items, and the worker's memory when it has met all of them;
 workers: events a second and processor time an event of one worker, two, …, on one input;
-partitions: processor time an event with more and more partitions and one worker;
+partitions: processor time an event with more and more partitions and one worker, and that of a bare
+    loop (`bench/loop.py`) which writes what transactions of ours wrote;
 extrapolation: computed from the last figures of the parts, not measured.
 
 Users and items are scored by the real scorer without Kafka (`bench/direct.py`), with the cold-start
@@ -19,6 +20,7 @@ scorer` on Kafka (`bench/fleet.py`), workers with the default bundle. Prints tab
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -42,7 +44,8 @@ from bench.command import exit_code
 from bench.direct import FIRST_EVENT, Batches, Scored, Shop, score_batches
 from bench.events import World, make_events
 from bench.extrapolation import LABEL, Measured, Needed, Wanted, extrapolate
-from bench.fleet import Played, Servers, start_fleet
+from bench.fleet import SEND_SECONDS, Played, Servers, processor, send, start_fleet
+from bench.loop import run_bare
 from bench.model import default_models
 from bench.population import (
     Filled,
@@ -55,13 +58,16 @@ from bench.population import (
     replay,
 )
 from bench.report import RESULTS, machine, write
+from bench.worker import score
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from streams.admin import apply_topics
-from streams.config import KafkaConfig, ModelsConfig, RedisConfig, StatesConfig
+from streams.config import KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig, StatesConfig
 from streams.embedded import start_store
+from streams.loop import fetching
 from streams.producer import Outgoing
+from streams.scorer import Scorer
 from streams.store import Store
 from tests.servers import start_kafka
 
@@ -71,6 +77,7 @@ ITEMS, USERS = 10_000, 10_000  # of shops whose items, or users, are not what is
 BATCH = 2_000  # events, as the scorer's default
 BATCH_USERS = 1_000  # drawn for a batch; about two thirds of them act
 WARM_UP = 6_000  # events that a fleet scores before it is measured
+FIRST_RUNS = 3  # on new partitions, not counted: Kafka opens their files, its JVM compiles
 PACKAGES = ("confluent-kafka", "numpy", "orjson", "pyarrow", "pydantic", "redis", "torch")
 
 
@@ -176,6 +183,7 @@ class Scale:
     def partitions(self) -> dict[str, Any]:
         """Cost an event of one worker that has all partitions."""
         played: dict[int, list[Played]] = {count: [] for count in self._options.partitions}
+        bare: dict[int, float] = {}
         with self._servers() as (servers, first, store):
             for count in self._options.partitions:
                 changes = {"topic_prefix": f"p{count}.", "partitions": count}
@@ -183,13 +191,46 @@ class Scale:
                 redis = store.model_copy(update={"key_prefix": f"p{count}"})
                 self._fill(redis, count)
                 apply_topics(kafka)
-                stream = self._stream(self._options.rounds)
+                stream = self._stream(FIRST_RUNS + self._options.rounds + 1)
                 with start_fleet(servers, kafka, redis, self._ladder.url, 1) as fleet:
-                    fleet.play(islice(stream, WARM_UP))
-                    for _ in range(self._options.rounds):
-                        played[count].append(fleet.play(islice(stream, self._options.events)))
-                        self._tell(f"{count} partitions", played[count][-1])
-        return {"points": [{"size": size} | typical(each) for size, each in played.items()]}
+                    for number in range(FIRST_RUNS + self._options.rounds):
+                        last = fleet.play(islice(stream, self._options.events))
+                        self._tell(f"{count} partitions", last)
+                        if number >= FIRST_RUNS:
+                            played[count].append(last)
+                bare[count] = self._bare(servers, kafka, redis, stream)
+                self._console.print(f"the bare loop, with Kafka: {bare[count]} µs an event")
+        return {
+            "points": [
+                {"size": size} | typical(each) | {"bare_us": bare[size]}
+                for size, each in played.items()
+            ]
+        }
+
+    def _bare(
+        self, servers: Servers, kafka: KafkaConfig, redis: RedisConfig, stream: Iterator[Outgoing]
+    ) -> float:
+        """Processor microseconds an event of the bare loop and of Kafka, median over the rounds.
+
+        It reads the shop's events again, and writes what a last run of the scorer wrote, in
+        transactions as large.
+        """
+        producer, count = send(kafka, islice(stream, self._options.events))
+        producer.commit_transaction(SEND_SECONDS)
+        config = ScorerConfig()
+        with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+            scoring = worker.submit(score, kafka, redis, self._ladder, config, count)
+            transactions = scoring.result().transactions
+
+        def spent() -> float:
+            return time.process_time() + processor(servers.kafka)
+
+        fetch = fetching(config.linger_ms / 1_000, len(Scorer.topics) * kafka.partitions)
+        runs = [
+            run_bare(kafka, kafka, transactions, spent, **fetch)
+            for _ in range(self._options.rounds)
+        ]
+        return round(median(run.cpu_seconds / run.events for run in runs) * 1e6, 1)
 
     def _score(self, shops: Sequence[Shop], cache_users: int, warm: bool) -> list[Scored]:
         batches = Batches(self._options.batches, BATCH, BATCH_USERS, cache_users, warm)
@@ -290,6 +331,10 @@ def ratios(parts: Mapping[str, Any]) -> dict[str, float]:
         for point in points[1:]:
             dearer = point["cpu_us_per_event"] / points[0]["cpu_us_per_event"]
             found[f"ratio_partitions_{point['size']}"] = round(dearer, 3)
+        for point in points:
+            if bare := point.get("bare_us"):
+                to_bare = point["cpu_us_per_event"] / bare
+                found[f"ratio_to_bare_partitions_{point['size']}"] = round(to_bare, 3)
     return found
 
 
@@ -313,7 +358,7 @@ def tables(parts: Mapping[str, Any]) -> Iterator[Table]:
     """Every part as a person reads it."""
     for title, points in curves(parts):
         table = Table(title=title, caption="processor µs an event, medians")
-        columns = ("size", "cpu_us_per_event", "worker_us", "store_us", "kafka_us")
+        columns = ("size", "cpu_us_per_event", "worker_us", "store_us", "kafka_us", "bare_us")
         more = ("ratio", "ratio_quartiles", "events_per_second", "worker_mb")
         shown = [name for name in (*columns, *more) if name in points[0]]
         for name in shown:

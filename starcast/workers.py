@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlencode
 from urllib.request import urlopen
 
 from starcast.settings import Settings, variables
@@ -51,7 +52,8 @@ def is_ready(address: str) -> bool:
         return False
 
 
-def read_metrics(address: str) -> str:
-    """A worker's metrics as they are now, as Prometheus reads them."""
-    with urlopen(f"http://{address}/metrics", timeout=ANSWER_SECONDS) as answer:
+def read_metrics(address: str, *names: str) -> str:
+    """A worker's metrics, or those of these names, as they are now, as Prometheus reads them."""
+    query = urlencode({"name[]": names}, doseq=True)
+    with urlopen(f"http://{address}/metrics?{query}", timeout=ANSWER_SECONDS) as answer:
         return answer.read().decode()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -48,10 +49,11 @@ def serve_health(
 ) -> Generator[int]:
     """Serve `/health`, `/ready` and `/metrics` while the block runs; yields the port.
 
-    Port 0 takes a free one. Raises PortError when the address cannot be listened on.
+    `/metrics?name[]=NAME` tells of that metric alone. Port 0 takes a free one. Raises PortError
+    when the address cannot be listened on.
     """
 
-    def answer(path: str) -> tuple[HTTPStatus, str, bytes]:
+    def answer(path: str, query: str) -> tuple[HTTPStatus, str, bytes]:
         if path == "/health":
             return HTTPStatus.OK, "application/json", b'{"alive": true}'
         if path == "/ready":
@@ -59,14 +61,17 @@ def serve_health(
             status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
             return status, "application/json", json.dumps(report).encode()
         if path == "/metrics":
-            return HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry)
+            names = parse_qs(query).get("name[]")
+            told: Any = registry.restricted_registry(names) if names else registry
+            return HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(told)
         return HTTPStatus.NOT_FOUND, "text/plain", b"/health, /ready and /metrics are here\n"
 
     class Handler(BaseHTTPRequestHandler):
         timeout = REQUEST_SECONDS
 
         def do_GET(self) -> None:
-            status, content_type, body = answer(self.path.partition("?")[0])
+            path, _, query = self.path.partition("?")
+            status, content_type, body = answer(path, query)
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))

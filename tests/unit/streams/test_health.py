@@ -71,6 +71,16 @@ def test_metrics_are_those_of_the_registry() -> None:
     assert 'starcast_duplicates_total{processor="scorer"} 2.0' in body
 
 
+def test_metrics_that_are_named_come_alone() -> None:
+    metrics = make_metrics(CollectorRegistry())
+    metrics.duplicates.labels("scorer").inc(2)
+    metrics.misplaced.labels("scorer").inc(3)
+    with serve_health(HOST, 0, metrics.registry, {}) as port:
+        _, body = get(port, "/metrics?name[]=starcast_duplicates_total")
+    lines = [line for line in body.splitlines() if not line.startswith("#")]
+    assert lines == ['starcast_duplicates_total{processor="scorer"} 2.0']
+
+
 def test_other_paths_are_told() -> None:
     status, body = asked({}, "/")
     assert status == 404
