@@ -85,31 +85,30 @@ def predictor(bundle: Bundle | None, device: str = "auto") -> Predictor:
 def warm(predictor: Predictor) -> None:
     """Predict for an invented shopper, as a worker does before it takes work on.
 
-    After it all loops of `model.compiled` are compiled. At a machine's first run that takes ten
-    seconds and more, in which a worker that has partitions would be silent and lose them.
+    After it all loops of `model.compiled` are compiled, for one event and for several: arrays of
+    one row are of another kind. At a machine's first run that takes ten seconds and more, in which
+    a worker that has partitions would be silent and lose them.
 
     Raises BundleError where it says what is no number.
     """
-    items = hash_ids(["a", "b", "c"])
+    items = hash_ids(["a", "b", "c", "d"])
     attributes = blank(ITEM_ATTRIBUTES, len(items))
     attributes["text"] = items
     vectors = np.ones((len(items), max(predictor.vector_width, 1)), np.float32)
     events = blank(EVENT, len(items))
     events["user"], events["item"], events["event_id"] = NONE + 1, items, items
     events["action"], events["rating"], events["time"] = REVIEW, 4, 1
-    history = History(table(items, attributes), vectors=vectors_of(items, vectors))
-    (batch,) = history.run(events)
-    if not predictor.predict(events, batch.result.observation, batch.lookups).finite:
-        raise BundleError(f"{predictor.version} predicts what is no number; train again")
-    recover(
-        from_bytes(to_bytes(blank(USER, 1)), USER),
-        np.zeros(len(events), np.intp),
-        blank(PARTITION, ()),
-        events,
-        batch.result.observation.features,
-        batch.result.duplicate,
-        batch.result.step,
-    )
+    known = table(items, attributes)
+    history = History(known, vectors=vectors_of(items, vectors), batch_events=len(items) - 1)
+    states, partition = from_bytes(to_bytes(blank(USER, 1)), USER), blank(PARTITION, ())
+    for batch in history.run(events):
+        some, result = events[batch.rows], batch.result
+        if not predictor.predict(some, result.observation, batch.lookups).finite:
+            raise BundleError(f"{predictor.version} predicts what is no number; train again")
+        rows, index = result.observation.features, np.zeros(len(some), np.intp)
+        states, partition = recover(
+            states, index, partition, some, rows, result.duplicate, result.step
+        )
 
 
 def raw_outputs(network: FusedNetwork, inputs: Inputs) -> tuple[Reals, Reals]:

@@ -25,6 +25,10 @@ from streams.processor import Outcome, OutputBatch, Position
 TRANSACTION_SECONDS = 10.0  # a dead worker's open transaction blocks readers no longer than this
 COMMIT_SECONDS = 8.0  # a broker that fails over answers late: asked again, unless to stop
 HANG_SECONDS = COMMIT_SECONDS + 2.0  # what has not answered by then never will
+# Until the end of a transaction stands in all its partitions, some ten milliseconds after it was
+# answered, Kafka refuses the offsets of the next, and librdkafka asks again after this, then twice
+# that: with its own 100 ms each twentieth transaction came so much later.
+RETRY_MS = 10
 INIT_SECONDS = 8.0  # the same for a new producer, which waits for the old one's transaction
 TWICE_SECONDS = 60.0  # fenced again so soon, a worker shares its transactional id with another
 FULL_SECONDS = 0.1  # a full queue is tried again after this
@@ -259,5 +263,6 @@ class Sender:
             options |= {
                 "transactional.id": self._transactional_id,
                 "transaction.timeout.ms": int(TRANSACTION_SECONDS * 1_000),
+                "retry.backoff.ms": RETRY_MS,
             }
         return client_config(self._config, **options)

@@ -27,10 +27,10 @@ class Observed:
         return Observed(self.events[rows], replace(self.observation, **fields), self.lookups)
 
 
-def observe() -> Observed:
-    """300 events of 40 users and 60 items; some items lack vectors, some attributes."""
+def observe(count: int = 300) -> Observed:
+    """The last events of 40 users and 60 items; some items lack vectors, some attributes."""
     random = np.random.default_rng(1)
-    before, count = 500, 300
+    before = 500
     users = random.integers(1, 2**63, 40).astype(np.uint64)
     items = np.unique(random.integers(1, 2**63, 60).astype(np.uint64))
     events = blank(EVENT, before + count)

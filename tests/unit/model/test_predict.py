@@ -1,6 +1,8 @@
 """Predictions, with a network and without one."""
 
 import copy
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -188,3 +190,34 @@ def test_the_ladder_keeps_the_shape_of_the_items_ratings() -> None:
     _, shares, _, _ = calibrate(mean, logits, Calibration())
     assert shares[0].argmin() == 2
     assert shares[1].argmax() == 2
+
+
+AFTER_WARMTH = """
+import sys
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+from model.calibration import Calibration
+from model.predict import Predictor, warm
+from tests.unit.model.shop import observe
+from tests.unit.model.test_serving import trained
+
+def kinds():
+    modules = [module for name, module in sys.modules.items() if name.startswith("model.")]
+    loops = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
+    return {(loop.py_func.__name__, kind) for loop in loops for kind in loop.signatures}
+
+predictor = Predictor("test", trained(3, factors=4), Calibration(), None)
+warm(predictor)
+known = kinds()
+for count in (1, 2, 9, 300):
+    shop = observe(count)
+    predictor.predict(shop.events, shop.observation, shop.lookups)
+print(*(name for name, _ in kinds() - known))
+"""
+
+
+def test_no_batch_waits_for_loops_to_compile_once_a_predictor_is_warm() -> None:
+    """Nor one of a single event, whose arrays numba takes for others: it took a second."""
+    command = [sys.executable, "-c", AFTER_WARMTH]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -239,9 +239,10 @@ def test_a_producer_is_set_up_for_exactly_once(world: World) -> None:
     assert producer["transactional.id"].startswith("eu.starcast-counting-")
     assert producer["transactional.id"].endswith("-0")
     assert producer["transaction.timeout.ms"] == 10_000
+    assert producer["retry.backoff.ms"] == 10
     assert producer["partitioner"] == "murmur2_random"
     assert producer["message.max.bytes"] == LARGEST_MESSAGE
     world.loop(Counting(), exactly_once=False)
     producer = world.broker.producers[-1].config
-    assert "transactional.id" not in producer
+    assert not {"transactional.id", "retry.backoff.ms"} & producer.keys()
     assert producer["enable.idempotence"] is True
