@@ -28,8 +28,8 @@ def history(
     """Topic and value of each record that the shop sent, in the order of time.
 
     Partitions are merged by event time, each in its own order: a late record stands where it came.
-    The places of all are put in order first (100 bytes of memory each), then values are read in that
-    order, `_CHUNK` at a time.
+    The places of all are put in order first (100 bytes of memory each), then values are read in
+    that order, `_CHUNK` at a time.
 
     Left out is what breaks the contract, events further in the future than `longest_future_seconds`
     when Kafka took them, what users did before they were erased, and what has been deleted.
