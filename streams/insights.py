@@ -21,7 +21,8 @@ from typing import Any, cast
 
 import faust
 import structlog
-from confluent_kafka import Message, TopicPartition
+from confluent_kafka import KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient
 from faust.auth import SASLCredentials, SSLCredentials
 
 from schemas.codec import decode, encode
@@ -32,6 +33,7 @@ from streams import windows
 from streams.clients import (
     REPEAT_SECONDS,
     KafkaOptionError,
+    error_of,
     option_name,
     reach,
     reader,
@@ -78,6 +80,11 @@ class Readiness:
     """Why insights does not work; None while it does, or stands by for another that does."""
 
     reason: str | None = "it has not begun"
+    broker: str | None = None  # why its broker does not do: Faust asks it for ever, and owns on
+
+    def why_not(self) -> str | None:
+        """Either of both."""
+        return self.broker or self.reason
 
 
 def run_insights(
@@ -243,15 +250,20 @@ async def _supervise(
 ) -> None:
     """Keep an app running; a new one after a failure, with longer and longer pauses."""
     pause = FIRST_PAUSE_SECONDS
-    unreadable = False
+    unreadable, letters = False, set[int]()
     while not stop.is_set():
         started = time.monotonic()
         try:
-            await asyncio.to_thread(_find_topics, kafka)
+            admin = await asyncio.to_thread(_find_topics, kafka)
             if unreadable:
-                await asyncio.to_thread(_step_over, kafka, metrics)
+                await asyncio.to_thread(_step_over, kafka, metrics, letters)
                 unreadable = False
-            await _serve(_insights_app(kafka, run, metrics, folder), stop)
+            watching = asyncio.create_task(_watch(admin, run.readiness))
+            try:
+                await _serve(_insights_app(kafka, run, metrics, folder), stop)
+            finally:
+                watching.cancel()
+                run.readiness.broker = None
         except KafkaOptionError:
             raise
         except StarcastError as error:
@@ -269,9 +281,10 @@ async def _supervise(
         pause = min(pause * 2, LAST_PAUSE_SECONDS)
 
 
-def _find_topics(kafka: KafkaConfig) -> None:
-    """Raise UnreachableError unless the broker answers and has our topics."""
-    topics = reach(kafka, REACH_SECONDS).list_topics(timeout=REACH_SECONDS).topics
+def _find_topics(kafka: KafkaConfig) -> AdminClient:
+    """A client of a broker that answers and has our topics; raises UnreachableError otherwise."""
+    admin = reach(kafka, REACH_SECONDS)
+    topics = admin.list_topics(timeout=REACH_SECONDS).topics
     wanted = [topic_name(kafka, name) for name in ("score-digests", "alerts", "dead-letters")]
     missing = [name for name in wanted if name not in topics]
     if missing:
@@ -279,12 +292,26 @@ def _find_topics(kafka: KafkaConfig) -> None:
             f"Kafka at {kafka.bootstrap_servers} has no topic {', '.join(missing)}. Make them "
             "with `starcast topics apply`; insights goes on when they are there."
         )
+    return admin
 
 
-def _step_over(kafka: KafkaConfig, metrics: Metrics) -> None:
+async def _watch(admin: AdminClient, readiness: Readiness) -> None:
+    """Tell for as long as the broker does not answer."""
+    while True:
+        await asyncio.sleep(REACH_SECONDS)
+        try:
+            await asyncio.to_thread(admin.list_topics, timeout=REACH_SECONDS)
+            readiness.broker = None
+        except KafkaException as error:
+            readiness.broker = f"Kafka does not answer: {error_of(error).str()}"
+
+
+def _step_over(kafka: KafkaConfig, metrics: Metrics, letters: set[int]) -> None:
     """Make a dead letter of the next digest whose headers cannot be read, and go on behind it.
 
     Windows that are open lack the digests before it, which were read and are not read again.
+    `letters` are offsets after those that have one: Kafka may refuse the commit after it, as while
+    another is in the group.
     """
     place = TopicPartition(topic_name(kafka, "score-digests"), 0)
     group_id = f"{kafka.group_id}-insights"
@@ -294,14 +321,18 @@ def _step_over(kafka: KafkaConfig, metrics: Metrics) -> None:
         for message in chain.from_iterable(read_topic(kafka, "score-digests", start=start)):
             headers = headers_of(message)
             if headers == [UNREADABLE]:
-                letter = dead_letter(
-                    message, "score-digests", "insights", "not read", headers=headers
-                )
-                sent = play([Outgoing(letter.topic, letter.key, letter.value)], kafka)
-                if sent.failed:
-                    raise UnreachableError(f"Kafka took no dead letter: {'; '.join(sent.failed)}.")
-                metrics.dead_letters.labels("insights", "contract").inc()
                 place.offset = (message.offset() or 0) + 1
+                if place.offset not in letters:
+                    letter = dead_letter(
+                        message, "score-digests", "insights", "not read", headers=headers
+                    )
+                    sent = play([Outgoing(letter.topic, letter.key, letter.value)], kafka)
+                    if sent.failed:
+                        raise UnreachableError(
+                            f"Kafka took no dead letter: {'; '.join(sent.failed)}."
+                        )
+                    letters.add(place.offset)
+                    metrics.dead_letters.labels("insights", "contract").inc()
                 consumer.commit(offsets=[place], asynchronous=False)
                 return
 

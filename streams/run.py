@@ -126,7 +126,7 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
             tasks["insights"] = lambda: run_insights(
                 settings.kafka, settings.redis, settings.insights, stop, metrics, state
             )
-            checks["insights"] = lambda: state.reason
+            checks["insights"] = state.why_not
         if "dashboard" in names:
             from streams.dashboard import run_dashboard
 
