@@ -21,8 +21,7 @@ from typing import Any, cast
 
 import faust
 import structlog
-from confluent_kafka import KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Message, TopicPartition
 from faust.auth import SASLCredentials, SSLCredentials
 
 from schemas.codec import decode, encode
@@ -33,7 +32,6 @@ from streams import windows
 from streams.clients import (
     REPEAT_SECONDS,
     KafkaOptionError,
-    error_of,
     option_name,
     reach,
     reader,
@@ -80,11 +78,6 @@ class Readiness:
     """Why insights does not work; None while it does, or stands by for another that does."""
 
     reason: str | None = "it has not begun"
-    broker: str | None = None  # why its broker does not do: Faust asks it for ever, and owns on
-
-    def why_not(self) -> str | None:
-        """Either of both."""
-        return self.broker or self.reason
 
 
 def run_insights(
@@ -254,16 +247,11 @@ async def _supervise(
     while not stop.is_set():
         started = time.monotonic()
         try:
-            admin = await asyncio.to_thread(_find_topics, kafka)
+            await asyncio.to_thread(_find_topics, kafka)
             if unreadable:
                 await asyncio.to_thread(_step_over, kafka, metrics, letters)
                 unreadable = False
-            watching = asyncio.create_task(_watch(admin, run.readiness))
-            try:
-                await _serve(_insights_app(kafka, run, metrics, folder), stop)
-            finally:
-                watching.cancel()
-                run.readiness.broker = None
+            await _serve(_insights_app(kafka, run, metrics, folder), stop)
         except KafkaOptionError:
             raise
         except StarcastError as error:
@@ -281,10 +269,9 @@ async def _supervise(
         pause = min(pause * 2, LAST_PAUSE_SECONDS)
 
 
-def _find_topics(kafka: KafkaConfig) -> AdminClient:
-    """A client of a broker that answers and has our topics; raises UnreachableError otherwise."""
-    admin = reach(kafka, REACH_SECONDS)
-    topics = admin.list_topics(timeout=REACH_SECONDS).topics
+def _find_topics(kafka: KafkaConfig) -> None:
+    """Raise UnreachableError unless the broker answers and has our topics."""
+    topics = reach(kafka, REACH_SECONDS).list_topics(timeout=REACH_SECONDS).topics
     wanted = [topic_name(kafka, name) for name in ("score-digests", "alerts", "dead-letters")]
     missing = [name for name in wanted if name not in topics]
     if missing:
@@ -292,18 +279,6 @@ def _find_topics(kafka: KafkaConfig) -> AdminClient:
             f"Kafka at {kafka.bootstrap_servers} has no topic {', '.join(missing)}. Make them "
             "with `starcast topics apply`; insights goes on when they are there."
         )
-    return admin
-
-
-async def _watch(admin: AdminClient, readiness: Readiness) -> None:
-    """Tell for as long as the broker does not answer."""
-    while True:
-        await asyncio.sleep(REACH_SECONDS)
-        try:
-            await asyncio.to_thread(admin.list_topics, timeout=REACH_SECONDS)
-            readiness.broker = None
-        except KafkaException as error:
-            readiness.broker = f"Kafka does not answer: {error_of(error).str()}"
 
 
 def _step_over(kafka: KafkaConfig, metrics: Metrics, letters: set[int]) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import signal
 import threading
 import time
 import uuid
@@ -29,10 +28,8 @@ from streams.metrics import Metrics, make_metrics
 from streams.store import connect
 from streams.tail import read_topic
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window
-from tests.conftest import started
 from tests.digests import digest
 from tests.odd_headers import NoName, send_with
-from tests.servers import start_kafka
 from tests.shops import until
 
 STOP_SECONDS = 10.0
@@ -182,20 +179,6 @@ def test_a_commit_that_is_refused_makes_no_second_letter(cluster: KafkaConfig) -
     assert len(read(cluster, "dead-letters")) == 1
     _step_over(cluster, metrics, set())  # it is behind it now
     assert len(read(cluster, "dead-letters")) == 1
-
-
-def test_a_broker_that_is_gone_is_told(
-    store: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    with started(start_kafka, tmp_path_factory) as broker:
-        config = KafkaConfig(bootstrap_servers=broker.address, partitions=1)
-        apply_topics(config)
-        with insights(config, store, make_metrics()) as readiness:
-            until(lambda: readiness.why_not() is None)
-            broker.process.send_signal(signal.SIGSTOP)
-            until(lambda: "Kafka does not answer" in (readiness.why_not() or ""))
-            broker.process.send_signal(signal.SIGCONT)
-            until(lambda: readiness.why_not() is None)
 
 
 def test_a_restart_neither_loses_nor_doubles(cluster: KafkaConfig, store: str) -> None:
