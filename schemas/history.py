@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from heapq import merge
 from math import inf
-from operator import itemgetter
-from typing import Any, Literal
+from typing import Literal
 
 import orjson
 import polars as pl
@@ -16,10 +14,7 @@ HISTORY = ("items", "users", "reviews", "behavior")
 """Topics that a shop sends, first those whose records are to be known when others come."""
 
 _DESCRIBED = ("items", "users")  # what was sent of one last is all that counts
-_HELD_ROWS = 200_000  # of all partitions together
-_LEAST_CHUNK = 500
-
-_Row = tuple[datetime, int, bytes]  # when it happened, position in HISTORY, value
+_CHUNK = 200_000  # records whose values are in memory at once
 
 
 def history(
@@ -33,6 +28,9 @@ def history(
     """Topic and value of each record that the shop sent, in the order of time.
 
     Partitions are merged by event time, each in its own order: a late record stands where it came.
+    The places of all are put in order first (100 bytes of memory each), then values are read in
+    that order, `_CHUNK` at a time.
+
     Left out is what breaks the contract, events further in the future than `longest_future_seconds`
     when Kafka took them, what users did before they were erased, and what has been deleted.
     `since` and `before` bound when Kafka took an event. Raises UnreachableError when a file of the
@@ -49,47 +47,45 @@ def history(
         taken &= came < before
     events = _erased(url, journal.TOPICS, "kafka_timestamp", options)
     gone = {topic: _erased(url, [topic], "kafka_offset", options) for topic in _DESCRIBED}
-    spans = {topic: _spans(url, topic, options) for topic in HISTORY}
-    chunk = max(_LEAST_CHUNK, _HELD_ROWS // max(sum(map(len, spans.values())), 1))
+    frames = [archive.read(url, topic, options) for topic in HISTORY]
 
-    def partition(place: int, number: int) -> Iterator[_Row]:
-        topic = HISTORY[place]
+    def places(number: int) -> pl.DataFrame:
+        """Where the records of a topic are, and by what time each comes, partition by partition."""
+        topic = HISTORY[number]
         described = topic in _DESCRIBED
-        frame = archive.read(url, topic, options, partitions=[number])
-        frame = frame.filter(good if described else taken)
-        first, last = spans[topic][number]
-        for at in range(first, last + 1, chunk):
-            rows = frame.filter(
-                pl.col("kafka_offset").is_between(at, min(at + chunk - 1, last))
-            ).select(
-                # Nothing happened after Kafka took it: one time from the future would keep all
-                # that follows from its place.
-                pl.min_horizontal("event_time", "kafka_timestamp").alias("time"),
-                "kafka_offset" if described else "kafka_timestamp",
-                "item_id" if topic == "items" else "user_id",
-                "kafka_value",
-            )
-            found = archive.collect(rows, archive.table_url(url, topic))
-            for time, stood, name, value in found.iter_rows():
-                end = gone.get(topic, events).get(name)
-                if end is None or stood > end:
-                    yield time, place, value
+        rows = frames[number].filter(good if described else taken)
+        if len(ends := gone.get(topic, events)):
+            name = pl.col("item_id" if topic == "items" else "user_id")
+            stood = pl.col("kafka_offset" if described else "kafka_timestamp")
+            end = name.replace_strict(ends["name"], ends["end"], default=None)
+            rows = rows.filter(end.is_null() | (stood > end))
+        # Nothing happened after Kafka took it: one time from the future would keep all that
+        # follows from its place.
+        time = pl.min_horizontal("event_time", "kafka_timestamp")
+        found = rows.select(
+            pl.lit(number, pl.UInt8).alias("topic"),
+            *archive.PLACE,
+            "kafka_timestamp",
+            # Of what is first in each partition the earliest: a late record goes as it is first.
+            time.cum_max().over("kafka_partition").alias("time"),
+        )
+        return archive.collect(found, archive.table_url(url, topic))
 
-    parts = [
-        partition(place, number) for place, topic in enumerate(HISTORY) for number in spans[topic]
-    ]
-    # Of what is first in each partition the earliest: a late record goes as soon as it is first.
-    for _, place, value in merge(*parts, key=itemgetter(0, 1)):
-        yield HISTORY[place], orjson.dumps(orjson.loads(value))  # on one line
+    def values(number: int, chosen: pl.DataFrame) -> pl.DataFrame:
+        """The values of records of a topic, each with its position in the order."""
+        rows, came = frames[number], chosen["kafka_timestamp"]
+        if not came.has_nulls():  # else files and row groups could not be told apart by it
+            rows = rows.filter(pl.col("kafka_timestamp").is_between(came.min(), came.max()))
+        found = rows.join(chosen.lazy(), on=archive.PLACE).select("at", "topic", "kafka_value")
+        return archive.collect(found, archive.table_url(url, HISTORY[number]))
 
-
-def _spans(url: str, topic: str, options: Mapping[str, str] | None) -> dict[int, tuple[int, int]]:
-    """The first and the last archived offset of each partition."""
-    offset = pl.col("kafka_offset")
-    bounds = archive.read(url, topic, options).group_by("kafka_partition")
-    bounds = bounds.agg(offset.min().alias("first"), offset.max().alias("last"))
-    found = archive.collect(bounds.sort("kafka_partition"), archive.table_url(url, topic))
-    return {number: (first, last) for number, first, last in found.iter_rows()}
+    # Stable: among records of one time topics stand as in HISTORY, then partitions.
+    order = pl.concat([places(number) for number in range(len(HISTORY))])
+    order = order.sort("time", maintain_order=True).drop("time").with_row_index("at")
+    for chunk in order.iter_slices(_CHUNK):
+        parts = [values(number, part) for (number,), part in chunk.group_by("topic")]
+        for number, value in pl.concat(parts).sort("at").select("topic", "kafka_value").iter_rows():
+            yield HISTORY[number], orjson.dumps(orjson.loads(value))  # on one line
 
 
 def _erased(
@@ -97,17 +93,16 @@ def _erased(
     topics: Sequence[str],
     column: Literal["kafka_offset", "kafka_timestamp"],
     options: Mapping[str, str] | None,
-) -> dict[str, Any]:
-    """Where, by this column, the last null value of each key stands in these topics."""
-    last: dict[str, Any] = {}
-    for topic in topics:
-        nulls = archive.read(url, topic, options).filter(
-            pl.col("kafka_value").is_null()
-            & pl.col("kafka_key").is_not_null()
-            & pl.col(column).is_not_null()
+) -> pl.DataFrame:
+    """By name, where by this column the last null value of each key in these topics stands."""
+    nulls = [
+        archive.collect(
+            archive.read(url, topic, options)
+            .filter(pl.col("kafka_value").is_null())
+            .select(pl.col("kafka_key").cast(pl.String, strict=False).alias("name"), end=column)
+            .drop_nulls(),
+            archive.table_url(url, topic),
         )
-        newest = nulls.group_by("kafka_key").agg(pl.col(column).max())
-        for key, at in archive.collect(newest, archive.table_url(url, topic)).iter_rows():
-            name = key.decode(errors="replace")
-            last[name] = max(at, last.get(name, at))
-    return last
+        for topic in topics
+    ]
+    return pl.concat(nulls).group_by("name").agg(pl.col("end").max())

@@ -71,8 +71,9 @@ def backfill(
         if sent.failed:
             raise BackfillError(
                 f"Kafka refused {sent.failed.total()} records: {dict(sent.failed)}. All others are "
-                "in, and played again they would count twice: go on without those, or mend what "
-                "is wrong and play all into new names (docs/operate.md, Begin anew)."
+                "in, and played again they would count twice. To go on without those, add --skip "
+                f"{skip + sent.sent.total()} to the command; or mend what is wrong and play all "
+                "into new names (docs/operate.md, Begin anew)."
             )
         for stage in (*STAGES, ARCHIVER):
             on_stage(stage)

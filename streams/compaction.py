@@ -8,13 +8,14 @@ that ends, an archiver neither grows nor stands still for it.
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
 
 import stamina
@@ -33,16 +34,18 @@ ROW_GROUP = 50_000
 WRITER = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=ROW_GROUP)
 # A reader that opened a version may go on reading it for this long after a compaction.
 VACUUM_HOURS = 24
-# One that died with its archiver blocks others for this long; none may take longer, by clocks that
-# differ.
-COMPACTION_SECONDS = 3_600
-LONGEST_SECONDS = COMPACTION_SECONDS - 300
+LEASE_SECONDS = 120  # a claim is let go so long after it was renewed last, as by one that died
+RENEW_SECONDS = 30.0
+LONGEST_SECONDS = 3_600  # one that hangs would be renewed for ever
 NICENESS = 10  # archiving comes first, so that a busy machine does not fall behind
 # Others commit to the same table in between, each a few times a second.
 COMMIT_ATTEMPTS = 10
 CLOSE_SECONDS = 5.0  # a stop that waited for a long compaction would be cut short itself
 
-_CLAIM = "compaction"  # the application whose version says until when a table is claimed
+# Applications whose versions say until when a table is claimed, and by whom.
+_CLAIM, _HOLDER = "compaction", "compaction-holder"
+_PROPERTY = "starcast.compactionHolder"  # of a table whose claim had run out
+_COMMAND = [sys.executable, "-m", "streams.compaction"]
 _log = structlog.get_logger(__name__)
 
 until_committed = stamina.retry(
@@ -55,11 +58,11 @@ def compact(
     url: str,
     topic: str,
     options: Mapping[str, str],
-    on_claim: Callable[[int], object] = lambda until: None,
+    on_claim: Callable[[int], object] = lambda holder: None,
 ) -> None:
     """Merges small files of a topic, and deletes those that no reader can still be reading.
 
-    `on_claim` hears until when the table is claimed, for `take_back`. One that does not get its
+    `on_claim` hears whose the claim is, for `take_back`. One that does not get its
     commit in between those of archivers is given up; the next may do better. Raises
     UnreachableError when storage does not answer.
     """
@@ -67,7 +70,7 @@ def compact(
     with archive.reached(where), claimed(url, topic, options) as table:
         if table is None:
             return
-        on_claim(table.transaction_version(_CLAIM) or 0)
+        on_claim(table.transaction_version(_HOLDER) or 0)
         try:
             table.optimize.compact(
                 target_size=COMPACTED_BYTES, max_concurrent_tasks=1, writer_properties=WRITER
@@ -89,82 +92,107 @@ class ClaimLostError(StarcastError):
 
 @contextmanager
 def claimed(url: str, topic: str, options: Mapping[str, str]) -> Generator[DeltaTable | None]:
-    """The newest version of a table, whose files nobody else rewrites for `COMPACTION_SECONDS`.
+    """The newest version of a table, whose files nobody else rewrites while the block runs.
 
     None where there is no table, or another holds it. delta-rs (1.6) lets two that rewrite the same
     files both succeed, which doubles their rows. So who rewrites first claims the table by an
-    application transaction of its own, for which a second claim does conflict; the claim is taken
-    back in the end, and runs out by itself.
+    application transaction of its own, for which a second claim does conflict. The claim is renewed
+    meanwhile and taken back in the end. One that was not renewed in time is taken over, and what
+    its holder may yet commit, as one that slept, is refused.
     """
     where = archive.table_url(url, topic)
     table = archive.open_table(url, topic, options)
-    if table is None or (table.transaction_version(_CLAIM) or 0) > time.time():
+    until = 0 if table is None else table.transaction_version(_CLAIM) or 0
+    if table is None or until > time.time():
         yield None
         return
+    holder = secrets.randbits(62)
     try:
-        _claim(table, int(time.time() + COMPACTION_SECONDS))
+        _claim(table, holder)
     except CommitFailedError as error:
         _log.info("a table is left to who rewrites it", table=where, reason=str(error))
         yield None
         return
+    done = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(where, options, holder, done), daemon=True)
+    renewing.start()
     try:
+        if until:
+            _refuse_others(table, holder)
         table.update_incremental()
         yield table
     finally:
-        _release(where, options)
+        done.set()
+        renewing.join()
+        _release(where, options, holder)
 
 
-def claimed_until(url: str, topic: str, options: Mapping[str, str]) -> datetime:
-    """When the claim on a table runs out, if it is not taken back before; in 1970 without one."""
-    table = archive.open_table(url, topic, options)
-    until = 0 if table is None else table.transaction_version(_CLAIM) or 0
-    return datetime.fromtimestamp(until, UTC)
-
-
-def prolong(table: DeltaTable) -> None:
-    """Look at the newest version of a claimed table, and claim it on where half the time is gone.
+def look_again(table: DeltaTable) -> None:
+    """Look at the newest version of a claimed table.
 
     Raises ClaimLostError when another has claimed it since: what was read is then not the newest.
     """
-    ours = table.transaction_version(_CLAIM) or 0
+    holder = table.transaction_version(_HOLDER)
     table.update_incremental()
-    if not ours or table.transaction_version(_CLAIM) != ours:
+    if table.transaction_version(_HOLDER) != holder:
         raise ClaimLostError(
             f"The claim on {table.table_uri} ran out, and another has rewritten the table since. "
             "Run the command again."
         )
-    if ours < time.time() + COMPACTION_SECONDS / 2:
-        _claim(table, int(time.time() + COMPACTION_SECONDS))
-        table.update_incremental()
 
 
-def take_back(url: str, topic: str, options: Mapping[str, str], until: int) -> None:
+def take_back(url: str, topic: str, options: Mapping[str, str], holder: int) -> None:
     """Take back the claim of who has ended without doing so; any other claim stays.
 
-    What the ended one may have under way commits no more: this takes the version that it was for.
     Raises UnreachableError when storage does not answer.
     """
     where = archive.table_url(url, topic)
     with archive.reached(where):
-        table = archive.open_table(url, topic, options)
-        if table is not None and table.transaction_version(_CLAIM) == until > time.time():
-            _release(where, options)
+        _release(where, options, holder)
+
+
+def _renew(where: str, options: Mapping[str, str], holder: int, done: threading.Event) -> None:
+    """Renew a claim until `done`, or until it is another's."""
+    while not done.wait(RENEW_SECONDS):
+        try:
+            with archive.reached(where):
+                table = DeltaTable(where, storage_options=dict(options))
+                if table.transaction_version(_HOLDER) != holder:
+                    return
+                _claim(table, holder)
+        except StarcastError as error:
+            _log.warning("a claim was not renewed", table=where, reason=str(error))
 
 
 @until_committed
-def _release(where: str, options: Mapping[str, str]) -> None:
-    """Take the claim back, so that the next compaction need not wait for its end."""
-    _claim(DeltaTable(where, storage_options=dict(options)), 0)
+def _release(where: str, options: Mapping[str, str], holder: int) -> None:
+    """Take a claim back, so that the next compaction need not wait for its end."""
+    table = DeltaTable(where, storage_options=dict(options))
+    if table.transaction_version(_HOLDER) == holder and table.transaction_version(_CLAIM):
+        _claim(table, holder, 0)
 
 
-def _claim(table: DeltaTable, until: int) -> None:
-    """A commit of nothing but an application transaction."""
+def _claim(table: DeltaTable, holder: int, seconds: float = LEASE_SECONDS) -> None:
+    """A commit of nothing but application transactions."""
+    until = int(time.time() + seconds) if seconds else 0
     table.create_write_transaction(
         [],
         "append",
         table.schema(),
-        commit_properties=CommitProperties(app_transactions=[Transaction(_CLAIM, until)]),
+        commit_properties=CommitProperties(
+            app_transactions=[Transaction(_CLAIM, until), Transaction(_HOLDER, holder)]
+        ),
     )
+
+
+@until_committed
+def _refuse_others(table: DeltaTable, holder: int) -> None:
+    """Have delta-rs refuse all that is yet to be committed on what was read before.
+
+    Appends are made anew then; what rewrites files is given up. A change of metadata does so.
+    """
+    table.update_incremental()
+    table.alter.set_table_properties({_PROPERTY: str(holder)}, raise_if_not_exists=False)
 
 
 class Compactor:
@@ -188,9 +216,10 @@ class Compactor:
             if process.poll() is None:
                 return
             self._running = None
-            process.communicate()  # closes its pipe
+            claim, _ = process.communicate()
             if process.returncode:
                 _log.warning("a compaction failed", topic=topic, code=process.returncode)
+                self._take_back(topic, claim)
         if self._waiting:
             topic = next(iter(self._waiting))
             del self._waiting[topic]
@@ -207,17 +236,19 @@ class Compactor:
         except subprocess.TimeoutExpired:
             process.kill()
             claim, _ = process.communicate()
-            try:
-                take_back(self._url, topic, self._options, int(claim or 0))
-            except StarcastError as error:
-                _log.warning("a claim is left to run out", topic=topic, reason=str(error))
+            self._take_back(topic, claim)
+
+    def _take_back(self, topic: str, claim: bytes) -> None:
+        """Take back what a process that has ended said of its claim, if it came so far."""
+        if not claim:
+            return
+        try:
+            take_back(self._url, topic, self._options, int(claim))
+        except StarcastError as error:
+            _log.warning("a claim is left to run out", topic=topic, reason=str(error))
 
     def _start(self, topic: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "streams.compaction"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         asked = {"url": self._url, "topic": topic, "options": self._options}
         if process.stdin is not None:  # not an argument, which others could read
             process.stdin.write(json.dumps(asked).encode())
@@ -230,7 +261,7 @@ def main() -> None:
     """Compact what standard input names."""
     # Ctrl-C reaches the whole group; the archiver says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.alarm(LONGEST_SECONDS)  # which ends it: after its claim, another would double its rows
+    signal.alarm(LONGEST_SECONDS)  # which ends it
     os.nice(NICENESS)
     asked = json.load(sys.stdin)
     try:

@@ -37,12 +37,12 @@ from schemas import archive
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS, Journal, Piece, decode, encode_piece
 from schemas.topics import TOPICS as ALL_TOPICS
-from streams.compaction import WRITER, claimed, claimed_until, prolong, until_committed
+from streams.compaction import LEASE_SECONDS, WRITER, claimed, look_again, until_committed
 
 OF_USERS = tuple(topic.name for topic in ALL_TOPICS if topic.key == "user_id")
 """Topics whose records each are of one user."""
 
-CLAIM_SECONDS = 60.0  # a compaction that rewrites a table is waited for so long
+CLAIM_SECONDS = 1.5 * LEASE_SECONDS  # one who rewrites a table, or was killed in it, is waited for
 CLAIM_PAUSE_SECONDS = 1.0
 # Whom one question names: delta-rs (1.6) takes a minute for two thousand, and dies of three.
 USERS = 100
@@ -226,10 +226,9 @@ def _claimed(url: str, options: Mapping[str, str], topic: str) -> Generator[Delt
                         "Run the command again."
                     ) from error
         if time.monotonic() > until:
-            ends = claimed_until(url, topic, options)
             raise ErasureError(
-                f"The table at {where} is being compacted, or was when a worker was killed: until "
-                f"{ends:%Y-%m-%d %H:%M:%S} UTC at the latest. Run the command again then."
+                f"The table at {where} is being compacted, or erased from by another command. Run "
+                "the command again in some minutes."
             )
         time.sleep(CLAIM_PAUSE_SECONDS)
 
@@ -287,7 +286,7 @@ def _begun(table_uri: str) -> Iterator[Path]:
 
 @until_committed
 def _committed(table: DeltaTable, rewrite: Callable[[DeltaTable], int]) -> int:
-    prolong(table)
+    look_again(table)
     return rewrite(table)
 
 

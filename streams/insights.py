@@ -243,13 +243,13 @@ async def _supervise(
 ) -> None:
     """Keep an app running; a new one after a failure, with longer and longer pauses."""
     pause = FIRST_PAUSE_SECONDS
-    unreadable = False
+    unreadable, letters = False, set[int]()
     while not stop.is_set():
         started = time.monotonic()
         try:
             await asyncio.to_thread(_find_topics, kafka)
             if unreadable:
-                await asyncio.to_thread(_step_over, kafka, metrics)
+                await asyncio.to_thread(_step_over, kafka, metrics, letters)
                 unreadable = False
             await _serve(_insights_app(kafka, run, metrics, folder), stop)
         except KafkaOptionError:
@@ -281,10 +281,12 @@ def _find_topics(kafka: KafkaConfig) -> None:
         )
 
 
-def _step_over(kafka: KafkaConfig, metrics: Metrics) -> None:
+def _step_over(kafka: KafkaConfig, metrics: Metrics, letters: set[int]) -> None:
     """Make a dead letter of the next digest whose headers cannot be read, and go on behind it.
 
     Windows that are open lack the digests before it, which were read and are not read again.
+    `letters` are offsets after those that have one: Kafka may refuse the commit after it, as while
+    another is in the group.
     """
     place = TopicPartition(topic_name(kafka, "score-digests"), 0)
     group_id = f"{kafka.group_id}-insights"
@@ -294,14 +296,18 @@ def _step_over(kafka: KafkaConfig, metrics: Metrics) -> None:
         for message in chain.from_iterable(read_topic(kafka, "score-digests", start=start)):
             headers = headers_of(message)
             if headers == [UNREADABLE]:
-                letter = dead_letter(
-                    message, "score-digests", "insights", "not read", headers=headers
-                )
-                sent = play([Outgoing(letter.topic, letter.key, letter.value)], kafka)
-                if sent.failed:
-                    raise UnreachableError(f"Kafka took no dead letter: {'; '.join(sent.failed)}.")
-                metrics.dead_letters.labels("insights", "contract").inc()
                 place.offset = (message.offset() or 0) + 1
+                if place.offset not in letters:
+                    letter = dead_letter(
+                        message, "score-digests", "insights", "not read", headers=headers
+                    )
+                    sent = play([Outgoing(letter.topic, letter.key, letter.value)], kafka)
+                    if sent.failed:
+                        raise UnreachableError(
+                            f"Kafka took no dead letter: {'; '.join(sent.failed)}."
+                        )
+                    letters.add(place.offset)
+                    metrics.dead_letters.labels("insights", "contract").inc()
                 consumer.commit(offsets=[place], asynchronous=False)
                 return
 

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import quote
 
 import structlog
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from streams import coverage
 from streams.admin import check_topics
-from streams.clients import reach
+from streams.clients import error_of, reach
 from streams.config import (
     ArchiveConfig,
     InsightsConfig,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 LOOPS = ("scorer", "answers", "items", "catalog", "texts", "archiver")
 PROCESSORS = (*LOOPS, "insights", "dashboard")
 STOP_SECONDS = 25.0  # a processor that hangs must not keep the process; Kafka may answer late
+ASK_SECONDS = 3.0  # a broker that takes longer to answer is none
 SLOTS = 1_000  # workers of one processor on one host
 
 
@@ -134,6 +137,7 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
                 settings.kafka, settings.redis, settings.web, settings.models.url, stop, metrics
             )
         if settings.web.metrics_port and set(names) != {"dashboard"}:
+            checks["kafka"] = _watched(settings.kafka, stop)
             stack.enter_context(
                 serve_health(
                     settings.web.metrics_host,
@@ -252,6 +256,32 @@ def _make(name: str, shared: _Shared, slot: int) -> Processor:
             from streams.archiver import Archiver
 
             return Archiver(settings.archive, prefix, metrics)
+
+
+def _watched(kafka: KafkaConfig, stop: threading.Event) -> Callable[[], str | None]:
+    """Why Kafka does not answer, or None, asked again and again until `stop`.
+
+    Neither a KIP-848 group nor insights gives partitions back while its broker is gone.
+    """
+    reason: str | None = None
+
+    def ask() -> None:
+        nonlocal reason
+        admin: AdminClient | None = None
+        while not stop.wait(ASK_SECONDS):
+            try:
+                if admin is None:
+                    admin = reach(kafka, ASK_SECONDS)
+                else:
+                    admin.list_topics(timeout=ASK_SECONDS)
+                reason = None
+            except KafkaException as error:
+                admin, reason = None, f"Kafka does not answer: {error_of(error).str()}"
+            except StarcastError as error:
+                reason = str(error)
+
+    threading.Thread(target=ask, name="kafka-watch", daemon=True).start()
+    return lambda: reason
 
 
 def _readiness(loop: Loop) -> Callable[[], str | None]:

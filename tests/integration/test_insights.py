@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from aiokafka.consumer.fetcher import Fetcher
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, KafkaException, Producer
 from pydantic import SecretStr
 
 from schemas.codec import encode
@@ -22,7 +23,7 @@ from streams import embedded
 from streams.admin import apply_topics
 from streams.clients import client_config, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
-from streams.insights import QUIET_SECONDS, Readiness, run_insights
+from streams.insights import QUIET_SECONDS, Readiness, _step_over, run_insights
 from streams.metrics import Metrics, make_metrics
 from streams.store import connect
 from streams.tail import read_topic
@@ -49,7 +50,7 @@ def cluster(request: pytest.FixtureRequest) -> KafkaConfig:
         topic_prefix=f"{uuid.uuid4().hex[:8]}.",
         group_id=uuid.uuid4().hex[:8],
         partitions=1,
-        session_timeout_ms=2_000,
+        session_timeout_ms=10_000,  # who is left out on a busy machine reads all again
     )
     apply_topics(config)
     return config
@@ -121,14 +122,11 @@ def test_digests_become_windows_alerts_and_dead_letters(cluster: KafkaConfig, st
         send(cluster, encode(now_digest(10, "b", error=2.0)))
         until(lambda: counted(windows(store)) >= 20)
         # The next windows fire too, but the alert has been given.
-        last = windows(store)[-1].end_ms
-        until(lambda: windows(store)[-1].end_ms >= last + 2_000)
+        until(lambda: sum("rmse/interaction" in each.firing for each in windows(store)) >= 3)
     found = windows(store)
     assert counted(found) == 20
-    assert [window.end_ms for window in found] == list(
-        range(found[0].end_ms, found[-1].end_ms + 1_000, 1_000)
-    )
-    assert "rmse/interaction" in found[-1].firing
+    for one, other in pairwise(found):  # after one with nothing in it there may be a pause
+        assert other.end_ms == one.end_ms + 1_000 or (not one.kinds and other.end_ms > one.end_ms)
     (alert,) = [Alert.model_validate_json(value) for value in read(cluster, "alerts")]
     assert (alert.rule, alert.subject, alert.threshold) == ("rmse", "interaction", 1.2)
     letters = [DeadLetter.model_validate_json(value) for value in read(cluster, "dead-letters")]
@@ -162,6 +160,25 @@ def test_a_digest_whose_headers_cannot_be_read_stops_nothing(
     assert letter.source.offset == 1
     assert letter.reason == "not read (headers left out: a name is not UTF-8)"
     assert base64.b64decode(letter.value or "") == odd
+
+
+@pytest.mark.parametrize("cluster", ["kafka"], indirect=True)
+def test_a_commit_that_is_refused_makes_no_second_letter(cluster: KafkaConfig) -> None:
+    send_with([(NoName("trace"), b"1")], cluster, "score-digests", b"{}")
+    metrics, letters = make_metrics(), set[int]()
+    other = Consumer(client_config(cluster, group_id=f"{cluster.group_id}-insights"))
+    try:
+        other.subscribe([topic_name(cluster, "score-digests")])
+        until(lambda: (other.poll(0.1), other.assignment())[1] != [])
+        for _ in range(2):
+            with pytest.raises(KafkaException, match=r"UNKNOWN_MEMBER_ID|unknown member"):
+                _step_over(cluster, metrics, letters)
+    finally:
+        other.close()
+    _step_over(cluster, metrics, letters)
+    assert len(read(cluster, "dead-letters")) == 1
+    _step_over(cluster, metrics, set())  # it is behind it now
+    assert len(read(cluster, "dead-letters")) == 1
 
 
 def test_a_restart_neither_loses_nor_doubles(cluster: KafkaConfig, store: str) -> None:

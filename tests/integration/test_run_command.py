@@ -19,7 +19,8 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 
 from streams.admin import apply_topics
 from streams.config import KafkaConfig
-from streams.embedded import HOST, free_port
+from streams.embedded import HOST, free_port, start_broker
+from tests.shops import until
 
 ROOT = Path(__file__).parents[2]
 READY_SECONDS = 90.0
@@ -82,6 +83,25 @@ def test_a_worker_gets_ready_and_ends_on_a_signal(
     assert worker.returncode == 0
     assert "Traceback" not in log
     assert all("event" in json.loads(line) for line in log.splitlines())
+
+
+def test_a_broker_that_is_gone_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    prefix = environment["STARCAST_KAFKA__TOPIC_PREFIX"]
+    command = [sys.executable, "-m", "starcast", "run", "insights"]  # which owns on without one
+    with start_broker(tmp_path) as broker:
+        apply_topics(KafkaConfig(bootstrap_servers=broker.address, topic_prefix=prefix))
+        environment = environment | {"STARCAST_KAFKA__BOOTSTRAP_SERVERS": broker.address}
+        with subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                wait_ready(process, environment)
+                broker.process.send_signal(signal.SIGSTOP)
+                until(lambda: not ready(environment["STARCAST_WEB__METRICS_PORT"]))
+                broker.process.send_signal(signal.SIGCONT)
+                wait_ready(process, environment)
+            finally:
+                process.kill()
 
 
 def test_nothing_is_compiled_once_a_worker_is_ready(

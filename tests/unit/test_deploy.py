@@ -72,6 +72,7 @@ def test_every_processor_has_a_service(services: dict[str, Any]) -> None:
 
 def test_every_service_is_watched_limited_and_restarted(services: dict[str, Any]) -> None:
     for name, service in services.items():
+        assert set(service["logging"]["options"]) == {"max-size", "max-file"}, name
         limits = service["deploy"]["resources"]["limits"]
         assert set(limits) == {"cpus", "memory"}, name
         assert service["restart"] == ("on-failure" if name in ONE_SHOT else "unless-stopped"), name
@@ -114,8 +115,21 @@ def test_ports_are_open_on_loopback_only(services: dict[str, Any]) -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
+def test_a_gpu_is_given_to_services_that_are_there() -> None:
+    with_gpu = read_yaml("deploy/cuda.yml")
+    assert set(with_gpu["services"]) <= OURS
+    specification = json.loads((ROOT / "tests/unit/compose_spec.json").read_text())
+    assert [
+        error.message for error in Draft201909Validator(specification).iter_errors(with_gpu)
+    ] == []
+
+
 def test_the_store_keeps_what_it_is_given(services: dict[str, Any]) -> None:
     command = services["valkey"]["command"]
+    limit = services["valkey"]["deploy"]["resources"]["limits"]["memory"]
+    full = command[command.index("--maxmemory") + 1]
+    # Rewriting its file takes more: a copy of what changes meanwhile.
+    assert int(full.removesuffix("mb")) <= 0.75 * 1024 * int(limit.removesuffix("G"))
     assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
     assert command[command.index("--appendonly") + 1] == "yes"
 

@@ -2,11 +2,16 @@
 
 import json
 from datetime import UTC, datetime, timedelta
+from heapq import merge
+from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from deltalake import write_deltalake
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from schemas import archive, history
 from schemas.archive import Row
@@ -45,8 +50,7 @@ def told(url: Path, **bounds: Any) -> list[tuple[str, str]]:
 def test_partitions_and_topics_are_merged_by_time_each_in_its_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "_HELD_ROWS", 1)
-    monkeypatch.setattr(history, "_LEAST_CHUNK", 2)
+    monkeypatch.setattr(history, "_CHUNK", 2)
     early = (NOON - timedelta(days=9)).isoformat()
     future = (NOON + timedelta(days=9)).isoformat()
     write(
@@ -68,6 +72,38 @@ def test_partitions_and_topics_are_merged_by_time_each_in_its_order(
     bounds = {"since": NOON + timedelta(minutes=2), "before": NOON + timedelta(minutes=4)}
     assert told(tmp_path, **bounds) == [*known, events[1]]  # their Kafka time is a producer's
     assert all(b"\n" not in value for _, value in history.history(str(tmp_path)))
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["reviews", "behavior"]), st.integers(0, 2), st.integers(0, 9)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.randoms(use_true_random=False),
+    st.integers(1, 4),
+)
+def test_any_partitions_are_merged_in_whatever_order_their_rows_lie(
+    drawn: list[tuple[str, int, int]], chance: Any, chunk: int
+) -> None:
+    """As a merge of sorted partitions, that takes of what is first in each the earliest."""
+    parts: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
+    rows: list[tuple[str, Row]] = []
+    for number, (topic, partition, minute) in enumerate(drawn):
+        place = history.HISTORY.index(topic)
+        part = parts.setdefault((place, partition), [])
+        rows.append((topic, row(topic, len(part), minute, partition, event_id=str(number))))
+        part.append((minute, place, str(number)))
+    merged = merge(*(parts[each] for each in sorted(parts)), key=itemgetter(0, 1))
+    expected = [(history.HISTORY[place], name) for _, place, name in merged]
+    chance.shuffle(rows)
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(history, "_CHUNK", chunk)
+        for at in range(0, len(rows), 5):
+            for topic in ("reviews", "behavior"):
+                write(Path(folder), topic, *(each for of, each in rows[at : at + 5] if of == topic))
+        assert told(Path(folder)) == expected
 
 
 def test_what_is_bad_or_erased_is_left_out(tmp_path: Path) -> None:
