@@ -63,6 +63,12 @@ Kind = TypeVar("Kind", Item, User)
 _DECODED = 10_000  # records of attributes at once
 _REASONS = 5  # of lines left out that are told
 _LATE_SHARE = 0.05  # of events that are late in a stream's record
+_BEYOND = "rating: Input should be less than or equal to 5"
+_BEYOND_SHARE = 0.05  # of reviews; more are no slips
+_RESCALE = (
+    "Its ratings are of another scale, and those up to 5 alone say nothing of the shop: bring all "
+    "to 1 to 5, of 1 to 10 by 1 + (stars - 1) * 4 / 9."
+)
 _MEND = "Write it anew: `starcast schema reviews` and docs/produce.md, A file of your own, say how."
 _BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
 _LARGEST_BATCH = 512  # of the replay of a long log
@@ -154,8 +160,8 @@ def from_file(path: Path) -> Log:
 
     Raises:
         ContractError: the file cannot be read.
-        TrainerError: it holds no event, or half of its lines are left out: what is measured on the
-            rest says nothing of the shop.
+        TrainerError: it holds no event, or half of its lines are left out, or ratings of another
+            scale: what is measured on the rest says nothing of the shop.
     """
     kinds: dict[type[Record], list[Any]] = {Review: [], Behavior: [], TextFeatures: []}
     rows: dict[type[Record], list[int]] = {kind: [] for kind in kinds}
@@ -175,6 +181,9 @@ def from_file(path: Path) -> Log:
             kinds[type(record)].append(record)
             rows[type(record)].append(count)
             count += 1
+    beyond = sum(error.kind.endswith(_BEYOND) for error in bad)
+    if beyond > _BEYOND_SHARE * (beyond + len(kinds[Review])):
+        raise TrainerError(f"{_left_out(path, bad, good)}\n{_RESCALE}")
     if len(bad) > good:
         raise TrainerError(f"{_left_out(path, bad, good)}\n{_MEND}")
     if bad:
