@@ -70,6 +70,47 @@ def empty(dtype: np.dtype[Any]) -> Table:
     return Table(np.empty(0, np.uint64), blank(dtype, 1))
 
 
+@dataclass(frozen=True)
+class Dated:
+    """Rows by hash of which each is known from an event on, until another of its hash is."""
+
+    hashes: Hashes  # (v), sorted
+    since: NDArray[np.int64]  # (v): events before it is known; of one hash, in this order
+    rows: Rows  # (v + 1): the last is what a hash gets of which nothing is known
+
+    def at(self, event: int) -> Table:
+        """What an event of this number finds."""
+        known = np.flatnonzero(self.since <= event)
+        newest = np.r_[self.hashes[known][1:] != self.hashes[known][:-1], True][: len(known)]
+        chosen = known[newest]
+        return Table(self.hashes[chosen], self.rows.take(np.append(chosen, len(self.hashes))))
+
+    def take(self, hashes: Hashes, event: NDArray[np.int64]) -> Rows:
+        """The rows of these hashes that events of these numbers find, in the shape of `hashes`."""
+        if not len(self.hashes):
+            return self.rows.take(np.zeros(hashes.shape, np.intp))
+        names, keys = self._keys
+        last = self.since.max()
+        key = names.find(hashes) * (last + 1) + np.minimum(event, last)
+        found = np.searchsorted(keys, key, "right") - 1
+        known = (found >= 0) & (self.hashes[found] == hashes)
+        return self.rows.take(np.where(known, found, len(self.hashes)))
+
+    @cached_property
+    def _keys(self) -> tuple[Table, NDArray[np.int64]]:
+        """The distinct hashes, and numbers (v) in the order of hash and event."""
+        names, place = np.unique(self.hashes, return_inverse=True)
+        keys = place * (self.since.max() + 1) + self.since
+        return Table(names, np.empty(len(names) + 1, np.bool_)), keys
+
+
+def dated(hashes: Hashes, since: NDArray[np.int64], rows: Rows) -> Dated:
+    """Rows (v) that are known since events (v), of one hash and event the last alone."""
+    order = np.lexsort((since, hashes))
+    default = blank(rows.dtype, 1)
+    return Dated(hashes[order], since[order], joined([rows.take(order), default]))
+
+
 class Store:
     """Rows by hash in a table that grows, for replays in one process."""
 

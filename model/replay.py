@@ -13,7 +13,7 @@ from model.compiled import compiled
 from model.events import TEXT, Rows, blank, joined, opaque
 from model.exceptions import GapError
 from model.ids import NONE, Hashes
-from model.lookups import Lookups, Store, Table, Vectors, empty, table
+from model.lookups import Dated, Lookups, Store, Table, Vectors, empty, table
 from model.state import (
     ITEM,
     ITEM_ATTRIBUTES,
@@ -26,6 +26,7 @@ from model.state import (
     apply_items,
     duplicates,
     item_deltas,
+    meet_items,
     run_partition,
 )
 
@@ -92,33 +93,60 @@ def observe(users: Rows, partition: Rows, events: Rows, lookups: Lookups) -> Obs
     `users` USER (n): the state that each event meets; `partition` PARTITION, (n) or (), likewise.
     """
     recents = users["recent"]["item"].copy()
+    return _observe(
+        _Met(
+            users,
+            recents,
+            lookups.items.take(events["item"]),
+            partition,
+            lookups.user_attributes.take(events["user"]),
+            lookups.item_attributes.take(events["item"]),
+            lookups.item_attributes.take(recents),
+        ),
+        events,
+        lookups.vectors,
+    )
+
+
+@dataclass(frozen=True)
+class _Met:
+    """What n events meet."""
+
+    users: Rows  # USER (n)
+    recents: Hashes  # (n, 16): the items in their `recent`
+    items: Rows  # ITEM (n)
+    partition: Rows  # PARTITION (n) or ()
+    user_attributes: Rows  # USER_ATTRIBUTES (n)
+    item_attributes: Rows  # ITEM_ATTRIBUTES (n)
+    recent_attributes: Rows  # ITEM_ATTRIBUTES (n, 16)
+
+
+def _observe(met: _Met, events: Rows, vectors: Vectors | None) -> Observation:
+    users, attributes = met.users, met.item_attributes
     ratings = users["recent"]["rating"]
-    attributes = lookups.item_attributes.take(events["item"])
-    recent_attributes = lookups.item_attributes.take(recents)
-    vectors = lookups.vectors
     if vectors is None:
         item_vectors = np.zeros(len(events), np.intp)
-        recent_vectors = np.zeros(recents.shape, np.intp)
+        recent_vectors = np.zeros(met.recents.shape, np.intp)
         text_known = similarity = None
     else:
         item_vectors = vectors.find(attributes["text"])
-        recent_vectors = vectors.find(recent_attributes["text"])
+        recent_vectors = vectors.find(met.recent_attributes["text"])
         text_known = item_vectors > 0
         similarity = _similarity(vectors.rows, item_vectors, recent_vectors)
     rows = features.compute(
         users,
-        lookups.items.take(events["item"]),
-        lookups.user_attributes.take(events["user"]),
+        met.items,
+        met.user_attributes,
         attributes,
-        recent_attributes,
-        partition,
+        met.recent_attributes,
+        met.partition,
         events,
         text_known,
         similarity,
     )
     return Observation(
         rows,
-        recents,
+        met.recents,
         np.where(ratings > 0, ratings / np.float32(RATING_STEPS), np.float32(np.nan)),
         users["recent"]["actions"].copy(),
         *_newest_first(users),
@@ -281,6 +309,13 @@ def _compare(vectors: Any, items: Any, recents: Any, cosines: Any) -> None:
 _LANES = 16  # sums side by side, in one order on every machine
 
 
+def _firsts(instant: NDArray[np.intp], index: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Of each event (n) the first row of its instant with the same index."""
+    key = instant * (index.max(initial=0) + 1) + index
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
 @dataclass(frozen=True)
 class HistoryBatch:
     """A slice of a replayed history and what it gave."""
@@ -331,26 +366,68 @@ class History:
         users = self.users.place(events["user"])
         return observe(self.users.rows.take(users), self.partition, events, lookups), lookups
 
-    def apply(self, events: Rows) -> None:
-        """Apply `events` EVENT (n), in order, and observe nothing; states are those of `run`."""
-        for begin in range(0, len(events), self.batch_events):
-            batch = events[begin : begin + self.batch_events]
-            users, user_index = self.users.distinct(batch["user"])
-            states = self.users.rows.take(users)
-            places = self.items.place(batch["item"])  # before `rows` is looked at: it may grow
-            items = self.items.rows.take(places)
-            duplicate = duplicates(states, user_index, batch)
-            partitions = run_partition(self.partition, batch, duplicate)
-            step = partitions["step"][:-1].copy()
-            global_mean, item_bias = features.biases(items, partitions[:-1])
-            change = advance(
-                states, user_index, batch, duplicate, item_bias, global_mean, step, observed=False
-            )
-            met, after, ends = partitions[:-1], partitions[-1:], np.array([len(batch)], np.intp)
-            newcomers.follow(met, after, ends, batch, change.first, global_mean, item_bias)
-            opaque(self.users.rows)[users] = opaque(change.states)
-            (deltas,) = item_deltas(batch, change)
-            self._follow(partitions[-1].reshape(()), deltas, step[0])
+    def run_instants(
+        self,
+        events: Rows,
+        chosen: NDArray[np.intp],
+        number: int,
+        item_attributes: Dated,
+        user_attributes: Dated,
+    ) -> Observation:
+        """Apply `events` EVENT (n), whole instants in the order of time, and observe `chosen` (k).
+
+        Events of one time meet what was known before that time; what they leave is what `run` of
+        each instant alone would. `number` of the first event is what attributes are dated by.
+        """
+        rows = np.arange(len(events))
+        begins = np.flatnonzero(np.r_[True, events["time"][1:] != events["time"][:-1]])
+        instant = np.searchsorted(begins, rows, "right") - 1
+        began = begins[instant]
+        cuts = np.flatnonzero((rows - began) % self.batch_events == 0)  # batches of an instant
+        ends = np.append(cuts[1:], len(events))
+        users, user_index = self.users.distinct(events["user"])
+        items, item_index = self.items.distinct(events["item"])
+        states = self.users.rows.take(users)
+        duplicate = duplicates(states, user_index, events)
+        run = run_partition(self.partition, events, duplicate)
+        step = run["step"][:-1].copy()
+        # What events do to their items asks for no bias; the biases of users ask for the items.
+        none = np.zeros(len(events), np.float32)
+        change = advance(states, user_index, events, duplicate, none, none, step, observed=False)
+        deltas = item_deltas(events, change, ends.tolist())
+        told = joined(deltas)["item"]
+        items_met, items_after = meet_items(
+            self.items.rows.take(items),
+            item_index,
+            ends,
+            deltas,
+            np.searchsorted(items, self.items.place(told)),
+            np.repeat(step[cuts], [len(each) for each in deltas]),
+        )
+        global_mean, item_bias = features.biases(items_met, run[:-1])
+        change = advance(states, user_index, events, duplicate, item_bias, global_mean, step)
+        given = events, change.first, global_mean, item_bias
+        newcomers.follow(run[:-1], run[-1:], np.array([len(events)]), *given)
+        opaque(self.users.rows)[users] = opaque(change.states)
+        opaque(self.items.rows)[items] = opaque(items_after)
+        self.partition = run[-1].reshape(())
+
+        asked = events.take(chosen)
+        met = change.met.take(_firsts(instant, user_index)[chosen])
+        recents, at = met["recent"]["item"].copy(), number + chosen
+        return _observe(
+            _Met(
+                met,
+                recents,
+                items_met.take(_firsts(instant, item_index)[chosen]),
+                run.take(began[chosen]),
+                user_attributes.take(asked["user"], at),
+                item_attributes.take(asked["item"], at),
+                item_attributes.take(recents, at[:, None]),
+            ),
+            asked,
+            self.vectors,
+        )
 
     def _items(self, events: Rows) -> Table:
         items = np.unique(events["item"])

@@ -17,7 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.compiled import compiled
-from model.events import COUNTED, EVENT, FORGET, PURCHASE, REVIEW, TEXT, Rows, blank, duplicated
+from model.events import (
+    COUNTED,
+    EVENT,
+    FORGET,
+    PURCHASE,
+    REVIEW,
+    TEXT,
+    Rows,
+    blank,
+    duplicated,
+    joined,
+)
 
 RECENT = 16  # items, and event ids, that a user's state remembers
 OLDER = 64  # ratings that it remembers of items that are not recent any more
@@ -253,6 +264,26 @@ def apply_items(
     return result
 
 
+def meet_items(
+    states: Rows,
+    item_index: NDArray[np.intp],
+    ends: NDArray[np.intp],
+    deltas: Sequence[Rows],
+    delta_index: NDArray[np.intp],
+    offsets: NDArray[np.uint64],
+) -> tuple[Rows, Rows]:
+    """The ITEM rows (n) that events of several batches meet, and those (k) after all batches.
+
+    `states` ITEM (k); `item_index` (n): each event's row there; `ends`: where each batch's events
+    end; `deltas` of each batch, (m) together, with their rows in `states` and their offsets (m).
+    """
+    met, after = np.empty(len(item_index), ITEM), duplicated(states)
+    delta_ends = np.cumsum([len(each) for each in deltas])
+    given = (item_index, ends, joined(deltas), delta_index, offsets, delta_ends)
+    _meet_items(after, *given, met)
+    return met, after
+
+
 @compiled
 def _find_duplicates(ids: Any, user_index: Any, events: Any, found: Any) -> None:
     for row in range(len(events)):
@@ -453,23 +484,47 @@ def _add_deltas(
 def _apply_items(states: Any, stood: Any, item_index: Any, deltas: Any, offsets: Any) -> None:
     for row in range(len(deltas)):
         item = item_index[row]
-        if offsets[row] < stood[item]:
-            continue
-        state, delta = states[item], deltas[row]
-        for action in range(COUNTED):
-            state.actions[action] += delta.actions[action]
-        for star in range(STARS):
-            state.histogram[star] += delta.histogram[star]
-        state.rating_count += delta.rating_count
-        state.rating_sum += delta.rating_sum
-        state.rating_square_sum += delta.rating_square_sum
-        state.price_count += delta.price_count
-        state.price_log_sum += delta.price_log_sum
-        state.sessions += delta.sessions
-        if state.first_time == 0 or delta.first_time < state.first_time:
-            state.first_time = delta.first_time
-        state.last_time = max(state.last_time, delta.last_time)
-        state.offset = max(state.offset, offsets[row] + np.uint64(1))
+        if offsets[row] >= stood[item]:
+            _apply_item(states[item], deltas[row], offsets[row])
+
+
+@compiled
+def _meet_items(
+    states: Any,
+    item_index: Any,
+    ends: Any,
+    deltas: Any,
+    delta_index: Any,
+    offsets: Any,
+    delta_ends: Any,
+    met: Any,
+) -> None:
+    row = delta = 0
+    for batch in range(len(ends)):
+        while row < ends[batch]:
+            met[row] = states[item_index[row]]
+            row += 1
+        while delta < delta_ends[batch]:
+            _apply_item(states[delta_index[delta]], deltas[delta], offsets[delta])
+            delta += 1
+
+
+@compiled
+def _apply_item(state: Any, delta: Any, offset: Any) -> None:
+    for action in range(COUNTED):
+        state.actions[action] += delta.actions[action]
+    for star in range(STARS):
+        state.histogram[star] += delta.histogram[star]
+    state.rating_count += delta.rating_count
+    state.rating_sum += delta.rating_sum
+    state.rating_square_sum += delta.rating_square_sum
+    state.price_count += delta.price_count
+    state.price_log_sum += delta.price_log_sum
+    state.sessions += delta.sessions
+    if state.first_time == 0 or delta.first_time < state.first_time:
+        state.first_time = delta.first_time
+    state.last_time = max(state.last_time, delta.last_time)
+    state.offset = max(state.offset, offset + np.uint64(1))
 
 
 @compiled

@@ -35,10 +35,10 @@ from model.events import (
     from_text_features,
 )
 from model.ids import NONE, hash_ids
-from model.lookups import Lookups, Table, Vectors, empty, table
+from model.lookups import Dated, Lookups, Store, Vectors, dated, empty
 from model.network import Inputs, concatenate, gather
 from model.replay import History, Observation
-from model.state import CATEGORY, LAYOUT_HASH
+from model.state import CATEGORY, ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, USER_ATTRIBUTES
 from schemas import archive, codec
 from schemas.files import LineError, read_records
 from schemas.journal import TOPICS, Journal, TornError
@@ -63,9 +63,16 @@ Kind = TypeVar("Kind", Item, User)
 _DECODED = 10_000  # records of attributes at once
 _REASONS = 5  # of lines left out that are told
 _LATE_SHARE = 0.05  # of events that are late in a stream's record
+_BEYOND = "rating: Input should be less than or equal to 5"
+_BEYOND_SHARE = 0.05  # of reviews; more are no slips
+_RESCALE = (
+    "Its ratings are of another scale, and those up to 5 alone say nothing of the shop: bring all "
+    "to 1 to 5, of 1 to 10 by 1 + (stars - 1) * 4 / 9."
+)
 _MEND = "Write it anew: `starcast schema reviews` and docs/produce.md, A file of your own, say how."
 _BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
 _LARGEST_BATCH = 512  # of the replay of a long log
+_AT_ONCE = 2_048  # events of instants; no figure hangs on it
 _BATCHES = 1_000  # into which a log is cut at least, where the two bounds allow it
 
 
@@ -153,8 +160,8 @@ def from_file(path: Path) -> Log:
 
     Raises:
         ContractError: the file cannot be read.
-        TrainerError: it holds no event, or half of its lines are left out: what is measured on the
-            rest says nothing of the shop.
+        TrainerError: it holds no event, or half of its lines are left out, or ratings of another
+            scale: what is measured on the rest says nothing of the shop.
     """
     kinds: dict[type[Record], list[Any]] = {Review: [], Behavior: [], TextFeatures: []}
     rows: dict[type[Record], list[int]] = {kind: [] for kind in kinds}
@@ -174,6 +181,9 @@ def from_file(path: Path) -> Log:
             kinds[type(record)].append(record)
             rows[type(record)].append(count)
             count += 1
+    beyond = sum(error.kind.endswith(_BEYOND) for error in bad)
+    if beyond > _BEYOND_SHARE * (beyond + len(kinds[Review])):
+        raise TrainerError(f"{_left_out(path, bad, good)}\n{_RESCALE}")
     if len(bad) > good:
         raise TrainerError(f"{_left_out(path, bad, good)}\n{_MEND}")
     if bad:
@@ -464,38 +474,37 @@ def replay(
     history = History(vectors=vectors, batch_events=batch_events)
     rated = log.labelled
     journalled = log.journalled
-    categories = empty(CATEGORY)
     parts: list[Inputs] = []
 
-    def observed(begin: int, observation: Observation, lookups: Lookups) -> None:
-        chosen = np.flatnonzero(rated[begin : begin + len(observation.features)])
-        if len(chosen):
-            parts.append(
-                gather(log.events[begin + chosen], observation.take(chosen), lookups, width)
-            )
+    def observed(events: Rows, observation: Observation) -> None:
+        if len(events):
+            parts.append(gather(events, observation, Lookups(*nothing, vectors), width))
 
+    nothing = empty(ITEM), empty(ITEM_ATTRIBUTES), empty(USER_ATTRIBUTES)
     end = len(log) if still is None else still
-    for start, stop, items, users in _blocks(log, batch_events if ties == "arrival" else 1, end):
-        if items:
-            history.item_attributes, categories = _learn_items(
-                history.item_attributes, categories, items
-            )
-        if users:
-            history.user_attributes = _learn_users(history.user_attributes, users)
-        if ties == "arrival":
+    counts, sold = [count for count, _ in log.items], [item for _, item in log.items]
+    items = _dated_items(sold, _since(log, counts, ties, batch_events))
+    counts, people = [count for count, _ in log.users], [user for _, user in log.users]
+    users = _dated_users(people, _since(log, counts, ties, batch_events))
+    if ties == "arrival":
+        for start, stop in _spans(end, np.concatenate([items.since, users.since])):
+            history.item_attributes = items.at(start)
+            history.user_attributes = users.at(start)
             for batch in history.run(log.events[start:stop]):
-                observed(start + batch.rows.start, batch.result.observation, batch.lookups)
-                on_progress(start + batch.rows.stop, len(log))
-        else:
-            for first, after in _instants(log.events["time"][start:stop]):
-                events = log.events[start + first : start + after]
-                if rated[start + first : start + after].any():
-                    observed(start + first, *history.look(events))
-                history.apply(events)
-                on_progress(start + after, len(log))
-    for start in range(end, len(log), _LARGEST_BATCH):
-        events = log.events[start : start + _LARGEST_BATCH]
-        observed(start, *history.look(events))
+                rows = slice(start + batch.rows.start, start + batch.rows.stop)
+                chosen = np.flatnonzero(rated[rows])
+                observed(log.events[rows][chosen], batch.result.observation.take(chosen))
+                on_progress(rows.stop, len(log))
+    else:
+        for start, stop in _instants(log.events["time"][:end]):
+            events, chosen = log.events[start:stop], np.flatnonzero(rated[start:stop])
+            observed(events[chosen], history.run_instants(events, chosen, start, items, users))
+            on_progress(stop, len(log))
+    history.item_attributes, history.user_attributes = items.at(end - 1), users.at(end - 1)
+    for start in range(end, len(log), _AT_ONCE):
+        events = log.events[start : start + _AT_ONCE]
+        asked = events[rated[start : start + len(events)]]
+        observed(asked, history.look(asked)[0])
         on_progress(start + len(events), len(log))
     row = np.flatnonzero(rated)
     inputs = concatenate(parts)
@@ -505,57 +514,63 @@ def replay(
     return Examples(row, log.events[row], inputs, log.events["rating"][row].astype(np.float64))
 
 
+def _spans(end: int, since: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Spans of events before `end` between which attributes change."""
+    starts = np.unique(np.append(since, 0))
+    yield from pairwise([*starts[starts < end].tolist(), end])
+
+
 def _instants(time: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Spans of equal neighbours among times (n)."""
+    """Spans of whole instants among times (n): as many as are replayed at once."""
     if len(time):
-        edges = [0, *(np.flatnonzero(np.diff(time)) + 1).tolist(), len(time)]
-        yield from pairwise(edges)
+        starts = np.flatnonzero(np.r_[True, np.diff(time) != 0])
+        begins = starts[np.r_[True, np.diff(starts // _AT_ONCE) > 0]]
+        yield from pairwise([*begins.tolist(), len(time)])
 
 
-def _blocks(log: Log, size: int, end: int) -> Iterator[tuple[int, int, list[Item], list[User]]]:
-    """Spans of events before `end` between which attributes change, with what is new at each.
+def _since(log: Log, counts: Sequence[int], ties: Ties, batch_events: int) -> NDArray[np.int64]:
+    """From which event on a record is known that came after so many.
 
-    Spans begin at multiples of `size`, a batch of the replay: a record that comes within a batch
-    is known to the next one. Those of one instant are not parted: what comes within it is known
-    to the next.
+    What comes within a batch of the replay is known to the next one, and what comes within an
+    instant, whose rows are not parted, to the next.
     """
-
+    before = np.array(counts, np.int64)
+    if ties == "arrival":
+        return -(-before // batch_events) * batch_events
     time = log.events["time"]
-
-    def block(count: int) -> int:
-        begin = -(-count // size) * size
-        if size == 1 and 0 < begin < len(time) and time[begin - 1] == time[begin]:
-            begin = int(np.searchsorted(time, time[begin], "right"))
-        return begin
-
-    news: dict[int, tuple[list[Item], list[User]]] = {0: ([], [])}
-    for count, item in log.items:
-        news.setdefault(block(count), ([], []))[0].append(item)
-    for count, user in log.users:
-        news.setdefault(block(count), ([], []))[1].append(user)
-    starts = sorted(start for start in news if start < end)
-    for start, stop in pairwise([*starts, end]):
-        yield start, stop, *news[start]
+    return np.where(before > 0, np.searchsorted(time, time[before - 1], "right"), 0)
 
 
-def _learn_items(known: Table, categories: Table, items: Sequence[Item]) -> tuple[Table, Table]:
-    newest = {item.item_id: item for item in items}
-    hashes = hash_ids(list(newest))
-    versions = [1] * len(newest)
-    rows, categories = describe_items(
-        list(newest.values()), versions, known.take(hashes), categories
-    )
-    return _updated(known, hashes, rows), categories
+def _dated_items(items: Sequence[Item], since: NDArray[np.int64]) -> Dated:
+    """Attributes of items, each known since an event; of one event's the newest of each item."""
+    newest = {
+        (event, item.item_id): item for event, item in zip(since.tolist(), items, strict=True)
+    }
+    events, names = [event for event, _ in newest], [name for _, name in newest]
+    hashes, found = hash_ids(names), blank(ITEM_ATTRIBUTES, len(names))
+    known, categories = Store(ITEM_ATTRIBUTES), empty(CATEGORY)
+    described = [*newest.values()]
+    for run in _distinct_runs(names):
+        places = known.place(hashes[run])
+        found[run], categories = describe_items(
+            described[run], [1] * len(places), known.rows.take(places), categories
+        )
+        known.rows[places] = found[run]
+    return dated(hashes, np.array(events, np.int64), found)
 
 
-def _learn_users(known: Table, users: Sequence[User]) -> Table:
-    newest = {user.user_id: user for user in users}
-    rows = describe_users(list(newest.values()), [1] * len(newest))
-    return _updated(known, hash_ids(list(newest)), rows)
+def _distinct_runs(names: Sequence[str]) -> Iterator[slice]:
+    """Slices of names, one after another, in which none is repeated."""
+    seen: set[str] = set()
+    begin = 0
+    for place, name in enumerate(names):
+        if name in seen:
+            yield slice(begin, place)
+            seen, begin = set(), place
+        seen.add(name)
+    yield slice(begin, len(names))
 
 
-def _updated(known: Table, hashes: NDArray[np.uint64], rows: Rows) -> Table:
-    old = ~np.isin(known.hashes, hashes)
-    return table(
-        np.concatenate([known.hashes[old], hashes]), np.concatenate([known.rows[:-1][old], rows])
-    )
+def _dated_users(users: Sequence[User], since: NDArray[np.int64]) -> Dated:
+    rows = describe_users(users, [1] * len(users))
+    return dated(hash_ids([user.user_id for user in users]), since, rows)

@@ -383,8 +383,10 @@ def _peers(
     train, validation = whole.take(split.train), whole.take(split.validation)
     known = ratings.joined(train, validation)
 
-    def make(peer: ratings.Peer) -> Arrays:
-        settings, told = ratings.settle(peer, train, validation, config.seed)
+    def make(name: str, peer: ratings.Peer) -> Arrays:
+        settings, told = ratings.settle(
+            peer, train, validation, config.seed, kept.trials(f"peer {name}")
+        )
         answers: Arrays = {
             way: told(data.take(split.test), known if way == "static" else whole)
             for way, data in rated.items()
@@ -396,7 +398,7 @@ def _peers(
     found: dict[str, Arrays] = {}
     for done, (name, peer) in enumerate(chosen.items()):
         bar(done, len(chosen))
-        found[name] = kept.get(f"peer {name}", lambda peer=peer: make(peer))
+        found[name] = kept.get(f"peer {name}", lambda name=name, peer=peer: make(name, peer))
     bar(1, 1)
     return found
 

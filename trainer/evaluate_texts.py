@@ -155,8 +155,10 @@ def peers(
             vectors["text"][chosen],
         )
 
-    def make(peer: texts.TextPeer) -> Arrays:
-        settings, read = texts.settle(peer, those(TRAIN), those(VALIDATION), config.seed)
+    def make(name: str, peer: texts.TextPeer) -> Arrays:
+        settings, read = texts.settle(
+            peer, those(TRAIN), those(VALIDATION), config.seed, kept.trials(f"text peer {name}")
+        )
         told = (
             read(
                 taken(worded.part(part), test),
@@ -172,14 +174,23 @@ def peers(
     for done, (name, peer) in enumerate(chosen.items()):
         bar(done, every)
         try:
-            found[name] = kept.get(f"text peer {name}", lambda peer=peer: make(peer))
+            found[name] = kept.get(
+                f"text peer {name}", lambda name=name, peer=peer: make(name, peer)
+            )
         except ValueError as error:  # all stars are alike, or no word occurs twice
-            logger.warning("peer %s is left out, for it takes no such texts: %s", name, error)
+            logger.warning("peer %s takes no such texts and tells their mean: %s", name, error)
+            found[name] = _mean(whole.rating[spans != TEST], len(test))
     bar(len(chosen), every)
     if texts.PLAIN in wanted:
         found[texts.PLAIN] = _finetuned(worded, base, config.seed, kept)
         bar(1, 1)
     return found
+
+
+def _mean(known: Floats, count: int) -> Arrays:
+    """What `count` texts are said to mean by who knows nothing but these ratings (n)."""
+    mean = np.full(count, known.mean())
+    return _answers((mean, np.rint(mean).astype(np.int64)) for _ in PARTS)
 
 
 def _vectors(

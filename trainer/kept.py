@@ -29,3 +29,13 @@ class Kept:
             np.savez(file, **cast(Any, made))
         part.replace(path)
         return made
+
+    def trials(self, whose: str) -> Callable[[str, Callable[[], float]], float]:
+        """What gives the number of a name: made once."""
+
+        def number(name: str, make: Callable[[], float]) -> float:
+            return float(
+                self.get(f"{whose} {name}", lambda: {"number": np.array(make())})["number"]
+            )
+
+        return number

@@ -25,7 +25,7 @@ from surprise import Reader as SurpriseReader
 
 from trainer.baselines import fit_damped_bias, predict_damped_bias, running_bias
 from trainer.metrics import Floats, rmse
-from trainer.peers.tuning import Settings, Suggest, tune
+from trainer.peers.tuning import Remember, Settings, Suggest, tune, unremembered
 
 MOST_FOREST_TREES = 200
 
@@ -61,7 +61,11 @@ class Peer:
 
 
 def settle(
-    peer: Peer, train: Rated, validation: Rated, seed: int
+    peer: Peer,
+    train: Rated,
+    validation: Rated,
+    seed: int,
+    remember: Remember = unremembered,
 ) -> tuple[dict[str, Any], Predict]:
     """Tune a peer on validation, then fit it to both; its settings and what it predicts."""
 
@@ -69,7 +73,7 @@ def settle(
         predicted = peer.fit(train, settings, seed)(validation, joined(train, validation))
         return rmse(validation.rating, predicted)
 
-    settings = tune(peer.suggest, error, seed) if peer.suggest else {}
+    settings = tune(peer.suggest, error, seed, remember) if peer.suggest else {}
     return settings, peer.fit(joined(train, validation), settings, seed)
 
 
@@ -212,6 +216,7 @@ def _suggest_lightgbm(trial: Trial) -> dict[str, Any]:
 def _forest(known: Rated, settings: Settings, seed: int) -> Predict:
     model = RandomForestRegressor(MOST_FOREST_TREES, n_jobs=-1, random_state=seed, **settings)
     model.fit(known.features, known.rating)
+    model.set_params(n_jobs=1)  # else trees are added up in the order in which threads end
     return lambda asked, past: np.asarray(model.predict(asked.features), np.float64)
 
 

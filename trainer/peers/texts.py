@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from trainer.metrics import Floats, rmse
-from trainer.peers.tuning import Settings, Suggest, tune
+from trainer.peers.tuning import Remember, Settings, Suggest, tune, unremembered
 
 PLAIN = "finetune_plain"  # the name of what has nothing to tune
 _MOST_STEPS = 300  # of a logistic regression's solver
@@ -65,7 +65,11 @@ class TextPeer:
 
 
 def settle(
-    peer: TextPeer, train: RatedTexts, validation: RatedTexts, seed: int
+    peer: TextPeer,
+    train: RatedTexts,
+    validation: RatedTexts,
+    seed: int,
+    remember: Remember = unremembered,
 ) -> tuple[dict[str, Any], Read]:
     """Tune a peer on validation, then fit it to both; its settings and how it reads.
 
@@ -80,7 +84,7 @@ def settle(
         expected, _ = read(validation.texts, validation.vectors)
         return rmse(validation.rating, expected)
 
-    settings = tune(peer.suggest, error, seed)
+    settings = tune(peer.suggest, error, seed, remember)
     both = RatedTexts(
         [*train.texts, *validation.texts],
         np.concatenate([train.rating, validation.rating]),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.ids import hash_names
-from model.lookups import Store, distinct, empty, table
+from model.lookups import Store, dated, distinct, empty, table
 from model.state import ITEM_ATTRIBUTES, USER
 
 HASHES = (
@@ -69,3 +69,32 @@ def test_distinct_hashes_stand_in_the_order_of_their_first(hashes: list[int]) ->
     known, index = distinct(np.array(hashes, np.uint64))
     assert known.tolist() == list(dict.fromkeys(hashes))
     assert known[index].tolist() == hashes
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9))),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(-1, 12)), min_size=1),
+)
+def test_what_is_dated_is_found_from_then_on(
+    told: list[tuple[int, int]], asked: list[tuple[int, int]]
+) -> None:
+    """Of one hash and event the last counts."""
+    rows = np.zeros(len(told), ITEM_ATTRIBUTES)
+    rows["version"] = np.arange(1, len(told) + 1)
+    hashes, since = np.array(told, np.int64).reshape(-1, 2).T
+    found = dated(hashes.astype(np.uint64), since, rows)
+
+    def expected(name: int, event: int) -> int:
+        known = [
+            (at, row) for row, (each, at) in enumerate(told, 1) if each == name and at <= event
+        ]
+        return max(known, default=(0, 0))[1]
+
+    names, events = np.array(asked).T
+    names = names.astype(np.uint64)
+    answers = [expected(*each) for each in asked]
+    assert found.take(names, events)["version"].tolist() == answers
+    wide = found.take(np.stack([names, names], 1), events[:, None])
+    assert wide["version"].tolist() == [[each, each] for each in answers]
+    for name, event, answer in zip(names, events, answers, strict=True):
+        assert found.at(event).take(np.array([name]))["version"] == answer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.events import ACTIONS, EVENT, FORGET, REVIEW, TEXT, Rows, blank
 from model.exceptions import GapError
 from model.features import INDEX
-from model.lookups import Lookups, empty, table, vectors_of
+from model.lookups import Lookups, dated, empty, table, vectors_of
 from model.replay import (
     BatchResult,
     History,
@@ -456,18 +456,42 @@ def test_observing_is_what_a_batch_observes() -> None:
     assert not np.isnan(alike).all()
 
 
-@settings(max_examples=40)
-@given(histories(), st.integers(1, 30))
-def test_states_are_the_same_without_a_look(events: Rows, size: int) -> None:
+@settings(max_examples=60)
+@given(histories(), st.integers(1, 4), st.integers(1, 5), st.integers(0, 9))
+def test_instants_at_once_are_instants_one_by_one(
+    events: Rows, size: int, together: int, half: int
+) -> None:
+    """Of more events than a batch, too; attributes come between them, and rows that nobody asks."""
+    events["time"] = START + np.arange(len(events)) // together * 1000
     known = surroundings()
-    looked = History(known.item_attributes, known.user_attributes, known.vectors, size)
-    for _ in looked.run(events):
-        pass
-    applied = History(batch_events=size)
-    applied.apply(events)
-    assert applied.users.hashes.tolist() == looked.users.hashes.tolist()
-    assert applied.users.rows.tobytes() == looked.users.rows.tobytes()
-    assert applied.partition.tobytes() == looked.partition.tobytes()
-    items = np.argsort(applied.items.hashes), np.argsort(looked.items.hashes)
-    assert (applied.items.hashes[items[0]] == looked.items.hashes[items[1]]).all()
-    assert applied.items.rows[items[0]].tobytes() == looked.items.rows[items[1]].tobytes()
+    half = min(half * together, len(events))
+    attributes = known.item_attributes
+    items = dated(attributes.hashes, np.full(len(attributes.hashes), half), attributes.rows[:-1])
+    people = known.user_attributes
+    users = dated(people.hashes, np.full(len(people.hashes), half), people.rows[:-1])
+    one, all_at_once = (History(vectors=known.vectors, batch_events=size) for _ in range(2))
+    chosen = np.flatnonzero(events["action"] != TEXT)
+    expected: list[Observation] = []
+    for begin in range(0, len(events), together):
+        if begin >= half:
+            one.item_attributes, one.user_attributes = attributes, people
+        instant = events[begin : begin + together]
+        observation, _ = one.look(instant)
+        expected.append(observation.take(np.flatnonzero(instant["action"] != TEXT)))
+        for _ in one.run(instant):
+            pass
+    cut = len(events) // together // 2 * together
+    found = [
+        all_at_once.run_instants(
+            events[part], chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start,
+            part.start, items, users,
+        )
+        for part in (slice(0, cut), slice(cut, len(events)))
+        if part.start < part.stop
+    ]  # fmt: skip
+    assert_same_observations(joined(found), joined(expected))
+    for at_once, alone in ((all_at_once.users, one.users), (all_at_once.items, one.items)):
+        by_hash = np.argsort(at_once.hashes), np.argsort(alone.hashes)
+        assert (at_once.hashes[by_hash[0]] == alone.hashes[by_hash[1]]).all()
+        assert at_once.rows[by_hash[0]].tobytes() == alone.rows[by_hash[1]].tobytes()
+    assert all_at_once.partition.tobytes() == one.partition.tobytes()

@@ -96,6 +96,21 @@ def test_what_breaks_the_contract_is_left_out_as_the_stream_does(
         from_file(path)
 
 
+def test_ratings_of_another_scale_are_refused(shop_file: Path, tmp_path: Path) -> None:
+    """Though most lines, of items and views, are good; a slip or two is left out."""
+    review = (
+        '{"topic": "reviews", "value": {"event_id": "%d", "user_id": "u", "item_id": "i", '
+        '"event_time": "2026-11-24T10:15:00Z", "rating": %d}}\n'
+    )
+    good = gzip.decompress(shop_file.read_bytes()).decode()  # 700 reviews
+    path = tmp_path / "some.jsonl"
+    path.write_text(good + "".join(review % (number, 10) for number in range(36)))
+    assert from_file(path).rated == 700
+    path.write_text(good + "".join(review % (number, 10) for number in range(38)))
+    with pytest.raises(TrainerError, match=r"38 of .*\nIts ratings are of another scale.*4 / 9"):
+        from_file(path)
+
+
 def test_a_file_of_which_most_breaks_the_contract_is_refused(
     shop_file: Path, tmp_path: Path
 ) -> None:

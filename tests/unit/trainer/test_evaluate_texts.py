@@ -42,7 +42,7 @@ def test_a_part_that_no_review_has_is_not_measured() -> None:
     assert found["text"] == found["text_body"] != {}
 
 
-def test_peers_that_cannot_be_fitted_are_left_out(
+def test_peers_that_cannot_be_fitted_tell_the_mean(
     encoder_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All stars are alike: a ridge says so, a classifier knows of no second class."""
@@ -52,8 +52,10 @@ def test_peers_that_cannot_be_fitted_are_left_out(
     known = Worded(ReviewTexts(texts, np.full(46, 5.0), span), texts, texts)
     wanted = ("tfidf_ridge", "tfidf_logistic", "frozen_logistic")
     found = peers(wanted, known, base, TrainerConfig(), Kept(tmp_path), None)
-    assert found.keys() == {"tfidf_ridge"}
-    assert "tfidf_logistic is left out" in caplog.text
+    assert found.keys() == {*wanted}
+    for name in wanted[1:]:
+        assert found[name]["text_title"].tolist() == found[name]["text stars"].tolist() == [5] * 8
+    assert "tfidf_logistic takes no such texts" in caplog.text
 
 
 @pytest.mark.parametrize("missing", [TRAIN, VALIDATION, TEST])
