@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from model import adapters, heads, int8, packed, recorded
 from model import device as devices
+from model.distribution import softmax
 from model.exceptions import EncoderError
 from model.lookups import VECTOR_DTYPE
 from model.texts import plain
@@ -74,6 +75,10 @@ class StarHead:
 
     weight: Vectors  # (5, hidden)
     bias: Vectors  # (5,)
+
+    def stars(self, hidden: Vectors) -> NDArray[np.float64]:
+        """Distributions over 1 to 5 stars (n, 5) of hidden vectors (n, hidden)."""
+        return softmax(hidden @ self.weight.T + self.bias)
 
 
 @dataclass(frozen=True)
@@ -165,9 +170,7 @@ class TextEncoder:
         """Distributions over 1 to 5 stars (n, 5); raises EncoderError without a star head."""
         if self.star_head is None:
             raise EncoderError(f"{self.folder} has no star head; train one with `starcast train`")
-        logits = hidden @ self.star_head.weight.T + self.star_head.bias
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        return (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+        return self.star_head.stars(hidden).astype(np.float32)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids and mask (n, longest) on the device, cut and padded: input of `embed`."""

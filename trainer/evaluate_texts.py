@@ -122,7 +122,7 @@ def read(worded: Worded, encoder: TextEncoder, head: StarHead, on_progress: OnPr
     answers: Arrays = {}
     for part in PARTS:
         vectors = text.encode(encoder, taken(worded.part(part), test), on_progress)
-        shares = text.stars(head, vectors)
+        shares = head.stars(vectors)
         answers[part] = shares @ np.arange(1.0, 6.0)
         answers[f"{part} stars"] = shares.argmax(1) + 1
     return answers
