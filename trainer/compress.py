@@ -37,6 +37,7 @@ from trainer.exceptions import TrainerError
 from trainer.fine_tune import taken
 from trainer.metrics import TextScores
 from trainer.progress import OnProgress
+from trainer.rates import schedule
 from trainer.text import TEST, ReviewTexts
 
 TIMED = 256  # texts by which speed is told
@@ -260,7 +261,7 @@ def _student(
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=_STUDENT_RATE)
     random = np.random.default_rng(seed)
     steps = _STUDENT_EPOCHS * -(-len(known) // _BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
+    rates = schedule(optimizer, steps, 0.0, "linear")
     tokens, overhead = np.array(student.count_tokens(known)), batches.overhead(student.device)
     student.model.train()
     epochs = (batches.shuffled(len(known), _BATCH, random) for _ in range(_STUDENT_EPOCHS))
@@ -273,7 +274,7 @@ def _student(
         nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         optimizer.zero_grad()
-        schedule.step()
+        rates.step()
         on_progress(done, steps)
     student.model.eval()
     student.save(folder)
