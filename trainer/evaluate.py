@@ -499,12 +499,11 @@ def summary(found: Evaluated) -> RenderableType:
 
 
 def _text_table(part: str, block: Mapping[str, Any]) -> Table:
-    table = Table(part.replace("_", ": "), "rows", "RMSE", "MAE", "accuracy", "macro-F1")
+    metrics = ("rmse", "mae", "accuracy", "off_by_one", "macro_f1")
+    titles = ("RMSE", "MAE", "accuracy", "off by one at most", "macro-F1")
+    table = Table(part.replace("_", ": "), "rows", *titles)
     for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
-        numbers: Sequence[float] = [
-            figures[metric] for metric in ("rmse", "mae", "accuracy", "macro_f1")
-        ]
         style = "bold" if name == MODEL else None
-        cells = [f"{number:.4f}" for number in numbers]
+        cells = [f"{figures[metric]:.4f}" for metric in metrics]
         table.add_row(name, str(figures["rows"]), *cells, style=style)
     return table
