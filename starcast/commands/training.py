@@ -26,11 +26,10 @@ from starcast.commands.context import (
     stopping,
     write_json,
 )
-from starcast.commands.models import announce, bundle_of, who
+from starcast.commands.models import announce, chosen_bundle, who
 from starcast.settings import Settings, file_in_force
 
 if TYPE_CHECKING:
-    from model.bundle import Bundle
     from trainer.data import Log
 
 _NO_PEERS = "none"
@@ -273,7 +272,7 @@ def evaluate(
                 progress=progress,
             )
         else:
-            chosen = _chosen(settings.models.url, model)
+            chosen = chosen_bundle(settings.models.url, model)
             found = evaluation.measure(
                 log,
                 chosen,
@@ -411,21 +410,6 @@ def compress(
         )
     output.print(f"{result.version} reads with {chosen.name}: {result.verdict.reason}")
     notes.print(f"To let it serve: starcast models promote {result.version}")
-
-
-def _chosen(url: str, model: str) -> "Bundle | None":
-    """The bundle that a version, `stable` or `ladder` (none) names."""
-    from model import bundle, registry
-    from model.ladder import VERSION
-
-    if model == VERSION:
-        return None
-    if model != "stable":
-        return bundle.load(url, model)
-    stable = registry.read(url).stable
-    if stable is None:
-        raise fail(f"No model in {url} is promoted yet; `starcast models list` has all.")
-    return bundle_of(url, stable)
 
 
 def _history(settings: Settings, file: Path | None, progress: Progress) -> "Log":
