@@ -10,5 +10,5 @@ Read `train` first: one training from beginning to end; `retrain` does it again 
   whether it still is.
 - Beside others: `evaluate` and `evaluate_texts`, of `peers`, `leaks`, `ablations`; `search` looks
   for better settings.
-- Around all: `config`, `checkpoints`, `kept`, `progress`, `tracking`, `exceptions`.
+- Around all: `config`, `checkpoints`, `kept`, `rates`, `progress`, `tracking`, `exceptions`.
 """
