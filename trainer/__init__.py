@@ -2,7 +2,7 @@
 
 Read `train` first: one training from beginning to end; `retrain` does it again and again.
 
-- Rows: `data`, `clean` (by `copies`), `split`, all in `prepare`.
+- Rows: `data` (or `archived`), `clean` (by `copies`), `split`, all in `prepare`.
 - The rating network: `fit`, of `ridge`, `factors`, `boost`; then `calibrate`.
 - The text model: `text`, of `fine_tune` (by `methods`, `augment`, `adapt`, `batches`); smaller ones
   by `compress`.

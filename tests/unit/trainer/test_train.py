@@ -18,7 +18,7 @@ from model import registry
 from model.predict import predictor
 from schemas.files import write_records
 from tests.unit.trainer.shop import shop
-from tests.unit.trainer.test_data import write_archive
+from tests.unit.trainer.test_archived import write_archive
 from trainer import checkpoints
 from trainer import fine_tune as tuning
 from trainer import train as module
