@@ -21,6 +21,7 @@ from schemas.exceptions import ContractError
 from schemas.records import EPOCH, Record
 from schemas.topics import Topic
 
+GOT = " (got "  # what follows it in a reason is what was found
 LONGEST_ECHO = 60  # characters of a bad value that a reason repeats
 LONGEST_FIELD = 80  # characters of a field's path; a map's key comes from outside
 
@@ -218,9 +219,9 @@ def _reason(details: ErrorDetails) -> str:
     if details["type"] == "model_type":
         return f"Input should be a JSON object, not {_JSON_TYPES[type(found)]}"
     if isinstance(found, str):
-        return f"{details['msg']} (got {_cut(found, LONGEST_ECHO)!a}, {len(found)} characters)"
+        return f"{details['msg']}{GOT}{_cut(found, LONGEST_ECHO)!a}, {len(found)} characters)"
     if found is None or isinstance(found, int | float):
-        return f"{details['msg']} (got {orjson.dumps(found).decode()})"
+        return f"{details['msg']}{GOT}{orjson.dumps(found).decode()})"
     return details["msg"]
 
 
