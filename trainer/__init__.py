@@ -8,7 +8,7 @@ Read `train` first: one training from beginning to end; `retrain` does it again 
   by `compress`.
 - How good it is: `assess`, of `models`, `baselines`, `metrics`; `gate`; `report`. `drift` says
   whether it still is.
-- Beside others: `evaluate` and `evaluate_texts`, of `peers`, `leaks`, `ablations`; `search` looks
-  for better settings.
+- Beside others: `evaluate` and `evaluate_texts`, of `peers`, `leaks`, `ablations`, to `figures`;
+  `search` looks for better settings.
 - Around all: `config`, `checkpoints`, `kept`, `rates`, `progress`, `tracking`, `exceptions`.
 """

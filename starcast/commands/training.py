@@ -256,6 +256,7 @@ def evaluate(
     _alone(context)
     from trainer import data
     from trainer import evaluate as evaluation
+    from trainer.figures import summary
 
     settings = settings_of(context)
     config, encoder = settings.trainer, settings.models.encoder
@@ -283,7 +284,7 @@ def evaluate(
                 allow_leaks=allow_leaks,
                 progress=progress,
             )
-    output.print(evaluation.summary(found))
+    output.print(summary(found))
     if json_out is not None:
         write_json({"events": str(events), **found.document}, json_out)
         json_out.with_suffix(_PLOT).write_text(found.plot, encoding="utf-8")

@@ -27,9 +27,9 @@ from trainer.clean import Step
 from trainer.config import TextConfig, TrackingConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.evaluate import measure
-from trainer.evaluate import summary as evaluated
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
+from trainer.figures import summary as evaluated
 from trainer.retrain import retrain_once
 from trainer.train import TrainResult, train
 
