@@ -49,7 +49,7 @@ _MEANINGS = {feature.name: feature.meaning for feature in FEATURES} | {
 
 def running_bias(stars: float) -> Contribution:
     """What all else is added to."""
-    return Contribution("bias", _MEANINGS["bias"], stars)
+    return Contribution("running bias", _MEANINGS["bias"], stars)
 
 
 def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Contribution]]:

@@ -74,7 +74,7 @@ def test_without_a_model_it_is_the_running_bias(kept: Store) -> None:
     found = explained("--model", "ladder")
     # All ratings' mean is 4 and the item's too; the user's ten are half a star higher, damped by 6.
     assert found["rating"] == pytest.approx(4 + 0.5 * 10 / 16, abs=1e-3)
-    assert [each["name"] for each in found["inputs"]] == ["bias"]  # pyright: ignore
+    assert [each["name"] for each in found["inputs"]] == ["running bias"]  # pyright: ignore
     assert found["rest"] == pytest.approx(0, abs=1e-5)
     assert (found["tier"], found["model_version"]) == ("full", "ladder")
 
