@@ -14,7 +14,15 @@ from trainer.clean import Step
 from trainer.config import TrainerConfig
 from trainer.data import Examples
 from trainer.gate import difference
-from trainer.metrics import HISTORY_BUCKETS, Calibration, Floats, by_history, by_rating, scores
+from trainer.metrics import (
+    HISTORY_BUCKETS,
+    Calibration,
+    Floats,
+    by_history,
+    by_rating,
+    scores,
+    shown,
+)
 from trainer.report import reliability
 
 MODEL = "model"  # ours, among the names of all
@@ -102,8 +110,7 @@ def summary(found: Evaluated) -> RenderableType:
             numbers += [figures["buckets"][bucket]["rmse"] for bucket in buckets]
             gap = figures.get("model_minus_this", {}).get("all")
             told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
-            cells = ["–" if np.isnan(number) else f"{number:.4f}" for number in numbers]
-            table.add_row(name, *cells, told, style="bold" if name == MODEL else None)
+            table.add_row(name, *shown(*numbers), told, style="bold" if name == MODEL else None)
         parts.append(table)
     if document["gain"]:
         gain = document["gain"]
@@ -120,6 +127,6 @@ def _text_table(part: str, block: Mapping[str, Any]) -> Table:
     table = Table(part.replace("_", ": "), "rows", *titles)
     for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
         style = "bold" if name == MODEL else None
-        cells = [f"{figures[metric]:.4f}" for metric in metrics]
-        table.add_row(name, str(figures["rows"]), *cells, style=style)
+        numbers = shown(*(figures[metric] for metric in metrics))
+        table.add_row(name, str(figures["rows"]), *numbers, style=style)
     return table
