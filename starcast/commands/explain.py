@@ -42,7 +42,7 @@ def explain(
     from streams.reader import Reader
 
     bundle = chosen_bundle(settings.models.url, model)
-    served = predictor(bundle, settings.models.device)
+    served = predictor(bundle, "cpu")  # a GPU is for those who serve
     vectors = bundle.encoder_hash if bundle else encoder.setting_hash(settings.models.encoder)
     now = np.array([int(time.time() * 1_000)])
     store = store_of(settings)
