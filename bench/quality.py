@@ -39,6 +39,7 @@ from trainer import evaluate as evaluation
 from trainer import text as texts
 from trainer.config import Method, TextConfig, TrainerConfig
 from trainer.data import from_file
+from trainer.figures import Evaluated, summary
 from trainer.fine_tune import taken
 from trainer.gate import difference
 from trainer.metrics import scores
@@ -174,7 +175,7 @@ class Place:
 def evaluated(place: Place, name: str) -> dict[str, Any]:
     """The document of `starcast evaluate` with default settings."""
     found = _evaluation(place, name)
-    place.console.print(evaluation.summary(found))
+    place.console.print(summary(found))
     return found.document
 
 
@@ -184,7 +185,7 @@ def rated(place: Place, name: str) -> dict[str, Any]:
 
     config = TrainerConfig(text=TextConfig(method="none"))
     found = _evaluation(place, name, config, peers=tuple(ratings.PEERS))
-    place.console.print(evaluation.summary(found))
+    place.console.print(summary(found))
     return found.document
 
 
@@ -195,7 +196,7 @@ def ablated(place: Place, name: str) -> dict[str, Any]:
 
 def _evaluation(
     place: Place, name: str, config: TrainerConfig | None = None, **options: Any
-) -> evaluation.Evaluated:
+) -> Evaluated:
     config = config or TrainerConfig()
     events = place.events(name)
     folder = evaluation.folder_of(events, config, "auto", "instant", place.folder / "evaluate")

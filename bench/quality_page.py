@@ -100,10 +100,10 @@ def _ratings(way: str, block: Mapping[str, Any]) -> str:
 def _texts(title: str, block: Mapping[str, Any]) -> str:
     rows = [
         f"{reader}|{each['rows']:,}|{each['rmse']:.4f}|{each['mae']:.4f}|"
-        f"{each['accuracy']:.1%}|{each['macro_f1']:.3f}"
+        f"{each['accuracy']:.1%}|{each['off_by_one']:.1%}|{each['macro_f1']:.3f}"
         for reader, each in _by_error(block)
     ]
-    return _table(f"{title}|rows|RMSE|MAE|accuracy|macro-F1", rows)
+    return _table(f"{title}|rows|RMSE|MAE|accuracy|off by one at most|macro-F1", rows)
 
 
 def _methods(methods: Mapping[str, Part]) -> str:

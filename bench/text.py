@@ -80,7 +80,6 @@ from trainer.text import (
     ReviewTexts,
     fit_star_head,
     soft_labels,
-    stars,
 )
 
 TITLES, REVIEWS = 0.3, 0.5  # shares of texts; the rest are long
@@ -362,7 +361,7 @@ def star_errors(found: Sequence[Way], reviews: ReviewTexts) -> dict[str, float]:
         if way.encoder is not None:
             vectors = way.encode(reviews.texts)
             head = fit_star_head(vectors[known], labels, L2)
-            said = text_scores(reviews.rating[newest], stars(head, vectors[newest]))
+            said = text_scores(reviews.rating[newest], head.stars(vectors[newest]))
             errors[way.name] = round(said.rmse, 4)
     return errors
 

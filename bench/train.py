@@ -49,7 +49,7 @@ from starcast.log import LogConfig, configure
 from trainer.config import FineTuneConfig, TextConfig
 from trainer.fine_tune import Labelled, fine_tune, loss_of, taken
 from trainer.metrics import text_scores
-from trainer.text import TEST, ReviewTexts, encode, soft_labels, stars
+from trainer.text import TEST, ReviewTexts, encode, soft_labels
 
 OURS, TRAINER, PLAIN = "starcast", "transformers.Trainer", "plain loop"
 LAST_REVIEW = 0.35  # odds that a text ends with a review, and none of the same stars follows
@@ -243,7 +243,7 @@ def fit(way: str, reviews: ReviewTexts, base: TextEncoder, config: TextConfig, s
     with tempfile.TemporaryDirectory(prefix="starcast-bench-") as name:
         encoder, head, rate = TRAINERS[way](train, base, config, seed, Path(name) / "tuned")
         vectors = encode(encoder, taken(reviews.texts, newest), lambda done, total: None)
-    said = text_scores(reviews.rating[newest], stars(head, vectors))
+    said = text_scores(reviews.rating[newest], head.stars(vectors))
     return Fitted(rate, said.rmse)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from model import lanes
 from model.compiled import compiled
 
-Floats = NDArray[np.float32]
+Singles = NDArray[np.float32]
 
 _ROWS, _COLUMNS = 6, 16  # of a tile
 _VECTORS = _COLUMNS // lanes.LANES
@@ -57,21 +57,21 @@ def by_head(lengths: NDArray[np.int64]) -> Callable[[Tensor, Tensor, Tensor], Te
     return attend
 
 
-def _flat(each: Tensor) -> Floats:
+def _flat(each: Tensor) -> Singles:
     return each.reshape(len(each), -1).contiguous().numpy()
 
 
 @compiled
 def _attend(
-    queries: Floats,
-    keys: Floats,
-    values: Floats,
+    queries: Singles,
+    keys: Singles,
+    values: Singles,
     heads: int,
     lengths: NDArray[np.int64],
-    found: Floats,
-    turned: Floats,
-    weights: Floats,
-    scales: Floats,
+    found: Singles,
+    turned: Singles,
+    weights: Singles,
+    scales: Singles,
 ) -> None:
     """What tokens of texts attend to: all (tokens, heads · width), texts end to end.
 

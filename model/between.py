@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from model.compiled import compiled, summing
 
-Floats = NDArray[np.float32]
+Singles = NDArray[np.float32]
 
 
 @compiled
 def add_normed(
-    x: Floats, made: Floats, offset: Floats, gain: Floats, shift: Floats, epsilon: np.float32
+    x: Singles, made: Singles, offset: Singles, gain: Singles, shift: Singles, epsilon: np.float32
 ) -> None:
     """x (rows, out) becomes the norm of x + made + offset; `made` is of no use after that."""
     for row in range(len(x)):
@@ -23,7 +23,7 @@ def add_normed(
 
 
 @compiled
-def gelu(made: Floats, offset: Floats) -> None:
+def gelu(made: Singles, offset: Singles) -> None:
     """`made` (rows, out) becomes GELU of made + offset."""
     for row in range(len(made)):
         _add(made[row], offset)
@@ -31,14 +31,14 @@ def gelu(made: Floats, offset: Floats) -> None:
 
 
 @compiled
-def _add(row: Floats, offset: Floats) -> None:
+def _add(row: Singles, offset: Singles) -> None:
     for at in range(len(row)):
         row[at] += offset[at]
 
 
 @summing
 def add_normed_row(
-    x: Floats, row: Floats, gain: Floats, shift: Floats, epsilon: np.float32
+    x: Singles, row: Singles, gain: Singles, shift: Singles, epsilon: np.float32
 ) -> None:
     """x becomes the norm of x + row."""
     width = np.float32(len(x))
@@ -57,7 +57,7 @@ def add_normed_row(
 
 
 @summing
-def gelu_row(row: Floats) -> None:
+def gelu_row(row: Singles) -> None:
     """GELU, by an error function that is off by 3e-7 at most (Abramowitz and Stegun, 7.1.28)."""
     one, half = np.float32(1), np.float32(0.5)
     for at in range(len(row)):

@@ -10,6 +10,8 @@ from model import distribution
 Reals = NDArray[np.float64]
 Singles = NDArray[np.float32]
 
+NORMAL_80 = 1.2816  # deviations around the mean that hold 80% of a normal distribution
+
 
 class Calibration(BaseModel):
     """How means, distributions and intervals are corrected; the defaults correct nothing."""
@@ -20,7 +22,7 @@ class Calibration(BaseModel):
     slope: float = Field(default=1.0, description="of the rating against the network's mean")
     temperature: float = Field(default=1.0, gt=0, description="of the logits")
     interval: float = Field(
-        default=1.2816,
+        default=NORMAL_80,
         ge=0,
         description="half an 80% interval, in the distribution's standard deviations",
     )

@@ -91,6 +91,11 @@ def _solve(logits: Any, mean: Any, theta: Any) -> None:
         theta[row] = found
 
 
+def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Distributions (n, 5) of logits (n, 5)."""
+    return torch.softmax(torch.from_numpy(logits).double(), -1).numpy()
+
+
 def mean_and_deviation(probability: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (n,) in stars of distributions (n, 5)."""
     stars = torch.arange(1, 6, dtype=probability.dtype, device=probability.device)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from model import adapters, heads, int8, packed, recorded
 from model import device as devices
+from model.distribution import softmax
 from model.exceptions import EncoderError
 from model.lookups import VECTOR_DTYPE
 from model.texts import plain
@@ -74,6 +75,10 @@ class StarHead:
 
     weight: Vectors  # (5, hidden)
     bias: Vectors  # (5,)
+
+    def stars(self, hidden: Vectors) -> NDArray[np.float64]:
+        """Distributions over 1 to 5 stars (n, 5) of hidden vectors (n, hidden)."""
+        return softmax(hidden @ self.weight.T + self.bias)
 
 
 @dataclass(frozen=True)
@@ -165,9 +170,7 @@ class TextEncoder:
         """Distributions over 1 to 5 stars (n, 5); raises EncoderError without a star head."""
         if self.star_head is None:
             raise EncoderError(f"{self.folder} has no star head; train one with `starcast train`")
-        logits = hidden @ self.star_head.weight.T + self.star_head.bias
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        return (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+        return self.star_head.stars(hidden).astype(np.float32)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids and mask (n, longest) on the device, cut and padded: input of `embed`."""
@@ -264,6 +267,36 @@ def load(
     Raises EncoderError when something is missing, damaged, only pickled or needs foreign code.
     """
     digest = folder_hash(folder)
+    config, tokenizer, model = _opened(folder)
+    model = _changed(model, folder)
+    # OPT-350m's vectors are narrower than its layers.
+    hidden = int(getattr(config, "word_embed_proj_dim", config.hidden_size))
+    quantized = (folder / QUANTIZATION).is_file()
+    target = torch.device("cpu") if quantized else devices.find(device)
+    low = precision == "bf16" and target.type == "cuda"
+    model = model.to(target, torch.bfloat16 if low else torch.float32).eval()
+    longest = _longest(_said_longest(folder), tokenizer, model)
+    pooling = _pooling(folder, config)
+    return TextEncoder(
+        folder=folder,
+        hash=digest,
+        model=model,
+        tokenizer=tokenizer,
+        pooling=pooling,
+        device=target,
+        longest_tokens=longest,
+        hidden=hidden,
+        projection=_projection(folder, hidden),
+        star_head=None if star_head is None else read_star_head(star_head, hidden),
+        graphs=recorded.Graphs(model, pooling, longest) if low and packed.fits(model) else None,
+    )
+
+
+def _opened(folder: Path) -> tuple[Any, Any, Any]:
+    """Configuration, tokenizer and model of a directory, which fit each other.
+
+    Raises EncoderError where they do not, or a weight is missing or no number.
+    """
     # transformers takes seconds to import, and only processes that encode pay.
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
@@ -292,36 +325,17 @@ def load(
     known = model.get_input_embeddings().num_embeddings
     if not len(tokenizer.all_special_ids) < words <= known:  # none, or another model's
         raise EncoderError(f"{folder}: a tokenizer of {words} tokens does not fit {known} in use")
-    if config.is_encoder_decoder:
-        model = model.get_encoder()
-    adapters.read(folder, model)
-    # OPT-350m's vectors are narrower than its layers.
-    hidden = int(getattr(config, "word_embed_proj_dim", config.hidden_size))
-    heads.read(folder, model)
-    quantized = (folder / QUANTIZATION).is_file()
-    if quantized:
-        _quantize(model, folder / QUANTIZATION)
-    if (folder / PROMPT).is_dir():
-        model = _prompted(model, folder / PROMPT)
     tokenizer.padding_side = "right"
-    target = torch.device("cpu") if quantized else devices.find(device)
-    low = precision == "bf16" and target.type == "cuda"
-    model = model.to(target, torch.bfloat16 if low else torch.float32).eval()
-    longest = _longest(_said_longest(folder), tokenizer, model)
-    pooling = _pooling(folder, config)
-    return TextEncoder(
-        folder=folder,
-        hash=digest,
-        model=model,
-        tokenizer=tokenizer,
-        pooling=pooling,
-        device=target,
-        longest_tokens=longest,
-        hidden=hidden,
-        projection=_projection(folder, hidden),
-        star_head=None if star_head is None else read_star_head(star_head, hidden),
-        graphs=recorded.Graphs(model, pooling, longest) if low and packed.fits(model) else None,
-    )
+    return config, tokenizer, model.get_encoder() if config.is_encoder_decoder else model
+
+
+def _changed(model: Any, folder: Path) -> Any:
+    """The model with what else its directory has: adapters, fewer heads, eight bits, a prompt."""
+    adapters.read(folder, model)
+    heads.read(folder, model)
+    if (folder / QUANTIZATION).is_file():
+        _quantize(model, folder / QUANTIZATION)
+    return _prompted(model, folder / PROMPT) if (folder / PROMPT).is_dir() else model
 
 
 def files(folder: Path) -> list[str]:

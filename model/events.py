@@ -132,10 +132,10 @@ def forget_rows(users: Sequence[str]) -> Rows:
     return rows
 
 
-def from_request(user: int, items: Hashes, time: int) -> Rows:
-    """EVENT rows, shape (n,), that ask: what would this user (a hash) rate these items now (ms)?"""
+def from_request(users: Hashes, items: Hashes, times: NDArray[np.int64]) -> Rows:
+    """EVENT rows (n) that ask: what would these users (n) rate these items (n) now (n, ms)?"""
     rows = blank(EVENT, len(items))
-    rows["user"], rows["item"], rows["time"] = user, items, time
+    rows["user"], rows["item"], rows["time"] = users, items, times
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Why a prediction was not the running bias: what each input added, in stars.
+"""Why a prediction is not the running bias: what each input adds, in stars.
 
 Integrated gradients (Sundararajan et al. 2017) from a row of which nothing is known: average
 features, unknown ids, no text, no recent items. Of trees, the steps along a row's paths from the
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.features import INDEX, NAMES
+from model.features import FEATURES, INDEX, NAMES
 from model.network import FusedNetwork, Inputs, blocks, tensors
 from model.taste import ADDED, COLUMNS, Taste
 
@@ -25,7 +25,31 @@ class Contribution:
     """What one input added to a prediction."""
 
     name: str  # a feature's or a taste column's name, or one of the other blocks of network.blocks
+    meaning: str
     stars: float
+
+
+_MEANINGS = {feature.name: feature.meaning for feature in FEATURES} | {
+    "taste_bias": "the running bias and what is believed of the taste",
+    "taste_level": "level and mood of the user, as far as they are believed",
+    "taste_mood": "mood of the user's newest ratings",
+    "item_level": "level of the item, damped as this shop's are",
+    "taste": "what factors make of the user's ratings of other items",
+    "taste_known": "remembered ratings of items with factors",
+    "taste_strength": "how much the user's taste is told of",
+    "item_strength": "how much the item's factors tell",
+    "item text": "words of the item",
+    "item": "this very item",
+    "category": "categories of the item",
+    "brand": "brand of the item",
+    "user": "this very user",
+    "recent items": "what the user met last",
+}
+
+
+def running_bias(stars: float) -> Contribution:
+    """What all else is added to."""
+    return Contribution("running bias", _MEANINGS["bias"], stars)
 
 
 def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Contribution]]:
@@ -55,7 +79,10 @@ def explain(network: FusedNetwork, inputs: Inputs, top: int = 5) -> list[list[Co
     names = _names(network)
     order: list[list[int]] = np.argsort(-np.abs(total), axis=1)[:, :top].tolist()
     return [
-        [Contribution(names[column], float(row[column])) for column in columns]
+        [
+            Contribution(names[column], _MEANINGS[names[column]], float(row[column]))
+            for column in columns
+        ]
         for row, columns in zip(total, order, strict=True)
     ]
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from model import between, int8_product
 from model.compiled import compiled, summing
 
-Floats = NDArray[np.float32]
+Singles = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
 _HIGHEST = np.float32(255)  # code of a number
@@ -41,8 +41,8 @@ class Rows:
     """Numbers as codes."""
 
     codes: Codes  # (rows, width)
-    lowest: Floats  # (rows)
-    steps: Floats  # (rows)
+    lowest: Singles  # (rows)
+    steps: Singles  # (rows)
 
     @classmethod
     def room(cls, rows: int, width: int) -> "Rows":
@@ -128,10 +128,10 @@ def add_normed(
         )  # fmt: skip
 
 
-def _own_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Floats]:
+def _own_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Singles]:
     packed, by = int8_product.pack(weight), scales.numpy()
 
-    def multiply(codes: Codes) -> Floats:
+    def multiply(codes: Codes) -> Singles:
         made = np.empty((len(codes), len(by)), np.float32)
         int8_product.multiply(codes, packed, by, made)
         return made
@@ -139,7 +139,7 @@ def _own_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Floats]:
     return multiply
 
 
-def _library_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Floats]:
+def _library_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Singles]:
     if torch.backends.cpu.get_cpu_capability() not in _MULTIPLIED:
         own = weight * scales[:, None]
         return lambda codes: nn.functional.linear(torch.from_numpy(codes).float(), own).numpy()
@@ -155,27 +155,27 @@ def _library_product(weight: Tensor, scales: Tensor) -> Callable[[Codes], Floats
 
 
 @compiled
-def _open_rows(made: Floats, lowest: Floats, steps: Floats, added: Floats) -> None:
+def _open_rows(made: Singles, lowest: Singles, steps: Singles, added: Singles) -> None:
     for row in range(len(made)):
         _open(made[row], lowest[row], steps[row], added[0], added[1])
 
 
 @compiled
-def _take_rows(x: Floats, taken: Floats, codes: Codes, lowest: Floats, steps: Floats) -> None:
+def _take_rows(x: Singles, taken: Singles, codes: Codes, lowest: Singles, steps: Singles) -> None:
     for row in range(len(x)):
         lowest[row], steps[row] = _take(x[row], taken, codes[row])
 
 
 @compiled
 def _gelu_rows(
-    made: Floats,
-    lowest: Floats,
-    steps: Floats,
-    added: Floats,
-    taken: Floats,
+    made: Singles,
+    lowest: Singles,
+    steps: Singles,
+    added: Singles,
+    taken: Singles,
     codes: Codes,
-    new_lowest: Floats,
-    new_steps: Floats,
+    new_lowest: Singles,
+    new_steps: Singles,
 ) -> None:
     for row in range(len(made)):
         _open(made[row], lowest[row], steps[row], added[0], added[1])
@@ -185,13 +185,13 @@ def _gelu_rows(
 
 @compiled
 def _add_normed_rows(
-    made: Floats,
-    lowest: Floats,
-    steps: Floats,
-    added: Floats,
-    x: Floats,
-    gain: Floats,
-    shift: Floats,
+    made: Singles,
+    lowest: Singles,
+    steps: Singles,
+    added: Singles,
+    x: Singles,
+    gain: Singles,
+    shift: Singles,
     epsilon: np.float32,
 ) -> None:
     for row in range(len(made)):
@@ -200,13 +200,13 @@ def _add_normed_rows(
 
 
 @summing
-def _open(row: Floats, lowest: np.float32, step: np.float32, sums: Floats, bias: Floats) -> None:
+def _open(row: Singles, lowest: np.float32, step: np.float32, sums: Singles, bias: Singles) -> None:
     for at in range(len(row)):
         row[at] = step * row[at] + lowest * sums[at] + bias[at]
 
 
 @summing
-def _take(row: Floats, taken: Floats, codes: Codes) -> tuple[np.float32, np.float32]:
+def _take(row: Singles, taken: Singles, codes: Codes) -> tuple[np.float32, np.float32]:
     """A row as codes, with its lowest number and step."""
     lowest, step = taken
     if step == 0:

@@ -230,17 +230,18 @@ def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = 
     rated = ~np.isnan(inputs.recent_ratings)
     stars = np.where(rated, (inputs.recent_ratings - 3) / 2, 0)[..., None]  # -1 to 1
     bits = np.unpackbits(inputs.recent_actions[..., None], axis=-1)
-    some = slice(int(np.count_nonzero(inputs.older, axis=1).max(initial=0)))
+    ids = Ids.of(config, inputs)
+    older_stars = inputs.older_ratings[:, : ids.older.shape[1]] / RATING_STEPS
     return Tensors(
         features=send(inputs.features, np.float32),
-        user=send(bucket(inputs.users, config.buckets), np.int64),
-        item=send(bucket(low_half(inputs.items), config.buckets), np.int64),
-        categories=send(bucket(inputs.categories, config.name_buckets), np.int64),
-        brand=send(bucket(inputs.brands, config.name_buckets), np.int64),
-        recents=send(bucket(low_half(inputs.recents), config.buckets), np.int64),
+        user=send(ids.user, np.int64),
+        item=send(ids.item, np.int64),
+        categories=send(ids.categories, np.int64),
+        brand=send(ids.brand, np.int64),
+        recents=send(ids.recents, np.int64),
         feedback=send(np.concatenate([stars, rated[..., None], bits], -1), np.float32),
-        older=send(bucket(inputs.older[:, some], config.buckets), np.int64),
-        older_stars=send(inputs.older_ratings[:, some] / RATING_STEPS, np.float32),
+        older=send(ids.older, np.int64),
+        older_stars=send(older_stars, np.float32),
         item_vector=send(inputs.vectors[inputs.item_vectors], np.float32),
         recent_vectors=send(inputs.vectors[inputs.recent_vectors], np.float32),
     )
@@ -249,6 +250,30 @@ def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = 
 def bucket(hashes: NDArray[np.unsignedinteger], buckets: int) -> NDArray[np.unsignedinteger]:
     """Hashes to 1..buckets-1; the hash 0 (none, unknown) to 0."""
     return np.where(hashes == 0, hashes, hashes % hashes.dtype.type(buckets - 1) + 1)
+
+
+class Ids(NamedTuple):
+    """The ids of n rows of `Inputs` as buckets."""
+
+    user: NDArray[np.unsignedinteger]  # (n,)
+    item: NDArray[np.unsignedinteger]
+    categories: NDArray[np.unsignedinteger]  # (n, 4)
+    brand: NDArray[np.unsignedinteger]  # (n,)
+    recents: NDArray[np.unsignedinteger]  # (n, 16)
+    older: NDArray[np.unsignedinteger]  # (n, o), as many as the fullest row has
+
+    @classmethod
+    def of(cls, config: NetworkConfig, inputs: Inputs) -> Self:
+        """Of these inputs."""
+        most = int(np.count_nonzero(inputs.older, axis=1).max(initial=0))
+        return cls(
+            user=bucket(inputs.users, config.buckets),
+            item=bucket(low_half(inputs.items), config.buckets),
+            categories=bucket(inputs.categories, config.name_buckets),
+            brand=bucket(inputs.brands, config.name_buckets),
+            recents=bucket(low_half(inputs.recents), config.buckets),
+            older=bucket(inputs.older[:, :most], config.buckets),
+        )
 
 
 class Embedding(nn.Module):

@@ -26,16 +26,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.ids import low_half
 from model.lookups import Source
 from model.network import (
     ACTION_BITS,
     FusedNetwork,
+    Ids,
     Inputs,
     Member,
     NetworkConfig,
     blocks,
-    bucket,
     check,
 )
 from model.serving_loops import BLOCK, attend, climb, embed, fold_in, standardise
@@ -217,7 +216,7 @@ class Served:
 
     def _chunk(self, inputs: Inputs, begun: Sequence[_Begun]) -> tuple[NDArray[Any], NDArray[Any]]:
         config, count = self._config, len(inputs)
-        ids = _Ids(config, inputs)
+        ids = Ids.of(config, inputs)
         columns = self._columns(inputs, ids)
         rows = -(-count // BLOCK) * BLOCK
         features = np.zeros((rows, 2 * config.columns), np.float32)
@@ -234,7 +233,7 @@ class Served:
         bias = columns[:, config.bias_column]
         return bias + self._shrink * correction, self._prior + output[:, 1:]
 
-    def _columns(self, inputs: Inputs, ids: "_Ids") -> Singles:
+    def _columns(self, inputs: Inputs, ids: Ids) -> Singles:
         """Features, then what the taste says (n, C)."""
         if self._taste is None:
             return np.ascontiguousarray(inputs.features)
@@ -242,23 +241,10 @@ class Served:
         told = np.empty((len(inputs), len(COLUMNS)), np.float32)
         columns[:, : self._config.features] = inputs.features
         running = np.nan_to_num(inputs.features[:, self._config.running_columns])
-        rated = (ids.recent, inputs.recent_ratings, ids.older, inputs.older_ratings)
+        rated = (ids.recents, inputs.recent_ratings, ids.older, inputs.older_ratings)
         fold_in(*self._taste, ids.item, *rated, running, told)
         columns[:, self._config.features :] = told
         return columns
-
-
-class _Ids:
-    """Ids as buckets."""
-
-    def __init__(self, config: NetworkConfig, inputs: Inputs) -> None:
-        self.user = bucket(inputs.users, config.buckets).astype(np.int64)
-        self.item = bucket(low_half(inputs.items), config.buckets)
-        self.recent = bucket(low_half(inputs.recents), config.buckets)
-        some = slice(int(np.count_nonzero(inputs.older, axis=1).max(initial=0)))
-        self.older = bucket(inputs.older[:, some], config.buckets)
-        self.categories = bucket(inputs.categories, config.name_buckets)
-        self.brand = bucket(inputs.brands, config.name_buckets)
 
 
 def _array(tensor: Tensor) -> Singles:
@@ -407,7 +393,7 @@ def _head(
     config: NetworkConfig,
     features: Singles,
     inputs: Inputs,
-    ids: _Ids,
+    ids: Ids,
     begun: _Begun,
 ) -> Singles:
     """Correction in stars and logits (rows, 6), summed over the members."""
@@ -415,7 +401,9 @@ def _head(
     joined = np.zeros((len(features), len(served.first.weight)), np.float32)
     joined[:, :begin] = features
     tables = (served.items, served.categories, served.brands, served.users)
-    embed(*tables, ids.item, ids.categories, ids.brand, ids.user, joined[:, begin:])
+    embed(
+        *tables, ids.item, ids.categories, ids.brand, ids.user.astype(np.int64), joined[:, begin:]
+    )
     rows = torch.from_numpy(joined)
     if (attention := served.attention) is not None:
         heard = np.zeros((len(joined), len(attention.output.weight)), np.float32)
@@ -426,7 +414,7 @@ def _head(
             begun.tokens,
             inputs.recent_vectors,
             attention.by_item,
-            ids.recent,
+            ids.recents,
             inputs.recent_ratings,
             inputs.recent_actions,
             attention.by_rating,

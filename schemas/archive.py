@@ -211,19 +211,24 @@ def journal_values(
 
     Raises UnreachableError when a file of the table cannot be read.
     """
-    where = table_url(url, "journal")
     frame = read(url, "journal", options, partitions=[partition])
-    later = frame.filter(pl.col("kafka_offset") >= start)
-    offsets = collect(later.select("kafka_offset"), where)
+    frame = frame.filter(pl.col("kafka_offset") >= start).select("kafka_offset", "kafka_value")
+    return (
+        row
+        for chunk in chunks(frame, JOURNAL_CHUNK, table_url(url, "journal"))
+        for row in chunk.iter_rows()
+    )
 
-    def values() -> Iterator[tuple[int, bytes]]:
-        for at in range(0, len(offsets), JOURNAL_CHUNK):
-            chunk = offsets["kafka_offset"][at : at + JOURNAL_CHUNK]
-            span = pl.col("kafka_offset").is_between(chunk[0], chunk[-1])
-            rows = frame.filter(span).select("kafka_offset", "kafka_value")
-            yield from collect(rows, where).iter_rows()
 
-    return values()
+def chunks(frame: pl.LazyFrame, size: int, where: str) -> Iterator[pl.DataFrame]:
+    """The rows of one partition of a table at `where`, `size` of them in memory at once, in order.
+
+    Raises UnreachableError when a file of the table cannot be read.
+    """
+    offset = pl.col("kafka_offset")
+    offsets = collect(frame.select(offset), where)["kafka_offset"]
+    spans = (offsets[at : at + size] for at in range(0, len(offsets), size))
+    return (collect(frame.filter(offset.is_between(each[0], each[-1])), where) for each in spans)
 
 
 @contextmanager

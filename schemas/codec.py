@@ -6,7 +6,7 @@ a bad value is taken apart. See `docs/decisions/0002-contract.md`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import cache
 from itertools import compress
 from typing import Any, TypeAlias
@@ -18,9 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from schemas.exceptions import ContractError
-from schemas.records import Record
+from schemas.records import EPOCH, Record
 from schemas.topics import Topic
 
+GOT = " (got "  # what follows it in a reason is what was found
 LONGEST_ECHO = 60  # characters of a bad value that a reason repeats
 LONGEST_FIELD = 80  # characters of a field's path; a map's key comes from outside
 
@@ -173,7 +174,6 @@ def _cells(column: Sequence[Any] | NDArray[Any]) -> tuple[bytes, list[bytes]]:
     return around, pieces
 
 
-_START = datetime(1970, 1, 1, tzinfo=UTC)
 _ARRAYS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NAIVE_UTC | orjson.OPT_UTC_Z
 
 
@@ -184,7 +184,7 @@ def format_times(times: NDArray[np.int64]) -> list[str]:
 
 def time_ms(time: datetime) -> int:
     """Milliseconds since 1970 of an aware time, cut downwards."""
-    return (time - _START) // timedelta(milliseconds=1)
+    return (time - EPOCH) // timedelta(milliseconds=1)
 
 
 def _record_type(topic: Topic) -> type[Record]:
@@ -219,9 +219,9 @@ def _reason(details: ErrorDetails) -> str:
     if details["type"] == "model_type":
         return f"Input should be a JSON object, not {_JSON_TYPES[type(found)]}"
     if isinstance(found, str):
-        return f"{details['msg']} (got {_cut(found, LONGEST_ECHO)!a}, {len(found)} characters)"
+        return f"{details['msg']}{GOT}{_cut(found, LONGEST_ECHO)!a}, {len(found)} characters)"
     if found is None or isinstance(found, int | float):
-        return f"{details['msg']} (got {orjson.dumps(found).decode()})"
+        return f"{details['msg']}{GOT}{orjson.dumps(found).decode()})"
     return details["msg"]
 
 

@@ -9,7 +9,7 @@ then pydantic has the batch, and it alone says what is wrong.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache, partial
 from operator import attrgetter
 from types import NoneType
@@ -21,16 +21,13 @@ from msgspec import Meta
 from msgspec.structs import astuple
 from numpy.typing import NDArray
 
-from schemas.records import EARLIEST_TIME, LATEST_TIME, NO_NUL, RFC3339, Record, Time
+from schemas.records import EARLIEST_TIME, EPOCH, LATEST_TIME, NO_NUL, RFC3339, Record, Time
 
 Columns = Mapping[str, Any]
 """By field, of n records: a list of strings (None: absent), or an array: numbers (n; nan: absent),
 times (n) in milliseconds since 1970, lists of numbers (n, length)."""
 
-_START = datetime(1970, 1, 1, tzinfo=UTC)
-_EARLIEST, _LATEST = (
-    (each - _START).total_seconds() * 1e6 for each in (EARLIEST_TIME, LATEST_TIME)
-)
+_EARLIEST, _LATEST = ((each - EPOCH).total_seconds() * 1e6 for each in (EARLIEST_TIME, LATEST_TIME))
 _LONGEST_TIME = len("2026-11-24T10:15:00.123456789+01:00")
 _UTC_TIMES = re.compile(r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z\n)*+", re.ASCII)
 _TIMES = re.compile(rf"(?:{RFC3339}\n)*+", re.ASCII)
@@ -81,7 +78,7 @@ def _microseconds(times: Sequence[datetime]) -> NDArray[np.int64]:
     # Decoded times share one time zone of fixed offset, and so are subtracted without asking it.
     zone = times[0].tzinfo if times else None
     fixed = zone is not None and zone.utcoffset(None) is not None
-    start = _START.astimezone(zone) if fixed else _START
+    start = EPOCH.astimezone(zone) if fixed else EPOCH
     seconds = np.array([(time - start).total_seconds() for time in times], np.float64)
     return np.rint(seconds * 1e6).astype(np.int64)
 

@@ -23,7 +23,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.codec import decode, encode
+from schemas.codec import GOT, decode, encode
 from schemas.exceptions import ContractError
 from schemas.records import Record
 from schemas.topics import BY_NAME
@@ -31,7 +31,6 @@ from schemas.topics import BY_NAME
 BATCH = 2_000  # lines validated, or rows read, at once
 
 _PARQUET = pa.schema([("topic", pa.string()), ("value", pa.string())])
-_FOUND = " (got "  # as reasons of `schemas.codec` have it
 _LINE = 'a line such as {"topic": "reviews", "value": {...}}'
 
 
@@ -49,12 +48,12 @@ class LineError:
     @property
     def kind(self) -> str:
         """The reason without what was found on this line: that of others like it."""
-        return self.reason.partition(_FOUND)[0]
+        return self.reason.partition(GOT)[0]
 
     @property
     def found(self) -> str:
         """What was found on this line, as `, got '5'`."""
-        _, got, found = self.reason.partition(_FOUND)
+        _, got, found = self.reason.partition(GOT)
         return f", {got.lstrip(' (')}{found.removesuffix(')')}" if got else ""
 
 
@@ -158,7 +157,7 @@ def _entries(path: Path, report: Callable[[LineError], None]) -> Iterator[tuple[
         try:
             entry: Any = orjson.loads(text) if isinstance(text, bytes) else text
         except orjson.JSONDecodeError as error:
-            report(LineError(path, line, f"not JSON in UTF-8; expected {_LINE} (got {error})"))
+            report(LineError(path, line, f"not JSON in UTF-8; expected {_LINE}{GOT}{error})"))
             continue
         if not isinstance(entry, dict) or not {"topic", "value"} <= entry.keys():
             report(LineError(path, line, f"expected {_LINE}"))

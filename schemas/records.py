@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # from which times are counted, as Kafka does
 EARLIEST_TIME = datetime(1990, 1, 1, tzinfo=UTC)  # no shop's log starts before the web
 LATEST_TIME = datetime(2100, 1, 1, tzinfo=UTC)  # a clock in microseconds read as milliseconds
 LONGEST_TEXT = 65_536  # characters; longer ones are dumps, not reviews

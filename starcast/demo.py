@@ -36,7 +36,7 @@ from starcast.shop import shop
 from starcast.workers import STOP_SECONDS, read_metrics, start_worker
 from streams.admin import apply_topics
 from streams.embedded import Child, embedded, start_child
-from streams.producer import Outgoing, Sender, outgoing
+from streams.producer import CountingProducer, Outgoing, outgoing
 from streams.tail import read_topic
 from trainer.baselines import running_baselines
 
@@ -168,7 +168,7 @@ def run_once(
     places = [at for at, each in enumerate(records) if each.topic in EVENTS]
     cut = places[int(len(places) * TRAIN_SHARE)] if places else len(records)
     with cluster(settings, console, dashboard=False) as running:
-        sender = Sender(running.settings.kafka)
+        sender = CountingProducer(running.settings.kafka)
         with (
             console.status("playing events") as status,
             closing(_Follower(running, stop)) as follower,
@@ -264,7 +264,7 @@ class _ShopPlayer:
 
     def _play(self) -> None:
         try:
-            sender = Sender(self._running.settings.kafka)
+            sender = CountingProducer(self._running.settings.kafka)
             records = outgoing(
                 shop(self._seed, SHOP_USERS, SHOP_ITEMS, SHOP_EVENTS, datetime.now(UTC))
             )
@@ -282,7 +282,9 @@ class _ShopPlayer:
             self._failure = error
 
 
-def _play(records: Sequence[Outgoing], sender: Sender, rate: float, stop: threading.Event) -> None:
+def _play(
+    records: Sequence[Outgoing], sender: CountingProducer, rate: float, stop: threading.Event
+) -> None:
     due = time.monotonic()
     for record in records:
         if stop.is_set() or not sender.send(record, stop):
@@ -294,7 +296,7 @@ def _play(records: Sequence[Outgoing], sender: Sender, rate: float, stop: thread
         raise DemoError(f"The broker refused records: {dict(report.failed)}.")
 
 
-def _wait_until(due: float, sender: Sender, stop: threading.Event) -> None:
+def _wait_until(due: float, sender: CountingProducer, stop: threading.Event) -> None:
     """Until the clock says so or the demo stops; what was sent is seen to meanwhile."""
     while (wait := due - time.monotonic()) > 0 and not stop.is_set():
         sender.wait(min(wait, STOP_LOOK_SECONDS))

@@ -12,6 +12,7 @@ from starcast import __version__, log
 from starcast.commands import (
     contract,
     dead_letters,
+    explain,
     forget,
     models,
     records,
@@ -50,6 +51,7 @@ app.command(rich_help_panel=MODELS)(training.compress)
 app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 
 app.command(rich_help_panel=LOOKING)(running.doctor)
+app.command(rich_help_panel=LOOKING)(explain.explain)
 app.add_typer(dead_letters.app, name="dead-letters", rich_help_panel=LOOKING)
 app.command(rich_help_panel=LOOKING)(state.verify_replay)
 app.add_typer(state.app, name="state", rich_help_panel=LOOKING)

@@ -135,7 +135,7 @@ def apply_topics(kafka: KafkaConfig) -> list[tuple[TopicReport, Change]]:
     )
     admin = reach(kafka)
     _create(kafka, admin, [report for report in reports if not report.partitions])
-    _alter(kafka, admin, [report for report in reports if report.differences])
+    _alter(admin, [report for report in reports if report.differences])
     return [(report, _change(report)) for report in reports]
 
 
@@ -296,7 +296,7 @@ def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[Topic
         time.sleep(VISIBLE_PAUSE_SECONDS)
 
 
-def _alter(kafka: KafkaConfig, admin: AdminClient, changed: list[TopicReport]) -> None:
+def _alter(admin: AdminClient, changed: list[TopicReport]) -> None:
     if not changed:
         return
     futures = admin.incremental_alter_configs(

@@ -20,13 +20,11 @@ from confluent_kafka import Message
 from numpy.typing import NDArray
 
 from model.canary import Part, in_order
-from model.events import EVENT, Rows, blank, from_request, joined
-from model.ids import hash_ids, partitions_of
+from model.ids import hash_ids
 from model.ladder import TIERS
-from model.replay import observe
-from model.state import USER
 from schemas.codec import Column, encode_columns, format_times, time_ms
 from schemas.records import ScoreRequest
+from streams.asking import Asking
 from streams.config import ScorerConfig
 from streams.digests import Digests, Scored
 from streams.inputs import split
@@ -34,15 +32,13 @@ from streams.metrics import Metrics
 from streams.models import Models
 from streams.predictions import prediction_columns
 from streams.processor import Offsets, Outcome, OutputBatch, Position
-from streams.reader import USER_STATE, Reader
+from streams.reader import Reader
 from streams.store import Store
-from streams.user_states import decode_header
 
 BATCH = 200  # requests in one transaction
 ITEMS = 20_000  # about so many at most: 200,000 take a gigabyte, and nearly too long
 LINGER_SECONDS = 0.005  # a shopper waits for this
 CLOCK_MS = 1_000  # producers' clocks may be off by so much
-HEADER_SECONDS = 1.0  # a partition's running mean moves slowly
 
 
 class Answers:
@@ -65,12 +61,10 @@ class Answers:
         worker: str,
     ) -> None:
         self._prefix = prefix
-        self._store = store
-        self._reader = reader
+        self._asking = Asking(store, reader)
         self._models = models
         self._metrics = metrics
         self._digests = Digests(worker, "request", config.digest_seconds)
-        self._headers: dict[int, tuple[float, Rows]] = {}
         self.most = BATCH  # requests in one transaction
         self.batch_size = BATCH  # in the next one
         self.lag = 0
@@ -138,83 +132,49 @@ class Answers:
         stamps: NDArray[np.int64],
         expired: bool,
     ) -> tuple[OutputBatch, list[Scored]]:
-        request = np.repeat(
-            np.arange(len(requests)), [len(each.item_ids) for each in requests]
-        )  # (m)
+        """A record for each item of requests (n) that came from `sources`, appended at `stamps`."""
+        counts = [len(each.item_ids) for each in requests]
+        request = np.repeat(np.arange(len(requests)), counts)  # (m): whose each item is
         items = [item for each in requests for item in each.item_ids]
         users = [requests[at].user_id for at in request]
+        times = np.array([time_ms(each.event_time) for each in requests])[request]
         columns: dict[str, Column] = {
             "request_id": [requests[at].request_id for at in request],
             "user_id": users,
             "item_id": items,
-            "event_time": np.array([time_ms(each.event_time) for each in requests], "M8[ms]")[
-                request
-            ],
+            "event_time": times.astype("M8[ms]"),
             "kind": "request",
             "source": [sources[at] for at in request],
-            "of": [len(requests[at].item_ids) for at in request],
+            "of": [counts[at] for at in request],
         }
         scored: list[Scored] = []
         if expired:
             columns["status"] = "expired"  # nothing was predicted, by no model
         else:
-            parts = self._predict(requests, request, items)
-            columns |= prediction_columns(parts)
-            columns |= {
-                "status": "ok",
-                "rank": _ranks(in_order(parts, lambda each: each.rating), request),
-            }
-            waited = (time.time() * 1_000 - stamps[request]).astype(np.float32)
-            scored = [
-                Scored(
-                    version=part.predictions.version,
-                    ratings=part.predictions.rating,
-                    truths=np.full(len(part.predictions.rating), np.nan, np.float32),
-                    tiers=part.predictions.tier,
-                    items=part.take(items),
-                    actions=Counter(),
-                    latencies_ms=waited[part.rows],
-                    role=part.role,
-                )
-                for part in parts
-            ]
+            parts = self._predict(requests, request, items, times)
+            ranks = _ranks(in_order(parts, lambda each: each.rating), request)
+            columns |= {**prediction_columns(parts), "status": "ok", "rank": ranks}
+            scored = [_scored(part, items, stamps[request]) for part in parts]
         columns["predicted_at"] = format_times(np.array([int(time.time() * 1_000)]))[0]
-        values = encode_columns(columns)
-        return OutputBatch(
-            "predicted-ratings",
-            [
-                {"key": user.encode(), "value": value}
-                for user, value in zip(users, values, strict=True)
-            ],
-        ), scored
+        keys = (user.encode() for user in users)
+        messages = [
+            {"key": key, "value": value}
+            for key, value in zip(keys, encode_columns(columns), strict=True)
+        ]
+        return OutputBatch("predicted-ratings", messages), scored
 
     def _predict(
-        self, requests: list[ScoreRequest], request: NDArray[np.intp], items: list[str]
+        self,
+        requests: list[ScoreRequest],
+        request: NDArray[np.intp],
+        items: list[str],
+        times: NDArray[np.int64],
     ) -> list[Part]:
-        users = hash_ids([each.user_id for each in requests])
-        hashes = hash_ids(items)
-        events = blank(EVENT, len(items))
-        for at, each in enumerate(requests):
-            mine = request == at
-            events[mine] = from_request(int(users[at]), hashes[mine], time_ms(each.event_time))
+        """What answers items (m): `request` (m) asks for each, at its time of `times` (m)."""
         serving = self._models.serving
-        self._reader.use_encoder(serving.encoder_hash)
-        distinct, index = np.unique(users, return_inverse=True)
-        states = self._reader.states(USER_STATE, distinct, USER)
-        lookups = self._reader.lookups(events, states)
-        partitions = partitions_of(users, self._store.partitions)[request]
-        owners, owner = np.unique(partitions, return_inverse=True)
-        headers = [self._header(partition)["partition"] for partition in owners.tolist()]
-        running = joined([each.copy().reshape(1) for each in headers]).take(owner)
-        observation = observe(states.take(index[request]), running, events, lookups)
-        return self._models.predict(serving, events, observation, lookups)
-
-    def _header(self, partition: int) -> Rows:
-        until, header = self._headers.get(partition, (0.0, None))
-        if header is None or until < time.monotonic():
-            header = decode_header(self._store.header(USER_STATE, partition))
-            self._headers[partition] = time.monotonic() + HEADER_SECONDS, header
-        return header
+        users = hash_ids([each.user_id for each in requests])[request]
+        asked = self._asking.observe(serving.encoder_hash, users, hash_ids(items), times)
+        return self._models.predict(serving, *asked)
 
     def _count(self, scored: Scored) -> None:
         for tier, count in zip(*np.unique(scored.tiers, return_counts=True), strict=True):
@@ -226,6 +186,22 @@ def _late(request: ScoreRequest, appended: int, now: int) -> bool:
     """Whether a request has waited for longer than its deadline; times in ms."""
     since = min(appended, time_ms(request.event_time) + CLOCK_MS)
     return request.deadline_ms is not None and now - since > request.deadline_ms
+
+
+def _scored(part: Part, items: list[str], stamps: NDArray[np.int64]) -> Scored:
+    """What digests count of a version's part of items (m), asked for at `stamps` (m, ms)."""
+    said = part.predictions
+    waited = (time.time() * 1_000 - stamps).astype(np.float32)
+    return Scored(
+        version=said.version,
+        ratings=said.rating,
+        truths=np.full(len(said.rating), np.nan, np.float32),
+        tiers=said.tier,
+        items=part.take(items),
+        actions=Counter(),
+        latencies_ms=waited[part.rows],
+        role=part.role,
+    )
 
 
 def _ranks(ratings: NDArray[np.float32], request: NDArray[np.intp]) -> NDArray[np.int64]:

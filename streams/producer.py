@@ -50,7 +50,7 @@ class Sent:
     seconds: float = 0.0
 
 
-class Sender:
+class CountingProducer:
     """An idempotent producer that counts the verdict on each record.
 
     Raises UnreachableError when no broker answers.
@@ -158,10 +158,10 @@ def play(
 
     `rate` is in records a second; `speed` is a multiple of the pace of the records' own
     `event_time`s; without either they go as fast as Kafka takes them. `on_progress` is called a
-    few times a second and at the end. Raises as `Sender` does.
+    few times a second and at the end. Raises as `CountingProducer` does.
     """
     stop = stop or threading.Event()
-    sender = Sender(kafka)
+    sender = CountingProducer(kafka)
     due = _pace(rate, speed)
     started = told = time.monotonic()
     try:

@@ -32,11 +32,10 @@ from streams.processor import Offsets, Processor
 from streams.reader import ITEM_KIND, ITEM_STATE, USER_KIND, USER_STATE
 from streams.store import Store
 from streams.tail import archived_end, bounds, read_archived, read_log, read_topic
-from streams.user_states import UserStates, decode_header
+from streams.user_states import MARKER_SECONDS, UserStates, decode_header
 
 ATTEMPTS = 50  # a busy worker may claim again while its states are being cleared
 PAUSE_SECONDS = 0.05
-MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
 KINDS_OF_STATES = 3  # that `rebuild` tells of
 STALL_SECONDS = 120.0  # a worker that has taken over recovers thousands of records in this time
 

@@ -132,16 +132,13 @@ def read_archived(
     end: int | None = None,
 ) -> Iterator[list[Message]]:
     """Batches of a partition's archived rows from `start` to before `end`, as messages."""
-    options, where = archived.storage_options, archive.table_url(archived.url, topic)
-    frame = archive.read(archived.url, topic, options, partitions=[partition])
-    wanted = pl.col("kafka_offset") >= start
+    columns = ("kafka_offset", "kafka_key", "kafka_value")
+    frame = archive.read(
+        archived.url, topic, archived.storage_options, columns=columns, partitions=[partition]
+    ).filter(pl.col("kafka_offset") >= start)
     if end is not None:
-        wanted &= pl.col("kafka_offset") < end
-    offsets = archive.collect(frame.filter(wanted).select("kafka_offset"), where)["kafka_offset"]
-    for at in range(0, len(offsets), ARCHIVED_ROWS):
-        chunk = offsets[at : at + ARCHIVED_ROWS]
-        span = pl.col("kafka_offset").is_between(chunk[0], chunk[-1])
-        rows = frame.filter(span).select("kafka_offset", "kafka_key", "kafka_value")
+        frame = frame.filter(pl.col("kafka_offset") < end)
+    for rows in archive.chunks(frame, ARCHIVED_ROWS, archive.table_url(archived.url, topic)):
         yield [
             Message(
                 topic=topic_name(kafka, topic),
@@ -150,7 +147,7 @@ def read_archived(
                 key=key,
                 value=value,
             )
-            for offset, key, value in archive.collect(rows, where).iter_rows()
+            for offset, key, value in rows.iter_rows()
         ]
 
 

@@ -16,12 +16,15 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import torch
 from confluent_kafka import Message
 from numpy.typing import NDArray
 
 from model import encoder
 from model.bundle import Bundle
+from model.calibration import NORMAL_80
 from model.catalog import item_text
+from model.distribution import mean_and_deviation
 from model.encoder import TextEncoder, review_text
 from model.engine import Engine
 from model.events import DAY_MS
@@ -42,9 +45,7 @@ from streams.reader import VECTOR_DTYPE, vector_keys
 from streams.store import Store
 
 LINGER_SECONDS = 0.02
-NORMAL_80 = 1.2816  # deviations around the mean that hold 80% of a normal distribution
 CHECK_SECONDS = 5.0  # a store that lost its vectors, and a new encoder, are noticed this soon
-STARS = np.arange(1.0, 6.0)
 
 
 class Texts:
@@ -256,9 +257,8 @@ def _told(
 ) -> tuple[list[OutputBatch], Scored]:
     """Predicted ratings and text features of these reviews (n), whose words mean `stars` (n, 5)."""
     reviews: list[Review] = [inputs.records[at] for at in rows]
-    exact = stars.astype(np.float64)
-    mean = exact @ STARS
-    deviation = np.sqrt(np.maximum(exact @ STARS**2 - mean**2, 0))
+    exact = torch.from_numpy(stars.astype(np.float64))
+    mean, deviation = (each.numpy() for each in mean_and_deviation(exact))
     now = int(time.time() * 1_000)
     users, items = [each.user_id for each in reviews], [each.item_id for each in reviews]
     shared: dict[str, Column] = {

@@ -27,6 +27,7 @@ from model.replay import recover
 from model.state import LAYOUT_HASH, PARTITION, USER
 from model.state_bytes import from_bytes, to_bytes
 from schemas.journal import TOPICS, Journal, Transaction
+from streams.claims import CHECK_SECONDS
 from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.journal import read_journals
@@ -37,7 +38,6 @@ from streams.store import Claim, Keys, Store, Writing
 RECOVERY_ROWS = 20_000  # journal rows applied at once: bounds memory, not the result
 MARKER_SECONDS = 10.0  # a commit is seen in the offsets before it is seen in the journal
 MARKER_PAUSE_SECONDS = 0.05
-CHECK_SECONDS = 5.0  # a store that lost what it had is noticed this soon though nothing happens
 SWEEP_SECONDS = 600.0  # walks for expired states begin this far apart: each sees the whole store
 # A walk goes on in slices: who takes minutes over one does not poll, and leaves its group.
 SLICE_SECONDS = 0.1

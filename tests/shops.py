@@ -193,6 +193,22 @@ class Shop:
             finally:
                 process.kill()
 
+    def predicted_over_a_kill(self, sent: Sequence[tuple[str, Record]]) -> list[PredictedRating]:
+        """What is predicted of events whose worker is killed on the way, and another takes over."""
+        with self.process("scorer", "items") as process:
+            playing = threading.Thread(target=self.play, args=(sent,), kwargs={"rate": 400})
+            playing.start()
+            reached = len(self.until_predicted(300))
+            process.kill()
+            process.wait()
+            assert reached < len(sent)
+            with self.workers("scorer", "items"):
+                playing.join()
+                predictions = self.until_predicted(len(sent))
+                self.until_items_are_applied()
+                self.until_users_are_written()
+        return predictions
+
     def cut(self, *topics: str) -> None:
         """As retention does: nothing is left of these topics."""
         ends = [

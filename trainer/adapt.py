@@ -23,6 +23,7 @@ from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
 from trainer.fine_tune import is_first, require_plain, seed_of
 from trainer.progress import OnProgress
+from trainer.rates import schedule
 
 _CLIP = 1.0
 _WARM_UP = 0.06  # of the steps
@@ -52,11 +53,8 @@ def adapt(
     mask = DataCollatorForLanguageModeling(encoder.tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
     steps = config.epochs * -(-len(texts) // config.batch_texts)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / max(steps * _WARM_UP, 1), 1 - step / max(steps, 1)),
-    )
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    rates = schedule(optimizer, steps, _WARM_UP, "linear")
+    parts = {"model": model, "optimizer": optimizer, "schedule": rates}
     done, saved = 0, time.monotonic()
     if checkpoint is not None and checkpoint.exists():
         state = checkpoints.load(checkpoint, encoder.device)
@@ -79,7 +77,7 @@ def adapt(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-        schedule.step()
+        rates.step()
         done += 1
         on_progress(done, len(order))
         if time.monotonic() - saved > checkpoints.CHECKPOINT_SECONDS:

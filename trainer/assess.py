@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from trainer.metrics import (
     TextScores,
     calibration,
     evaluate,
+    shown,
 )
 from trainer.models import Predicted, baselines
 from trainer.prepare import Prepared
@@ -87,8 +87,7 @@ def summary(result: Assessment) -> RenderableType:
     for name, found in result.evaluations.items():
         numbers = [found.all.rmse, found.all.mse, found.all.mae]
         numbers += [found.buckets[bucket].rmse for bucket in buckets]
-        cells = ["–" if np.isnan(number) else f"{number:.4f}" for number in numbers]
-        errors.add_row(name, *cells, style="bold" if name == "model" else None)
+        errors.add_row(name, *shown(*numbers), style="bold" if name == "model" else None)
     parts.append(errors)
     parts.append(
         f"calibration error {result.calibration.ece:.3f}, 80% intervals hold "

@@ -49,7 +49,7 @@ class Grown:
     rounds: int  # 0: none were of use
 
 
-def choose(features: Features, target: Floats, ends: list[int], seed: int, threads: int) -> Grown:
+def choose(features: Features, target: Floats, ends: list[int], seed: int) -> Grown:
     """The settings and the number of trees with the least squared error ahead.
 
     Args:
@@ -57,7 +57,6 @@ def choose(features: Features, target: Floats, ends: list[int], seed: int, threa
         target: (n) what the trees are to say.
         ends: row numbers; the chain fits on what is before each, and tests up to the next.
         seed: of what is drawn.
-        threads: 0: as LightGBM decides.
     """
     spread = [float((target[start:end] ** 2).mean()) for start, end in pairwise(ends)]
     rows = [end - start for start, end in pairwise(ends)]
@@ -69,7 +68,7 @@ def choose(features: Features, target: Floats, ends: list[int], seed: int, threa
             known = lightgbm.Dataset(features[:start], target[:start])
             ahead = lightgbm.Dataset(features[start:end], target[start:end], reference=known)
             lightgbm.train(
-                _parameters(settings, seed, threads),
+                _parameters(settings, seed),
                 known,
                 num_boost_round=ROUNDS,
                 valid_sets=[ahead],
@@ -82,14 +81,14 @@ def choose(features: Features, target: Floats, ends: list[int], seed: int, threa
     return found
 
 
-def grow(features: Features, target: Floats, how: Grown, seed: int, threads: int) -> Trees | None:
+def grow(features: Features, target: Floats, how: Grown, seed: int) -> Trees | None:
     """Trees of rows (n, F) and what they are to say (n); None where none are of use."""
     if not how.rounds:
         return None
     found: list[Any] = []
     for number in range(_ENSEMBLES):
         booster = lightgbm.train(
-            _parameters(how.settings, seed + number, threads),
+            _parameters(how.settings, seed + number),
             lightgbm.Dataset(features, target),
             num_boost_round=how.rounds,
         )
@@ -108,7 +107,9 @@ def values(trees: Trees, features: Features) -> Floats:
     return np.concatenate([trees(part).double().numpy() for part in rows.split(_TOLD)])
 
 
-def _parameters(settings: Mapping[str, float], seed: int, threads: int) -> dict[str, Any]:
+def _parameters(settings: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """LightGBM's, with as many threads as torch has."""
+    threads = torch.get_num_threads()
     return {**_FIXED, **settings, "seed": seed, "num_threads": threads, "metric": "l2"}
 
 

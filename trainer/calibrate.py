@@ -1,8 +1,10 @@
 """The corrections of a network's outputs, fitted on rows that it was not trained on."""
 
 import numpy as np
+import torch
 
 from model.calibration import Calibration, calibrate
+from model.distribution import mean_and_deviation
 from trainer.metrics import Floats, log_loss
 from trainer.text import soft_labels
 
@@ -30,8 +32,7 @@ def fit_calibration(mean: Floats, logits: Floats, rating: Floats) -> Calibration
     temperature = float(_TEMPERATURES[int(np.argmin(losses))])
     unit = Calibration(temperature=temperature, interval=0.0)
     predicted, distribution, _, _ = calibrate(mean, logits, unit)
-    stars = np.arange(1.0, 6.0)
-    deviation = np.sqrt(np.maximum(distribution @ stars**2 - (distribution @ stars) ** 2, 1e-6))
-    scores = np.sort(np.abs(rating - predicted) / deviation)
+    _, deviation = mean_and_deviation(torch.from_numpy(distribution).double())
+    scores = np.sort(np.abs(rating - predicted) / deviation.numpy())
     place = min(int(np.ceil((len(scores) + 1) * COVERAGE)), len(scores)) - 1
     return Calibration(temperature=temperature, interval=float(scores[place]))

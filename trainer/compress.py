@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from shutil import rmtree
@@ -37,6 +38,7 @@ from trainer.exceptions import TrainerError
 from trainer.fine_tune import taken
 from trainer.metrics import TextScores
 from trainer.progress import OnProgress
+from trainer.rates import schedule
 from trainer.text import TEST, ReviewTexts
 
 TIMED = 256  # texts by which speed is told
@@ -59,7 +61,7 @@ class Compressed:
     texts_per_second: float
 
 
-Make = Callable[[TextEncoder, ReviewTexts, Path, int, OnProgress], None]
+Make = Callable[[TextEncoder, ReviewTexts, Path], None]
 """Writes an encoder's directory."""
 
 
@@ -79,12 +81,12 @@ def compress(
     if parent.extended:
         raise TrainerError(f"{parent.folder} is not plain: it is compressed, or was added to")
     found = [_judged("parent", parent.folder, reviews, config, on_progress)]
-    for name, make in ways(parent).items():
+    for name, make in ways(parent, config.seed, on_progress).items():
         place = folder / name.replace(" ", "-")
         if not place.exists():
             part = place.with_name(f"{place.name}.part")  # a kill leaves no encoder half made
             rmtree(part, ignore_errors=True)
-            make(parent, reviews, part, config.seed, on_progress)
+            make(parent, reviews, part)
             part.rename(place)
         found.append(_judged(name, place, reviews, config, on_progress))
     return found
@@ -97,8 +99,8 @@ def choose(found: Sequence[Compressed], largest_loss: float) -> Compressed:
     return max(good, key=lambda each: each.texts_per_second)
 
 
-def ways(parent: TextEncoder) -> Mapping[str, Make]:
-    """What is tried for an encoder."""
+def ways(parent: TextEncoder, seed: int, on_progress: OnProgress) -> Mapping[str, Make]:
+    """What is tried for an encoder; `seed` and `on_progress` are of what has to learn."""
     count = len(adapters.layers(parent.model))
     kept = sorted({max(count * share // 4, 1) for share in (3, 2)} - {count}, reverse=True)
     fewer = {}
@@ -114,7 +116,7 @@ def ways(parent: TextEncoder) -> Mapping[str, Make]:
         "bf16": _stored(torch.bfloat16),
         "fp16": _stored(torch.float16),
         **({"int8": _int8, "int8 static": _int8_static} if linear else {}),
-        "student": _student,
+        "student": partial(_student, seed=seed, on_progress=on_progress),
     }
 
 
@@ -155,9 +157,7 @@ def _keep(encoder: TextEncoder, rows: Sequence[int]) -> None:
 
 
 def _layers(number: int) -> Make:
-    def make(
-        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
-    ) -> None:
+    def make(parent: TextEncoder, reviews: ReviewTexts, folder: Path) -> None:
         shorter = _copy(parent)
         _keep(shorter, range(number))
         shorter.save(folder)
@@ -166,9 +166,7 @@ def _layers(number: int) -> Make:
 
 
 def _heads(number: int) -> Make:
-    def make(
-        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
-    ) -> None:
+    def make(parent: TextEncoder, reviews: ReviewTexts, folder: Path) -> None:
         copy = _copy(parent)
         rows = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
         texts = taken(reviews.texts, rows)
@@ -221,25 +219,19 @@ def _importance(
 
 
 def _stored(dtype: torch.dtype) -> Make:
-    def make(
-        parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
-    ) -> None:
+    def make(parent: TextEncoder, reviews: ReviewTexts, folder: Path) -> None:
         copy = _copy(parent)
         replace(copy, model=copy.model.to(dtype)).save(folder)
 
     return make
 
 
-def _int8(
-    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
-) -> None:
+def _int8(parent: TextEncoder, reviews: ReviewTexts, folder: Path) -> None:
     _copy(parent).save(folder)
     encoders.write_quantization(folder)
 
 
-def _int8_static(
-    parent: TextEncoder, reviews: ReviewTexts, folder: Path, seed: int, on_progress: OnProgress
-) -> None:
+def _int8_static(parent: TextEncoder, reviews: ReviewTexts, folder: Path) -> None:
     copy = _copy(parent)
     known = np.flatnonzero(reviews.span != TEST)[-_ASKED:]
     ranges = encoders.observed_ranges(copy, taken(reviews.texts, known))
@@ -260,7 +252,7 @@ def _student(
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=_STUDENT_RATE)
     random = np.random.default_rng(seed)
     steps = _STUDENT_EPOCHS * -(-len(known) // _BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
+    rates = schedule(optimizer, steps, 0.0, "linear")
     tokens, overhead = np.array(student.count_tokens(known)), batches.overhead(student.device)
     student.model.train()
     epochs = (batches.shuffled(len(known), _BATCH, random) for _ in range(_STUDENT_EPOCHS))
@@ -273,7 +265,7 @@ def _student(
         nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         optimizer.zero_grad()
-        schedule.step()
+        rates.step()
         on_progress(done, steps)
     student.model.eval()
     student.save(folder)

@@ -26,6 +26,9 @@ auto: all of them at a first fit; the head alone where a model in service has an
 another one every item's text would have to be read again.
 """
 
+Fall = Literal["linear", "cosine", "constant"]
+"""How a learning rate falls, once it has risen: see `trainer.rates`."""
+
 Way = Literal["delete", "swap", "shift", "reverse", "replace", "punctuate", "translate"]
 """How a text is varied."""
 
@@ -130,9 +133,7 @@ class FineTuneConfig(BaseModel):
         default=0.9, gt=0, le=1, description="of the rate, with each layer below the last"
     )
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of steps; the rate rises")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="of the rate after the warm-up"
-    )
+    schedule: Fall = Field(default="linear", description="of the rate after the warm-up")
     weight_decay: float = Field(default=0.01, ge=0, le=10, description="AdamW's decoupled decay")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     averaged: float = Field(

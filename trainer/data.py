@@ -1,8 +1,8 @@
-"""The rows that a model is fitted on: from a record file, or from the archive.
+"""The rows that a model is fitted on: a shop's history, replayed.
 
-A record file is replayed through `model.replay.History`. The archive's journal already holds each
-event in the order it was applied, with the feature row that the scorer saw; it is replayed too, for
-the recent items, and for feature rows of another feature table or encoder.
+It comes from a record file, or from the archive (`trainer.archived`), and goes through
+`model.replay.History`. That of an archive has the feature rows that the scorer saw; it is replayed
+too, for the recent items, and for feature rows of another feature table or encoder.
 
 The label of a row is the rating of the review event itself. A behaviour event whose user rated the
 item later is not labelled: which of the views that led to a rating should carry it is a choice that
@@ -11,11 +11,11 @@ the states would have to share, and none is made yet.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -25,7 +25,6 @@ from model import features
 from model.catalog import describe_items, describe_users, item_text
 from model.events import (
     EVENT,
-    FORGET,
     LATE_MS,
     REVIEW,
     Rows,
@@ -34,20 +33,17 @@ from model.events import (
     from_reviews,
     from_text_features,
 )
-from model.ids import NONE, hash_ids
+from model.ids import hash_ids
 from model.lookups import Dated, Lookups, Store, Vectors, dated, empty
 from model.network import Inputs, concatenate, gather
 from model.replay import History, Observation
-from model.state import CATEGORY, ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, USER_ATTRIBUTES
-from schemas import archive, codec
+from model.state import CATEGORY, ITEM, ITEM_ATTRIBUTES, USER_ATTRIBUTES
 from schemas.files import LineError, read_records
-from schemas.journal import TOPICS, Journal, TornError
 from schemas.records import Behavior, Item, Record, Review, TextFeatures, User
-from schemas.topics import BY_NAME
 from trainer.clean import REVIEW_COLUMNS
 from trainer.exceptions import TrainerError
 from trainer.metrics import Floats
-from trainer.progress import OnProgress, unseen
+from trainer.progress import OnProgress
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +54,6 @@ Ties = Literal["instant", "arrival"]
 by the day and their order within it is chance.
 """
 
-Kind = TypeVar("Kind", Item, User)
-
-_DECODED = 10_000  # records of attributes at once
 _REASONS = 5  # of lines left out that are told
 _LATE_SHARE = 0.05  # of events that are late in a stream's record
 _BEYOND = "rating: Input should be less than or equal to 5"
@@ -86,17 +79,6 @@ class Journalled:
 
 
 @dataclass(frozen=True)
-class _Applied:
-    """What is learnt from of a transaction of n events; of views, which are many, no features."""
-
-    partition: int
-    events: Rows  # EVENT (n)
-    topics: NDArray[np.uint8]  # (n)
-    offsets: NDArray[np.int64]  # (n)
-    rated: Journalled
-
-
-@dataclass(frozen=True)
 class Log:
     """A shop's history: n events in the order they were applied, and what is known beside them."""
 
@@ -112,7 +94,7 @@ class Log:
     @property
     def labelled(self) -> NDArray[np.bool_]:
         """Which events (n) are reviews with stars."""
-        return _labelled(self.events)
+        return labelled(self.events)
 
     @property
     def rated(self) -> int:
@@ -247,177 +229,9 @@ def _left_out(path: Path, bad: Sequence[LineError], good: int) -> str:
     )
 
 
-def from_archive(
-    url: str, options: Mapping[str, str] | None = None, on_progress: OnProgress = unseen
-) -> Log:
-    """The history in an archive: its journal, joined with its reviews, items and users.
-
-    Partitions are merged by event time (a late event as of its arrival), each in its journal's
-    order. Items and users count as known from the start, as they are known now. What a user did
-    before they were erased is left out. So is, with a warning, what was journalled under another
-    layout of states, and a transaction of which the archive lacks a part: an archiver was down for
-    longer than Kafka kept it.
-
-    `on_progress` is called with partitions of the journal read and partitions in all.
-
-    Raises:
-        TrainerError: the journal is empty, or of another layout of events.
-    """
-    torn: list[TornError] = []
-    parts: list[_Applied] = []
-    others = 0  # events under another layout of states
-    partitions = sorted(archive.positions(url, "journal", options))
-    for done, number in enumerate(partitions):
-        on_progress(done, len(partitions))
-        for transaction in archive.journal(url, number, options, on_torn=torn.append):
-            journal = transaction.journal
-            if journal.layout_hash != LAYOUT_HASH:
-                others += len(journal)
-            elif len(journal):
-                parts.append(_applied(number, journal))
-    on_progress(len(partitions), len(partitions))
-    if others:
-        logger.warning(
-            "%s events of the archive are left out: their journal is of another release's states. "
-            "`starcast export` writes a record file of all events, for `starcast train FILE`",
-            f"{others:,}",
-        )
-    if torn:
-        logger.warning(
-            "%d transactions or parts of them are missing in the archive and are left out (its "
-            "archiver was down for longer than Kafka's retention): %s",
-            len(torn),
-            torn[0],
-        )
-    if not parts:
-        raise TrainerError(
-            f"the archive at {url} holds no journal rows of layout {LAYOUT_HASH}; "
-            "run the scorer and the archiver, or `starcast backfill` a record file"
-        )
-    events = np.concatenate([part.events for part in parts])
-    partition = np.concatenate([np.full(len(part.events), part.partition) for part in parts])
-    kept = _kept(events)
-    if not kept.any():
-        raise TrainerError(f"all users in the archive at {url} were erased; nothing is left to fit")
-    order = _merge(partition, events["time"])
-    order = order[kept[order]]
-    place = np.full(len(events), -1)
-    place[order] = np.arange(len(order))
-    applied = pl.DataFrame(
-        {
-            "row": place,
-            "topic": np.concatenate([part.topics for part in parts]),
-            "kafka_partition": partition.astype(np.int32),
-            "kafka_offset": np.concatenate([part.offsets for part in parts]),
-        }
-    ).filter((pl.col("topic") == TOPICS.index("reviews")) & (pl.col("row") >= 0))
-    reviews = archive.collect(
-        archive.read(url, "reviews", options)
-        .select(
-            "kafka_partition",
-            "kafka_offset",
-            "event_id",
-            "user_id",
-            "item_id",
-            pl.col("event_time").alias("time"),
-            "rating",
-            "title",
-            "text",
-        )
-        .join(applied.lazy(), on=["kafka_partition", "kafka_offset"])
-        .sort("row")
-        .select(pl.col(name).cast(kind) for name, kind in REVIEW_COLUMNS.items()),
-        archive.table_url(url, "reviews"),
-    )
-    return Log(
-        events[order],
-        reviews,
-        [(0, item) for item in _records(url, "items", options, Item)],
-        [(0, user) for user in _records(url, "users", options, User)],
-        _journalled(parts, _labelled(events), order),
-    )
-
-
-def _labelled(events: Rows) -> NDArray[np.bool_]:
+def labelled(events: Rows) -> NDArray[np.bool_]:
     """Which of EVENT rows (n) are reviews with stars."""
     return (events["action"] == REVIEW) & ~np.isnan(events["rating"])
-
-
-def _applied(partition: int, journal: Journal) -> _Applied:
-    events = journal.events.view(EVENT).reshape(-1).copy()
-    rated = _labelled(events)
-    same = journal.feature_hash == features.FEATURE_HASH
-    rows = (
-        journal.features[rated]
-        if same
-        else np.full((rated.sum(), len(features.NAMES)), np.nan, "f4")
-    )
-    return _Applied(
-        partition,
-        events,
-        journal.topics.copy(),
-        journal.offsets.copy(),
-        Journalled(rows, np.full(len(rows), same), np.full(len(rows), journal.encoder)),
-    )
-
-
-def _kept(events: Rows) -> NDArray[np.bool_]:
-    """Which events (n), in the order of their journals, no erasure has made undone."""
-    users, index = np.unique(events["user"], return_inverse=True)
-    erased = np.full(len(users), -1)  # where each user was erased last
-    forgets = np.flatnonzero(events["action"] == FORGET)
-    np.maximum.at(erased, index[forgets], forgets)
-    return (np.arange(len(events)) > erased[index]) & (events["user"] != NONE)
-
-
-def _merge(partition: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.intp]:
-    """An order by time that leaves the rows of each partition in theirs."""
-    reached = time.copy()
-    for number in np.unique(partition):
-        rows = partition == number
-        reached[rows] = np.maximum.accumulate(time[rows])
-    return np.argsort(reached, kind="stable")
-
-
-def _journalled(
-    parts: Sequence[_Applied], rated: NDArray[np.bool_], order: NDArray[np.intp]
-) -> Journalled:
-    """The rows of the rated among these events, as `order` has them."""
-    rows = (np.cumsum(rated) - 1)[order[rated[order]]]
-    return Journalled(
-        np.concatenate([part.rated.features for part in parts])[rows],
-        np.concatenate([part.rated.usable for part in parts])[rows],
-        np.concatenate([part.rated.encoder for part in parts])[rows],
-    )
-
-
-def _records(
-    url: str, topic: str, options: Mapping[str, str] | None, kind: type[Kind]
-) -> list[Kind]:
-    """The newest record of each id of a compacted topic; none of a user who was deleted after it.
-
-    A deleted item is still what was known when its events came. The archive has all that ever was
-    said, such as each price of each day, so no more than a slice of a partition is decoded at once.
-    """
-    contract, columns = BY_NAME[topic], ["kafka_offset", "kafka_key", "kafka_value"]
-    found: list[Kind] = []
-    for partition in sorted(archive.positions(url, topic, options)):
-        frame = archive.read(url, topic, options, columns=columns, partitions=[partition])
-        newest: dict[tuple[bytes, str], Kind] = {}
-        for rows in archive.collect(frame, archive.table_url(url, topic)).iter_slices(_DECODED):
-            places = [(partition, offset) for offset in rows["kafka_offset"]]
-            decoded = codec.decode(contract, rows["kafka_value"].to_list(), places)
-            keys = rows["kafka_key"].to_list()
-            deleted = {keys[at]: at for at in decoded.tombstones} if kind is User else {}
-            if deleted:
-                newest = {name: each for name, each in newest.items() if name[0] not in deleted}
-            for at, record in enumerate(decoded.records):
-                if isinstance(record, kind) and at > deleted.get(keys[at], -1):
-                    name = (keys[at], getattr(record, contract.key))
-                    newest.pop(name, None)  # so that the newest comes last
-                    newest[name] = record
-        found += newest.values()
-    return found
 
 
 def item_texts(log: Log) -> dict[int, str]:

@@ -63,7 +63,6 @@ class Drift(BaseModel):
     features: dict[str, float]  # stability index of those beyond the bound, largest first
     predictions: float | None  # stability index; of too few predictions None, as is the next
     rmse: float | None
-    reference_rmse: float
     reasons: tuple[str, ...]  # to retrain early; empty: there is none
 
 
@@ -155,7 +154,6 @@ def measure(
         features=moved,
         predictions=predictions,
         rmse=error,
-        reference_rmse=kept.rmse,
         reasons=tuple(reasons),
     )
 

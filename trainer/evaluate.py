@@ -22,9 +22,7 @@ import numpy as np
 import orjson
 import torch
 from numpy.typing import NDArray
-from rich.console import Group, RenderableType
 from rich.progress import Progress
-from rich.table import Table
 
 from model import encoder as encoders
 from model.bundle import Bundle
@@ -37,16 +35,11 @@ from trainer.clean import Step
 from trainer.config import TrainerConfig
 from trainer.data import Examples, Log, Ties, replay, sorted_by_time
 from trainer.exceptions import TrainerError
-from trainer.gate import difference
+from trainer.figures import MODEL, Evaluated, errors, gained
 from trainer.kept import Arrays, Kept
 from trainer.metrics import (
-    HISTORY_BUCKETS,
-    Calibration,
     Floats,
-    by_history,
-    by_rating,
     calibration,
-    scores,
 )
 from trainer.models import Predicted, baselines, predict
 from trainer.prepare import (
@@ -57,27 +50,12 @@ from trainer.prepare import (
     unrated_texts,
 )
 from trainer.progress import tracker
-from trainer.report import reliability
 from trainer.split import Split, by_instant, by_time
 from trainer.train import base_encoder, fit_network, fitted_until, refit_network
 
 logger = logging.getLogger(__name__)
 
-MODEL = "model"
 _LEAST_TIMES = 3  # so that train, validation and test are each of their own
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What was measured; `document` is what the command writes."""
-
-    document: dict[str, Any]
-    steps: tuple[Step, ...]  # of cleaning
-
-    @property
-    def plot(self) -> str:
-        """Whether what the model claims happens as often, as SVG."""
-        return reliability(Calibration(**self.document["calibration"]))
 
 
 def evaluate(
@@ -243,7 +221,7 @@ def _document(
     test = begun.split.test
     rating = asked["prequential"].rating[test]
     blocks = {
-        way: _block(rating, data, test, {MODEL: ours[way].rating, **others[way]}, config)
+        way: errors(rating, data, test, {MODEL: ours[way].rating, **others[way]}, config)
         for way, data in asked.items()
     }
     model = ours["prequential"]
@@ -414,99 +392,3 @@ def _rated(examples: Examples) -> Any:
 
 def _of_way(theirs: Mapping[str, Arrays], way: str) -> dict[str, Floats]:
     return {name: answers[way] for name, answers in theirs.items()}
-
-
-def _block(
-    rating: Floats,
-    examples: Examples,
-    test: NDArray[np.int64],
-    models: Mapping[str, Floats],
-    config: TrainerConfig,
-) -> dict[str, Any]:
-    """The errors of every model on the test rows, and ours beside each."""
-    masks = {
-        "buckets": by_history(examples.history[test]),
-        "item_buckets": by_history(examples.item_history[test]),
-        "ratings": by_rating(rating),
-    }
-    found: dict[str, Any] = {}
-    for name, predicted in models.items():
-        clipped = np.clip(predicted, 1, 5)
-        found[name] = {
-            **asdict(scores(rating, clipped)),
-            **{
-                kind: {
-                    bucket: asdict(scores(rating[mask], clipped[mask]))
-                    for bucket, mask in several.items()
-                }
-                for kind, several in masks.items()
-            },
-        }
-        if name == MODEL:
-            continue
-        # What ours gains (below zero) or loses beside this one, in squared error.
-        found[name]["model_minus_this"] = {
-            bucket: asdict(
-                difference(
-                    rating[mask], models[MODEL][mask], clipped[mask], config.gate, config.seed
-                )
-            )
-            for bucket, mask in {"all": np.ones(len(rating), bool), **masks["buckets"]}.items()
-            if mask.any()
-        }
-    return found
-
-
-def gained(block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Ours beside the best peer: 1 − RMSE / RMSE; None without peers, or where it has no error."""
-    others = {name: figures["rmse"] for name, figures in block.items() if name != MODEL}
-    best = min(others, key=lambda name: others[name], default=None)
-    if best is None or not others[best]:
-        return None
-    return {"best_peer": best, "gain": 1 - block[MODEL]["rmse"] / others[best]}
-
-
-# -- for people ----------------------------------------------------------------------------------
-
-
-def summary(found: Evaluated) -> RenderableType:
-    """Tables for the console."""
-    document = found.document
-    parts: list[RenderableType] = []
-    buckets = [name for name, _, _ in HISTORY_BUCKETS]
-    for way, block in document["rating"].items():
-        table = Table(
-            way,
-            "RMSE",
-            "MAE",
-            *(f"RMSE {bucket}" for bucket in buckets),
-            "model − this, squared error",
-            title_justify="left",
-        )
-        for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
-            numbers = [figures["rmse"], figures["mae"]]
-            numbers += [figures["buckets"][bucket]["rmse"] for bucket in buckets]
-            gap = figures.get("model_minus_this", {}).get("all")
-            told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
-            cells = ["–" if np.isnan(number) else f"{number:.4f}" for number in numbers]
-            table.add_row(name, *cells, told, style="bold" if name == MODEL else None)
-        parts.append(table)
-    if document["gain"]:
-        gain = document["gain"]
-        parts.append(f"prequential: {gain['gain']:+.2%} beside the best peer, {gain['best_peer']}")
-    parts += [_text_table(part, document[part]) for part in evaluate_texts.PARTS if document[part]]
-    ece, coverage = document["calibration"]["ece"], document["calibration"]["coverage"]
-    parts.append(f"calibration error {ece:.3f}, 80% intervals hold {coverage:.1%}")
-    return Group(*parts)
-
-
-def _text_table(part: str, block: Mapping[str, Any]) -> Table:
-    table = Table(part.replace("_", ": "), "rows", "RMSE", "MAE", "accuracy", "macro-F1")
-    for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
-        numbers: Sequence[float] = [
-            figures[metric] for metric in ("rmse", "mae", "accuracy", "macro_f1")
-        ]
-        style = "bold" if name == MODEL else None
-        cells = [f"{number:.4f}" for number in numbers]
-        table.add_row(name, str(figures["rows"]), *cells, style=style)
-    return table

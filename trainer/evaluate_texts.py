@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from model import encoder as encoders
-from model.encoder import StarHead, TextEncoder, review_text
+from model.encoder import StarHead, TextEncoder
 from trainer import checkpoints, text
 from trainer.clean import EXAMPLES, Step
 from trainer.config import TrainerConfig
@@ -24,6 +24,7 @@ from trainer.copies import copies
 from trainer.fine_tune import taken
 from trainer.kept import Arrays, Kept
 from trainer.metrics import Floats, TextScores, class_scores
+from trainer.prepare import joined_texts, with_words
 from trainer.progress import OnProgress, tracker
 from trainer.split import Split
 from trainer.text import TEST, TRAIN, VALIDATION, ReviewTexts
@@ -57,9 +58,8 @@ def texts_of(
     """
     span = np.full(reviews.height, TRAIN, np.int8)
     span[split.validation], span[split.test] = VALIDATION, TEST
-    table = reviews.with_columns(pl.Series("span", span)).sort("time", maintain_order=True)
-    table = table.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
-    texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
+    table = with_words(reviews.with_columns(pl.Series("span", span)))
+    texts = joined_texts(table)
     tested = table["span"].to_numpy() == TEST
     newer = np.flatnonzero(tested)
     older = taken(texts, np.flatnonzero(~tested))
@@ -122,7 +122,7 @@ def read(worded: Worded, encoder: TextEncoder, head: StarHead, on_progress: OnPr
     answers: Arrays = {}
     for part in PARTS:
         vectors = text.encode(encoder, taken(worded.part(part), test), on_progress)
-        shares = text.stars(head, vectors)
+        shares = head.stars(vectors)
         answers[part] = shares @ np.arange(1.0, 6.0)
         answers[f"{part} stars"] = shares.argmax(1) + 1
     return answers

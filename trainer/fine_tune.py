@@ -40,6 +40,7 @@ from trainer.augment import Vocabulary, translate, variants
 from trainer.config import FineTuneConfig, Method, TextConfig
 from trainer.exceptions import DivergedError, TrainerError
 from trainer.progress import OnProgress
+from trainer.rates import schedule
 from trainer.tracking import Note, unnoted
 
 logger = logging.getLogger(__name__)
@@ -208,8 +209,8 @@ class _Fit:
         self._device = reader.encoder.device
         self._weights = [each for each in reader.parameters() if each.requires_grad]
         self._optimizer = torch.optim.AdamW(_groups(reader, config.method, self._config))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: rate(step, steps, self._config)
+        self._schedule = schedule(
+            self._optimizer, steps, self._config.warm_up, self._config.schedule
         )
         self._scaler = torch.amp.GradScaler(enabled=self._config.precision == "fp16")
         called: nn.Module = reader
@@ -410,17 +411,6 @@ class _Fit:
         if self._method != "adalora":
             return None
         return cast(Any, self._reader.model).base_model.rankallocator
-
-
-def rate(step: int, steps: int, config: FineTuneConfig) -> float:
-    """Share of the highest learning rate: it rises linearly, then falls as the schedule says."""
-    warm_up = max(int(steps * config.warm_up), 1)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    left = max((steps - step) / max(steps - warm_up, 1), 0.0)
-    if config.schedule == "cosine":
-        return 0.5 * (1 - float(np.cos(np.pi * left)))
-    return left if config.schedule == "linear" else 1.0
 
 
 def seed_of(*parts: int) -> int:

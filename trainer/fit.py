@@ -36,6 +36,7 @@ from trainer.boost import Grown
 from trainer.config import FitConfig
 from trainer.exceptions import TrainerError
 from trainer.metrics import Floats, rmse
+from trainer.rates import schedule
 from trainer.text import soft_labels
 
 Rows = NDArray[np.int64]  # row numbers
@@ -177,8 +178,7 @@ def refit(
     network.eval()
     if fitted.grown is not None:
         target = _residual(network, inputs, rating, rows)
-        threads = torch.get_num_threads()
-        trees = boost.grow(inputs.features[rows], target, fitted.grown, seed, threads)
+        trees = boost.grow(inputs.features[rows], target, fitted.grown, seed)
         if trees is not None:
             _plant(network, trees, fitted.shares)
     _fold(network, taste)
@@ -225,9 +225,8 @@ def _add_trees(
     """
     network, asked = begun.network, begun.asked
     features, later = begun.inputs.features[begun.rows], begun.inputs.features[asked]
-    threads = torch.get_num_threads()
-    how = boost.choose(features, begun.target, _ends(begun.rows), seed, threads)
-    trees = boost.grow(features, begun.target, how, seed, threads)
+    how = boost.choose(features, begun.target, _ends(begun.rows), seed)
+    trees = boost.grow(features, begun.target, how, seed)
     if trees is None:
         return None, (1.0, 0.0)
     bias = later[:, network.config.bias_column].astype(np.float64)
@@ -419,7 +418,7 @@ def _epochs(
     learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(rows) // config.batch_rows)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    rates = schedule(optimizer, steps, _WARM_UP, "cosine")
     for epoch in range(1, config.epochs + 1):
         order = torch.from_numpy(generator.permutation(len(rows)))
         for batch in order.split(config.batch_rows):
@@ -436,7 +435,7 @@ def _epochs(
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
             nn.utils.clip_grad_norm_(learnt, config.clip)
             optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-            schedule.step()
+            rates.step()
         yield epoch
 
 
@@ -460,14 +459,6 @@ def _sizes(member: Member, batch: Tensors) -> Tensor:
         ),
         torch.zeros(len(batch.user), device=batch.user.device),
     )
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the highest learning rate: a linear warm-up, then half a cosine to zero."""
-    warm_up = max(int(steps * _WARM_UP), 1)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
 
 
 def _believe(correction: Floats, left: Floats) -> float:

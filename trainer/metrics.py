@@ -83,6 +83,11 @@ def scores(rating: Floats, predicted: Floats) -> Scores:
     return Scores(len(rating), mse**0.5, mse, float(np.mean(np.abs(error))))
 
 
+def shown(*numbers: float) -> list[str]:
+    """Figures for people; a dash for what there is none of."""
+    return ["–" if np.isnan(number) else f"{number:.4f}" for number in numbers]
+
+
 def rmse(rating: Floats, predicted: Floats) -> float:
     """RMSE of predictions (n), clipped to 1..5, of true ratings (n); NaN when there are no rows."""
     return scores(rating, np.clip(predicted, 1, 5)).rmse

@@ -40,17 +40,25 @@ def review_texts(
     reviews: pl.DataFrame, config: TextConfig, split: SplitConfig
 ) -> ReviewTexts | None:
     """The newest texts of cleaned reviews, split by time among themselves; None when too few."""
-    worded = reviews.filter(pl.col("title").is_not_null() | pl.col("text").is_not_null())
-    worded = worded.sort("time", maintain_order=True)
-    worded = worded.tail(config.limit)
+    worded = with_words(reviews).tail(config.limit)
     if worded.height < config.least_texts:
         return None
     spans = by_time(np.arange(worded.height), split)
     span = np.full(worded.height, text.TRAIN, np.int8)
     span[spans.validation] = text.VALIDATION
     span[spans.test] = text.TEST
-    pairs = zip(worded["title"], worded["text"], strict=True)
-    return ReviewTexts([review_text(*pair) for pair in pairs], worded["rating"].to_numpy(), span)
+    return ReviewTexts(joined_texts(worded), worded["rating"].to_numpy(), span)
+
+
+def with_words(reviews: pl.DataFrame) -> pl.DataFrame:
+    """The reviews that have a title or a text, oldest first."""
+    words = pl.col("title").is_not_null() | pl.col("text").is_not_null()
+    return reviews.filter(words).sort("time", maintain_order=True)
+
+
+def joined_texts(reviews: pl.DataFrame) -> list[str]:
+    """What is read of reviews (n): title and text of each, joined."""
+    return [review_text(*pair) for pair in zip(reviews["title"], reviews["text"], strict=True)]
 
 
 def unrated_texts(log: Log, config: TextConfig, before: int | None = None) -> list[str]:
@@ -58,8 +66,7 @@ def unrated_texts(log: Log, config: TextConfig, before: int | None = None) -> li
     table = log.reviews.filter(pl.col("rating").is_null())
     if before is not None:
         table = table.filter(pl.col("row") < before)
-    texts = [review_text(*pair) for pair in zip(table["title"], table["text"], strict=True)]
-    found = [each for each in texts if each]
+    found = [each for each in joined_texts(table) if each]
     return found[-config.limit :]
 
 

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from trainer.assess import Compared
 from trainer.clean import Step
 from trainer.gate import Verdict
-from trainer.metrics import HISTORY_BUCKETS, Calibration, Evaluation, Floats, TextScores, rmse
+from trainer.metrics import (
+    HISTORY_BUCKETS,
+    Calibration,
+    Evaluation,
+    Floats,
+    TextScores,
+    rmse,
+    shown,
+)
 
 _WIDTH = 640
 _HEIGHT = 260
@@ -71,7 +79,7 @@ def render(
         Table(
             "Question (b): stars that a review's text means",
             ("", "rows", "RMSE", "MAE", "accuracy"),
-            [("star head", f"{text.rows:,}", *_numbers(text.rmse, text.mae, text.accuracy))]
+            [("star head", f"{text.rows:,}", *shown(text.rmse, text.mae, text.accuracy))]
             if text
             else [("no star head was fitted", "", "", "", "")],
             "Read off the text after it was written. Never compare it with question (a).",
@@ -133,16 +141,12 @@ def render(
     )
 
 
-def _numbers(*values: float) -> list[str]:
-    return ["–" if np.isnan(value) else f"{value:.4f}" for value in values]
-
-
 def _errors(evaluations: Mapping[str, Evaluation]) -> Table:
     return Table(
         "Question (a): error on the newest rows",
         ("model", "rows", "RMSE", "MSE", "MAE"),
         [
-            (name, f"{e.all.rows:,}", *_numbers(e.all.rmse, e.all.mse, e.all.mae))
+            (name, f"{e.all.rows:,}", *shown(e.all.rmse, e.all.mse, e.all.mae))
             for name, e in evaluations.items()
         ],
         "All on the same rows, each predicted before its own stars were seen.",
@@ -158,7 +162,7 @@ def _history(evaluations: Mapping[str, Evaluation]) -> Table:
         [
             ("rows", *(f"{first.buckets[name].rows:,}" for name in names)),
             *(
-                (model, *_numbers(*(e.buckets[name].rmse for name in names)))
+                (model, *shown(*(e.buckets[name].rmse for name in names)))
                 for model, e in evaluations.items()
             ),
         ],

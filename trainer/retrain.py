@@ -17,8 +17,9 @@ from model.exceptions import BundleError
 from model.registry import Entry, Registry
 from schemas.exceptions import StarcastError
 from trainer import drift
+from trainer.archived import from_archive
 from trainer.config import TrainerConfig
-from trainer.data import Log, from_archive
+from trainer.data import Log
 from trainer.drift import Drift
 from trainer.exceptions import TrainerError
 from trainer.progress import tracker

@@ -128,7 +128,7 @@ def fit(
     head, l2 = _probe(vectors, probed, config.l2)
     test = reviews.span == TEST
     if config.method == "frozen":
-        found = text_scores(reviews.rating[test], stars(head, vectors[test]))
+        found = text_scores(reviews.rating[test], head.stars(vectors[test]))
         whole = fit_star_head(vectors, soft_labels(reviews.rating), l2, head)
         cost = Cost(STARS * (encoder.hidden + 1), 0)
         return TextModel(encoder, whole, head, found, len(vectors), l2, cost)
@@ -141,7 +141,7 @@ def fit(
     )
     head = tuned.head or _head_on(tuned.encoder, joined(train, validation), l2)
     newest = taken(reviews.texts, np.flatnonzero(test))
-    read = stars(head, encode(tuned.encoder, newest, on_progress))
+    read = head.stars(encode(tuned.encoder, newest, on_progress))
     found = text_scores(reviews.rating[test], read)
     return TextModel(tuned.encoder, head, head, found, len(reviews.texts), l2, tuned.cost)
 
@@ -170,7 +170,7 @@ def validate(
     watched = validation if config.fine_tune.patience else none
     tuned = fine_tune(train, watched, encoder, head, config, folder, seed, unseen)
     head = tuned.head or _head_on(tuned.encoder, train, l2)
-    shares = stars(head, encode(tuned.encoder, validation.texts, unseen))
+    shares = head.stars(encode(tuned.encoder, validation.texts, unseen))
     return shares @ np.arange(1.0, STARS + 1)
 
 
@@ -186,7 +186,7 @@ def _pseudo_labelled(
 
     Lee 2013, "Pseudo-Label", section 2, with soft labels.
     """
-    shares = stars(head, encode(encoder, texts, unseen)).astype(np.float32)
+    shares = head.stars(encode(encoder, texts, unseen)).astype(np.float32)
     sure = np.flatnonzero(shares.max(1, initial=0) >= config.pseudo_labels)
     return Labelled(taken(texts, sure), shares[sure])
 
@@ -204,13 +204,6 @@ def encode(encoder: TextEncoder, texts: Sequence[str], on_progress: OnProgress) 
         parts.append(encoder.encode(texts[start : start + _CHUNK]))
         on_progress(min(start + _CHUNK, len(texts)), len(texts))
     return np.concatenate(parts)
-
-
-def stars(head: StarHead, vectors: Vectors) -> Floats:
-    """Distributions over stars (n, 5) of vectors (n, hidden)."""
-    logits = vectors @ head.weight.T + head.bias
-    weights = np.exp(logits - logits.max(1, keepdims=True)).astype(np.float64)
-    return weights / weights.sum(1, keepdims=True)
 
 
 def fit_star_head(
@@ -259,7 +252,7 @@ def _probe(vectors: Vectors, reviews: ReviewTexts, l2: float | None) -> tuple[St
         head = None
         for tried in _L2_TRIED:
             head = fit_star_head(vectors[train], labels[train], tried, head)
-            losses.append(log_loss(stars(head, vectors[validation]), labels[validation]))
+            losses.append(log_loss(head.stars(vectors[validation]), labels[validation]))
         l2 = _L2_TRIED[int(np.argmin(losses))]
     known = train | validation
     return fit_star_head(vectors[known], labels[known], l2), l2

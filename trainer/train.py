@@ -134,15 +134,15 @@ def train(
             lambda epoch, error: note("rating/validation_rmse", error, epoch),
             start,
         )
-        compared = compare(
-            data, predict(fitted.network, calibration, data.examples, data.split.test), config
-        )
+        ours = predict(fitted.network, calibration, data.examples, data.split.test)
+        compared = compare(data, ours, config)
+        tested = data.examples.events["time"][data.split.test]
         claims = _claims(fitted, calibration, data, config)
         verdict = gate.judge(
             compared.rating,
             compared.ours.rating,
             _stable_ratings(log, found, stable, used, data, config, progress),
-            data.examples.events["time"][data.split.test] > fitted_until(stable),
+            tested > fitted_until(stable),
             compared.rivals,
             claims,
             compared.calibration,
@@ -166,26 +166,15 @@ def train(
         )
         if checkpoint is not None and is_first():
             checkpoints.drop(checkpoint)
-    page = report.render(
-        written.version,
-        {
-            "data": source,
-            "window": " to ".join(f"{moment:%Y-%m-%d %H:%M}" for moment in data.window()),
-            **{f"rows: {name}": f"{count:,}" for name, count in rows.items()},
-            **{name: str(value) for name, value in settings.items()},
-        },
-        found.steps,
-        compared,
-        data.examples.events["time"][data.split.test],
-        texts.scores if texts else None,
-        verdict,
-    )
+    read = texts.scores if texts else None
+    facts = _facts(source, data, rows, settings)
+    page = report.render(written.version, facts, found.steps, compared, tested, read, verdict)
     reports = f"{models_url.rstrip('/')}/{bundles.REPORTS}"
     storage.locate(reports).replace(f"{written.version}.html", page.encode())
     return TrainResult(
         evaluations=compared.evaluations,
         calibration=compared.calibration,
-        text=texts.scores if texts else None,
+        text=read,
         steps=found.steps,
         rows=rows,
         version=written.version,
@@ -381,6 +370,18 @@ def _settings(fitted: Fitted, texts: TextModel | None, config: TrainerConfig) ->
         )
         or "none",
         "fitted once more on all rows": config.fit.refit,
+    }
+
+
+def _facts(
+    source: str, data: Prepared, rows: Mapping[str, int], settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """What the report says that was learnt from, and how."""
+    return {
+        "data": source,
+        "window": " to ".join(f"{moment:%Y-%m-%d %H:%M}" for moment in data.window()),
+        **{f"rows: {name}": f"{count:,}" for name, count in rows.items()},
+        **{name: str(value) for name, value in settings.items()},
     }
 
 

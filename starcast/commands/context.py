@@ -35,6 +35,7 @@ from rich.text import Text
 from starcast import INTERRUPTED as INTERRUPTED
 from starcast import log
 from starcast.settings import Settings, load
+from streams.producer import Sent
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,24 @@ def progress_bar() -> Generator[Progress]:
             yield bars
         finally:
             done.set()
+
+
+class SentBar:
+    """A bar of the records of files that Kafka has taken."""
+
+    def __init__(self, bars: Progress, said: str) -> None:
+        self._bars = bars
+        self._task = bars.add_task(said, total=None)
+        self.delivered = 0
+
+    def tell(self, sent: Sent) -> None:
+        """Show what became of the records so far."""
+        self.delivered = sent.delivered.total()
+        self._bars.update(self._task, completed=self.delivered)
+
+    def say(self, said: str) -> None:
+        """Show other words beside it."""
+        self._bars.update(self._task, description=said)
 
 
 def how_far(task: Task) -> str:

@@ -242,6 +242,21 @@ def bundle_of(url: str, entry: "Entry | None") -> "Bundle | None":
     return None if entry is None else bundle.load(url, entry.version, entry.sha256)
 
 
+def chosen_bundle(url: str, model: str) -> "Bundle | None":
+    """The bundle that a version, `stable` or `ladder` (none) names."""
+    from model import bundle, registry
+    from model.ladder import VERSION
+
+    if model == VERSION:
+        return None
+    if model != "stable":
+        return bundle.load(url, model)
+    stable = registry.read(url).stable
+    if stable is None:
+        raise fail(f"No model in {url} is promoted yet; `starcast models list` has all.")
+    return bundle_of(url, stable)
+
+
 def announce(kafka: KafkaConfig, before: "Registry", after: "Registry") -> None:
     """Nudges the workers through `model-updates`; they look at the registry anyway."""
     old, new = before.canary, after.canary

@@ -20,6 +20,7 @@ from starcast import importers, shop
 from starcast.commands.context import (
     INTERRUPTED,
     AsJsonLines,
+    SentBar,
     Skip,
     check_output,
     fail,
@@ -33,7 +34,7 @@ from starcast.commands.context import (
     settings_of,
     stopping,
 )
-from streams.producer import Outgoing, Sent, play
+from streams.producer import Outgoing, play
 from streams.tail import Start, read_topic
 
 Files = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, readable=True)]
@@ -144,15 +145,8 @@ def produce(
         raise typer.BadParameter("take --rate or --speed, not both")
     kafka = settings_of(context).kafka
     bad: list[str] = []
-    delivered = 0
     with stopping() as stop, progress_bar() as progress:
-        task = progress.add_task(f"Playing {file.name}", total=None)
-
-        def show(sent: Sent) -> None:
-            nonlocal delivered
-            delivered = sent.delivered.total()
-            progress.update(task, completed=delivered)
-
+        bar = SentBar(progress, f"Playing {file.name}")
         try:
             sent = play(
                 map(
@@ -163,12 +157,13 @@ def produce(
                 rate=rate,
                 speed=speed,
                 stop=stop,
-                on_progress=show,
+                on_progress=bar.tell,
             )
         except ContractError as problem:  # as of a file that is cut off
+            before = skip + bar.delivered
             raise fail(
-                f"{problem}. {skip + delivered:,} records before that were sent: leave them out by "
-                f"--skip {skip + delivered} when you play the file again."
+                f"{problem}. {before:,} records before that were sent: leave them out by "
+                f"--skip {before} when you play the file again."
             ) from None
     print_counts(sent.delivered)
     pace = sent.delivered.total() / sent.seconds if sent.seconds else 0.0

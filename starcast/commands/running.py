@@ -19,6 +19,7 @@ from starcast.commands.context import (
     INTERRUPTED,
     AsJson,
     AsJsonLines,
+    SentBar,
     Skip,
     check_output,
     fail,
@@ -36,7 +37,6 @@ from starcast.commands.context import (
 from streams.admin import TopicReport, apply_topics, show_topics
 from streams.clients import reach
 from streams.config import KafkaConfig
-from streams.producer import Sent
 
 FIRST_WAIT_SECONDS = 1.0  # a broker that is starting is asked again this soon,
 LAST_WAIT_SECONDS = 10.0  # and later this often
@@ -194,30 +194,23 @@ def backfill(
     from starcast.backfill import BackfillError
     from starcast.backfill import backfill as bring_in
 
-    delivered = 0
     with stopping() as stop, progress_bar() as progress:
-        task = progress.add_task("Playing", total=None)
-
-        def show(sent: Sent) -> None:
-            nonlocal delivered
-            delivered = sent.delivered.total()
-            progress.update(task, completed=delivered)
-
+        bar = SentBar(progress, "Playing")
         try:
             sent = bring_in(
                 settings,
                 files,
                 stop,
-                show,
-                lambda stage: progress.update(task, description=f"Waiting for {stage}"),
+                bar.tell,
+                lambda stage: bar.say(f"Waiting for {stage}"),
                 skip,
             )
         except BackfillError:  # which says what to do
             raise
         except StarcastError as problem:
-            if not delivered:
+            if not bar.delivered:
                 raise
-            raise fail(f"{problem}\n{how_to_go_on(skip + delivered)}") from None
+            raise fail(f"{problem}\n{how_to_go_on(skip + bar.delivered)}") from None
     print_counts(sent.delivered)
     if stop.is_set():
         raise fail(how_to_go_on(skip + sent.delivered.total()), INTERRUPTED)

@@ -86,7 +86,7 @@ def verify_replay(context: typer.Context, as_json: AsJson = False) -> None:
     settings = settings_of(context)
     from streams.verify import verify_replay as verify
 
-    store = _store(settings)
+    store = store_of(settings)
     with progress_bar() as progress:
         task = progress.add_task("Replaying", total=None)
         report = verify(
@@ -125,7 +125,8 @@ def _chosen(settings: Settings, partition: int | None) -> list[int]:
     return [partition]
 
 
-def _store(settings: Settings) -> "Store":
+def store_of(settings: Settings) -> "Store":
+    """The store of the shop in settings, with this release's states."""
     from model.state import LAYOUT_HASH
     from streams.store import Store
 
@@ -136,4 +137,4 @@ def shop_of(settings: Settings) -> "Shop":
     """Where the states of the shop in settings lie, and what they come from."""
     from streams.rebuild import Shop
 
-    return Shop(_store(settings), settings.kafka, settings.archive, settings.states)
+    return Shop(store_of(settings), settings.kafka, settings.archive, settings.states)

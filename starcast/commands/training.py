@@ -4,6 +4,7 @@ What they call imports torch, which takes seconds, so they import it only when t
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -26,11 +27,11 @@ from starcast.commands.context import (
     stopping,
     write_json,
 )
-from starcast.commands.models import announce, bundle_of, who
+from starcast.commands.models import announce, chosen_bundle, who
 from starcast.settings import Settings, file_in_force
 
 if TYPE_CHECKING:
-    from model.bundle import Bundle
+    from trainer.compress import Compressed
     from trainer.data import Log
 
 _NO_PEERS = "none"
@@ -255,6 +256,7 @@ def evaluate(
     _alone(context)
     from trainer import data
     from trainer import evaluate as evaluation
+    from trainer.figures import summary
 
     settings = settings_of(context)
     config, encoder = settings.trainer, settings.models.encoder
@@ -273,7 +275,7 @@ def evaluate(
                 progress=progress,
             )
         else:
-            chosen = _chosen(settings.models.url, model)
+            chosen = chosen_bundle(settings.models.url, model)
             found = evaluation.measure(
                 log,
                 chosen,
@@ -282,7 +284,7 @@ def evaluate(
                 allow_leaks=allow_leaks,
                 progress=progress,
             )
-    output.print(evaluation.summary(found))
+    output.print(summary(found))
     if json_out is not None:
         write_json({"events": str(events), **found.document}, json_out)
         json_out.with_suffix(_PLOT).write_text(found.plot, encoding="utf-8")
@@ -381,17 +383,7 @@ def compress(
         bar = tracker(progress, "making encoders smaller")
         found = compressing.compress(reviews, parent, config, folder / parent.hash, bar)
     chosen = compressing.choose(found, max_rmse_loss)
-    table = Table("encoder", "RMSE", "accuracy", "MB", "texts/s")
-    for each in found:
-        table.add_row(
-            each.name,
-            f"{each.scores.rmse:.4f}",
-            f"{each.scores.accuracy:.1%}",
-            f"{each.size_bytes / 2**20:.1f}",
-            f"{each.texts_per_second:.0f}",
-            style="bold" if each is chosen else None,
-        )
-    output.print(table)
+    output.print(_compressed_table(found, chosen))
     if json_out is not None:
         rows = [asdict(each) | {"folder": str(each.folder)} for each in found]
         document = {"chosen": chosen.name, "encoders": rows}
@@ -413,27 +405,27 @@ def compress(
     notes.print(f"To let it serve: starcast models promote {result.version}")
 
 
-def _chosen(url: str, model: str) -> "Bundle | None":
-    """The bundle that a version, `stable` or `ladder` (none) names."""
-    from model import bundle, registry
-    from model.ladder import VERSION
-
-    if model == VERSION:
-        return None
-    if model != "stable":
-        return bundle.load(url, model)
-    stable = registry.read(url).stable
-    if stable is None:
-        raise fail(f"No model in {url} is promoted yet; `starcast models list` has all.")
-    return bundle_of(url, stable)
+def _compressed_table(found: "Sequence[Compressed]", chosen: "Compressed") -> Table:
+    table = Table("encoder", "RMSE", "accuracy", "MB", "texts/s")
+    for each in found:
+        table.add_row(
+            each.name,
+            f"{each.scores.rmse:.4f}",
+            f"{each.scores.accuracy:.1%}",
+            f"{each.size_bytes / 2**20:.1f}",
+            f"{each.texts_per_second:.0f}",
+            style="bold" if each is chosen else None,
+        )
+    return table
 
 
 def _history(settings: Settings, file: Path | None, progress: Progress) -> "Log":
     """A record file's events, or the archive's."""
-    from trainer import data
+    from trainer.archived import from_archive
+    from trainer.data import from_file
     from trainer.progress import tracker
 
     if file is not None:
-        return data.from_file(file)
+        return from_file(file)
     bar, archive = tracker(progress, "reading the archive"), settings.archive
-    return data.from_archive(archive.url, archive.storage_options, bar)
+    return from_archive(archive.url, archive.storage_options, bar)

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from schemas.codec import decode
+from schemas.codec import GOT, decode
 from schemas.exceptions import ContractError
 from schemas.files import write_records
 from schemas.topics import BY_NAME
@@ -91,7 +91,7 @@ def _good(entries: Iterator[Entry], skips: Skips) -> Iterator[tuple[str, bytes]]
             )
             for rejection in decoded.rejections:
                 bad.add(rejection.offset)
-                reason, _, _ = rejection.reason.partition(" (got ")
+                reason, _, _ = rejection.reason.partition(GOT)
                 place = batch[rejection.offset].place
                 skips.add(f"{topic} {rejection.field or ''}: {reason}", place)
         for index, entry in enumerate(batch):

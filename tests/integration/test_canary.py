@@ -230,18 +230,7 @@ def test_a_kill_under_a_canary_changes_nothing(tried: Tried) -> None:
     sent = [each for each in events(1_500) if isinstance(each[1], Review | Behavior)]
     tried.share(SHARE)
     with shop.workers("archiver"):
-        with shop.process("scorer", "items") as process:
-            playing = threading.Thread(target=shop.play, args=(sent,), kwargs={"rate": 400})
-            playing.start()
-            reached = len(shop.until_predicted(300))
-            process.kill()
-            process.wait()
-            assert reached < 1_500
-            with shop.workers("scorer", "items"):
-                playing.join()
-                predictions = shop.until_predicted(1_500)
-                shop.until_items_are_applied()
-                shop.until_users_are_written()
+        predictions = shop.predicted_over_a_kill(sent)
         shop.until_archived()
     check_each_once(predictions, sent)
     check_states(shop, sent)

@@ -28,7 +28,7 @@ from streams.producer import Outgoing
 from streams.recount import check_states
 from streams.verify import verify_replay
 from tests.shops import PARTITIONS, Shop, make_shop, until
-from trainer.data import from_archive
+from trainer.archived import from_archive
 
 EVENTS = 1_000
 END = datetime(2026, 1, 1, tzinfo=UTC)

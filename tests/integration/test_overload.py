@@ -21,7 +21,7 @@ from streams.admin import TopicError, apply_topics
 from streams.clients import topic_name
 from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
-from streams.producer import Outgoing, Sender, outgoing, play
+from streams.producer import CountingProducer, Outgoing, outgoing, play
 from tests.shops import PARTITIONS, Shop, check_each_once, check_states, make_shop, until
 from tests.unit.model.encoders import bert
 
@@ -225,7 +225,7 @@ def test_a_record_that_a_topic_does_not_take_is_counted_with_its_reason(shop: Sh
 def test_missing_topics_are_told_before_anything_is_sent(kafka: str) -> None:
     config = KafkaConfig(bootstrap_servers=kafka, topic_prefix="nowhere.")
     with pytest.raises(TopicError) as raised:
-        Sender(config).send(next(outgoing(views(1))))
+        CountingProducer(config).send(next(outgoing(views(1))))
     message = str(raised.value)
     assert "Topic nowhere.behavior does not exist" in message
     assert kafka in message

@@ -295,19 +295,7 @@ def test_a_lost_store_is_rebuilt_from_the_journal(whole: Whole) -> None:
 
 def test_a_killed_worker_is_taken_over(shop: Shop) -> None:
     sent = only_events(events(2_000))
-    with shop.process("scorer", "items") as process:
-        playing = threading.Thread(target=shop.play, args=(sent,), kwargs={"rate": 400})
-        playing.start()
-        reached = len(shop.until_predicted(300))
-        process.kill()
-        process.wait()
-        assert reached < 2_000
-        with shop.workers("scorer", "items"):
-            playing.join()
-            predictions = shop.until_predicted(2_000)
-            shop.until_items_are_applied()
-            shop.until_users_are_written()
-    check_each_once(predictions, sent)
+    check_each_once(shop.predicted_over_a_kill(sent), sent)
     check_states(shop, sent)
 
 

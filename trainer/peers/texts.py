@@ -26,6 +26,7 @@ from transformers import (
     set_seed,
 )
 
+from model.distribution import softmax
 from trainer.metrics import Floats, rmse
 from trainer.peers.tuning import Remember, Settings, Suggest, tune, unremembered
 
@@ -216,7 +217,6 @@ def finetune_plain(
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     told: list[Told] = []
     for words in asked:
-        logits = np.asarray(trainer.predict(cast(Any, rows(words))).predictions, np.float64)
-        shares = np.exp(logits - logits.max(1, keepdims=True))
-        told.append(_expected(shares / shares.sum(1, keepdims=True), np.arange(1, 6)))
+        logits = np.asarray(trainer.predict(cast(Any, rows(words))).predictions)
+        told.append(_expected(softmax(logits), np.arange(1, 6)))
     return told

@@ -77,7 +77,8 @@ def test_users_are_forgotten_by_rows_that_name_them_alone() -> None:
 
 
 def test_parts_are_joined_in_their_order() -> None:
-    rows = from_request(7, np.array([1, 2, 3], np.uint64), 99)
+    users, items = np.array([7, 7, 8], np.uint64), np.array([1, 2, 3], np.uint64)
+    rows = from_request(users, items, np.full(3, 99))
     for cuts in ([], [1], [0, 2], [3]):
         whole = joined(np.split(rows, cuts))
         assert whole.dtype == EVENT
@@ -86,10 +87,11 @@ def test_parts_are_joined_in_their_order() -> None:
 
 
 def test_a_request_asks_for_each_item() -> None:
-    rows = from_request(7, np.array([1, 2], np.uint64), 99)
-    assert rows["user"].tolist() == [7, 7]
+    users, items = np.array([7, 8], np.uint64), np.array([1, 2], np.uint64)
+    rows = from_request(users, items, np.array([99, 98]))
+    assert rows["user"].tolist() == [7, 8]
     assert rows["item"].tolist() == [1, 2]
-    assert rows["time"].tolist() == [99, 99]
+    assert rows["time"].tolist() == [99, 98]
     assert np.isnan(rows["rating"]).all()
 
 

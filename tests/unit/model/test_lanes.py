@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from model import lanes
-from model.attention import Floats
+from model.attention import Singles
 from model.compiled import compiled
 from tests.unit.model.processors import with_avx2
 
@@ -37,7 +37,7 @@ _turn = cast(Callable[[int, np.float32], None], intrinsic(_turned))
 
 
 @compiled
-def turn(square: Floats, limit: np.float32) -> None:
+def turn(square: Singles, limit: np.float32) -> None:
     _turn(square.ctypes.data, limit)
 
 

@@ -54,7 +54,7 @@ def test_version_and_help() -> None:
     for command in (
         "run", "topics", "produce", "consume", "import", "train", "retrain", "evaluate", "models",
         "doctor", "dead-letters", "config", "asyncapi", "schema", "demo", "backfill",
-        "verify-replay",
+        "verify-replay", "explain",
     ):  # fmt: skip
         assert command in shown
 

@@ -50,8 +50,8 @@ def rate(answers: Answers, **stars: Sequence[float]) -> None:
         row["histogram"] = np.bincount(np.array(given_, int), minlength=6)[1:]
         row["actions"][0] = len(given_)
         row["offset"] = 1
-    answers._store.put(
-        store_keys(answers._store, ITEM_STATE, hash_ids(list(stars))), to_bytes(rows)
+    answers._asking._store.put(
+        store_keys(answers._asking._store, ITEM_STATE, hash_ids(list(stars))), to_bytes(rows)
     )
 
 
@@ -60,7 +60,9 @@ def like(answers: Answers, user: str, residual: float) -> None:
     row = blank(USER, 1)
     row["rating_count"], row["rating_sum"], row["residual_sum"] = 10, 40, 10 * residual
     row["actions"][0][0], row["step"] = 10, 10
-    answers._store.put(store_keys(answers._store, USER_STATE, hash_ids([user])), to_bytes(row))
+    answers._asking._store.put(
+        store_keys(answers._asking._store, USER_STATE, hash_ids([user])), to_bytes(row)
+    )
 
 
 def request(name: str, *items: str, user: str = "ann", **changes: Any) -> ScoreRequest:
@@ -139,8 +141,8 @@ def test_a_request_gets_the_same_alone_and_among_others(answers: Answers) -> Non
     header = decode_header(None)
     header["partition"]["rating_count"], header["partition"]["rating_sum"] = 100, 450
     (partition,) = partitions_of(hash_ids(["bob"]), PARTITIONS)
-    claim = answers._store.claim(USER_STATE, int(partition))
-    answers._store.write(claim, [], [], header.tobytes())
+    claim = answers._asking._store.claim(USER_STATE, int(partition))
+    answers._asking._store.write(claim, [], [], header.tobytes())
     requests = [
         request(f"{user} {count}", *"abcd"[:count], user=user)
         for user in ("ann", "bob", "cleo")

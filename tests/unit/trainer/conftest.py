@@ -7,6 +7,7 @@ import torch
 
 from schemas.files import write_records
 from tests.unit.trainer.shop import shop, write_encoder
+from trainer.data import Examples, from_file, replay
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +22,12 @@ def shop_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shop") / "shop.jsonl.gz"
     write_records(path, shop())
     return path
+
+
+@pytest.fixture(scope="module")
+def examples(shop_file: Path) -> Examples:
+    """What a model learns from of it, without vectors."""
+    return replay(from_file(shop_file), None, "", 0, lambda done, total: None)
 
 
 @pytest.fixture(scope="session")

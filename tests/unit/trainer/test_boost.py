@@ -21,12 +21,12 @@ def test_tensors_say_what_lightgbm_says() -> None:
     how = boost.Grown(
         {"num_leaves": 8, "min_data_in_leaf": 10, "feature_fraction": 0.8, "lambda_l2": 1.0}, 20
     )
-    trees = boost.grow(features, target, how, 1, 1)
+    trees = boost.grow(features, target, how, 1)
     assert trees is not None
     expected = np.zeros(len(target))
     for seed in (1, 2):
         booster = lightgbm.train(
-            boost._parameters(how.settings, seed, 1), lightgbm.Dataset(features, target), 20
+            boost._parameters(how.settings, seed), lightgbm.Dataset(features, target), 20
         )
         expected += np.asarray(booster.predict(features)) / 2
     # A column that was never missing may be when served: LightGBM takes it for 0.
@@ -40,7 +40,7 @@ def test_tensors_say_what_lightgbm_says() -> None:
 
 def test_what_is_there_is_found_ahead() -> None:
     features, target = _rows()
-    how = boost.choose(features, target - target.mean(), [160, 220, 280, 340, 400], 1, 1)
+    how = boost.choose(features, target - target.mean(), [160, 220, 280, 340, 400], 1)
     assert how.rounds > 0
 
 
@@ -48,8 +48,8 @@ def test_noise_grows_no_trees() -> None:
     features, _ = _rows()
     ends = [160, 220, 280, 340, 400]
     noise = np.zeros(len(features))
-    assert boost.choose(features, noise, ends, 1, 1).rounds == 0
-    assert boost.grow(features, noise, boost.Grown({}, 0), 1, 1) is None
+    assert boost.choose(features, noise, ends, 1).rounds == 0
+    assert boost.grow(features, noise, boost.Grown({}, 0), 1) is None
 
 
 def test_a_threshold_stays_on_its_side() -> None:

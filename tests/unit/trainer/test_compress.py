@@ -95,9 +95,10 @@ SIZES: dict[str, Any] = {
 def test_encoders_of_other_kinds_become_smaller(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(write_encoder(tmp_path / "parent"))
     parent = encoders.load(tmp_path / "parent", "cpu")
-    assert ("int8" in ways(parent)) == (not isinstance(model, GPT2Model))  # it has nothing to take
-    for name, make in ways(parent).items():
-        make(parent, texts(), tmp_path / name, 7, lambda done, total: None)
+    tried = ways(parent, 7, lambda done, total: None)
+    assert ("int8" in tried) == (not isinstance(model, GPT2Model))  # it has nothing to take
+    for name, make in tried.items():
+        make(parent, texts(), tmp_path / name)
         smaller = encoders.load(tmp_path / name, "cpu")
         assert np.isfinite(smaller.encode(["good thing", "awful"])).all()
         if name == "student":
@@ -109,8 +110,8 @@ def test_what_was_cut_short_is_made_again(
 ) -> None:
     """Killed between weights and what makes them eight bits wide."""
     parent = encoders.load(encoder_folder, "cpu")
-    alone = {"int8": ways(parent)["int8"]}
-    monkeypatch.setattr(compressing, "ways", lambda parent: alone)
+    alone = {"int8": ways(parent, 7, lambda done, total: None)["int8"]}
+    monkeypatch.setattr(compressing, "ways", lambda *_: alone)
 
     def made() -> list[Compressed]:
         return compress(texts(), parent, CONFIG, tmp_path / "new", lambda done, total: None)

@@ -17,9 +17,10 @@ from tests.unit.trainer.shop import REVIEWS, START, Entries, shop
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
-from trainer.evaluate import evaluate, folder_of, gained, summary
+from trainer.evaluate import evaluate, folder_of
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
+from trainer.figures import gained, summary
 from trainer.kept import Kept
 from trainer.leaks import Leak
 from trainer.peers import ratings, texts, tuning

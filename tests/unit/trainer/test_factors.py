@@ -1,7 +1,6 @@
 """Item factors and what they say ahead of time."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +9,10 @@ from model.ids import low_half
 from model.network import NetworkConfig, bucket, default_config
 from model.taste import COLUMNS
 from trainer import factors
-from trainer.data import Examples, from_file, replay
+from trainer.data import Examples
 from trainer.factors import fit_taste, told, told_ahead
 
 CONFIG = default_config(vector=0, factors=2, buckets=256)
-
-
-@pytest.fixture(scope="module")
-def examples(shop_file: Path) -> Examples:
-    return replay(from_file(shop_file), None, "", 0, lambda done, total: None)
 
 
 def tasteful(

@@ -19,7 +19,7 @@ from trainer import checkpoints
 from trainer import fine_tune as module
 from trainer.config import AugmentConfig, FineTuneConfig, Method, TextConfig
 from trainer.exceptions import TrainerError
-from trainer.fine_tune import Cost, Labelled, Tuned, fine_tune, loss_of, rate
+from trainer.fine_tune import Cost, Labelled, Tuned, fine_tune, loss_of
 
 METHODS: list[Method] = [
     each for each in get_args(Method) if each not in ("auto", "none", "frozen")
@@ -96,15 +96,6 @@ def test_smooth_labels_by_hand() -> None:
 def test_without_a_loss_there_is_nothing_to_learn() -> None:
     with pytest.raises(ValidationError, match="must be above 0"):
         FineTuneConfig(cross_entropy=0, squared_error=0)
-
-
-def test_rates_by_hand() -> None:
-    config = FineTuneConfig(warm_up=0.2)
-    assert [rate(step, 10, config) for step in (0, 1, 2, 6, 10)] == [0.5, 1, 1, 0.5, 0]
-    cosine = config.model_copy(update={"schedule": "cosine"})
-    assert rate(6, 10, cosine) == pytest.approx(0.5)
-    assert rate(4, 10, cosine) == pytest.approx(0.5 * (1 - np.cos(np.pi * 0.75)))
-    assert rate(9, 10, config.model_copy(update={"schedule": "constant"})) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

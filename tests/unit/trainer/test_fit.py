@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +13,7 @@ from model.features import INDEX
 from model.network import FusedNetwork, default_config, tensors
 from model.taste import ADDED, COLUMNS
 from trainer.config import FitConfig
-from trainer.data import Examples, from_file, replay
+from trainer.data import Examples
 from trainer.exceptions import TrainerError
 from trainer.fit import (
     Fitted,
@@ -36,11 +35,6 @@ CPU = torch.device("cpu")
 CONFIG = FitConfig.model_validate(
     {"epochs": 6, "batch_rows": 128, "learning_rate": 3e-3, "sizes": {"members": 2, "width": 16}}
 )
-
-
-@pytest.fixture(scope="module")
-def examples(shop_file: Path) -> Examples:
-    return replay(from_file(shop_file), None, "", 0, lambda done, total: None)
 
 
 def run(examples: Examples, rating: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Fitted:

@@ -22,7 +22,6 @@ from trainer.text import (
     fit_star_head,
     settled,
     soft_labels,
-    stars,
 )
 
 
@@ -53,7 +52,7 @@ def test_soft_labels_by_hand() -> None:
 def test_without_information_the_head_says_the_shares_of_the_labels() -> None:
     labels = soft_labels(np.array([1.0, 5.0, 5.0, 5.0]))
     head = fit_star_head(np.zeros((4, 3), np.float32), labels, l2=0.1)
-    assert stars(head, np.zeros((1, 3), np.float32))[0] == pytest.approx(
+    assert head.stars(np.zeros((1, 3), np.float32))[0] == pytest.approx(
         [0.25, 0, 0, 0, 0.75], abs=1e-3
     )
 

@@ -18,7 +18,7 @@ from model import registry
 from model.predict import predictor
 from schemas.files import write_records
 from tests.unit.trainer.shop import shop
-from tests.unit.trainer.test_data import write_archive
+from tests.unit.trainer.test_archived import write_archive
 from trainer import checkpoints
 from trainer import fine_tune as tuning
 from trainer import train as module
@@ -27,9 +27,9 @@ from trainer.clean import Step
 from trainer.config import TextConfig, TrackingConfig, TrainerConfig
 from trainer.data import from_file
 from trainer.evaluate import measure
-from trainer.evaluate import summary as evaluated
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
+from trainer.figures import summary as evaluated
 from trainer.retrain import retrain_once
 from trainer.train import TrainResult, train
 
