@@ -110,7 +110,7 @@ class ScorerConfig(BaseModel):
         default=2_000,
         ge=1,
         le=100_000,
-        description="most events in a transaction; of a worker of more than 64 partitions more in "
+        description="most events in a transaction; of a worker of more than 16 partitions more in "
         "proportion, up to four times as many",
     )
     linger_ms: int = Field(

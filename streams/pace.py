@@ -3,7 +3,7 @@
 LEAST = 100  # events: a transaction costs as much with fewer
 # Kafka's client asks the broker once for each partition that it writes to. A worker of more
 # partitions than these takes larger transactions in proportion, up to so many times as large.
-SPREAD, WIDEST = 64, 4
+SPREAD, WIDEST = 16, 4
 SHRINK, GROW = 0.5, 1.25  # a turn changes the size by these factors at most
 NEWEST = 0.2  # what the last turn counts in a running mean
 LONG_SECONDS = 2.0  # to process a batch, where a transaction may stay open for ten

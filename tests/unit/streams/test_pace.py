@@ -41,7 +41,7 @@ def test_who_is_behind_takes_the_largest() -> None:
 def test_events_that_are_spread_over_many_partitions_make_larger_transactions() -> None:
     pace = Pace(2_000, 0)
     sizes: list[int] = []
-    for partitions in (0, 64, 96, 256, 4_096, 8):
+    for partitions in (0, 16, 24, 64, 4_096, 8):
         pace.spread(partitions)
         sizes.append(pace.size(0))
     assert sizes == [2_000, 2_000, 3_000, 8_000, 8_000, 2_000]

@@ -750,9 +750,9 @@ def test_a_worker_of_many_partitions_takes_larger_transactions(
 ) -> None:
     scorer = make()
     monkeypatch.setattr(scorer._states, "claim", lambda committed: committed)
-    scorer.claim({partition: {} for partition in range(128)})
+    scorer.claim({partition: {} for partition in range(32)})
     assert scorer.batch_size == 4_000
-    scorer.drop(range(64))
+    scorer.drop(range(16))
     assert scorer.batch_size == 2_000
 
 
