@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from schemas.files import write_records
 from schemas.records import Item
-from tests.unit.trainer.shop import REVIEWS, START, Entries, shop
+from tests.unit.trainer.shop import REVIEWS, START, Entries, review, shop
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import from_file
@@ -114,6 +114,50 @@ def test_without_peers_our_model_alone_is_measured(shop_file: Path, tmp_path: Pa
     assert found.document["gain"] is None
     assert found.document["text"] == {}
     assert summary(found)
+
+
+def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:
+    """By hand: of the newest 40 of 400 rows 30 are of newcomers, who rate three items each."""
+    random = np.random.default_rng(5)
+    stars = random.integers(1, 6, 400)
+    pairs = [(row // 10, row % 10) for row in range(360)]
+    pairs += [(100 + user, 20 + turn) for turn in range(3) for user in range(10)]
+    pairs += [(user, 30) for user in range(10)]
+    entries: Entries = [
+        ("reviews", review(row, *pair, START + timedelta(hours=row), int(stars[row])))
+        for row, pair in enumerate(pairs)
+    ]
+    write_records(tmp_path / "pairs.jsonl", entries)
+    log = from_file(tmp_path / "pairs.jsonl")
+    found = evaluate(log, tmp_path / "kept", SMALL, encoder="none", peers=("global",)).document
+    error = stars[:360].mean() - stars[360:]
+    told = found["rating"]["prequential"]["global"]
+    assert (told["rows"], told["mae"]) == (40, pytest.approx(np.abs(error).mean()))
+    assert told["mse"] == pytest.approx((error**2).mean()) == pytest.approx(told["rmse"] ** 2)
+    masks = {"0": slice(0, 10), "1-2": slice(10, 30), "10+": slice(30, 40)}
+    for name, rows in masks.items():
+        bucket = told["buckets"][name]
+        assert bucket["rows"] == len(error[rows])
+        assert bucket["mse"] == pytest.approx((error[rows] ** 2).mean())
+    assert told["buckets"]["3-9"]["rows"] == 0
+    assert np.isnan(told["buckets"]["3-9"]["rmse"])
+    assert "3-9" not in told["model_minus_this"]
+    items = {name: each["rows"] for name, each in told["item_buckets"].items()}
+    assert items == {"0": 4, "1-2": 8, "3-9": 28, "10+": 0}  # four items, ten rows of each
+    for star in range(1, 6):
+        rows = stars[360:] == star
+        assert told["ratings"][f"{star} stars"]["rows"] == rows.sum()
+        assert told["ratings"][f"{star} stars"]["mse"] == pytest.approx((error[rows] ** 2).mean())
+    ours = found["rating"]["prequential"]["model"]
+    for name, figures in (("all", ours), *ours["buckets"].items()):
+        if figures["rows"]:
+            other = told if name == "all" else told["buckets"][name]
+            gap = told["model_minus_this"][name]
+            assert gap["mean"] == pytest.approx(figures["mse"] - other["mse"])
+            assert gap["low"] <= gap["mean"] <= gap["high"]
+    still = found["rating"]["static"]["global"]
+    assert [each["rows"] for each in still["buckets"].values()] == [30, 0, 0, 10]
+    assert found["gain"]["gain"] == pytest.approx(1 - ours["rmse"] / told["rmse"])
 
 
 def test_peers_are_chosen_by_name(

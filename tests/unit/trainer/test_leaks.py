@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.events import DAY_MS
@@ -12,7 +14,7 @@ from model.features import FEATURES
 from schemas.files import write_records
 from tests.unit.trainer.shop import START, item, review
 from trainer.data import from_file
-from trainer.leaks import Leak, known_later, telling_features
+from trainer.leaks import Leak, _explained, known_later, telling_features
 from trainer.metrics import Floats
 
 
@@ -63,6 +65,28 @@ def test_what_too_few_rows_say_is_no_alarm() -> None:
     assert telling(rows, np.full(1_000, 4.0)) == []  # there is nothing to be told
     rows[199:, 3] = np.nan
     assert telling(rows, rating) == []
+
+
+def test_a_feature_that_says_the_ratings_of_the_rows_where_it_is_known_is_named() -> None:
+    rating = np.random.default_rng(0).integers(1, 6, 1_000).astype(np.float64)
+    rows = np.full((1_000, len(FEATURES)), np.nan, np.float32)
+    rows[:300, 3] = rating[:300]
+    assert [leak.rows for leak in telling(rows, rating)] == [300]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 5)), min_size=1))
+def test_what_is_explained_is_what_other_days_of_the_bin_say(
+    rows: list[tuple[int, int, int]],
+) -> None:
+    bins, day, stars = np.array(rows).T
+    mean = stars.mean()
+    left = 0.0
+    for place, own, rating in rows:
+        others = [each for other, when, each in rows if other == place and when != own]
+        left += (rating - (np.mean(others) if others else mean)) ** 2
+    spread = float(((stars - mean) ** 2).sum())
+    expected = 1 - left / spread if spread else 0
+    assert _explained(bins, day, stars.astype(np.float64)) == pytest.approx(expected)
 
 
 def test_a_feature_that_is_known_of_one_rating_alone_is_named() -> None:

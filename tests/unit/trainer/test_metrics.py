@@ -116,6 +116,13 @@ def test_a_distribution_that_is_sure_and_wrong_has_the_largest_calibration_error
     assert found.coverage == 0
 
 
+def test_what_happens_though_it_was_all_but_ruled_out_has_its_log_loss() -> None:
+    seldom = np.array([[0.05, 0, 0, 0, 0.95], [0.0, 0, 0, 0, 1]])
+    found = calibration(np.ones(2), seldom, np.ones(2), np.ones(2))
+    assert found.log_loss == pytest.approx(-(np.log(0.05) + np.log(1e-9)) / 2)
+    assert found.bins == [(0.975, 0.0, 8)]  # what is sure is of the last bin
+
+
 def test_calibration_by_bins_of_what_was_claimed() -> None:
     """Of ratings 3 and 9 (five): P(stars ≥ 2..5) is 0.85, 0.65, 0.25, 0.05 and 1, 1, 1, 1."""
     distribution = np.array([[0.15, 0.2, 0.4, 0.2, 0.05], [0, 0, 0, 0, 1.0]])

@@ -104,3 +104,37 @@ def test_a_span_has_a_row_though_its_share_is_less() -> None:
 def test_samples_that_teach_nothing_are_refused(rows: int) -> None:
     with pytest.raises(ValidationError, match="teach nothing; 0 takes all"):
         SampleConfig(rows=rows)
+
+
+def test_rows_of_one_instant_keep_their_order() -> None:
+    """Of more rows than a sort that is not stable leaves in place."""
+    split = by_time(np.zeros(100, np.int64), SplitConfig())
+    assert np.concatenate([split.train, split.validation, split.test]).tolist() == [*range(100)]
+    days = np.arange(120)[::-1] % 3  # 0, 1, 2: forty rows of each
+    split = by_instant(days, SplitConfig(validation_share=0.3, test_share=0.3))
+    for day, span in enumerate((split.train, split.validation, split.test)):
+        assert span.tolist() == np.flatnonzero(days == day).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "spans"), [(1, (0, 0, 1)), (2, (0, 1, 1)), (3, (1, 1, 1)), (4, (2, 1, 1))]
+)
+def test_of_few_rows_the_newest_are_asked_for(rows: int, spans: tuple[int, int, int]) -> None:
+    split = by_time(np.arange(rows), SplitConfig())
+    assert tuple(map(len, (split.train, split.validation, split.test))) == spans
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spans"),
+    [
+        ((90, 5, 2, 3), (90, 5, 5)),  # the oldest day alone is more than all but the test's share
+        ((80, 5, 5, 5, 5), (80, 10, 10)),
+        ((5, 5, 90), (5, 5, 90)),
+        ((5, 90, 5), (5, 90, 5)),
+    ],
+)
+def test_large_instants_leave_each_span_a_day(
+    sizes: tuple[int, ...], spans: tuple[int, int, int]
+) -> None:
+    split = by_instant(np.repeat(np.arange(len(sizes)), sizes), SplitConfig())
+    assert tuple(map(len, (split.train, split.validation, split.test))) == spans
