@@ -30,6 +30,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "items": ("item-updates",),
 }
 ARCHIVER = "archiver"
+# Workers tell how they do for as long as they run: of that there is always some to be archived.
+ARCHIVED = tuple(topic for topic in BY_NAME if topic != "score-digests")
 LOOK_SECONDS = 1.0  # between two looks at what is left
 
 
@@ -53,6 +55,10 @@ def backfill(
     refused.
     """
     apply_topics(settings.kafka)
+    # Its port may be that of a worker of this host, as where a shop begins anew beside itself.
+    settings = settings.model_copy(
+        update={"web": settings.web.model_copy(update={"metrics_port": 0})}
+    )
     done = threading.Event()
     failures: list[BaseException] = []
 
@@ -101,7 +107,7 @@ def _has_work(settings: Settings, stage: str) -> bool:
     if stage == ARCHIVER:
         options = settings.archive.storage_options
         places = {
-            topic: archive.positions(settings.archive.url, topic, options) for topic in BY_NAME
+            topic: archive.positions(settings.archive.url, topic, options) for topic in ARCHIVED
         }
     else:
         found = committed(settings.kafka, group_name(settings.kafka, stage))

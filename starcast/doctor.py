@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,17 @@ from schemas.archive import open_table
 from schemas.exceptions import StarcastError
 from schemas.urls import hide_password
 from starcast.settings import Settings
-from streams.admin import show_topics
+from streams.admin import group_report, show_topics
 from streams.clients import reach
 from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
+from streams.run import LOOPS
 from streams.store import STORE_ERRORS, connect
 
 PROBE = "starcast-doctor"  # the file that shows that a folder can be written
 OLDEST_STORE = (7, 0)  # the first Redis with functions
 LITTLE_MEMORY_BYTES = 256 * 2**20
+LITTLE_DISK_BYTES = 5 * 2**30
+PROBE_BYTES = 2**20
 
 State = Literal["fine", "wrong", "note"]
 
@@ -42,7 +46,7 @@ class Finding:
 def examine(settings: Settings) -> Iterator[Finding]:
     """All checks, each as soon as it is done. A check that fails does not stop the others."""
     checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
-        ("broker", lambda: _broker(settings.kafka)),
+        ("broker", lambda: chain(_broker(settings.kafka), _workers(settings))),
         ("store", lambda: _store(settings.redis)),
         ("archive", lambda: _archive(settings.archive)),
         ("models", lambda: _models(settings.models)),
@@ -85,11 +89,29 @@ def _broker(kafka: KafkaConfig) -> Iterator[Finding]:
     )
 
 
+def _workers(settings: Settings) -> Iterator[Finding]:
+    for name in (*LOOPS, "insights"):
+        found = group_report(settings.kafka, name)
+        said = f"{found.members or 'no'} worker{'' if found.members == 1 else 's'}"
+        if found.waiting is None:
+            yield Finding(name, "note", f"{said}, and none has begun")
+            continue
+        said += f", {found.waiting:,} record{'' if found.waiting == 1 else 's'} to read"
+        if found.waiting and not found.members:
+            yield Finding(name, "wrong", said, f"Start one: `starcast run {name}`.")
+        elif found.waiting > settings.insights.highest_lag:
+            advice = "Look at its /ready and log: `paused` tells why; with none: more workers."
+            yield Finding(name, "note", said, advice)
+        else:
+            yield Finding(name, "fine" if found.members else "note", said)
+
+
 def _store(config: RedisConfig) -> Iterator[Finding]:
     url = hide_password(config.url.get_secret_value())
     try:
         with closing(connect(config)) as client:
-            about = _one_node(client.info("server")) | _one_node(client.info("memory"))
+            sections = "server", "memory", "replication"
+            about = {k: v for each in sections for k, v in _one_node(client.info(each)).items()}
     except STORE_ERRORS as problem:
         yield Finding(
             "store",
@@ -116,8 +138,22 @@ def _store(config: RedisConfig) -> Iterator[Finding]:
             f"maxmemory-policy is {policy}: states would vanish when memory is short",
             "Set it to noeviction (`CONFIG SET maxmemory-policy noeviction`, and in its file).",
         )
+    if about.get("role") == "slave" and not config.cluster:
+        yield Finding(
+            "store role",
+            "wrong",
+            "it is a replica, which takes no writes: workers pause",
+            "Name its primary in STARCAST_REDIS__URL, or the sentinels: redis+sentinel://…",
+        )
     limit = int(about.get("maxmemory", 0))
-    if limit and limit - int(about["used_memory"]) < LITTLE_MEMORY_BYTES:
+    if limit and int(about["used_memory"]) >= limit:
+        yield Finding(
+            "store memory",
+            "wrong",
+            f"full: {about['used_memory_human']} of {about['maxmemory_human']}; workers pause",
+            "Give it more (`CONFIG SET maxmemory`, and in its file): a full store deletes nothing.",
+        )
+    elif limit and limit - int(about["used_memory"]) < LITTLE_MEMORY_BYTES:
         yield Finding(
             "store memory",
             "note",
@@ -255,9 +291,15 @@ def _is_local(url: str) -> bool:
 
 
 def _local_folder(name: str, folder: Path) -> Finding:
-    """Whether a folder can be made and written."""
+    """Whether a folder can be made and written, and has space."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / PROBE
-    probe.write_bytes(b"")
-    probe.unlink()
-    return Finding(name, "fine", f"{folder.resolve()} can be written")
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))  # a full disk takes an empty file
+    finally:
+        probe.unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free
+    said = f"{folder.resolve()} can be written, {free / 2**30:,.1f} GiB free"
+    if free < LITTLE_DISK_BYTES:
+        return Finding(name, "note", said, "Make space: nothing is written to a full disk.")
+    return Finding(name, "fine", said)

@@ -28,6 +28,7 @@ from schemas.topics import BY_NAME, TOPICS, Topic
 from streams.clients import (
     REQUEST_SECONDS,
     error_of,
+    group_name,
     reach,
     reader,
     topic_name,
@@ -211,6 +212,48 @@ def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
         if place.offset >= 0:
             places.setdefault(names[place.topic], {})[place.partition] = place.offset
     return places
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """How far a processor's group is."""
+
+    members: int
+    waiting: int | None  # records behind what it has committed; none where it never has
+
+
+def group_report(kafka: KafkaConfig, processor: str) -> GroupReport:
+    """Members of a processor's group now, and records that wait for it.
+
+    Raises UnreachableError and BrokerError as a broker answers.
+    """
+    group = group_name(kafka, processor)
+    places = committed(kafka, group)
+    admin = reach(kafka)  # which must live until it has its answer
+    described = admin.describe_consumer_groups([group], request_timeout=REQUEST_SECONDS)
+    try:
+        members = len(described[group].result().members)
+    except KafkaException as problem:
+        if error_of(problem).code() != KafkaError.GROUP_ID_NOT_FOUND:
+            raise TopicError(
+                f"Kafka does not tell of group {group}: {error_of(problem).str()}."
+            ) from None
+        members = 0
+    if not places:
+        return GroupReport(members, None)
+    asked = [
+        TopicPartition(topic_name(kafka, topic), partition)
+        for topic, offsets in places.items()
+        for partition in offsets
+    ]
+    with reader(kafka) as consumer:
+        ends = _request(kafka, partial(watermarks, consumer, asked, REQUEST_SECONDS))
+    waiting = sum(
+        max(ends[topic_name(kafka, topic), partition][1] - offset, 0)
+        for topic, offsets in places.items()
+        for partition, offset in offsets.items()
+    )
+    return GroupReport(members, waiting)
 
 
 @stamina.retry(

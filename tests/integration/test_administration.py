@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from confluent_kafka import KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 from confluent_kafka.admin import (
     AlterConfigOpType,  # pyright: ignore[reportPrivateImportUsage]
     ConfigEntry,  # pyright: ignore[reportPrivateImportUsage]
@@ -25,9 +25,16 @@ from schemas.exceptions import ContractError, UnreachableError
 from schemas.records import DeadLetter, Header, Record, Review, Source, User
 from schemas.topics import TOPICS
 from streams import clients
-from streams.admin import TopicError, apply_topics, check_topics, show_topics
+from streams.admin import (
+    GroupReport,
+    TopicError,
+    apply_topics,
+    check_topics,
+    group_report,
+    show_topics,
+)
 from streams.catalog import Catalog
-from streams.clients import client_config, reach, reader, topic_name, watermarks
+from streams.clients import client_config, group_name, reach, reader, topic_name, watermarks
 from streams.config import KafkaConfig, RedisConfig
 from streams.dead_letters import (
     ATTEMPTS_HEADER,
@@ -43,6 +50,7 @@ from streams.metrics import make_metrics
 from streams.producer import Outgoing, Sent, outgoing, play
 from streams.store import Store
 from streams.tail import read_topic
+from tests.shops import until
 
 TIME = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -131,6 +139,26 @@ def test_topics_that_are_not_as_settings_say_are_named(cluster: KafkaConfig) -> 
         check_topics(cluster.model_copy(update={"partitions": 4}))
     with pytest.raises(TopicError, match=r"no topic other\.reviews.*starcast topics apply"):
         check_topics(cluster.model_copy(update={"topic_prefix": "other."}))
+
+
+def test_how_far_a_group_is(real: KafkaConfig) -> None:
+    apply_topics(real)
+    config = real.model_copy(update={"group_id": uuid.uuid4().hex[:8]})
+    assert group_report(config, "scorer") == GroupReport(0, None)
+    name = topic_name(config, "reviews")
+    producer = Producer(client_config(config))
+    for _ in range(3):
+        producer.produce(name, b"{}", partition=0)
+    assert producer.flush(10) == 0
+    group = Consumer(client_config(config, group_id=group_name(config, "scorer")))
+    try:
+        group.commit(offsets=[TopicPartition(name, 0, 1)], asynchronous=False)
+        assert group_report(config, "scorer") == GroupReport(0, 2)
+        group.subscribe([name])
+        until(lambda: (group.poll(0.1), group.assignment())[1] != [])
+        assert group_report(config, "scorer") == GroupReport(1, 2)
+    finally:
+        group.close()
 
 
 def test_too_few_brokers_for_the_replication(real: KafkaConfig) -> None:

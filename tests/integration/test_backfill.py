@@ -1,6 +1,7 @@
 """A history that is brought in is in the states and in the archive, whole and once."""
 
 import json
+import socket
 import threading
 import uuid
 from collections import Counter
@@ -16,9 +17,11 @@ from schemas.codec import encode
 from schemas.exceptions import UnreachableError
 from schemas.files import write_records
 from schemas.history import history
-from starcast.backfill import STAGES, BackfillError, backfill
+from starcast.backfill import ARCHIVER, STAGES, BackfillError, _has_work, backfill
 from starcast.settings import Settings
 from starcast.shop import shop
+from streams.admin import apply_topics
+from streams.producer import Outgoing, play
 
 END = datetime(2026, 1, 31, tzinfo=UTC)
 
@@ -63,6 +66,23 @@ def test_all_of_a_history_is_in(settings: Settings, tmp_path: Path) -> None:
     exported = [(topic, json.loads(value)) for topic, value in history(settings.archive.url)]
     played = [(topic, json.loads(encode(record))) for topic, record in records]
     assert sorted(map(str, exported)) == sorted(map(str, played))
+
+
+def test_digests_of_workers_that_run_are_not_waited_for(settings: Settings) -> None:
+    apply_topics(settings.kafka)
+    assert not _has_work(settings, ARCHIVER)
+    play([Outgoing("score-digests", b"w", b"{}")], settings.kafka)
+    assert not _has_work(settings, ARCHIVER)
+    play([Outgoing("alerts", b"a", b"{}")], settings.kafka)
+    assert _has_work(settings, ARCHIVER)
+
+
+def test_a_port_that_a_worker_has_is_not_wanted(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "shop.jsonl"
+    write_records(file, shop(5, users=2, items=2, events=2, end=END))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings.web.metrics_port = taken.getsockname()[1]
+        assert backfill(settings, [file], threading.Event()).failed.total() == 0
 
 
 def test_a_stop_ends_it(settings: Settings, tmp_path: Path) -> None:

@@ -215,6 +215,19 @@ def test_doctor_when_all_is_well(topics: KafkaConfig, store: str) -> None:
     assert "✓ broker" in run("doctor").stdout
 
 
+def test_doctor_tells_a_store_that_takes_no_writes(topics: KafkaConfig, store: str) -> None:
+    with redis.Redis.from_url(store) as client:
+        client.config_set("maxmemory", "1mb")
+        client.replicaof("127.0.0.1", 1)
+        try:
+            result = run("doctor", "--json")
+        finally:
+            client.replicaof("no", "one")
+            client.config_set("maxmemory", "0")
+    assert result.exit_code == 1
+    assert findings(result)["store memory"] == findings(result)["store role"] == "wrong"
+
+
 def test_doctor_tells_what_is_wrong_and_what_to_do(
     kafka_config: KafkaConfig, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

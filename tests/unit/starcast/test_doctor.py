@@ -1,11 +1,15 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
 
 from model import registry
-from starcast.doctor import _models, _store
-from streams.config import ModelsConfig, RedisConfig
+from starcast import doctor
+from starcast.doctor import PROBE, _archive, _models, _store
+from starcast.settings import Settings
+from streams.admin import GroupReport
+from streams.config import ArchiveConfig, ModelsConfig, RedisConfig
 from streams.embedded import HOST, free_port
 from tests.unit.model.bundles import write
 from tests.unit.model.encoders import bert
@@ -41,5 +45,48 @@ def test_the_models_folder_is_the_one_that_workers_take(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     models, _ = _models(ModelsConfig(url="~/models"))
-    assert (models.state, models.found) == ("fine", f"{tmp_path}/home/models can be written")
+    assert models.state == "fine"
+    assert models.found.startswith(f"{tmp_path}/home/models can be written")
     assert not (tmp_path / "~").exists()
+
+
+def test_a_disk_with_little_space_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=2**30)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    (finding,) = _archive(ArchiveConfig(url=str(tmp_path)))
+    assert (finding.state, finding.advice) == (
+        "note",
+        "Make space: nothing is written to a full disk.",
+    )
+    assert finding.found == f"{tmp_path} can be written, 1.0 GiB free"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    (tmp_path / PROBE).symlink_to("/dev/full")
+    (finding,) = _archive(ArchiveConfig(url=str(tmp_path)))
+    assert (finding.name, finding.state) == ("archive", "wrong")
+    assert "No space left" in finding.found
+
+
+def test_workers_and_what_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = {
+        "scorer": GroupReport(0, 2),
+        "answers": GroupReport(0, None),
+        "items": GroupReport(2, 1),
+        "catalog": GroupReport(1, 100_001),
+        "texts": GroupReport(0, 0),
+        "archiver": GroupReport(1, 0),
+        "insights": GroupReport(2, 0),
+    }
+    monkeypatch.setattr(doctor, "group_report", lambda _, name: reports[name])
+    told = [(found.name, found.state, found.found) for found in doctor._workers(Settings())]
+    assert told == [
+        ("scorer", "wrong", "no workers, 2 records to read"),
+        ("answers", "note", "no workers, and none has begun"),
+        ("items", "fine", "2 workers, 1 record to read"),
+        ("catalog", "note", "1 worker, 100,001 records to read"),
+        ("texts", "note", "no workers, 0 records to read"),
+        ("archiver", "fine", "1 worker, 0 records to read"),
+        ("insights", "fine", "2 workers, 0 records to read"),
+    ]
