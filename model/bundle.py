@@ -41,7 +41,7 @@ from model.exceptions import BundleError
 from model.features import FEATURE_HASH, FEATURES
 from model.network import FusedNetwork, NetworkConfig
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
 REPORTS = "reports"  # beside the bundles, an HTML page a version

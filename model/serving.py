@@ -336,9 +336,13 @@ def _unbiased(weight: Tensor) -> _Dense:
     return _Dense(weight.contiguous(), torch.zeros(weight.shape[1]))
 
 
-def _taste(taste: Taste) -> tuple[Singles, Singles, float, Singles, float, Singles]:
-    tables, ridge = (_array(taste.factors), _array(taste.offsets)), _array(taste.ridge)
-    return *tables, float(taste.level), ridge, float(taste.damping), _array(taste.trust)
+def _taste(
+    taste: Taste,
+) -> tuple[Singles, Singles, Singles, Singles, float, Singles, float, Singles]:
+    items = (taste.factors, taste.offsets, taste.corrections, taste.ratings)
+    factors, offsets, corrections, ratings = (_array(table) for table in items)
+    shop = float(taste.level), _array(taste.ridge), float(taste.damping), _array(taste.trust)
+    return factors, offsets, corrections, ratings, *shop
 
 
 def _pruned(trees: Trees) -> _Pruned:

@@ -59,6 +59,8 @@ def standardise(columns: Any, scaling: Any, joined: Any) -> None:
 def fold_in(
     factors: Any,
     offsets: Any,
+    corrections: Any,
+    ratings: Any,
     level: float,
     ridge: Any,
     damping: float,
@@ -100,9 +102,12 @@ def fold_in(
             taste += person[at] * factor
             strength += person[at] * person[at]
             wanted_strength += factor * factor
-        bias, user_bias, item_bias, ratings = running[row]
+        bias, user_bias, item_bias, rated = running[row]
         user_level = person[0] + person[1] - user_bias
-        item_level = item_bias * (ITEM_DAMPING - damping) / (np.expm1(ratings) + damping)
+        rated, fitted = np.expm1(rated), ratings[item[row]]
+        item_level = item_bias * (ITEM_DAMPING - damping) / (rated + damping)
+        same = (fitted + damping) / (max(rated, fitted) + damping)
+        item_level += corrections[item[row]] * same
         added = trust[0] * user_level + trust[1] * item_level + trust[2] * taste
         said[row, 0] = max(min(bias + added, 5.0), 1.0)
         said[row, 1], said[row, 2], said[row, 3] = user_level, person[1], item_level

@@ -14,8 +14,11 @@ before them, the newest first), with residuals e_j = r_j - level - b_j, the like
 where the ridge is the noise's variance over those of d, m and p: the mood of now had less and less
 part in what was rated before. The offsets' variance tells how much an item's running bias is to be
 damped in this shop (Efron and Morris 1973, "Stein's estimation rule and its competitors: an
-empirical Bayes approach"). What all this adds to the running bias is believed as far as it held
-good on newer ratings in training; there the network's correction starts.
+empirical Bayes approach"). And an offset knows who rated the item, which a running bias does not:
+what it adds to the damped mean of the m ratings that it was fitted to, c, counts as much as these
+are of the n that there are now, c (m + damping) / (max(m, n) + damping). What all this adds to the
+running bias is believed as far as it held good on newer ratings in training; there the network's
+correction starts.
 
 It is biased matrix factorisation (Koren, Bell and Volinsky 2009, "Matrix Factorization Techniques
 for Recommender Systems") with users folded in when they are asked for, so that a user whom training
@@ -34,7 +37,7 @@ COLUMNS = (
     "taste_bias",  # stars: the running bias and what is believed of `ADDED`, within 1 to 5
     "taste_level",  # stars that level and mood add to the user's running bias
     "taste_mood",  # stars of the mood
-    "item_level",  # stars that this shop's damping adds to the item's
+    "item_level",  # stars that this shop's damping, and who rated it, add to the item's
     "taste",  # stars that the factors add
     "taste_known",  # remembered ratings of items with factors
     "taste_strength",  # |p|²
@@ -52,6 +55,8 @@ class Taste(nn.Module):
 
     factors: Tensor  # (buckets, k)
     offsets: Tensor  # (buckets,) stars
+    corrections: Tensor  # (buckets,) stars that offsets add to damped means
+    ratings: Tensor  # (buckets,) that offsets were fitted to
     level: Tensor  # () stars: the mean of all ratings
     ridge: Tensor  # (2 + k,) ratings' worth of no level, no mood and no taste
     damping: Tensor  # () the same of no offset
@@ -61,6 +66,8 @@ class Taste(nn.Module):
         super().__init__()
         self.register_buffer("factors", torch.zeros(buckets, count))
         self.register_buffer("offsets", torch.zeros(buckets))
+        self.register_buffer("corrections", torch.zeros(buckets))
+        self.register_buffer("ratings", torch.zeros(buckets))
         self.register_buffer("level", torch.zeros(()))
         self.register_buffer("ridge", torch.ones(2 + count))
         self.register_buffer("damping", torch.tensor(ITEM_DAMPING))
@@ -90,13 +97,15 @@ class Taste(nn.Module):
         person = torch.linalg.solve(gram, weighted @ residual[..., None])[..., 0]
         level, mood, person = person[:, 0], person[:, 1], person[:, 2:]  # (n), (n), (n, k)
         wanted = self.factors[item]  # (n, k)
-        more = (ITEM_DAMPING - self.damping) / (torch.expm1(count) + self.damping)
+        count, fitted = torch.expm1(count), self.ratings[item]
+        more = item_bias * (ITEM_DAMPING - self.damping) / (count + self.damping)
+        same = (fitted + self.damping) / (torch.maximum(count, fitted) + self.damping)
         said = torch.stack(
             [
                 bias,
                 level + mood - user_bias,
                 mood,
-                item_bias * more,
+                more + self.corrections[item] * same,
                 (person * wanted).sum(1),
                 (rated * factors.any(2)).sum(1),
                 person.square().sum(1),

@@ -95,7 +95,8 @@ def write(folder: Path, bundle: Bundle, rows: Rows) -> dict[str, Any]:
     if network.taste is None or network.trees is None or not config.vector or not config.heads:
         raise StarcastError("The Kafka Streams peer takes a bundle with taste, trees and texts.")
     rows.write(folder)
-    taste = [network.taste.offsets, network.taste.factors]
+    told = network.taste
+    taste = [told.offsets, told.corrections, told.ratings, told.factors]
     (folder / "taste").write_bytes(b"".join(each.numpy().tobytes() for each in taste))
     _write_network(folder / "network.onnx", network, torch.from_numpy(rows.vectors.rows))
     sizes = ("features", "buckets", "name_buckets", "vector")

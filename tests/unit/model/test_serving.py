@@ -41,6 +41,8 @@ def trained(trees: int = 0, **sizes: Any) -> FusedNetwork:
     if network.taste is not None:
         nn.init.normal_(network.taste.factors)
         nn.init.normal_(network.taste.offsets, std=0.3)
+        nn.init.normal_(network.taste.corrections, std=0.3)
+        nn.init.uniform_(network.taste.ratings, 0, 9)
         network.taste.level.fill_(3.5)
         nn.init.uniform_(network.taste.ridge, 0.5, 5)
         network.taste.damping.fill_(4)

@@ -53,6 +53,17 @@ def test_one_factor_by_hand() -> None:
     assert found["item_strength"] == 4
 
 
+def test_a_correction_holds_for_the_ratings_it_was_learnt_from() -> None:
+    """Of 6 ratings damped by 4, by itself, and where there are 16 by now: 10 in 20 parts."""
+    made = taste([[0.0], [0.0]], [0.0, 0.0], 3.0, [STEADY, STEADY, 1.0])
+    made.damping.fill_(4)
+    made.corrections[1], made.ratings[1] = 0.5, 6
+    more = 0.2 * (ITEM_DAMPING - 4)  # of a running bias of 0.2
+    for count, share in ((6.0, 1.0), (0.0, 1.0), (16.0, 0.5)):
+        found = told(made, 1, {}, (3.0, 0.0, 0.2, np.log1p(count)))
+        assert found["item_level"] == pytest.approx(more / (count + 4) + 0.5 * share)
+
+
 def test_a_mood_by_hand() -> None:
     """Of two ratings of 5, with mood's parts x and x² of them; level and factors are none."""
     made = taste([[0.0], [0.0]], [0.0, 0.0], 3.0, [STEADY, 2.0, 1.0])

@@ -56,6 +56,50 @@ def test_factors_that_ratings_do_not_prove_are_none(examples: Examples) -> None:
     assert taste.damping.item() > 100  # no item is better than another
 
 
+def test_an_item_is_corrected_for_who_rated_it(examples: Examples) -> None:
+    """All items are alike, and the strict rate those of odd numbers."""
+    random = np.random.default_rng(5)
+    users = random.integers(0, 100, 4_000)
+    items = random.integers(0, 20, 4_000) * 2
+    items += (users < 50) ^ (random.random(4_000) < 0.2)
+    rating = np.where(users < 50, 2.0, 4.0) + random.normal(0, 0.3, 4_000)
+    hashes = {"users": users.astype(np.uint64) + 1, "items": items.astype(np.uint64) + 1}
+    inputs = replace(examples.inputs.take(np.zeros(4_000, np.int64)), **hashes)
+    taste = fit_taste(CONFIG, inputs, rating, np.arange(4_000), 3)
+    bucketed = bucket(low_half(hashes["items"]), CONFIG.buckets).astype(np.int64)
+    corrections = taste.corrections.numpy()[bucketed]
+    assert corrections[items % 2 == 1] == pytest.approx(0.6, abs=0.2)
+    assert corrections[items % 2 == 0] == pytest.approx(-0.6, abs=0.2)
+    assert taste.ratings.sum().item() == 4_000
+
+
+def test_an_item_that_is_seldom_rated_is_taken_for_what_it_is_like(examples: Examples) -> None:
+    """Of each category 30 items, rated 40 times, and one that is rated once."""
+    random = np.random.default_rng(6)
+    items = np.append(np.repeat(np.arange(60), 40), [60, 61])
+    category = items % 2
+    users = random.integers(0, 50, len(items))
+    rating = 3 + np.where(category == 1, 1.0, -1.0) + random.normal(0, 0.5, len(items))
+    rating[-2:] = 3.0
+    names = np.zeros((len(items), 4), np.uint32)
+    names[:, 0] = category + 7
+
+    def offsets(names: np.ndarray[tuple[int, int], np.dtype[np.uint32]]) -> list[float]:
+        inputs = replace(
+            examples.inputs.take(np.zeros(len(items), np.int64)),
+            users=users.astype(np.uint64) + 1,
+            items=items.astype(np.uint64) + 1,
+            categories=names,
+        )
+        taste = fit_taste(CONFIG, inputs, rating, np.arange(len(items)), 3)
+        return taste.offsets[bucket(np.array([61, 62]), CONFIG.buckets)].tolist()
+
+    low, high = offsets(names)
+    assert low < -0.5
+    assert high > 0.5
+    assert offsets(np.zeros_like(names)) == pytest.approx([0, 0], abs=0.3)
+
+
 def test_no_row_is_told_by_its_own_rating_or_a_later_one(examples: Examples) -> None:
     rows = np.arange(len(examples))
     said = told_ahead(CONFIG, examples.inputs, examples.rating, rows, 3)

@@ -18,18 +18,22 @@ final class Taste {
     private final Settings.Taste given;
     private final float[] factors; // of buckets
     private final float[] offsets;
+    private final float[] corrections;
+    private final float[] ratings; // that offsets were fitted to
     private final double[][] gram;
     private final double[] person;
 
-    /** From a file of offsets and then factors by bucket. */
+    /** From a file of offsets, corrections, ratings and then factors by bucket. */
     Taste(Path file, int buckets, Settings.Taste given) throws IOException {
         FloatBuffer numbers =
                 ByteBuffer.wrap(Files.readAllBytes(file)).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer();
         this.given = given;
         count = given.ridge().length;
         offsets = new float[buckets];
+        corrections = new float[buckets];
+        ratings = new float[buckets];
         factors = new float[buckets * (count - LATELY)];
-        numbers.get(offsets).get(factors);
+        numbers.get(offsets).get(corrections).get(ratings).get(factors);
         gram = new double[count][count];
         person = new double[count];
     }
@@ -39,6 +43,8 @@ final class Taste {
         count = other.count;
         factors = other.factors;
         offsets = other.offsets;
+        corrections = other.corrections;
+        ratings = other.ratings;
         gram = new double[count][count];
         person = new double[count];
     }
@@ -85,7 +91,9 @@ final class Taste {
         }
         double more = given.itemDamping() - given.damping();
         double level = person[0] + person[1] - running(1, into, begin);
-        double itemLevel = running(2, into, begin) * more / (Math.expm1(running(3, into, begin)) + given.damping());
+        double rated = Math.expm1(running(3, into, begin));
+        double same = (ratings[item] + given.damping()) / (Math.max(rated, ratings[item]) + given.damping());
+        double itemLevel = running(2, into, begin) * more / (rated + given.damping()) + corrections[item] * same;
         double[] trust = given.trust();
         double bias = running(0, into, begin) + trust[0] * level + trust[1] * itemLevel + trust[2] * taste;
         int to = begin + features;
