@@ -60,7 +60,7 @@ def test_a_correction_holds_for_the_ratings_it_was_learnt_from() -> None:
     made.corrections[1], made.ratings[1] = 0.5, 6
     more = 0.2 * (ITEM_DAMPING - 4)  # of a running bias of 0.2
     for count, share in ((6.0, 1.0), (0.0, 1.0), (16.0, 0.5)):
-        found = told(made, 1, {}, (3.0, 0.0, 0.2, np.log1p(count)))
+        found = told(made, 1, {}, (3.0, 0.0, 0.2, float(np.log1p(count))))
         assert found["item_level"] == pytest.approx(more / (count + 4) + 0.5 * share)
 
 
