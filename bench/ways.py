@@ -16,6 +16,7 @@ from model import encoder as encoders
 from model import int8
 from model.encoder import TextEncoder
 from trainer import compress
+from trainer.progress import unseen
 from trainer.text import ReviewTexts
 
 Vectors = NDArray[np.float32]
@@ -115,7 +116,7 @@ def smaller(
 ) -> TextEncoder:
     """What `starcast compress` makes of an encoder, as it would be served."""
     place = folder / name.replace(" ", "-")
-    compress.ways(parent)[name](parent, reviews, place, seed, lambda done, total: None)
+    compress.ways(parent, seed, unseen)[name](parent, reviews, place)
     return encoders.load(place, str(parent.device))
 
 

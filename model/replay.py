@@ -366,6 +366,27 @@ class History:
         users = self.users.place(events["user"])
         return observe(self.users.rows.take(users), self.partition, events, lookups), lookups
 
+    def apply(self, events: Rows) -> None:
+        """Apply `events` EVENT (n), in order, and observe nothing; states are those of `run`."""
+        for begin in range(0, len(events), self.batch_events):
+            batch = events[begin : begin + self.batch_events]
+            users, user_index = self.users.distinct(batch["user"])
+            states = self.users.rows.take(users)
+            places = self.items.place(batch["item"])  # before `rows` is looked at: it may grow
+            items = self.items.rows.take(places)
+            duplicate = duplicates(states, user_index, batch)
+            partitions = run_partition(self.partition, batch, duplicate)
+            step = partitions["step"][:-1].copy()
+            global_mean, item_bias = features.biases(items, partitions[:-1])
+            change = advance(
+                states, user_index, batch, duplicate, item_bias, global_mean, step, observed=False
+            )
+            met, after, ends = partitions[:-1], partitions[-1:], np.array([len(batch)], np.intp)
+            newcomers.follow(met, after, ends, batch, change.first, global_mean, item_bias)
+            opaque(self.users.rows)[users] = opaque(change.states)
+            (deltas,) = item_deltas(batch, change)
+            self._follow(partitions[-1].reshape(()), deltas, step[0])
+
     def run_instants(
         self,
         events: Rows,

@@ -495,3 +495,20 @@ def test_instants_at_once_are_instants_one_by_one(
         assert (at_once.hashes[by_hash[0]] == alone.hashes[by_hash[1]]).all()
         assert at_once.rows[by_hash[0]].tobytes() == alone.rows[by_hash[1]].tobytes()
     assert all_at_once.partition.tobytes() == one.partition.tobytes()
+
+
+@settings(max_examples=40)
+@given(histories(), st.integers(1, 30))
+def test_states_are_the_same_without_a_look(events: Rows, size: int) -> None:
+    known = surroundings()
+    looked = History(known.item_attributes, known.user_attributes, known.vectors, size)
+    for _ in looked.run(events):
+        pass
+    applied = History(batch_events=size)
+    applied.apply(events)
+    assert applied.users.hashes.tolist() == looked.users.hashes.tolist()
+    assert applied.users.rows.tobytes() == looked.users.rows.tobytes()
+    assert applied.partition.tobytes() == looked.partition.tobytes()
+    items = np.argsort(applied.items.hashes), np.argsort(looked.items.hashes)
+    assert (applied.items.hashes[items[0]] == looked.items.hashes[items[1]]).all()
+    assert applied.items.rows[items[0]].tobytes() == looked.items.rows[items[1]].tobytes()
