@@ -39,6 +39,7 @@ from streams.config import KafkaConfig
 from streams.exceptions import BrokerError
 
 VISIBLE_SECONDS = 30.0  # a producer would meet a broker that has not heard of a new topic
+VISIBLE_PARTITION_SECONDS = 0.05  # and for each partition: a broker makes a folder and files of it
 VISIBLE_PAUSE_SECONDS = 0.1
 _NO_LEADER = (
     KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -47,6 +48,14 @@ _NO_LEADER = (
     KafkaError.UNKNOWN_LEADER_EPOCH,
     KafkaError.FENCED_LEADER_EPOCH,
     KafkaError.OFFSET_NOT_AVAILABLE,
+    # A client that has asked a broker which has not heard of it yet.
+    KafkaError._UNKNOWN_TOPIC,  # pyright: ignore[reportPrivateUsage]
+    KafkaError._UNKNOWN_PARTITION,  # pyright: ignore[reportPrivateUsage]
+)
+_FORBIDDEN = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
 _NO_COORDINATOR = (
     KafkaError.NOT_COORDINATOR,
@@ -307,17 +316,24 @@ def _create(kafka: KafkaConfig, admin: AdminClient, missing: list[TopicReport]) 
         except KafkaException as problem:
             error = error_of(problem)
             if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another worker was faster
+                advice = (
+                    f" Replication {kafka.replication} (STARCAST_KAFKA__REPLICATION) needs as many "
+                    "brokers."
+                    if error.code() == KafkaError.INVALID_REPLICATION_FACTOR
+                    else _permission(error, "Create permission")
+                )
                 raise TopicError(
-                    f"Kafka refused to create topic {name}: {error.str()}. Replication "
-                    f"{kafka.replication} (STARCAST_KAFKA__REPLICATION) needs as many brokers, "
-                    "and the principal needs the Create permission."
+                    f"Kafka refused to create topic {name}: {error.str()}.{advice}"
                 ) from None
     _wait_until_visible(kafka, admin, missing)
 
 
 def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[TopicReport]) -> None:
     """Until the leader of every partition answers."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
+    seconds = VISIBLE_SECONDS + VISIBLE_PARTITION_SECONDS * sum(
+        report.wanted_partitions for report in made
+    )
+    deadline = time.monotonic() + seconds
     while True:
         found = _request(kafka, lambda: admin.list_topics(timeout=REQUEST_SECONDS)).topics
         waiting = [
@@ -334,7 +350,7 @@ def _wait_until_visible(kafka: KafkaConfig, admin: AdminClient, made: list[Topic
         if time.monotonic() > deadline:
             raise TopicError(
                 f"Topics {', '.join(waiting)} were created but have no leader after "
-                f"{VISIBLE_SECONDS:g} s. Look at the brokers' logs, then apply again."
+                f"{seconds:.0f} s. Look at the brokers' logs, then apply again."
             )
         time.sleep(VISIBLE_PAUSE_SECONDS)
 
@@ -360,9 +376,10 @@ def _alter(admin: AdminClient, changed: list[TopicReport]) -> None:
         try:
             future.result()
         except KafkaException as problem:
+            error = error_of(problem)
             raise TopicError(
-                f"Kafka refused to alter topic {resource.name}: {error_of(problem).str()}. "
-                "The principal needs the AlterConfigs permission."
+                f"Kafka refused to alter topic {resource.name}: {error.str()}."
+                + _permission(error, "AlterConfigs permission")
             ) from None
 
 
@@ -418,6 +435,11 @@ def _request(kafka: KafkaConfig, ask: Callable[[], _Answer]) -> _Answer:
                 "Try again."
             ) from None
         raise TopicError(
-            f"Kafka at {kafka.bootstrap_servers} refused a request: {error.str()}. "
-            "The principal needs the Describe and DescribeConfigs permissions."
+            f"Kafka at {kafka.bootstrap_servers} refused a request: {error.str()}."
+            + _permission(error, "Describe and DescribeConfigs permissions")
         ) from None
+
+
+def _permission(error: KafkaError, wanted: str) -> str:
+    """What is wanted, as a sentence behind others, where an error is of permissions."""
+    return f" The principal needs the {wanted}." if error.code() in _FORBIDDEN else ""

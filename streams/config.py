@@ -111,7 +111,7 @@ class ScorerConfig(BaseModel):
         ge=1,
         le=100_000,
         description="most events in a transaction; of a worker of more than 16 partitions more in "
-        "proportion, up to four times as many",
+        "proportion, up to four times as many, though not above 8,000",
     )
     linger_ms: int = Field(
         default=20,

@@ -2,8 +2,9 @@
 
 LEAST = 100  # events: a transaction costs as much with fewer
 # Kafka's client asks the broker once for each partition that it writes to. A worker of more
-# partitions than these takes larger transactions in proportion, up to so many times as large.
-SPREAD, WIDEST = 16, 4
+# partitions than these takes larger transactions in proportion, up to so many times as large, and
+# none larger for that than what is known to end in time.
+SPREAD, WIDEST, LARGEST = 16, 4, 8_000
 SHRINK, GROW = 0.5, 1.25  # a turn changes the size by these factors at most
 NEWEST = 0.2  # what the last turn counts in a running mean
 LONG_SECONDS = 2.0  # to process a batch, where a transaction may stay open for ten
@@ -27,7 +28,8 @@ class Pace:
 
     def spread(self, partitions: int) -> None:
         """Events lie in so many partitions from now on."""
-        self._most = round(self._usual * min(max(partitions / SPREAD, 1), WIDEST))
+        wider = round(self._usual * min(max(partitions / SPREAD, 1), WIDEST))
+        self._most = max(min(wider, LARGEST), self._usual)
         self._size = min(self._size, self._most)
 
     def size(self, lag: int) -> int:

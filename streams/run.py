@@ -22,13 +22,12 @@ from urllib.parse import quote
 
 import structlog
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 
 from model.state import LAYOUT_HASH
 from schemas.exceptions import StarcastError
 from streams import coverage
 from streams.admin import check_topics
-from streams.clients import error_of, reach
+from streams.clients import error_of, reach, reader, topic_name
 from streams.config import (
     ArchiveConfig,
     InsightsConfig,
@@ -264,21 +263,20 @@ def _watched(kafka: KafkaConfig, stop: threading.Event) -> Callable[[], str | No
     Neither a KIP-848 group nor insights gives partitions back while its broker is gone.
     """
     reason: str | None = None
+    # Of one partition: an answer about all topics of a large cluster would be megabytes. By a
+    # consumer: other clients would have brokers make a topic that is not there.
+    topic = topic_name(kafka, "model-updates")
 
     def ask() -> None:
         nonlocal reason
-        admin: AdminClient | None = None
-        while not stop.wait(ASK_SECONDS):
-            try:
-                if admin is None:
-                    admin = reach(kafka, ASK_SECONDS)
-                else:
-                    admin.list_topics(timeout=ASK_SECONDS)
-                reason = None
-            except KafkaException as error:
-                admin, reason = None, f"Kafka does not answer: {error_of(error).str()}"
-            except StarcastError as error:
-                reason = str(error)
+        with reader(kafka, error_cb=lambda _: None) as consumer:
+            while not stop.wait(ASK_SECONDS):
+                consumer.poll(0)  # else it would keep all that it has to tell
+                try:
+                    consumer.list_topics(topic, ASK_SECONDS)
+                    reason = None
+                except KafkaException as error:
+                    reason = f"Kafka does not answer: {error_of(error).str()}"
 
     threading.Thread(target=ask, name="kafka-watch", daemon=True).start()
     return lambda: reason

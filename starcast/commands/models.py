@@ -253,7 +253,10 @@ def chosen_bundle(url: str, model: str) -> "Bundle | None":
         return bundle.load(url, model)
     stable = registry.read(url).stable
     if stable is None:
-        raise fail(f"No model in {url} is promoted yet; `starcast models list` has all.")
+        raise fail(
+            f"No model in {url} is promoted yet, so the ladder serves: `--model ladder`. "
+            "`starcast models list` has all."
+        )
     return bundle_of(url, stable)
 
 

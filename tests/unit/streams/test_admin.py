@@ -28,7 +28,14 @@ def test_what_is_wrong_with_a_topic() -> None:
     assert report.problem == "retention.ms is 1, wanted 2"
 
 
-@pytest.mark.parametrize("untold", [-1001, KafkaError(KafkaError.LEADER_NOT_AVAILABLE)])
+@pytest.mark.parametrize(
+    "untold",
+    [
+        -1001,
+        KafkaError(KafkaError.LEADER_NOT_AVAILABLE),
+        KafkaError(KafkaError._UNKNOWN_PARTITION),  # pyright: ignore[reportPrivateUsage]
+    ],
+)
 def test_a_topic_is_not_counted_where_an_offset_is_not_told(
     monkeypatch: pytest.MonkeyPatch, untold: int | KafkaError
 ) -> None:
@@ -79,8 +86,15 @@ def test_a_groups_offsets_are_asked_for_until_its_coordinator_has_moved(member: 
     assert member.closed
 
 
-def test_another_failure_of_a_groups_coordinator_is_told(member: Member) -> None:
-    member.errors = [KafkaError.GROUP_AUTHORIZATION_FAILED]
-    with pytest.raises(TopicError, match="refused a request"):
+@pytest.mark.parametrize(
+    ("code", "permissions"),
+    [(KafkaError.GROUP_AUTHORIZATION_FAILED, True), (KafkaError.INVALID_GROUP_ID, False)],
+)
+def test_another_failure_of_a_groups_coordinator_is_told(
+    member: Member, code: int, permissions: bool
+) -> None:
+    member.errors = [code]
+    with pytest.raises(TopicError, match="refused a request") as raised:
         committed(KafkaConfig(topic_prefix="eu."), "shop")
+    assert ("permissions" in str(raised.value)) == permissions
     assert member.closed

@@ -38,13 +38,23 @@ def test_who_is_behind_takes_the_largest() -> None:
     assert pace.size(2_000) == 1_000
 
 
-def test_events_that_are_spread_over_many_partitions_make_larger_transactions() -> None:
-    pace = Pace(2_000, 0)
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (2_000, [2_000, 2_000, 3_000, 8_000, 8_000, 2_000]),
+        (5_000, [5_000, 5_000, 7_500, 8_000, 8_000, 5_000]),
+        (100_000, [100_000] * 6),
+    ],
+)
+def test_events_that_are_spread_over_many_partitions_make_larger_transactions(
+    most: int, expected: list[int]
+) -> None:
+    pace = Pace(most, 0)
     sizes: list[int] = []
     for partitions in (0, 16, 24, 64, 4_096, 8):
         pace.spread(partitions)
         sizes.append(pace.size(0))
-    assert sizes == [2_000, 2_000, 3_000, 8_000, 8_000, 2_000]
+    assert sizes == expected
 
 
 def test_under_a_target_transactions_grow_only_as_fast_as_they_end_in_time() -> None:

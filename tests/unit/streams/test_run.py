@@ -5,10 +5,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
+from confluent_kafka import KafkaError
 
 from schemas.exceptions import StarcastError, UnreachableError
 from starcast.settings import Settings
@@ -16,6 +17,8 @@ from streams import clients
 from streams import run as running
 from streams.config import KafkaConfig
 from streams.run import PROCESSORS, _run_threads, run_processors, worker_slot
+from tests.shops import until
+from tests.unit.streams.scripted_kafka import failure
 
 
 @pytest.fixture(autouse=True)
@@ -129,9 +132,35 @@ def test_a_broker_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         run_processors(["items"], settings, threading.Event())
 
 
+def test_kafka_is_asked_about_one_topic_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All topics of a large cluster would be megabytes, each few seconds, from each worker."""
+    asked: list[str] = []
+    gone = [True]
+
+    class Asker:
+        def poll(self, _: float) -> None:
+            """Nothing is told."""
+
+        def list_topics(self, topic: str, _: float) -> None:
+            asked.append(topic)
+            if gone[0]:
+                raise failure(KafkaError._TIMED_OUT)  # pyright: ignore[reportPrivateUsage]
+
+    monkeypatch.setattr(running, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(running, "reader", lambda *_, **__: nullcontext(Asker()))
+    stop = threading.Event()
+    why_not = running._watched(KafkaConfig(topic_prefix="eu."), stop)
+    until(lambda: "Kafka does not answer" in (why_not() or ""))
+    gone[0] = False
+    until(lambda: why_not() is None)
+    stop.set()
+    until(lambda: "kafka-watch" not in {thread.name for thread in threading.enumerate()})
+    assert set(asked) == {"eu.model-updates"}
+
+
 LIGHT = """
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from model.state import LAYOUT_HASH
 from starcast.settings import Settings
