@@ -10,7 +10,7 @@ from schemas.exceptions import StarcastError
 from streams.clients import client_config
 from streams.config import KafkaConfig
 from streams.loop import FETCH_KILOBYTES
-from streams.sender import BY_KEY, OUTPUT_MESSAGES
+from streams.sender import BY_KEY, OUTPUT_MESSAGES, RETRY_MS
 
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
 FULL_SECONDS = 0.05  # a queue that is full takes more after this
@@ -72,6 +72,7 @@ def bare_producer(kafka: KafkaConfig) -> Producer:
             linger_ms=1,
             compression_type="lz4",
             queue_buffering_max_messages=OUTPUT_MESSAGES,
+            retry_backoff_ms=RETRY_MS,
         )
     )
     producer.init_transactions(WAIT_SECONDS)
