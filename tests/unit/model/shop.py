@@ -1,8 +1,11 @@
 """A small generated shop, for the tests of what predicts from its events."""
 
+import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numba.core.dispatcher import Dispatcher
 from numpy.typing import NDArray
 
 from model.events import EVENT, PURCHASE, REVIEW, VIEW, Rows, blank
@@ -56,3 +59,11 @@ def observe(count: int = 300) -> Observed:
     )
     *_, last = history.run(events)
     return Observed(events[last.rows], last.result.observation, last.lookups)
+
+
+def compiled_kinds() -> set[tuple[str, Any]]:
+    """Loops of the model that are compiled, and the kinds of arrays each is compiled for."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("model.")]
+    found: list[Any] = [each for module in modules for each in vars(module).values()]
+    loops = {each for each in found if isinstance(each, Dispatcher)}
+    return {(loop.py_func.__name__, kind) for loop in loops for kind in loop.signatures}

@@ -193,26 +193,18 @@ def test_the_ladder_keeps_the_shape_of_the_items_ratings() -> None:
 
 
 AFTER_WARMTH = """
-import sys
-import numpy as np
-from numba.core.dispatcher import Dispatcher
 from model.calibration import Calibration
 from model.predict import Predictor, warm
-from tests.unit.model.shop import observe
+from tests.unit.model.shop import compiled_kinds, observe
 from tests.unit.model.test_serving import trained
-
-def kinds():
-    modules = [module for name, module in sys.modules.items() if name.startswith("model.")]
-    loops = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
-    return {(loop.py_func.__name__, kind) for loop in loops for kind in loop.signatures}
 
 predictor = Predictor("test", trained(3, factors=4), Calibration(), None)
 warm(predictor)
-known = kinds()
+known = compiled_kinds()
 for count in (1, 2, 9, 300):
     shop = observe(count)
     predictor.predict(shop.events, shop.observation, shop.lookups)
-print(*(name for name, _ in kinds() - known))
+print(*(name for name, _ in compiled_kinds() - known))
 """
 
 

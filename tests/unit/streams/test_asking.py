@@ -6,7 +6,6 @@ import sys
 AFTER_WARMTH = """
 import sys
 import numpy as np
-from numba.core.dispatcher import Dispatcher
 from pydantic import SecretStr
 from model.calibration import Calibration
 from model.events import blank
@@ -19,12 +18,8 @@ from streams.asking import Asking
 from streams.config import RedisConfig
 from streams.reader import ITEM_KIND, USER_STATE, Reader, store_keys, vector_keys
 from streams.store import Store
+from tests.unit.model.shop import compiled_kinds
 from tests.unit.model.test_serving import trained
-
-def kinds():
-    modules = [module for name, module in sys.modules.items() if name.startswith("model.")]
-    loops = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
-    return {(loop.py_func.__name__, kind) for loop in loops for kind in loop.signatures}
 
 predictor = Predictor("test", trained(3, factors=4), Calibration(), None)
 items, users = hash_ids([*"abcdefghi"]), hash_ids(["ann"])
@@ -37,14 +32,14 @@ vectors = np.ones((len(items), predictor.vector_width), VECTOR_DTYPE)
 store.put(vector_keys(store, "words", items), [vector.tobytes() for vector in vectors])
 
 warm(predictor)
-known = kinds()
+known = compiled_kinds()
 for encoder in ("", "words"):
     asking = Asking(store, Reader(store))
     for count in (1, 2, 9):
         asked = asking.observe(encoder, users.repeat(count), items[:count], np.full(count, 9))
         assert (asked[2].vectors is not None) == (encoder == "words")
         predictor.predict(*asked)
-print(*(name for name, _ in kinds() - known))
+print(*(name for name, _ in compiled_kinds() - known))
 """
 
 
