@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from model.ids import Hashes
 from trainer import evaluate_texts
 from trainer.clean import Step
 from trainer.config import TrainerConfig
@@ -54,6 +55,7 @@ def errors(
         "item_buckets": by_history(examples.item_history[test]),
         "ratings": by_rating(rating),
     }
+    users = examples.events["user"][test]
     found: dict[str, Any] = {}
     for name, predicted in models.items():
         clipped = np.clip(predicted, 1, 5)
@@ -71,15 +73,21 @@ def errors(
             continue
         # What ours gains (below zero) or loses beside this one, in squared error.
         found[name]["model_minus_this"] = {
-            bucket: asdict(
-                difference(
-                    rating[mask], models[MODEL][mask], clipped[mask], config.gate, config.seed
-                )
-            )
+            bucket: _gap(rating[mask], models[MODEL][mask], clipped[mask], users[mask], config)
             for bucket, mask in {"all": np.ones(len(rating), bool), **masks["buckets"]}.items()
             if mask.any()
         }
     return found
+
+
+def _gap(
+    rating: Floats, model: Floats, other: Floats, users: Hashes, config: TrainerConfig
+) -> dict[str, Any]:
+    """A `Difference` by rows, and its interval by users."""
+    by_rows, by_users = (
+        difference(rating, model, other, config.gate, config.seed, drawn) for drawn in (None, users)
+    )
+    return {**asdict(by_rows), "by_users": {"low": by_users.low, "high": by_users.high}}
 
 
 def gained(block: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -103,14 +111,16 @@ def summary(found: Evaluated) -> RenderableType:
             "MAE",
             *(f"RMSE {bucket}" for bucket in buckets),
             "model − this, squared error",
+            "by users",
             title_justify="left",
         )
         for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
             numbers = [figures["rmse"], figures["mae"]]
             numbers += [figures["buckets"][bucket]["rmse"] for bucket in buckets]
-            gap = figures.get("model_minus_this", {}).get("all")
-            told = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
-            table.add_row(name, *shown(*numbers), told, style="bold" if name == MODEL else None)
+            told = ["", ""]
+            if gap := figures.get("model_minus_this", {}).get("all"):
+                told = [f"{gap['mean']:+.4f} {_interval(gap)}", _interval(gap["by_users"])]
+            table.add_row(name, *shown(*numbers), *told, style="bold" if name == MODEL else None)
         parts.append(table)
     if document["gain"]:
         gain = document["gain"]
@@ -119,6 +129,10 @@ def summary(found: Evaluated) -> RenderableType:
     ece, coverage = document["calibration"]["ece"], document["calibration"]["coverage"]
     parts.append(f"calibration error {ece:.3f}, 80% intervals hold {coverage:.1%}")
     return Group(*parts)
+
+
+def _interval(ends: Mapping[str, float]) -> str:
+    return f"[{ends['low']:+.4f}, {ends['high']:+.4f}]"
 
 
 def _text_table(part: str, block: Mapping[str, Any]) -> Table:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.distribution import HIGHEST, LOWEST
+from model.ids import Hashes
 from trainer.config import GateConfig
 from trainer.metrics import Calibration, Difference, Floats, paired, scores
 
@@ -156,7 +157,12 @@ def _not_worse(
 
 
 def difference(
-    rating: Floats, model: Floats, other: Floats, config: GateConfig, seed: int
+    rating: Floats,
+    model: Floats,
+    other: Floats,
+    config: GateConfig,
+    seed: int,
+    users: Hashes | None = None,
 ) -> Difference:
     """`metrics.paired` of ratings and predictions (n), as the gate's settings say."""
     return paired(
@@ -166,4 +172,5 @@ def difference(
         confidence=config.confidence,
         resamples=config.resamples,
         seed=seed,
+        users=users,
     )

@@ -38,7 +38,7 @@ def test_a_part_alone_leaves_the_others(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def figures(model: float, bias: float) -> dict[str, Any]:
-    gap = {"mean": -0.1, "low": -0.2, "high": 0.1}
+    gap = {"mean": -0.1, "low": -0.2, "high": 0.1, "by_users": {"low": -0.3, "high": 0.4}}
     block = {"model": {"rmse": model}, "bias": {"rmse": bias, "model_minus_this": {"all": gap}}}
     gain = {"best_peer": "bias", "gain": 1 - model / bias}
     return {"rows": {"test": 20}, "rating": {"prequential": block}, "gain": gain}
@@ -61,7 +61,8 @@ def test_other_sets_are_told_apart(
     assert quality.main(["--parts", "others", *places]) == 0
     told = (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
     assert (
-        "| Appliances | 20 | 0.9000 | bias 1.0000 | +10.00% | -0.1000 [-0.2000, +0.1000] |" in told
+        "| Appliances | 20 | 0.9000 | bias 1.0000 | +10.00% | -0.1000 [-0.2000, +0.1000] "
+        "| [-0.3000, +0.4000] |" in told
     )
     assert "Mean gain over the best peer: +1.00%." in told
     said = capsys.readouterr().err
@@ -73,7 +74,7 @@ def test_a_set_without_a_best_peer_has_no_gain() -> None:
     # No peer ran, or the best one made no error at all.
     alone = {"figures": figures(0.9, 1.0) | {"gain": None}}
     told = page({"others": {"Toys": alone}})
-    assert "| Toys | 20 | 0.9000 |  |  |  |\n" in told
+    assert "| Toys | 20 | 0.9000 |  |  |  |  |\n" in told
     assert "Mean gain" not in told
     told = page({"others": {"Toys": alone, "Games": {"figures": figures(0.9, 1.0)}}})
     assert "Mean gain over the best peer: +10.00%. " in told

@@ -154,7 +154,8 @@ def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:
             other = told if name == "all" else told["buckets"][name]
             gap = told["model_minus_this"][name]
             assert gap["mean"] == pytest.approx(figures["mse"] - other["mse"])
-            assert gap["low"] <= gap["mean"] <= gap["high"]
+            for drawn in (gap, gap["by_users"]):
+                assert drawn["low"] <= gap["mean"] <= drawn["high"]
     still = found["rating"]["static"]["global"]
     assert [each["rows"] for each in still["buckets"].values()] == [30, 0, 0, 10]
     assert found["gain"]["gain"] == pytest.approx(1 - ours["rmse"] / told["rmse"])

@@ -70,6 +70,22 @@ def test_a_paired_interval_is_as_wide_as_its_confidence_asks() -> None:
         assert gap.high == pytest.approx(0.5 + deviations * 0.025, abs=0.003)
 
 
+def test_whole_users_are_drawn_since_their_ratings_go_together() -> None:
+    rating = np.full(4, 3.0)
+    model = np.array([4.0, 4.0, 4.0, 3.0])  # gaps of one user: 1, 1, 1; of the other: 0
+    users = np.array([7, 7, 7, 9], np.uint64)
+    options: Any = {"confidence": 0.4, "resamples": 4000, "seed": 1}
+    gap = paired(rating, model, rating, users=users, **options)
+    # The first twice, one of each, the second twice: 1, 3 of 4 rows, 0, by chances of 1, 2 and 1.
+    assert (gap.low, gap.mean, gap.high) == (0.75, 0.75, 0.75)
+    wide = paired(rating, model, rating, users=users, **options | {"confidence": 0.6})
+    assert (wide.low, wide.mean, wide.high) == (0, 0.75, 1)
+    alone = np.arange(4, dtype=np.uint64)
+    assert paired(rating, model, rating, users=alone, **options) == paired(
+        rating, model, rating, **options
+    )
+
+
 def test_what_a_model_predicts_past_the_stars_counts_as_the_last_one() -> None:
     rating = np.array([1.0, 5.0])
     assert rmse(rating, np.array([-9.0, 9.0])) == 0
