@@ -57,7 +57,7 @@ by the day and their order within it is chance.
 _REASONS = 5  # of lines left out that are told
 _LATE_SHARE = 0.05  # of events that are late in a stream's record
 _BEYOND = "rating: Input should be less than or equal to 5"
-_BEYOND_SHARE = 0.05  # of reviews; more are no slips
+_SLIPS, _SLIPS_SHARE = 2, 0.05  # reviews beyond, in however few, and of many; more are no slips
 _RESCALE = (
     "Its ratings are of another scale, and those up to 5 alone say nothing of the shop: bring all "
     "to 1 to 5, of 1 to 10 by 1 + (stars - 1) * 4 / 9."
@@ -164,7 +164,7 @@ def from_file(path: Path) -> Log:
             rows[type(record)].append(count)
             count += 1
     beyond = sum(error.kind.endswith(_BEYOND) for error in bad)
-    if beyond > _BEYOND_SHARE * (beyond + len(kinds[Review])):
+    if beyond > max(_SLIPS, _SLIPS_SHARE * (beyond + len(kinds[Review]))):
         raise TrainerError(f"{_left_out(path, bad, good)}\n{_RESCALE}")
     if len(bad) > good:
         raise TrainerError(f"{_left_out(path, bad, good)}\n{_MEND}")

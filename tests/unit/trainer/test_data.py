@@ -95,6 +95,32 @@ def test_ratings_of_another_scale_are_refused(shop_file: Path, tmp_path: Path) -
         from_file(path)
 
 
+@pytest.mark.parametrize(
+    ("stars", "rescale"),
+    [
+        ([5, 4, 3, 2, 1, 5, 4, 3, 2, 55], False),  # a slip is a tenth of a file of ten
+        ([5, 4, 3, 2, 1, 5, 4, 3, 50, 55], False),
+        ([8, 9, 3, 5, 4, 7], True),
+    ],
+)
+def test_a_slip_in_a_small_file_is_no_other_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stars: list[int], rescale: bool
+) -> None:
+    review = (
+        '{"topic": "reviews", "value": {"event_id": "%d", "user_id": "u", "item_id": "i", '
+        '"event_time": "2026-11-24T10:15:00Z", "rating": %d}}\n'
+    )
+    path = tmp_path / "small.jsonl"
+    path.write_text("".join(review % each for each in enumerate(stars)))
+    if rescale:
+        with pytest.raises(TrainerError, match="another scale"):
+            from_file(path)
+    else:
+        good = [each for each in stars if each <= 5]
+        assert from_file(path).reviews["rating"].to_list() == good
+        assert f"{len(stars) - len(good)} of 10 lines" in caplog.text
+
+
 def test_a_file_of_which_most_breaks_the_contract_is_refused(
     shop_file: Path, tmp_path: Path
 ) -> None:
