@@ -1,5 +1,6 @@
 """Rows from a record file, and their replay."""
 
+import gc
 import gzip
 from dataclasses import replace
 from datetime import timedelta
@@ -12,8 +13,9 @@ import pytest
 from model import features
 from model.events import REVIEW, TEXT, VIEW
 from model.ids import hash_ids
+from schemas import files
 from schemas.files import write_records
-from schemas.records import Record, TextFeatures
+from schemas.records import Record, Review, TextFeatures
 from tests.unit.trainer.shop import ITEMS, REVIEWS, START, USERS, item, review
 from trainer import data
 from trainer.data import (
@@ -54,6 +56,24 @@ def test_what_was_read_off_texts_is_an_event_of_a_file_too(tmp_path: Path) -> No
     assert log.events["text_stars"][1] == 4.5
     assert log.events["user"].tolist() == hash_ids(["u2"] * 3).tolist()
     assert log.reviews["row"].to_list() == [0, 2]
+
+
+def test_a_file_is_read_in_parts(shop_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = from_file(shop_file)
+    monkeypatch.setattr(data, "_READ", 100)
+    monkeypatch.setattr(files, "BATCH", 100)
+    table, held = data._review_table, [0]
+
+    def counted(*columns: Any) -> Any:
+        held.append(sum(type(each) is Review for each in gc.get_objects()))
+        return table(*columns)
+
+    monkeypatch.setattr(data, "_review_table", counted)
+    parts = from_file(shop_file)
+    assert parts.events.tobytes() == whole.events.tobytes()
+    assert parts.reviews.equals(whole.reviews)
+    assert (parts.items, parts.users) == (whole.items, whole.users)
+    assert max(held) < 250  # of 700
 
 
 def test_a_file_without_events_is_refused(tmp_path: Path) -> None:
