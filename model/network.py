@@ -44,17 +44,15 @@ class NetworkConfig(BaseModel):
         max_length=len(RUNNING),
         description="the columns of the features that the taste reads",
     )
-    factors: int = Field(default=0, ge=0, le=64, description="of the user's taste; 0: none")
-    vector: int = Field(
-        default=64, ge=0, le=4096, description="width of projected vectors; 0: no texts"
-    )
-    width: int = Field(default=96, ge=1, le=4096, description="of the two hidden layers")
-    token: int = Field(default=32, ge=1, le=1024, description="width of a recent item")
+    factors: int = Field(ge=0, le=64, description="of the user's taste; 0: none")
+    vector: int = Field(ge=0, le=4096, description="width of projected vectors; 0: no texts")
+    width: int = Field(ge=1, le=4096, description="of the two hidden layers")
+    token: int = Field(ge=1, le=1024, description="width of a recent item")
     heads: int = Field(
-        default=2, ge=0, le=64, description="of the attention over recent items; 0: there is none"
+        ge=0, le=64, description="of the attention over recent items; 0: there is none"
     )
     identity: int = Field(
-        default=8, ge=0, le=256, description="width of the embedding of a hashed id; 0: none"
+        ge=0, le=256, description="width of the embedding of a hashed id; 0: none"
     )
     buckets: int = Field(
         default=2**14, ge=2, le=2**26, description="of hashed user ids, and of item ids"
@@ -62,13 +60,9 @@ class NetworkConfig(BaseModel):
     name_buckets: int = Field(
         default=2**11, ge=2, le=2**26, description="of hashed categories and brands"
     )
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="of hidden units, in training")
-    unknown: float = Field(
-        default=0.2, ge=0, le=1, description="share of ids made unknown in training"
-    )
-    members: int = Field(
-        default=1, ge=1, le=32, description="independent networks that are averaged"
-    )
+    dropout: float = Field(ge=0, lt=1, description="of hidden units, in training")
+    unknown: float = Field(ge=0, le=1, description="share of ids made unknown in training")
+    members: int = Field(ge=1, le=32, description="independent networks that are averaged")
     trees: int = Field(default=0, ge=0, le=4096, description="boosted trees beside the networks")
     tree_depth: int = Field(default=4, ge=1, le=8, description="levels of a tree's questions")
 
@@ -78,14 +72,14 @@ class NetworkConfig(BaseModel):
         return self.features + (len(COLUMNS) if self.factors else 0)
 
 
-def default_config(**changes: Any) -> NetworkConfig:
-    """The configuration of a network over the feature table."""
-    folded = changes.get("factors", 0) > 0
+def network_config(**sizes: Any) -> NetworkConfig:
+    """The configuration of a network of these sizes over the feature table."""
+    folded = sizes["factors"] > 0
     return NetworkConfig(
         features=len(FEATURES),
         bias_column=len(FEATURES) + COLUMNS.index("taste_bias") if folded else INDEX["bias"],
         running_columns=tuple(INDEX[name] for name in RUNNING),
-        **changes,
+        **sizes,
     )
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +24,7 @@ from streams.config import ArchiveConfig, KafkaConfig, ModelsConfig, RedisConfig
 from streams.run import LOOPS
 from streams.store import STORE_ERRORS, connect
 
+EVERY_SHOP = ("scorer", "items", "catalog", "archiver")  # others may have been given up
 PROBE = "starcast-doctor"  # the file that shows that a folder can be written
 OLDEST_STORE = (7, 0)  # the first Redis with functions
 LITTLE_MEMORY_BYTES = 256 * 2**20
@@ -43,10 +44,13 @@ class Finding:
     advice: str = ""
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
-    """All checks, each as soon as it is done. A check that fails does not stop the others."""
+def examine(settings: Settings, processors: Sequence[str] = ()) -> Iterator[Finding]:
+    """All checks, each as soon as it is done. A check that fails does not stop the others.
+
+    `processors` are to have workers; where none is named, those of `EVERY_SHOP`.
+    """
     checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
-        ("broker", lambda: chain(_broker(settings.kafka), _workers(settings))),
+        ("broker", lambda: chain(_broker(settings.kafka), _workers(settings, processors))),
         ("store", lambda: _store(settings.redis)),
         ("archive", lambda: _archive(settings.archive)),
         ("models", lambda: _models(settings.models)),
@@ -89,7 +93,7 @@ def _broker(kafka: KafkaConfig) -> Iterator[Finding]:
     )
 
 
-def _workers(settings: Settings) -> Iterator[Finding]:
+def _workers(settings: Settings, named: Sequence[str]) -> Iterator[Finding]:
     for name in (*LOOPS, "insights"):
         found = group_report(settings.kafka, name)
         said = f"{found.members or 'no'} worker{'' if found.members == 1 else 's'}"
@@ -98,7 +102,11 @@ def _workers(settings: Settings) -> Iterator[Finding]:
             continue
         said += f", {found.waiting:,} record{'' if found.waiting == 1 else 's'} to read"
         if found.waiting and not found.members:
-            yield Finding(name, "wrong", said, f"Start one: `starcast run {name}`.")
+            advice = f"Start one: `starcast run {name}`"
+            if name in (named or EVERY_SHOP):
+                yield Finding(name, "wrong", said, f"{advice}.")
+            else:
+                yield Finding(name, "note", said, f"{advice}, unless your shop runs none.")
         elif found.waiting > settings.insights.highest_lag:
             advice = "Look at its /ready and log: `paused` tells why; with none: more workers."
             yield Finding(name, "note", said, advice)

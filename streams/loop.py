@@ -43,9 +43,9 @@ from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreError
 from streams.metrics import Metrics
-from streams.pace import Overlap
+from streams.pace import Bound, Overlap
 from streams.processor import CLAIM_SECONDS, Outcome, Position, Processor
-from streams.sender import Sender
+from streams.sender import TRANSACTION_SECONDS, Sender
 from streams.starts import Start, claim
 
 IDLE_SECONDS = 0.5  # an idle loop still notices a stop, a swap and a rebalance this soon
@@ -75,6 +75,7 @@ class _Flight:
     end: Callable[[], object]
     outcome: Outcome
     delivered: dict[Position, int]  # complete once `end` has come back
+    records: int  # that it answers
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Loop:
         self._idle_at = 0.0
         self._flight: _Flight | None = None
         self._overlap = Overlap()
+        self._bound = Bound(TRANSACTION_SECONDS)
         self._commits = ThreadPoolExecutor(1, processor.name + COMMITS)
         try:
             self._consumer = Consumer(self._consumer_config())
@@ -182,8 +184,8 @@ class Loop:
         self._claim_pending()
         waiting = FIRST_BACK_OFF_SECONDS if self._claimable() else IDLE_SECONDS
         messages = self._consumer.consume(1, waiting)
-        if messages and self._processor.batch_size > 1:
-            messages += self._consumer.consume(self._processor.batch_size - 1, self._gathering())
+        if messages and (more := self._bound.most(self._processor.batch_size) - 1):
+            messages += self._consumer.consume(more, self._gathering())
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = self._consumer.consumer_group_metadata()
         batch = self._opened(*self._usable(messages), metadata)
@@ -463,7 +465,7 @@ class Loop:
         if outcome.late is not None:
             outcome = replace(outcome, outputs=[*outcome.outputs, *outcome.late()], late=None)
         if self._exactly_once:
-            self._transact(outcome, None if batch is None else batch.opened)
+            self._transact(outcome, batch)
             return
         try:
             with self._phase("commit"):
@@ -476,11 +478,13 @@ class Loop:
         if batch is not None:
             self._commit_plain(batch.offsets)
 
-    def _transact(self, outcome: Outcome, opened: Future[None] | None) -> None:
+    def _transact(self, outcome: Outcome, batch: Polled | None) -> None:
         """Send outputs and have the transaction ended: at once, or by `_settle` after another turn.
 
         It was opened for the batch; where there is none, it begins here.
         """
+        opened = None if batch is None else batch.opened
+        records = 0 if batch is None else len(batch.messages)
         if opened is not None and not self._begun(opened):
             return
         self._begun_at = time.monotonic()
@@ -490,19 +494,21 @@ class Loop:
                     self._sender.begin()
                 delivered = self._sender.send(outcome)
         except KafkaException as error:
-            self._undo(error)
+            self._undo(error, records)
             return
 
         def end() -> None:
             self._sender.commit()
+            self._bound.ended(records, self._sender.open_seconds)
             self._write(outcome, delivered)
             self._overlap.ended(time.monotonic() - self._begun_at)
 
         if outcome.write is None:
-            self._flight = _Flight(end, outcome, delivered)
+            self._flight = _Flight(end, outcome, delivered, records)
             self._settle()
         else:
-            self._flight = _Flight(self._commits.submit(end).result, outcome, delivered)
+            ended = self._commits.submit(end).result
+            self._flight = _Flight(ended, outcome, delivered, records)
 
     def _settle(self) -> bool:
         """Wait for the transaction under way, if there is one; whether all is well.
@@ -518,7 +524,7 @@ class Loop:
             self._finished(flight.outcome, flight.delivered)
             return True
         except KafkaException as error:
-            self._undo(error)
+            self._undo(error, flight.records)
         except StoreError as error:
             self._refused(error)
         return False
@@ -532,8 +538,11 @@ class Loop:
             self._log.warning("fenced", reason=str(error))
         self._restart(error)
 
-    def _undo(self, error: KafkaException) -> None:
-        """Abort, and begin again."""
+    def _undo(self, error: KafkaException, records: int = 0) -> None:
+        """Abort, and begin again: with fewer than so many `records` where Kafka found it slow."""
+        seconds = self._sender.open_seconds
+        if self._bound.failed(records, seconds):
+            self._log.warning("a transaction was too slow", records=records, seconds=round(seconds))
         self._sender.undo(error)
         self._restart(error)
 

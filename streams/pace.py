@@ -1,5 +1,7 @@
 """How many events a transaction takes, so that it ends in time, and how long they are gathered."""
 
+from math import inf
+
 LEAST = 100  # events: a transaction costs as much with fewer
 # Kafka's client asks the broker once for each partition that it writes to. A worker of more
 # partitions than these takes larger transactions in proportion, up to so many times as large, and
@@ -46,6 +48,35 @@ class Pace:
         if change < 1 or events >= round(self._size):
             least = min(LEAST, self._most)
             self._size = min(max(self._size * change, least), self._most)
+
+
+class Bound:
+    """The most records of a transaction, once Kafka has ended one that was open for too long.
+
+    The same batch would be as slow again: the next takes half of it. Full ones that end within half
+    of the limit make it larger again, step by step.
+    """
+
+    def __init__(self, limit_seconds: float) -> None:
+        """Kafka ends a transaction that is open for longer than the limit."""
+        self._limit = limit_seconds
+        self._most = inf
+
+    def most(self, wanted: int) -> int:
+        """Most records of the next transaction, of so many that are wanted."""
+        return int(min(wanted, self._most))
+
+    def ended(self, records: int, seconds: float) -> None:
+        """One of so many records was committed after so long."""
+        if records + 1 > self._most and seconds < self._limit / 2:
+            self._most *= GROW
+
+    def failed(self, records: int, seconds: float) -> bool:
+        """One came to nothing after so long; whether the next one is smaller for that."""
+        slow = records > 1 and seconds > self._limit
+        if slow:
+            self._most = records / 2
+        return slow
 
 
 class Overlap:

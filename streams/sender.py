@@ -183,6 +183,11 @@ class Sender:
 
     # -- transactions ------------------------------------------------------------------------
 
+    @property
+    def open_seconds(self) -> float:
+        """For how long the last transaction has been open, or was when it ends just now."""
+        return time.monotonic() - self._begun_at
+
     def begin(self, offsets: list[TopicPartition] | None = None, metadata: Any = None) -> None:
         """Begin a transaction, with the next offsets of what it answers.
 
@@ -239,7 +244,7 @@ class Sender:
         That happens to a worker that slept past the timeout of its transaction, and to one whose
         transactional id another worker has as well.
         """
-        own = time.monotonic() - self._begun_at > TRANSACTION_SECONDS  # Kafka ended it: too slow
+        own = self.open_seconds > TRANSACTION_SECONDS  # Kafka ended it: too slow
         if not own and time.monotonic() < self._fenced_at + TWICE_SECONDS:
             raise BrokerError(
                 f"Kafka fenced this worker again: {reason}. Another worker uses the transactional "

@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,12 +57,14 @@ by the day and their order within it is chance.
 _REASONS = 5  # of lines left out that are told
 _LATE_SHARE = 0.05  # of events that are late in a stream's record
 _BEYOND = "rating: Input should be less than or equal to 5"
-_BEYOND_SHARE = 0.05  # of reviews; more are no slips
+_SLIPS, _SLIPS_SHARE = 2, 0.05  # reviews beyond, in however few, and of many; more are no slips
 _RESCALE = (
     "Its ratings are of another scale, and those up to 5 alone say nothing of the shop: bring all "
     "to 1 to 5, of 1 to 10 by 1 + (stars - 1) * 4 / 9."
 )
 _MEND = "Write it anew: `starcast schema reviews` and docs/produce.md, A file of your own, say how."
+_READ = 20_000  # records of a file in memory at once: each takes 2 KB, and its columns a quarter
+_ROWS_OF = {Review: from_reviews, Behavior: from_behavior, TextFeatures: from_text_features}
 _BATCH_EVENTS = 64  # of a replay: item states follow after each batch, as they do live
 _LARGEST_BATCH = 512  # of the replay of a long log
 _AT_ONCE = 2_048  # events of instants; no figure hangs on it
@@ -145,26 +147,35 @@ def from_file(path: Path) -> Log:
         TrainerError: it holds no event, or half of its lines are left out, or ratings of another
             scale: what is measured on the rest says nothing of the shop.
     """
-    kinds: dict[type[Record], list[Any]] = {Review: [], Behavior: [], TextFeatures: []}
-    rows: dict[type[Record], list[int]] = {kind: [] for kind in kinds}
+    events: list[Rows] = []
+    tables = [_review_table([], [])]
     items: list[tuple[int, Item]] = []
     users: list[tuple[int, User]] = []
-    count = 0
-    good = 0
+    count = good = 0
     bad: list[LineError] = []
-    for found in read_records(path, bad.append):
-        good += 1
-        record = found.record
-        if isinstance(record, Item):
-            items.append((count, record))
-        elif isinstance(record, User):
-            users.append((count, record))
-        elif type(record) in kinds:
-            kinds[type(record)].append(record)
-            rows[type(record)].append(count)
-            count += 1
+    found = (each.record for each in read_records(path, bad.append))
+    while records := list(islice(found, _READ)):
+        good += len(records)
+        known = count
+        kinds: dict[type[Record], list[Any]] = {Review: [], Behavior: [], TextFeatures: []}
+        rows: dict[type[Record], list[int]] = {kind: [] for kind in kinds}
+        for record in records:
+            if isinstance(record, Item):
+                items.append((count, record))
+            elif isinstance(record, User):
+                users.append((count, record))
+            elif type(record) in kinds:
+                kinds[type(record)].append(record)
+                rows[type(record)].append(count)
+                count += 1
+        part = blank(EVENT, count - known)
+        for kind, rows_of in _ROWS_OF.items():
+            part[np.array(rows[kind], np.intp) - known] = rows_of(kinds[kind])
+        events.append(part)
+        tables.append(_review_table(kinds[Review], rows[Review]))
+    reviews = pl.concat(tables, rechunk=True)
     beyond = sum(error.kind.endswith(_BEYOND) for error in bad)
-    if beyond > _BEYOND_SHARE * (beyond + len(kinds[Review])):
+    if beyond > max(_SLIPS, _SLIPS_SHARE * (beyond + len(reviews))):
         raise TrainerError(f"{_left_out(path, bad, good)}\n{_RESCALE}")
     if len(bad) > good:
         raise TrainerError(f"{_left_out(path, bad, good)}\n{_MEND}")
@@ -174,14 +185,17 @@ def from_file(path: Path) -> Log:
         raise TrainerError(
             f"{path} holds no reviews, behavior or text-features to learn from. {_MEND}"
         )
-    events = blank(EVENT, count)
-    events[rows[Review]] = from_reviews(kinds[Review])
-    events[rows[Behavior]] = from_behavior(kinds[Behavior])
-    events[rows[TextFeatures]] = from_text_features(kinds[TextFeatures])
-    reviews: list[Review] = kinds[Review]
-    table = pl.DataFrame(
+    log = Log(np.concatenate(events), reviews, items, users)
+    for odd in _out_of_place(path, log.events["time"], [at for at, _ in items]):
+        logger.warning(odd)
+    return log
+
+
+def _review_table(reviews: Sequence[Review], rows: Sequence[int]) -> pl.DataFrame:
+    """REVIEW_COLUMNS (n) of reviews (n) at these positions (n) in a log."""
+    return pl.DataFrame(
         {
-            "row": rows[Review],
+            "row": rows,
             "event_id": [review.event_id for review in reviews],
             "user_id": [review.user_id for review in reviews],
             "item_id": [review.item_id for review in reviews],
@@ -192,9 +206,6 @@ def from_file(path: Path) -> Log:
         },
         schema=REVIEW_COLUMNS,
     )
-    for odd in _out_of_place(path, events["time"], [at for at, _ in items]):
-        logger.warning(odd)
-    return Log(events, table, items, users)
 
 
 def _out_of_place(path: Path, time: NDArray[np.int64], known: Sequence[int]) -> Iterator[str]:

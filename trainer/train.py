@@ -25,7 +25,7 @@ from model.bundle import Bundle
 from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead, TextEncoder
-from model.network import FusedNetwork, default_config
+from model.network import FusedNetwork, network_config
 from trainer import checkpoints, drift, fit, gate, report, text
 from trainer.assess import Assessment, Compared, bundle_encoder, compare
 from trainer.calibrate import fit_calibration
@@ -243,7 +243,7 @@ def fit_network(
     """Fit on train, choose and calibrate on validation."""
     examples, split = data.examples, data.split
     sizes = config.fit.sizes.model_dump()
-    network_config = default_config(vector=examples.inputs.vectors.shape[1], **sizes)
+    sized = network_config(vector=examples.inputs.vectors.shape[1], **sizes)
     bar = tracker(progress, "fitting the network")
 
     def told(epoch: int, error: float) -> None:
@@ -251,7 +251,7 @@ def fit_network(
         on_epoch(epoch, error)
 
     fitted = fit.fit(
-        network_config,
+        sized,
         examples.inputs,
         examples.rating,
         split.train,

@@ -40,6 +40,7 @@ from streams.config import KafkaConfig
 
 FIRST_WAIT_SECONDS = 1.0  # a broker that is starting is asked again this soon,
 LAST_WAIT_SECONDS = 10.0  # and later this often
+NAMES = "scorer, answers, items, catalog, texts, archiver, insights, dashboard"
 
 topics_app = typer.Typer(help="The topics of the contract on the cluster.")
 
@@ -94,28 +95,29 @@ def demo(
 
 def run(
     context: typer.Context,
-    processors: Annotated[
-        list[str],
-        typer.Argument(
-            help="scorer, answers, items, catalog, texts, archiver, insights, dashboard"
-        ),
-    ],
+    processors: Annotated[list[str], typer.Argument(help=NAMES)],
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a broker that does not answer.")
     ] = 60.0,
 ) -> None:
     """Run processors, several in one process if you like, until Ctrl-C or SIGTERM."""
     settings = settings_of(context)
-    from streams.run import check_names, run_processors
+    from streams.run import run_processors
+
+    _check_names(processors)
+    if set(processors) - {"dashboard"}:  # the dashboard waits by itself, and says so on its page
+        _wait_for_broker(settings.kafka, wait)
+    with stopping() as stop:
+        run_processors(processors, settings, stop)
+
+
+def _check_names(processors: list[str]) -> None:
+    from streams.run import check_names
 
     try:
         check_names(processors)
     except StarcastError as problem:
         raise typer.BadParameter(str(problem)) from None
-    if set(processors) - {"dashboard"}:  # the dashboard waits by itself, and says so on its page
-        _wait_for_broker(settings.kafka, wait)
-    with stopping() as stop:
-        run_processors(processors, settings, stop)
 
 
 def _wait_for_broker(kafka: KafkaConfig, seconds: float) -> None:
@@ -218,13 +220,23 @@ def backfill(
 
 def doctor(
     context: typer.Context,
+    processors: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"Those that are to have workers, of {NAMES}. Unless some are named: scorer, "
+            "items, catalog and archiver.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJsonLines = False,
 ) -> None:
     """Check what is reachable, what is not, what to do; ends with 1 if something is wrong."""
+    settings, named = settings_of(context), processors or []
     from starcast.doctor import examine
 
+    _check_names(named)
     wrong = 0
-    for finding in examine(settings_of(context)):
+    for finding in examine(settings, named):
         wrong += finding.state == "wrong"
         if as_json:
             print_json(asdict(finding))

@@ -12,6 +12,7 @@ from jsonschema import Draft201909Validator
 from packaging.requirements import Requirement
 from prometheus_client import CollectorRegistry
 
+from schemas.topics import TOPICS
 from streams.metrics import make_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,12 @@ def compose() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def services(compose: dict[str, Any]) -> dict[str, Any]:
     return compose["services"]
+
+
+@pytest.fixture(scope="module")
+def rules() -> list[dict[str, Any]]:
+    [group] = read_yaml("deploy/rules.yml")["groups"]
+    return group["rules"]
 
 
 def test_compose_keeps_the_specification(compose: dict[str, Any]) -> None:
@@ -159,7 +166,69 @@ def test_prometheus_scrapes_every_processor() -> None:
     [lookup] = processors["dns_sd_configs"]
     assert set(lookup["names"]) == PROCESSORS - {"dashboard"}
     assert lookup["port"] == 9100
-    assert dashboard["static_configs"] == [{"targets": ["dashboard:8080"]}]
+    [static] = dashboard["static_configs"]
+    assert static["targets"] == ["dashboard:8080"]
+    # What the rules tell a processor by.
+    [named] = processors["relabel_configs"]
+    assert named == {"source_labels": ["__meta_dns_name"], "target_label": "service"}
+    assert static["labels"] == {"service": "dashboard"}
+
+
+def test_prometheus_reads_the_rules(services: dict[str, Any]) -> None:
+    assert read_yaml("deploy/prometheus.yml")["rule_files"] == ["rules.yml"]
+    mounts = services["prometheus"]["volumes"]
+    for file in ("prometheus.yml", "rules.yml"):
+        assert f"./deploy/{file}:/etc/prometheus/{file}:ro" in mounts
+    assert "`deploy/rules.yml`" in (ROOT / "docs/operate.md").read_text()
+
+
+def test_rules_ask_only_for_series_that_there_are(rules: list[dict[str, Any]]) -> None:
+    scraped = {"up": {"job", "service", "instance"}}
+    recorded = {rule["record"]: {"processor"} for rule in rules if "record" in rule}
+    known = {**scraped, **recorded}
+    for metric in metrics():
+        known |= {name: set(metric._labelnames) for name in names_of(metric)}
+    for rule in rules:
+        asked = re.findall(r"\b(up\b|starcast[\w:]+)(?:\{([^}]*)\})?", rule["expr"])
+        assert asked, rule
+        for name, matchers in asked:
+            assert name in known, rule
+            assert set(re.findall(r"(\w+)=", matchers)) <= known[name], rule
+        labels = set[str]().union(*(known[name] for name, _ in asked))
+        grouped = re.findall(r"by \(([^)]*)\)", rule["expr"])
+        by = {label.strip() for each in grouped for label in each.split(",")}
+        assert by <= labels, rule
+        kept = by if re.match(r"\w+ by|(sum|avg|max|abs)\(", rule["expr"]) else labels
+        told = re.findall(r"\$labels\.(\w+)", str(rule.get("annotations")))
+        assert set(told) <= kept, rule
+
+
+def test_rules_name_only_jobs_and_processors_that_there_are(rules: list[dict[str, Any]]) -> None:
+    jobs = {each["job_name"] for each in read_yaml("deploy/prometheus.yml")["scrape_configs"]}
+    for label, there in (
+        ("job", jobs),
+        ("processor", PROCESSORS),
+        ("topic", {each.name for each in TOPICS}),
+    ):
+        matched = [
+            name
+            for rule in rules
+            for names in re.findall(label + r'=~?"([^"]*)"', rule["expr"])
+            for name in names.split("|")
+        ]
+        assert matched
+        assert set(matched) <= there
+
+
+def test_each_alert_says_what_and_what_to_do(rules: list[dict[str, Any]]) -> None:
+    alerts = [rule for rule in rules if "record" not in rule]
+    assert len({rule["alert"] for rule in alerts}) == len(alerts)
+    for rule in alerts:
+        assert set(rule) - {"for"} == {"alert", "expr", "labels", "annotations"}, rule
+        assert rule["labels"]["severity"] in ("warning", "critical"), rule
+        assert set(rule["annotations"]) == {"summary", "description"}, rule
+        assert re.fullmatch(r"\d+[mh]", rule.get("for", "1m")), rule
+        assert rule["expr"].count("(") == rule["expr"].count(")"), rule
 
 
 def test_grafana_queries_only_metrics_that_there_are() -> None:
@@ -196,11 +265,12 @@ def metrics() -> list[Any]:
     return [value for name, value in vars(made).items() if name != "registry"]
 
 
-def sample_names() -> set[str]:
-    """All series names that our metrics can have, whether or not they have a value yet."""
+def names_of(metric: Any) -> list[str]:
+    """The series names that a metric can have, whether or not they have a value yet."""
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
-    return {
-        metric._name + suffix
-        for metric in metrics()
-        for suffix in suffixes[type(metric).__name__.lower()]
-    }
+    return [metric._name + suffix for suffix in suffixes[type(metric).__name__.lower()]]
+
+
+def sample_names() -> set[str]:
+    """All series names that our metrics can have."""
+    return {name for metric in metrics() for name in names_of(metric)}

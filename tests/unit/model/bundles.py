@@ -14,8 +14,9 @@ from model.bundle import Written
 from model.calibration import Calibration
 from model.card import ModelCard
 from model.encoder import StarHead
-from model.network import FusedNetwork, default_config
+from model.network import FusedNetwork
 from tests.unit.model.encoders import HIDDEN
+from tests.unit.model.networks import default_config
 from tests.unit.model.shop import WIDTH
 
 CARD = ModelCard(

@@ -252,7 +252,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "do not fit its network: bias column 999",
     ),
     "an unknown setting": (
-        lambda f: resum(f, "network.json", b'{"features": 85, "bias_column": 0, "depth": 3}'),
+        lambda f: resum(
+            f,
+            "network.json",
+            (f / "network.json").read_bytes().replace(b"{", b'{"depth": 3,', 1),
+        ),
         "network.json cannot be read .depth",
     ),
     "a calibration that is no number": (

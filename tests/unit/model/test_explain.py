@@ -6,8 +6,9 @@ from torch import nn
 
 from model.explain import explain
 from model.features import INDEX
-from model.network import FusedNetwork, blocks, default_config, gather, tensors
+from model.network import FusedNetwork, blocks, gather, tensors
 from model.trees import Trees
+from tests.unit.model.networks import default_config
 from tests.unit.model.shop import WIDTH, Observed
 
 

@@ -15,11 +15,11 @@ from model.network import (
     Output,
     bucket,
     concatenate,
-    default_config,
     gather,
     tensors,
 )
 from model.taste import COLUMNS
+from tests.unit.model.networks import default_config
 from tests.unit.model.shop import WIDTH, Observed
 
 

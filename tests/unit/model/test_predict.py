@@ -18,8 +18,9 @@ from model import ladder
 from model.calibration import Calibration, calibrate
 from model.distribution import HIGHEST, LOWEST
 from model.features import INDEX, NAMES
-from model.network import FusedNetwork, default_config
+from model.network import FusedNetwork
 from model.predict import Predictions, Predictor, predictor
+from tests.unit.model.networks import default_config
 from tests.unit.model.shop import WIDTH, Observed, observe
 
 SHOP = observe()

@@ -10,9 +10,10 @@ from torch import nn
 
 from model.features import INDEX
 from model.lookups import Source
-from model.network import FusedNetwork, Inputs, default_config, gather, tensors
+from model.network import FusedNetwork, Inputs, gather, tensors
 from model.serving import Served
 from model.trees import Trees
+from tests.unit.model.networks import default_config
 from tests.unit.model.shop import WIDTH, observe
 
 SHOP = observe()

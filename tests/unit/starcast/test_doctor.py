@@ -6,7 +6,7 @@ from pydantic import SecretStr
 
 from model import registry
 from starcast import doctor
-from starcast.doctor import PROBE, _archive, _models, _store
+from starcast.doctor import PROBE, Finding, _archive, _models, _store
 from starcast.settings import Settings
 from streams.admin import GroupReport
 from streams.config import ArchiveConfig, ModelsConfig, RedisConfig
@@ -69,24 +69,51 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     assert "No space left" in finding.found
 
 
+REPORTS = {
+    "scorer": GroupReport(0, 2),
+    "answers": GroupReport(0, None),
+    "items": GroupReport(2, 1),
+    "catalog": GroupReport(1, 100_001),
+    "texts": GroupReport(0, 7),
+    "archiver": GroupReport(1, 0),
+    "insights": GroupReport(0, 0),
+}
+
+
+def workers(monkeypatch: pytest.MonkeyPatch, *named: str) -> list[Finding]:
+    monkeypatch.setattr(doctor, "group_report", lambda _, name: REPORTS[name])
+    return [*doctor._workers(Settings(), named)]
+
+
 def test_workers_and_what_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    reports = {
-        "scorer": GroupReport(0, 2),
-        "answers": GroupReport(0, None),
-        "items": GroupReport(2, 1),
-        "catalog": GroupReport(1, 100_001),
-        "texts": GroupReport(0, 0),
-        "archiver": GroupReport(1, 0),
-        "insights": GroupReport(2, 0),
-    }
-    monkeypatch.setattr(doctor, "group_report", lambda _, name: reports[name])
-    told = [(found.name, found.state, found.found) for found in doctor._workers(Settings())]
-    assert told == [
+    assert [(found.name, found.state, found.found) for found in workers(monkeypatch)] == [
         ("scorer", "wrong", "no workers, 2 records to read"),
         ("answers", "note", "no workers, and none has begun"),
         ("items", "fine", "2 workers, 1 record to read"),
         ("catalog", "note", "1 worker, 100,001 records to read"),
-        ("texts", "note", "no workers, 0 records to read"),
+        ("texts", "note", "no workers, 7 records to read"),  # a shop may have given it up
         ("archiver", "fine", "1 worker, 0 records to read"),
-        ("insights", "fine", "2 workers, 0 records to read"),
+        ("insights", "note", "no workers, 0 records to read"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("named", "wrong"),
+    [
+        (["texts"], ["texts"]),
+        (["texts", "scorer", "dashboard"], ["scorer", "texts"]),
+        (["archiver", "insights"], []),
+    ],
+)
+def test_of_processors_that_are_named_workers_are_missed(
+    named: list[str], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = workers(monkeypatch, *named)
+    assert [each.name for each in found if each.state == "wrong"] == wrong
+
+
+@pytest.mark.parametrize("name", doctor.EVERY_SHOP)
+def test_what_every_shop_runs_is_missed_unasked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REPORTS, name, GroupReport(0, 1))
+    found = {each.name: each.state for each in workers(monkeypatch)}
+    assert found[name] == "wrong"

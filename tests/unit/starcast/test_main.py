@@ -21,10 +21,12 @@ from schemas.exceptions import StarcastError
 from schemas.topics import TOPICS
 from starcast import __version__
 from starcast.commands.context import check_output, fail
+from starcast.doctor import EVERY_SHOP, Finding
 from starcast.main import app, main
 from starcast.settings import load
 from streams.embedded import HOST, Endpoints, free_port
 from streams.producer import Sent
+from streams.run import PROCESSORS
 from tests.unit.model import bundles
 from trainer import search
 from trainer.exceptions import TrainerError
@@ -347,8 +349,24 @@ def test_a_processor_that_does_not_exist_is_told_before_the_broker_is_waited_for
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", f"{HOST}:{free_port()}")
-    assert run_main(monkeypatch, "run", "scorer", "nosuch") == 2
-    assert "There is no processor nosuch." in capsys.readouterr().err
+    for command in ("run", "doctor"):
+        assert run_main(monkeypatch, command, "scorer", "nosuch") == 2
+        assert "There is no processor nosuch." in capsys.readouterr().err
+
+
+def test_doctor_looks_for_the_processors_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def examine(_: object, named: list[str]) -> list[Finding]:
+        asked.append(named)
+        return []
+
+    monkeypatch.setattr("starcast.doctor.examine", examine)
+    assert run_main(monkeypatch, "doctor", "texts", "scorer") == 0
+    assert run_main(monkeypatch, "doctor") == 0
+    assert asked == [["texts", "scorer"], []]
+    shown = RUNNER.invoke(app, ["doctor", "--help"]).output
+    assert all(name in shown for name in (*EVERY_SHOP, *PROCESSORS))
 
 
 def test_produce_takes_one_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

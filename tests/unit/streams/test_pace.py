@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.pace import GATHER_SECONDS, GROW, LEAST, Overlap, Pace
+from streams.pace import GATHER_SECONDS, GROW, LEAST, Bound, Overlap, Pace
 
 
 def test_without_a_target_transactions_are_as_large_as_they_may_be() -> None:
@@ -83,6 +83,37 @@ def test_it_settles_where_half_the_target_is_met(
         pace.took(size, fixed + each * size)
     met = fixed + each * pace.size(0) <= target / 2 * 1.1
     assert met or pace.size(0) == min(LEAST, most)
+
+
+def test_a_transaction_that_was_open_for_too_long_is_halved_until_one_ends() -> None:
+    bound = Bound(10)
+    assert bound.most(2_000) == 2_000
+    assert bound.failed(2_000, 12)
+    assert bound.most(2_000) == 1_000
+    assert bound.failed(600, 12)  # it was not full, and is what is known to be too many
+    assert bound.most(2_000) == 300
+    assert not bound.failed(300, 9)  # for another reason
+    assert not bound.failed(1, 60)  # nothing is smaller
+    assert bound.most(2_000) == 300
+
+
+def test_transactions_grow_back_while_full_ones_end_soon() -> None:
+    bound = Bound(10)
+    bound.ended(2_000, 1)  # nothing has failed
+    assert bound.most(2_000) == 2_000
+    bound.failed(10, 12)
+    bound.ended(4, 1)
+    bound.ended(5, 6)
+    assert bound.most(2_000) == 5
+    bound.ended(5, 4)
+    assert bound.most(2_000) == 6  # 6.25
+    bound.ended(6, 4)
+    assert bound.most(2_000) == 7  # 7.8125
+    for _ in range(40):
+        bound.ended(bound.most(2_000), 1)
+    assert bound.most(2_000) == 2_000
+    for _ in range(10_000):
+        bound.ended(2_000, 1)  # not beyond
 
 
 def test_a_batch_is_gathered_until_it_is_processed_just_in_time() -> None:

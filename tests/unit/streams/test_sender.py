@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from confluent_kafka import KafkaError, Message
+from confluent_kafka import KafkaError, KafkaException, Message
 from structlog.testing import capture_logs
 
 from schemas.topics import LARGEST_MESSAGE
@@ -11,8 +11,8 @@ from streams import sender as senders
 from streams.clients import KafkaOptionError
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError
-from streams.processor import Outcome, OutputBatch
-from streams.sender import Sender
+from streams.processor import Outcome, OutputBatch, Position
+from streams.sender import TRANSACTION_SECONDS, Sender
 from tests.unit.streams.looped import (
     ABORTS,
     Counting,
@@ -132,6 +132,37 @@ def test_a_fenced_worker_begins_anew_with_another_producer(world: World, step: s
     assert [each.ready for each in world.broker.producers] == [True, True]
     world.turn(loop)
     assert len(answered(world)) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [fenced(), failure(KafkaError._INCONSISTENT, txn_requires_abort=True)],
+    ids=["Kafka ended it", "records ran out of time"],
+)
+@pytest.mark.parametrize("step", ["produce", "commit_transaction"])
+def test_what_was_open_for_too_long_is_tried_again_in_halves(
+    world: World, monkeypatch: pytest.MonkeyPatch, step: str, error: KafkaException
+) -> None:
+    processor = Counting()
+    loop = world.loop(processor)
+    send = loop._sender.send
+
+    def slow(outcome: Outcome) -> dict[Position, int]:
+        seconds = len(outcome.batches[0].messages)  # one each
+        world.clock.now += seconds
+        if seconds > TRANSACTION_SECONDS:
+            world.broker.fail(step, error)
+        return send(outcome)
+
+    monkeypatch.setattr(loop._sender, "send", slow)
+    fill(world, 30, 0, topics=["reviews"])
+    world.consumer.rebalance(new=places(0))
+    with capture_logs() as logs:
+        world.turn(loop, 7)
+    assert [len(batch) for batch in processor.batches] == [30, 15, 7, 7, 7, 7, 2]
+    assert len(answered(world)) == len(set(answered(world))) == 30
+    slow_ones = [line for line in logs if line["event"] == "a transaction was too slow"]
+    assert [(line["records"], line["seconds"]) for line in slow_ones] == [(30, 30), (15, 15)]
 
 
 def test_two_workers_with_one_transactional_id_do_not_go_on_fencing_each_other(

@@ -1,5 +1,6 @@
 """Rows from a record file, and their replay."""
 
+import gc
 import gzip
 from dataclasses import replace
 from datetime import timedelta
@@ -12,8 +13,9 @@ import pytest
 from model import features
 from model.events import REVIEW, TEXT, VIEW
 from model.ids import hash_ids
+from schemas import files
 from schemas.files import write_records
-from schemas.records import Record, TextFeatures
+from schemas.records import Record, Review, TextFeatures
 from tests.unit.trainer.shop import ITEMS, REVIEWS, START, USERS, item, review
 from trainer import data
 from trainer.data import (
@@ -56,6 +58,24 @@ def test_what_was_read_off_texts_is_an_event_of_a_file_too(tmp_path: Path) -> No
     assert log.reviews["row"].to_list() == [0, 2]
 
 
+def test_a_file_is_read_in_parts(shop_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = from_file(shop_file)
+    monkeypatch.setattr(data, "_READ", 100)
+    monkeypatch.setattr(files, "BATCH", 100)
+    table, held = data._review_table, [0]
+
+    def counted(*columns: Any) -> Any:
+        held.append(sum(type(each) is Review for each in gc.get_objects()))
+        return table(*columns)
+
+    monkeypatch.setattr(data, "_review_table", counted)
+    parts = from_file(shop_file)
+    assert parts.events.tobytes() == whole.events.tobytes()
+    assert parts.reviews.equals(whole.reviews)
+    assert (parts.items, parts.users) == (whole.items, whole.users)
+    assert max(held) < 250  # of 700
+
+
 def test_a_file_without_events_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     write_records(path, [("items", item(1))])
@@ -93,6 +113,32 @@ def test_ratings_of_another_scale_are_refused(shop_file: Path, tmp_path: Path) -
     path.write_text(good + "".join(review % (number, 10) for number in range(38)))
     with pytest.raises(TrainerError, match=r"38 of .*\nIts ratings are of another scale.*4 / 9"):
         from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("stars", "rescale"),
+    [
+        ([5, 4, 3, 2, 1, 5, 4, 3, 2, 55], False),  # a slip is a tenth of a file of ten
+        ([5, 4, 3, 2, 1, 5, 4, 3, 50, 55], False),
+        ([8, 9, 3, 5, 4, 7], True),
+    ],
+)
+def test_a_slip_in_a_small_file_is_no_other_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stars: list[int], rescale: bool
+) -> None:
+    review = (
+        '{"topic": "reviews", "value": {"event_id": "%d", "user_id": "u", "item_id": "i", '
+        '"event_time": "2026-11-24T10:15:00Z", "rating": %d}}\n'
+    )
+    path = tmp_path / "small.jsonl"
+    path.write_text("".join(review % each for each in enumerate(stars)))
+    if rescale:
+        with pytest.raises(TrainerError, match="another scale"):
+            from_file(path)
+    else:
+        good = [each for each in stars if each <= 5]
+        assert from_file(path).reviews["rating"].to_list() == good
+        assert f"{len(stars) - len(good)} of 10 lines" in caplog.text
 
 
 def test_a_file_of_which_most_breaks_the_contract_is_refused(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from model.ids import low_half
-from model.network import NetworkConfig, bucket, default_config
+from model.network import NetworkConfig, bucket
 from model.taste import COLUMNS
+from tests.unit.model.networks import default_config
 from trainer import factors
 from trainer.data import Examples
 from trainer.factors import fit_taste, told, told_ahead

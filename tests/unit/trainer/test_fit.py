@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from model.features import INDEX
-from model.network import FusedNetwork, default_config, tensors
+from model.network import FusedNetwork, tensors
 from model.taste import ADDED, COLUMNS
+from tests.unit.model.networks import default_config
 from trainer.config import FitConfig
 from trainer.data import Examples
 from trainer.exceptions import TrainerError
