@@ -1,6 +1,7 @@
 """The whole evaluation on a small shop."""
 
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from shutil import copytree
@@ -23,7 +24,9 @@ from trainer.exceptions import TrainerError
 from trainer.figures import gained, summary
 from trainer.kept import Kept
 from trainer.leaks import Leak
+from trainer.metrics import Floats
 from trainer.peers import ratings, texts, tuning
+from trainer.peers.ratings import Peer, Predict, Rated
 
 SMALL = TrainerConfig(
     threads=1,
@@ -114,6 +117,30 @@ def test_without_peers_our_model_alone_is_measured(shop_file: Path, tmp_path: Pa
     assert found.document["gain"] is None
     assert found.document["text"] == {}
     assert summary(found)
+
+
+def test_a_peer_knows_rows_that_are_asked_for_but_where_it_stands_still(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []  # how many rows of the past and of those asked for
+
+    def fit(known: Rated, settings: Mapping[str, Any], seed: int) -> Predict:
+        def predict(asked: Rated, past: Rated) -> Floats:
+            told.append((len(past), int(np.isin(past.time, asked.time).sum())))
+            return np.full(len(asked), 3.0)
+
+        return predict
+
+    monkeypatch.setattr(ratings, "PEERS", {"global": Peer(fit)})
+    found = evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=("global",))
+    rows = found.document["rows"]
+    every, known = rows["rated"], rows["train"] + rows["validation"]
+    still, moving = (known, 0), (every, rows["test"])
+    assert dict(zip(found.document["rating"], told, strict=True)) == {
+        "prequential": moving,
+        "static": still,
+        "arrival": moving,
+    }
 
 
 def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:
