@@ -152,7 +152,11 @@ def _work(shop: Shop, phases: list[Played], report: Report, spoil: bool) -> floa
             _until_done(workers, predicted, letters)
             seconds += time.monotonic() - started
         _until_archived(shop, workers)
+        deadline = time.monotonic() + STALL_SECONDS
         for name, loop in workers.loops.items():
+            # On a busy machine the group may have left it out for the moment.
+            while not loop.live and time.monotonic() < deadline and not workers.errors:
+                time.sleep(0.1)
             if not loop.live:
                 report.differs("a processor that has ended", name)
         for error in workers.errors:
