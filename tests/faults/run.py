@@ -34,7 +34,7 @@ from tests.faults.world import PARTITIONS, FaultyShop, NotReached, World, make_w
 from tests.servers import ServerError
 from tests.unit.model.bundles import write
 
-TRIES = 4  # to come to the point where a fault is to happen
+TRIES = 6  # to come to the point where a fault is to happen: a busy machine is late
 VERSIONS = 3  # bundles to swap
 FLOWS_SECONDS = 150.0  # all workers have started, claimed and written by then; 66 s were seen
 
