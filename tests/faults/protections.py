@@ -6,11 +6,8 @@ switch.
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
-
-from confluent_kafka import Message, TopicPartition
 
 from streams import store as stores
 from streams.loop import Loop, Polled
@@ -24,22 +21,12 @@ REJOIN_SECONDS = 30.0  # a worker that was thrown out is back with its partition
 
 def without_guard() -> None:
     """A batch that was refused is committed with the generation that the worker joins next."""
-    transact, open_ = Loop._transact, Loop._opened
-    batches: dict[Loop, Polled] = {}
+    transact = Loop._transact
 
-    def remembered(
-        self: Loop, messages: list[Message], offsets: list[TopicPartition], metadata: Any
-    ) -> Polled | None:
-        batch = open_(self, messages, offsets, metadata)
-        if batch is not None:
-            batches[self] = batch
-        return batch
-
-    def again(self: Loop, outcome: Outcome, opened: Future[None] | None) -> None:
-        transact(self, outcome, opened)
-        if opened is None:
+    def again(self: Loop, outcome: Outcome, batch: Polled | None) -> None:
+        transact(self, outcome, batch)
+        if batch is None or batch.opened is None:
             return
-        batch = batches[self]
         wanted = {self._position(each) for each in batch.offsets}
         until = time.monotonic() + REJOIN_SECONDS
         while not _settled(self) and time.monotonic() < until:
@@ -47,14 +34,13 @@ def without_guard() -> None:
             if not wanted <= self._owned:
                 continue
             metadata = self._consumer.consumer_group_metadata()
-            newer = open_(self, batch.messages, batch.offsets, metadata)
+            newer = self._opened(batch.messages, batch.offsets, metadata)
             if newer is not None:
                 newer.processed.set()
-                transact(self, outcome, newer.opened)
+                transact(self, outcome, newer)
                 if self._flight is not None and self._settle():  # it began, and was committed
                     return
 
-    Loop._opened = remembered
     Loop._transact = again
 
 
@@ -114,10 +100,10 @@ def without_order() -> None:
     transact = Loop._transact
     committed = 0
 
-    def early(self: Loop, outcome: Outcome, opened: Future[None] | None) -> None:
+    def early(self: Loop, outcome: Outcome, batch: Polled | None) -> None:
         nonlocal committed
         if committed < SETTLED_COMMITS:
-            transact(self, outcome, opened)
+            transact(self, outcome, batch)
             committed += _settled(self)
             return
         write, outcome.write = outcome.write, None
@@ -132,7 +118,7 @@ def without_order() -> None:
 
         self._sender.send = send_and_write
         try:
-            transact(self, outcome, opened)
+            transact(self, outcome, batch)
         finally:
             self._sender.send = send
 
