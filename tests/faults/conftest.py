@@ -1,9 +1,11 @@
 """Three brokers and two stores with replicas, started once for all tests of this folder."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+import structlog
 
 from starcast.log import LogConfig, configure
 from tests.conftest import started
@@ -13,6 +15,16 @@ from tests.faults.servers import Servers, start_servers
 @pytest.fixture(scope="session")
 def faulty_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Servers that can be killed, cut off and emptied."""
-    configure(LogConfig(level="error"))
     with closing(started(start_servers, tmp_path_factory)) as servers:
         yield servers
+
+
+@pytest.fixture(autouse=True)
+def only_errors() -> Iterator[None]:
+    """Logs of errors alone; tests of other folders look at warnings too."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    configure(LogConfig(level="error"))
+    yield
+    structlog.reset_defaults()
+    root.handlers, root.level = handlers, level
