@@ -6,10 +6,11 @@ exists (`Scores` of ratings), and (b) how many stars does this review's text mea
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from model.ids import Hashes
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -144,7 +145,7 @@ def paired(
     confidence: float,
     resamples: int,
     seed: int,
-    users: NDArray[Any] | None = None,
+    users: Hashes | None = None,
 ) -> Difference:
     """Squared error of `model` minus that of `other`, with a paired bootstrap interval.
 
