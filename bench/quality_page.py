@@ -126,7 +126,7 @@ def _ablations(part: Part) -> str:
         f"{name}|{found['rmse']:.4f}|{_interval(found['cost'])}"
         for name, found in part["figures"].items()
     ]
-    return _table("without|RMSE|squared error more, 95% interval", rows)
+    return _table("without, or + with|RMSE|squared error more, 95% interval", rows)
 
 
 def _variants(variants: Mapping[str, Part]) -> str:

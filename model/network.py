@@ -185,7 +185,7 @@ class Tensors(NamedTuple):
     older: Tensor  # (n, o) buckets, as many as the batch's fullest row has
     older_stars: Tensor  # (n, o)
     item_vector: Tensor  # (n, d)
-    recent_vectors: Tensor  # (n, 16, d)
+    recent_vectors: Tensor  # (n, 16, d); without attention (n, 0, d)
 
     def rows(self, first: int, end: int) -> "Tensors":
         """Rows first to end."""
@@ -225,6 +225,7 @@ def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = 
     stars = np.where(rated, (inputs.recent_ratings - 3) / 2, 0)[..., None]  # -1 to 1
     bits = np.unpackbits(inputs.recent_actions[..., None], axis=-1)
     ids = Ids.of(config, inputs)
+    recents = inputs.recent_vectors if config.heads else inputs.recent_vectors[:, :0]
     older_stars = inputs.older_ratings[:, : ids.older.shape[1]] / RATING_STEPS
     return Tensors(
         features=send(inputs.features, np.float32),
@@ -237,7 +238,7 @@ def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = 
         older=send(ids.older, np.int64),
         older_stars=send(older_stars, np.float32),
         item_vector=send(inputs.vectors[inputs.item_vectors], np.float32),
-        recent_vectors=send(inputs.vectors[inputs.recent_vectors], np.float32),
+        recent_vectors=send(inputs.vectors[recents], np.float32),
     )
 
 

@@ -8,10 +8,9 @@ blocks of one size, the last one padded, since products of another size may add 
 and an event must score the same alone and in any batch. Members stand side by side as one network,
 whose layers between them hold zeros: few large products take less time than many small ones.
 
-Cost of a row of one member, with the trainer's default sizes: 24,000 products in the dense layers
-(10,000 more each time a new vector is met), 2,600 in the attention; of each tree, as many questions
-as its deepest leaf lies below its root. Of k members side by side, k times that, and as many zeros
-again for three.
+Cost of a row of one member, with the trainer's default sizes: 17,000 products in the dense layers
+(4,096 more each time a new vector is met); of each tree, as many questions as its deepest leaf lies
+below its root. Of k members side by side, k times that, and as many zeros again for three.
 """
 
 import math
@@ -83,8 +82,8 @@ class _Dense:
 class _Products:
     """What vectors give in linear layers without a bias, multiplied when first asked for."""
 
-    def __init__(self, layers: Sequence[_Dense]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[_Dense], *, of_recents: bool) -> None:
+        self._layers, self._of_recents = layers, of_recents
         self._done = np.zeros(0, np.bool_)
         self._made = [np.empty((0, len(layer.bias)), np.float32) for layer in layers]
 
@@ -100,7 +99,8 @@ class _Products:
             ]
         wanted = np.zeros(len(vectors), np.bool_)
         wanted[inputs.item_vectors] = True
-        wanted[inputs.recent_vectors] = True
+        if self._of_recents:
+            wanted[inputs.recent_vectors] = True
         new = np.flatnonzero(wanted & ~self._done[: len(vectors)])
         for first in range(0, len(new), _CHUNK):
             rows = new[first : first + _CHUNK]
@@ -207,7 +207,8 @@ class Served:
     def _begun(self, inputs: Inputs) -> list[_Begun]:
         if inputs.source not in self._products:
             layers = [layer for each in self._served for layer in each.by_vectors() if layer]
-            self._products[inputs.source] = _Products(layers)
+            of_recents = self._config.heads > 0
+            self._products[inputs.source] = _Products(layers, of_recents=of_recents)
         made = iter(self._products[inputs.source].of(inputs))
         return [
             _Begun(*(next(made) if layer else _NOTHING for layer in each.by_vectors()))

@@ -1,8 +1,9 @@
 """What each part of the rating network is worth: taken away in turn, fitted anew.
 
 An input that is gone says nothing in training and in the test alike; a part of the model is left
-out. What its absence costs is the squared error without it less that with all, on the same test
-rows, with a paired bootstrap interval: above zero, the part helps.
+out, or one that the defaults leave out is put in. What the change costs is the squared error with
+it less that of the network as it is, on the same test rows, with a paired bootstrap interval: above
+zero, the network is better as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ Without = Callable[[Inputs], Inputs]
 
 @dataclass(frozen=True)
 class Ablated:
-    """The network without one part."""
+    """The network without one part, or with one more."""
 
     rmse: float
     cost: Difference | None  # squared error less that of the whole; none for the whole
@@ -67,21 +68,21 @@ INPUTS: Mapping[str, Without] = {
     "newcomers' level": _newcomers,
 }
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "attention to recent items": {"sizes": {"heads": 0}},
-    "hashed ids": {"sizes": {"identity": 0}},
     "taste of recent ratings": {"sizes": {"factors": 0}},
     "boosted trees": {"trees": False},
+    "+ hashed ids": {"sizes": {"identity": 8}},
+    "+ attention to recent items": {"sizes": {"identity": 8, "heads": 2}},  # ids tell items apart
 }
 """Changes of `fit`."""
 
 PARTS = (*INPUTS, *SETTINGS)
-"""What is taken away in turn."""
+"""What is taken away in turn, or with a plus put in."""
 
 
 def ablate(
     data: Prepared, config: TrainerConfig, part: str | None, progress: Progress | None = None
 ) -> Floats:
-    """Predicted ratings of the test rows (n) by a network without a part, or with all."""
+    """Predicted ratings of the test rows (n) by a network with a part changed, or as it is."""
     if part is not None and part in SETTINGS:
         config = changed(config, SETTINGS[part])
     elif part is not None:

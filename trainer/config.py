@@ -231,11 +231,11 @@ class SizesConfig(BaseModel):
     members: int = Field(default=1, ge=1, le=32, description="networks that are averaged")
     width: int = Field(default=64, ge=1, le=4_096, description="of the two hidden layers")
     token: int = Field(default=32, ge=1, le=1_024, description="width of a recent item")
-    heads: int = Field(
-        default=2, ge=0, le=64, description="of the attention over recent items; 0: there is none"
+    heads: int = Field(  # of no use beside a taste: docs/decisions/0034
+        default=0, ge=0, le=64, description="of the attention over recent items; 0: there is none"
     )
     identity: int = Field(
-        default=8, ge=0, le=256, description="width of a hashed id's embedding; 0: none"
+        default=0, ge=0, le=256, description="width of a hashed id's embedding; 0: none"
     )
     factors: int = Field(
         default=8, ge=0, le=64, description="of the taste that recent ratings tell; 0: none"

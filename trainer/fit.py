@@ -311,7 +311,7 @@ def carry(start: Start, network: FusedNetwork) -> dict[str, int]:
     left |= {part for part, ours, found in pairs if found is None or found.shape != ours.shape}
     carried: Counter[str] = Counter()
     for part, weights, found in pairs:
-        if part in left or found is None:
+        if part in left or found is None or not weights.numel():
             continue
         if part == "last":  # the first output's offset is the ridge regression's
             weights[1:].copy_(found[1:])

@@ -63,6 +63,7 @@ class Range:
     high: float
     whole: bool = False
     log: bool = False
+    only_with: str | None = None  # the setting whose zero leaves this one without use
 
     def suggest(self, trial: Trial) -> float | int:
         """A value for a trial."""
@@ -71,17 +72,19 @@ class Range:
         return trial.suggest_float(self.name, self.low, self.high, log=self.log)
 
 
+_IDS = "fit.sizes.identity"
+
 SPACES: Mapping[What, tuple[Range, ...]] = {
     "rating": (
         Range("fit.learning_rate", 1e-4, 1e-2, log=True),
         Range("fit.weight_decay", 1e-3, 1.0, log=True),
-        Range("fit.identity_decay", 0.1, 30.0, log=True),
+        Range("fit.identity_decay", 0.1, 30.0, log=True, only_with=_IDS),
         Range("fit.squared_error", 0.1, 10.0, log=True),
         Range("fit.batch_rows", 128, 2_048, whole=True, log=True),
         Range("fit.sizes.width", 16, 256, whole=True, log=True),
-        Range("fit.sizes.identity", 2, 32, whole=True, log=True),
+        Range(_IDS, 2, 32, whole=True, log=True),
         Range("fit.sizes.dropout", 0.0, 0.6),
-        Range("fit.sizes.unknown", 0.0, 0.5),
+        Range("fit.sizes.unknown", 0.0, 0.5, only_with=_IDS),
     ),
     "text": (
         Range("text.fine_tune.learning_rate", 1e-5, 3e-4, log=True),
@@ -215,8 +218,13 @@ def search(
 
 
 def space(what: What, config: TrainerConfig) -> Sequence[Range]:
-    """What is searched for: a zero, which switches something off, has no place on a log scale."""
-    return [each for each in SPACES[what] if not each.log or _value(config, each.name) > 0]
+    """What is searched for: nothing that a zero switches off (a log scale has no place for it)."""
+
+    def of_use(each: Range) -> bool:
+        switches = ([each.name] if each.log else []) + ([each.only_with] if each.only_with else [])
+        return all(_value(config, name) > 0 for name in switches)
+
+    return [each for each in SPACES[what] if of_use(each)]
 
 
 def write_settings(found: Searched, path: Path) -> None:

@@ -35,9 +35,6 @@ from streams.user_states import decode_header
 PORTED = ("f5036779", "9a089c3b")  # the layout and the features that the Java was written for
 
 _OPSET = 17
-_RECENTS = 16
-_FEEDBACK = 10  # of a recent item: rating, whether there is one, bits of actions
-_IDS = 2 + 4 + 1 + _RECENTS + 1 + _RECENTS  # user, item, categories, brand, recents, vectors
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,18 @@ def write(folder: Path, bundle: Bundle, rows: Rows) -> dict[str, Any]:
             f"{(LAYOUT_HASH, FEATURE_HASH)}: bring its Java up to date, then PORTED."
         )
     network, config = bundle.network, bundle.network.config
-    if network.taste is None or network.trees is None or not config.vector or not config.heads:
-        raise StarcastError("The Kafka Streams peer takes a bundle with taste, trees and texts.")
+    as_default = not config.heads and not config.identity and config.vector
+    if network.taste is None or network.trees is None or not as_default:
+        raise StarcastError(
+            "The Kafka Streams peer takes a bundle with taste, trees and texts, "
+            "without attention and hashed ids."
+        )
     rows.write(folder)
     told = network.taste
     taste = [told.offsets, told.corrections, told.ratings, told.factors]
     (folder / "taste").write_bytes(b"".join(each.numpy().tobytes() for each in taste))
     _write_network(folder / "network.onnx", network, torch.from_numpy(rows.vectors.rows))
-    sizes = ("features", "buckets", "name_buckets", "vector")
+    sizes = ("features", "buckets", "vector")
     return {
         "version": bundle.version,
         **{size: getattr(config, size) for size in sizes},
@@ -142,7 +143,7 @@ def _vectors(store: Store, bundle: Bundle, texts: Hashes) -> Table:
 
 
 class _Network(nn.Module):
-    """A fused network after its taste, its ids and vectors by number; trees come as an input."""
+    """A fused network after its taste, its item's vector by number; trees come as an input."""
 
     def __init__(self, network: FusedNetwork, vectors: Tensor) -> None:
         super().__init__()
@@ -151,98 +152,45 @@ class _Network(nn.Module):
             _Member(each, network.config, vectors) for each in network.networks
         )
 
-    def forward(self, columns: Tensor, trees: Tensor, ids: Tensor, feedback: Tensor) -> Tensor:
+    def forward(self, columns: Tensor, trees: Tensor, vector: Tensor) -> Tensor:
         """Mean and logits (n, 6)."""
         network = self.network
         features = network.standardise(columns)
-        output = torch.stack([each(features, ids, feedback) for each in self.members]).mean(0)
+        output = torch.stack([each(features, vector) for each in self.members]).mean(0)
         bias = columns[:, network.config.bias_column, None]
         mean = bias + network.shrink * (output[:, :1] + trees)
         return torch.cat([mean, network.prior + output[:, 1:]], 1)
 
 
 class _Member(nn.Module):
-    """What `network.Member` says, its products of vectors and of recent ids made beforehand.
+    """What `network.Member` says; vectors are multiplied beforehand, as in `model.serving`."""
 
-    As in `model.serving`: a table's rows are multiplied once, and not wherever they are read.
-    """
-
-    tokens: Tensor  # (m + 1, token) of recent items, by vector
-    item_tokens: Tensor  # (buckets, token)
-    by_feedback: Tensor  # (10, token)
-    by_position: Tensor  # (16, token)
-    queries: Tensor  # (m + 1, heads · token) by the item's vector
-    query: Tensor  # (3 · identity, heads · token)
     hiddens: Tensor  # (m + 1, width) by the item's vector
-    hidden: Tensor  # (the rest, width)
+    hidden: Tensor  # (2 C, width)
 
     def __init__(self, member: Member, config: NetworkConfig, vectors: Tensor) -> None:
         super().__init__()
-        attention = member.attention
-        assert attention is not None
-        self.member, self.attention = member, attention
-        query, recent, hidden = attention.query, attention.recent, member.hidden[0]
+        self.member = member
+        hidden = member.hidden[0]
         assert isinstance(hidden, nn.Linear)
-        width, scale = config.vector, config.token**-0.5
-        token_by_vector, token_by_item, by_feedback = recent.weight.split(
-            [width, config.identity, _FEEDBACK], 1
-        )
-        begin = 2 * config.columns
-        end = begin + width
-        made = {
-            "tokens": vectors @ token_by_vector.T,
-            "item_tokens": member.items.table.weight @ token_by_item.T,
-            "by_feedback": by_feedback.T,
-            "by_position": attention.position + recent.bias,
-            "queries": (vectors @ query.weight[:, :width].T + query.bias) * scale,
-            "query": query.weight[:, width:].T * scale,
-            "hiddens": vectors @ hidden.weight[:, begin:end].T + hidden.bias,
-            "hidden": torch.cat([hidden.weight[:, :begin], hidden.weight[:, end:]], 1).T,
-        }
+        features, text = hidden.weight.split([2 * config.columns, config.vector], 1)
+        made = {"hiddens": vectors @ text.T + hidden.bias, "hidden": features.T}
         for name, tensor in made.items():
             self.register_buffer(name, tensor.detach().contiguous())
 
-    def forward(self, features: Tensor, ids: Tensor, feedback: Tensor) -> Tensor:
+    def forward(self, features: Tensor, vector: Tensor) -> Tensor:
         """Correction and logits (n, 6)."""
         member = self.member
-        user, item, categories, brand, recents, vector, vectors = ids.split(
-            [1, 1, 4, 1, _RECENTS, 1, _RECENTS], 1
-        )
-        named = torch.cat(
-            [
-                member.items(item[:, 0]),
-                member.categories(categories).sum(1),
-                member.brands(brand[:, 0]),
-            ],
-            1,
-        )
-        query = self.queries[vector[:, 0]] + named @ self.query
-        tokens = self.tokens[vectors] + self.item_tokens[recents] + self.by_position
-        tokens = tokens + feedback.view(-1, _RECENTS, _FEEDBACK) @ self.by_feedback
-        heard = self._attend(query, tokens, recents)
-        joined = torch.cat([features, named, member.users(user[:, 0]), heard], 1)
         rest = member.hidden[1:]
-        output = member.last(rest(self.hiddens[vector[:, 0]] + joined @ self.hidden))
+        output = member.last(rest(self.hiddens[vector[:, 0]] + features @ self.hidden))
         return output + nn.functional.pad(member.linear(features), (0, 5))
-
-    def _attend(self, query: Tensor, tokens: Tensor, recents: Tensor) -> Tensor:
-        attention = self.attention
-        scores = query.view(-1, attention.heads, attention.token) @ tokens.transpose(1, 2)
-        scores = scores.masked_fill((recents == 0)[:, None], -torch.inf)
-        weights = torch.softmax(nn.functional.pad(scores, (0, 1)), -1)[..., :_RECENTS]
-        return attention.output((weights @ tokens).flatten(1))
 
 
 def _write_network(file: Path, network: FusedNetwork, vectors: Tensor) -> None:
     assert network.trees is not None
     width = network.config.columns
-    example = (
-        torch.zeros(2, width),
-        torch.zeros(2, 1),
-        torch.zeros(2, _IDS, dtype=torch.int64),
-        torch.zeros(2, _RECENTS * _FEEDBACK),
-    )
-    names = ["columns", "trees", "ids", "feedback"]
+    example = (torch.zeros(2, width), torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64))
+    names = ["columns", "trees", "vector"]
     with torch.no_grad():
         torch.onnx.export(
             _Network(network, vectors).eval(),

@@ -62,7 +62,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def bundle() -> Bundle:
     """A network that looks at all that it is given."""
-    network = trained(vector=WIDTH, members=2, factors=3, trees=9)
+    network = trained(vector=WIDTH, members=2, factors=3, trees=9, heads=0, identity=0)
     calibration = Calibration(intercept=0.1, slope=0.95, temperature=0.9, interval=1.2)
     return Bundle("a", "", Path(), network, calibration, {}, "e", None, None)
 

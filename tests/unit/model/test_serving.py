@@ -74,8 +74,9 @@ def grown(count: int, columns: int) -> Trees:
         trained(heads=0, factors=8),
         trained(identity=0, trees=2),
         trained(vector=0, heads=1, token=16),
+        trained(heads=0, identity=0, factors=8, trees=2),
     ],
-    ids=["one", "whole", "no attention", "no ids", "no texts"],
+    ids=["one", "whole", "no attention", "no ids", "no texts", "neither attention nor ids"],
 )
 def test_what_serves_says_what_the_network_says(network: FusedNetwork) -> None:
     rows = inputs(network.config.vector)

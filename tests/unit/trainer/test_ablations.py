@@ -57,15 +57,15 @@ def test_what_tells_tastes_is_worth_something(data: Prepared) -> None:
 
 
 @pytest.mark.parametrize("part", [*SETTINGS])
-def test_a_part_of_the_model_can_be_left_out(part: str, data: Prepared) -> None:
+def test_a_part_of_the_model_can_be_left_out_or_put_in(part: str, data: Prepared) -> None:
     fitted, _ = fit_network(data, changed(CONFIG, SETTINGS[part]), None)
     network, member = fitted.network, fitted.network.networks[0]
     there = {
-        "attention to recent items": member.attention is not None,
-        "hashed ids": member.items.table.weight.numel() > 0,
         "taste of recent ratings": network.taste is not None,
         "boosted trees": network.trees is not None,
+        "+ hashed ids": member.items.table.weight.numel() > 0,
+        "+ attention to recent items": member.attention is not None,
     }
-    assert not there[part]
+    assert there[part] == part.startswith("+")
     assert [*there] == [*SETTINGS]
     assert np.isfinite(ablate(data, CONFIG, part)).all()

@@ -24,6 +24,7 @@ from trainer.search import (
     What,
     plot_importance,
     search,
+    space,
     with_settings,
     write_settings,
 )
@@ -33,13 +34,16 @@ SMALL = TrainerConfig(fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width
 
 @pytest.mark.parametrize("what", ["rating", "text"])
 def test_every_range_is_of_a_setting_and_holds_its_default(what: What) -> None:
-    for each in SPACES[what]:
-        value: Any = SMALL
+    sizes = SMALL.fit.sizes.model_copy(update={"identity": 8})
+    config = SMALL.model_copy(update={"fit": SMALL.fit.model_copy(update={"sizes": sizes})})
+    for each in space(what, config):
+        value: Any = config
         for part in each.name.split("."):
             value = getattr(value, part)
         assert each.low <= value <= each.high or each.name == "fit.sizes.width"
-        with_settings(SMALL, {each.name: each.low})
-        with_settings(SMALL, {each.name: each.high})
+        with_settings(config, {each.name: each.low})
+        with_settings(config, {each.name: each.high})
+    assert space(what, config) == list(SPACES[what])
 
 
 def test_other_values_by_path() -> None:
@@ -130,11 +134,14 @@ def test_a_search_that_goes_on_draws_other_trials(shop_file: Path, tmp_path: Pat
 
 
 def test_what_is_switched_off_is_not_searched_for(shop_file: Path, tmp_path: Path) -> None:
-    sizes = SMALL.fit.sizes.model_copy(update={"identity": 0})
-    config = SMALL.model_copy(update={"fit": SMALL.fit.model_copy(update={"sizes": sizes})})
-    found = search(from_file(shop_file), "rating", config, tmp_path / "s", 2, encoder="none")
+    """By default there are no ids."""
+    ids = {"fit.identity_decay", "fit.sizes.identity", "fit.sizes.unknown"}
+    assert {each.name for each in SPACES["rating"]} - {
+        each.name for each in space("rating", SMALL)
+    } == ids
+    found = search(from_file(shop_file), "rating", SMALL, tmp_path / "s", 2, encoder="none")
     assert found.trials == 2
-    assert "fit.sizes.identity" not in found.settings
+    assert not ids & set(found.settings)
 
 
 def test_processes_share_a_study(shop_file: Path, tmp_path: Path) -> None:

@@ -47,11 +47,6 @@ final class Features {
         this.lookups = lookups;
     }
 
-    /** Attributes (rows of the table) of the user's recent items, as of the event computed last. */
-    int[] recents() {
-        return recents;
-    }
-
     /** Write the columns of an event that meets these rows, from {@code begin} on. */
     void compute(Event event, Row user, Row partition, int attributesRow, float[] into, int begin) {
         columns = into;

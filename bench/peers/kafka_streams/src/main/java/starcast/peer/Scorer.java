@@ -51,7 +51,7 @@ final class Scorer {
             Row user = states.computeIfAbsent(event.user, hash -> read(hash, users));
             int attributes = model.lookups.itemAttributes.find(event.item);
             features.compute(event, user, partition, attributes, batch.columns, batch.begin());
-            batch.add(event, user, attributes, features);
+            batch.add(event, user, attributes);
             boolean repeated = User.repeats(user, event);
             User.advance(user, event, repeated, features.usual, partition.i8(User.STEP));
             User.advancePartition(partition, event, repeated, features);

@@ -22,7 +22,6 @@ record Settings(
         String version, // of the model
         int features,
         int buckets,
-        int nameBuckets,
         int vector,
         Taste taste,
         double intercept,
