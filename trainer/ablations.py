@@ -91,7 +91,7 @@ def ablate(
     fitted, corrected = fit_network(data, config, progress)
     known = np.concatenate([data.split.train, data.split.validation])
     network = refit_network(fitted, data, known, config, progress)
-    return predict(network, corrected, data.examples, data.split.test).rating
+    return predict(network, corrected, data.examples.take(data.split.test)).rating
 
 
 def changed(config: TrainerConfig, changes: Mapping[str, Any]) -> TrainerConfig:

@@ -50,15 +50,14 @@ class Compared:
 
 def compare(data: Prepared, ours: Predicted, config: TrainerConfig) -> Compared:
     """Predictions of the test rows beside the baselines', which are fitted here."""
-    test = data.split.test
-    rating = data.examples.rating[test]
+    test = data.examples.take(data.split.test)
     rivals = baselines(data.examples, data.split, test, config)
     return Compared(
-        rating,
+        test.rating,
         ours,
         rivals,
-        evaluate(rating, data.examples.history[test], {"model": ours.rating, **rivals}),
-        calibration(rating, ours.distribution, ours.low, ours.high),
+        evaluate(test.rating, test.history, {"model": ours.rating, **rivals}),
+        calibration(test.rating, ours.distribution, ours.low, ours.high),
     )
 
 

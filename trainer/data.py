@@ -126,10 +126,11 @@ class Examples:
         """Ratings (n) that each row's item had got before it."""
         return self._count("item_ratings")
 
-    def keep(self, rows: NDArray[np.int64]) -> "Examples":
-        """The examples of these of the log's events; all must be among them."""
-        at = np.searchsorted(self.row, rows)
-        return Examples(self.row[at], self.events[at], self.inputs.take(at), self.rating[at])
+    def take(self, rows: NDArray[np.int64]) -> "Examples":
+        """These examples."""
+        return Examples(
+            self.row[rows], self.events[rows], self.inputs.take(rows), self.rating[rows]
+        )
 
     def _count(self, feature: str) -> Floats:
         counts = self.inputs.features[:, features.INDEX[feature]]
@@ -280,8 +281,9 @@ def replay(
     on_progress: OnProgress,
     ties: Ties = "arrival",
     still: int | None = None,
+    rows: NDArray[np.int64] | None = None,
 ) -> Examples:
-    """Every rated review of a log as the scorer met it, or would have.
+    """Rated reviews of a log as the scorer met them, or would have.
 
     Args:
         log: the history; in the order of time when ties are those of an instant.
@@ -292,13 +294,15 @@ def replay(
         on_progress: called with events replayed and events in all.
         ties: what events of one time know of each other.
         still: from this event on nothing is learnt any more: states and attributes stand still.
-
-    Repeated events and edits of an earlier review are not left out here; `clean` decides.
+        rows: positions of those that are given, in order; all when absent, repeated events and
+            edits of an earlier review among them.
     """
     batch_events = min(max(_BATCH_EVENTS, len(log) // _BATCHES), _LARGEST_BATCH)
     history = History(vectors=vectors, batch_events=batch_events)
-    rated = log.labelled
-    journalled = log.journalled
+    labelled = np.flatnonzero(log.labelled)
+    row = labelled if rows is None else rows
+    rated = np.zeros(len(log), np.bool_)
+    rated[row] = True
     parts: list[Inputs] = []
 
     def observed(events: Rows, observation: Observation) -> None:
@@ -316,10 +320,10 @@ def replay(
             history.item_attributes = items.at(start)
             history.user_attributes = users.at(start)
             for batch in history.run(log.events[start:stop]):
-                rows = slice(start + batch.rows.start, start + batch.rows.stop)
-                chosen = np.flatnonzero(rated[rows])
-                observed(log.events[rows][chosen], batch.result.observation.take(chosen))
-                on_progress(rows.stop, len(log))
+                span = slice(start + batch.rows.start, start + batch.rows.stop)
+                chosen = np.flatnonzero(rated[span])
+                observed(log.events[span][chosen], batch.result.observation.take(chosen))
+                on_progress(span.stop, len(log))
     else:
         for start, stop in _instants(log.events["time"][:end]):
             events, chosen = log.events[start:stop], np.flatnonzero(rated[start:stop])
@@ -331,11 +335,11 @@ def replay(
         asked = events[rated[start : start + len(events)]]
         observed(asked, history.look(asked)[0])
         on_progress(start + len(events), len(log))
-    row = np.flatnonzero(rated)
     inputs = concatenate(parts)
-    if journalled is not None and ties == "arrival" and still is None:
-        seen = journalled.usable & (journalled.encoder == encoder)
-        inputs.features[seen] = journalled.features[seen]
+    if log.journalled is not None and ties == "arrival" and still is None:
+        journalled, at = log.journalled, np.searchsorted(labelled, row)
+        seen = (journalled.usable & (journalled.encoder == encoder))[at]
+        inputs.features[seen] = journalled.features[at[seen]]
     return Examples(row, log.events[row], inputs, log.events["rating"][row].astype(np.float64))
 
 

@@ -107,10 +107,10 @@ def evaluate(
     theirs = _peers(wanted, asked, split, config, kept, progress) if wanted else {}
     if wanted and worded is not None and base is not None:
         texts |= evaluate_texts.peers(wanted, worded, base, config, kept, progress)
-    others = {way: _of_way(theirs, way) for way in asked}
+    others = {way: _of_way(theirs, way) for way in asked.test}
     document = {"ties": ties, **_document(begun, asked, ours, others, texts, alarms, config)}
     if ablate:
-        data = sampled(Prepared(asked["prequential"], split), config)
+        data = sampled(Prepared(asked.known, split), config)
         document["ablations"] = ablated(data, config, kept, progress)
     return Evaluated(document, begun.steps)
 
@@ -138,8 +138,8 @@ def measure(
     alarms = _alarms(begun, asked, allow_leaks)
     network = bundle.network if bundle else None
     calibrated = bundle.calibration if bundle else BundleCalibration()
-    ours = {way: predict(network, calibrated, data, split.test) for way, data in asked.items()}
-    others = {way: baselines(data, split, split.test, config) for way, data in asked.items()}
+    ours = {way: predict(network, calibrated, data) for way, data in asked.test.items()}
+    others = {way: baselines(asked.known, split, data, config) for way, data in asked.test.items()}
     texts: dict[str, Arrays] = {}
     if worded is not None and encoder is not None and encoder.star_head is not None:
         bar = tracker(progress, "reading review texts")
@@ -172,6 +172,14 @@ class _Begun:
     steps: tuple[Step, ...]  # of cleaning
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Rows as the replay met them."""
+
+    known: Examples  # all that are rated, each from what came before it
+    test: Mapping[str, Examples]  # the newest, by way of asking
+
+
 def _begin(log: Log, config: TrainerConfig, ties: Ties, allow_leaks: bool) -> _Begun:
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -192,9 +200,9 @@ def _begin(log: Log, config: TrainerConfig, ties: Ties, allow_leaks: bool) -> _B
     return _Begun(log, rows, split, worded, alarms, (*found.steps, copies))
 
 
-def _alarms(begun: _Begun, asked: Mapping[str, Examples], allow_leaks: bool) -> list[leaks.Leak]:
+def _alarms(begun: _Begun, asked: _Asked, allow_leaks: bool) -> list[leaks.Leak]:
     """All alarms, once the rows have been replayed. Raises TrainerError unless they are allowed."""
-    examples = asked["prequential"]
+    examples = asked.known
     time = begun.log.events["time"][begun.rows]
     told = {  # by what all rows say, and the newest, in which a leak may have begun
         each.kind: each
@@ -210,7 +218,7 @@ def _alarms(begun: _Begun, asked: Mapping[str, Examples], allow_leaks: bool) -> 
 
 def _document(
     begun: _Begun,
-    asked: Mapping[str, Examples],
+    asked: _Asked,
     ours: Mapping[str, Predicted],
     others: Mapping[str, Mapping[str, Floats]],
     texts: Mapping[str, Arrays],
@@ -218,11 +226,10 @@ def _document(
     config: TrainerConfig,
 ) -> dict[str, Any]:
     """The figures of ours and of others, by way of asking and by name."""
-    test = begun.split.test
-    rating = asked["prequential"].rating[test]
+    rating = asked.test["prequential"].rating
     blocks = {
-        way: errors(rating, data, test, {MODEL: ours[way].rating, **others[way]}, config)
-        for way, data in asked.items()
+        way: errors(data, {MODEL: ours[way].rating, **others[way]}, config)
+        for way, data in asked.test.items()
     }
     model = ours["prequential"]
     return {
@@ -283,7 +290,7 @@ def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root:
 
 def _replays(
     begun: _Begun, encoder: TextEncoder | None, ties: Ties, progress: Progress | None
-) -> dict[str, Examples]:
+) -> _Asked:
     """The rated rows as each way of asking meets them."""
     log, rows = begun.log, begun.rows
     vectors = item_vectors(log, encoder, tracker(progress, "encoding item texts"))
@@ -291,16 +298,20 @@ def _replays(
     name = encoder.hash if encoder else ""
     first = int(rows[begun.split.test].min())
 
-    def replayed(ties: Ties, still: int | None = None) -> Examples:
+    def replayed(rows: NDArray[np.int64], ties: Ties, still: int | None = None) -> Examples:
         words = tracker(progress, "replaying events" + (", standing still" if still else ""))
-        return replay(log, vectors, name, width, words, ties, still).keep(rows)
+        return replay(log, vectors, name, width, words, ties, still, rows)
 
-    found = {"prequential": replayed(ties), "static": replayed(ties, first)}
-    return {**found, "arrival": replayed("arrival")} if ties == "instant" else found
+    test = begun.split.test
+    known = replayed(rows, ties)
+    asked = {"prequential": known.take(test), "static": replayed(rows[test], ties, first)}
+    if ties == "instant":
+        asked["arrival"] = replayed(rows[test], "arrival")
+    return _Asked(known, asked)
 
 
 def _ours(
-    asked: Mapping[str, Examples],
+    asked: _Asked,
     split: Split,
     config: TrainerConfig,
     kept: Kept,
@@ -310,18 +321,18 @@ def _ours(
     names = ("rating", "distribution", "low", "high")
 
     def make() -> Arrays:
-        data = sampled(Prepared(asked["prequential"], split), config)
+        data = sampled(Prepared(asked.known, split), config)
         fitted, corrected = fit_network(data, config, progress)
         known = np.concatenate([data.split.train, split.validation])
         network = refit_network(fitted, data, known, config, progress)
         made: Arrays = {}
-        for way, examples in asked.items():
-            told = predict(network, corrected, examples, split.test)
+        for way, examples in asked.test.items():
+            told = predict(network, corrected, examples)
             made |= {f"{way} {name}": getattr(told, name) for name in names}
         return made
 
     made = kept.get(MODEL, make)
-    return {way: Predicted(*(made[f"{way} {name}"] for name in names)) for way in asked}
+    return {way: Predicted(*(made[f"{way} {name}"] for name in names)) for way in asked.test}
 
 
 def ablated(
@@ -347,7 +358,7 @@ def ablated(
 
 def _peers(
     wanted: Collection[str],
-    asked: Mapping[str, Examples],
+    asked: _Asked,
     split: Split,
     config: TrainerConfig,
     kept: Kept,
@@ -356,8 +367,7 @@ def _peers(
     """The peers' answers, by name and way of asking."""
     from trainer.peers import ratings  # an extra, and slow to import
 
-    rated = {way: _rated(examples) for way, examples in asked.items()}
-    whole = rated["prequential"]
+    whole = _rated(asked.known)
     train, validation = whole.take(split.train), whole.take(split.validation)
     known = ratings.joined(train, validation)
 
@@ -366,8 +376,8 @@ def _peers(
             peer, train, validation, config.seed, kept.trials(f"peer {name}")
         )
         answers: Arrays = {
-            way: told(data.take(split.test), known if way == "static" else whole)
-            for way, data in rated.items()
+            way: told(_rated(data), known if way == "static" else whole)
+            for way, data in asked.test.items()
         }
         return {**answers, "settings": np.array(orjson.dumps(settings).decode())}
 

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -43,19 +42,16 @@ class Evaluated:
 
 
 def errors(
-    rating: Floats,
-    examples: Examples,
-    test: NDArray[np.int64],
-    models: Mapping[str, Floats],
-    config: TrainerConfig,
+    examples: Examples, models: Mapping[str, Floats], config: TrainerConfig
 ) -> dict[str, Any]:
-    """The errors of every model on the test rows, and ours beside each."""
+    """The errors of every model on rows (n), whose ratings (n) each tells, and ours beside each."""
+    rating = examples.rating
     masks = {
-        "buckets": by_history(examples.history[test]),
-        "item_buckets": by_history(examples.item_history[test]),
+        "buckets": by_history(examples.history),
+        "item_buckets": by_history(examples.item_history),
         "ratings": by_rating(rating),
     }
-    users = examples.events["user"][test]
+    users = examples.events["user"]
     found: dict[str, Any] = {}
     for name, predicted in models.items():
         clipped = np.clip(predicted, 1, 5)

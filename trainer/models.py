@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model import ladder
 from model.calibration import Calibration, calibrate
@@ -31,35 +30,30 @@ class Predicted:
     high: Floats  # (n)
 
 
-def outputs(
-    network: FusedNetwork | None, examples: Examples, rows: NDArray[np.int64]
-) -> tuple[Floats, Floats]:
-    """Means (n) and logits (n, 5) of rows as they are served, not calibrated; None: the ladder."""
+def outputs(network: FusedNetwork | None, examples: Examples) -> tuple[Floats, Floats]:
+    """Means (n) and logits (n, 5) as they are served, not calibrated; None: the ladder."""
     if network is None:
-        return ladder.outputs(examples.inputs.features[rows])
+        return ladder.outputs(examples.inputs.features)
     inputs = of_width(examples.inputs, network.config.vector)
     parts = [
-        raw_outputs(network, inputs.take(rows[start : start + _BLOCK]))
-        for start in range(0, len(rows), _BLOCK)
+        raw_outputs(network, inputs.take(slice(start, start + _BLOCK)))
+        for start in range(0, len(inputs), _BLOCK)
     ]
     return np.concatenate([mean for mean, _ in parts]), np.concatenate([log for _, log in parts])
 
 
 def predict(
-    network: FusedNetwork | None,
-    calibration: Calibration,
-    examples: Examples,
-    rows: NDArray[np.int64],
+    network: FusedNetwork | None, calibration: Calibration, examples: Examples
 ) -> Predicted:
     """What a network with its calibration says of rows; None: the cold-start ladder."""
-    rating, shares, low, high = calibrate(*outputs(network, examples, rows), calibration)
+    rating, shares, low, high = calibrate(*outputs(network, examples), calibration)
     return Predicted(*(array.astype(np.float64) for array in (rating, shares, low, high)))
 
 
 def baselines(
-    examples: Examples, split: Split, rows: NDArray[np.int64], config: TrainerConfig
+    examples: Examples, split: Split, asked: Examples, config: TrainerConfig
 ) -> dict[str, Floats]:
-    """Predicted ratings (n) of rows by each baseline.
+    """Predicted ratings (n) of the asked by each baseline.
 
     The running ones are features of each row, with newcomers' level in the bias: what is served
     without a model. The others are fitted on the train span, with validation to stop at for
@@ -69,14 +63,14 @@ def baselines(
     train, validation = split.train, split.validation
 
     def global_mean() -> Floats:
-        return np.full(len(rows), rating[train].mean())
+        return np.full(len(asked), rating[train].mean())
 
     def bias_static() -> Floats:
         bias = fit_damped_bias(events["user"][train], events["item"][train], rating[train])
-        return predict_damped_bias(bias, events["user"][rows], events["item"][rows])
+        return predict_damped_bias(bias, asked.events["user"], asked.events["item"])
 
     def feature(name: str) -> Floats:
-        return inputs.features[rows, INDEX[name]].astype(np.float64)
+        return asked.inputs.features[:, INDEX[name]].astype(np.float64)
 
     def lightgbm() -> Floats:
         booster = fit_lightgbm(
@@ -85,7 +79,7 @@ def baselines(
             seed=config.seed,
             threads=config.threads,
         )
-        return np.asarray(booster.predict(inputs.features[rows]), np.float64)
+        return np.asarray(booster.predict(asked.inputs.features), np.float64)
 
     return {
         "global": global_mean(),

@@ -102,7 +102,8 @@ def prepared(
 ) -> Prepared:
     """Replay a log and keep the rows of cleaned `reviews`, split by time."""
     width = 0 if vectors is None else vectors.rows.shape[1]
-    examples = replay(log, vectors, encoder, width, on_progress).keep(reviews["row"].to_numpy())
+    rows = reviews["row"].to_numpy()
+    examples = replay(log, vectors, encoder, width, on_progress, rows=rows)
     return sampled(Prepared(examples, by_time(examples.events["time"], config.split)), config)
 
 

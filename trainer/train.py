@@ -134,7 +134,7 @@ def train(
             lambda epoch, error: note("rating/validation_rmse", error, epoch),
             start,
         )
-        ours = predict(fitted.network, calibration, data.examples, data.split.test)
+        ours = predict(fitted.network, calibration, data.examples.take(data.split.test))
         compared = compare(data, ours, config)
         tested = data.examples.events["time"][data.split.test]
         claims = _claims(fitted, calibration, data, config)
@@ -263,7 +263,7 @@ def fit_network(
         start,
     )
     bar(config.fit.epochs, config.fit.epochs)
-    mean, logits = outputs(fitted.network, examples, split.validation)
+    mean, logits = outputs(fitted.network, examples.take(split.validation))
     return fitted, fit_calibration(mean, logits, examples.rating[split.validation])
 
 
@@ -313,11 +313,10 @@ def _claims(
     fitted: Fitted, calibration: Calibration, data: Prepared, config: TrainerConfig
 ) -> tuple[str, ...]:
     """The baselines that the candidate beats significantly on its validation rows."""
-    validation = data.split.validation
-    ours = predict(fitted.network, calibration, data.examples, validation)
-    rivals = baselines(data.examples, data.split, validation, config)
-    rating = data.examples.rating[validation]
-    return gate.claims(rating, ours.rating, rivals, config.gate, config.seed)
+    newest = data.examples.take(data.split.validation)
+    ours = predict(fitted.network, calibration, newest)
+    rivals = baselines(data.examples, data.split, newest, config)
+    return gate.claims(newest.rating, ours.rating, rivals, config.gate, config.seed)
 
 
 def _stable_ratings(
@@ -337,7 +336,7 @@ def _stable_ratings(
         return None
     if stable.encoder_hash not in (None, encoder.hash if encoder else None):
         data = _replayed(log, found, bundle_encoder(stable, config), config, progress)
-    ours = predict(stable.network, stable.calibration, data.examples, data.split.test).rating
+    ours = predict(stable.network, stable.calibration, data.examples.take(data.split.test)).rating
     if not np.isfinite(ours).all():
         logger.warning("%s is left out of the comparison: it predicts no numbers", stable.version)
         return None

@@ -33,8 +33,9 @@ from trainer.fit import (
 )
 
 CPU = torch.device("cpu")
+SIZES = {"members": 2, "width": 16, "identity": 8, "heads": 2}  # with what defaults leave out
 CONFIG = FitConfig.model_validate(
-    {"epochs": 6, "batch_rows": 128, "learning_rate": 3e-3, "sizes": {"members": 2, "width": 16}}
+    {"epochs": 6, "batch_rows": 128, "learning_rate": 3e-3, "sizes": SIZES}
 )
 
 

@@ -237,8 +237,7 @@ def test_another_shops_bundle_is_started_from_and_the_card_says_what_was_carried
     bundle = bundles.load(str(tmp_path), found.version)
     assert bundle.encoder_hash == other.encoder_hash
     card = (bundle.folder / "MODEL_CARD.md").read_text()
-    assert "of attention" in card
-    assert "of items" not in card
+    assert "of hidden" in card
 
 
 def test_too_few_ratings_are_an_error_that_says_so(tmp_path: Path) -> None:
