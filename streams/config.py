@@ -184,6 +184,12 @@ class WebConfig(BaseModel):
     port: int = Field(
         default=8080, ge=0, le=65535, description="the dashboard's port; 0: any free one"
     )
+    hosts: str = Field(
+        default="",
+        pattern=r"^[^*\s]*$",
+        description="names by which browsers may ask for the dashboard beside this machine's own, "
+        "comma separated; empty: none where it listens to this machine alone, else any",
+    )
     metrics_host: str = Field(default="127.0.0.1", description="address of health and metrics")
     metrics_port: int = Field(
         default=9100,

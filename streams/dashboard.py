@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from nicegui import ui
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from schemas.records import Kind
 from streams import dashboard_charts as charts
@@ -44,6 +45,7 @@ LOOK_SECONDS = 1.0  # a browser's page is brought up to date this often
 CLOSE_SECONDS = 2  # a browser that holds its connection must not hold the process's end
 STOP_SECONDS = 6.0
 RECONNECT_SECONDS = 10.0  # a phone that slept this long finds its page again
+OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 RANGES: dict[str, tuple[str, int | None]] = {
     "5m": ("5 min", 300_000),
@@ -84,7 +86,7 @@ def run_dashboard(
     # NiceGUI looks for its server among all objects and touches deprecated ones, torch's for one.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"nicegui\.ui_run_with")
     with listening, follow(kafka, redis, models_url, stop) as feed:
-        app = make_app(feed, kafka, metrics)
+        app = make_app(feed, kafka, web, metrics)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -117,9 +119,23 @@ def _listen(web: WebConfig) -> socket.socket:
         ) from error
 
 
-def make_app(feed: Feed, kafka: KafkaConfig, metrics: Metrics) -> FastAPI:
+def allowed_hosts(web: WebConfig) -> list[str]:
+    """Names by which the page may be asked for.
+
+    A page elsewhere whose name is made to lead to this machine (DNS rebinding) would read ours in
+    the browser of whoever looks at it; but it asks by its own name.
+    """
+    named = [name for name in web.hosts.split(",") if name]
+    to_itself = web.host in ("localhost", "::1") or web.host.startswith("127.")
+    if not named and not to_itself:
+        return ["*"]
+    return [*named, *OWN_NAMES]
+
+
+def make_app(feed: Feed, kafka: KafkaConfig, web: WebConfig, metrics: Metrics) -> FastAPI:
     """The page and what stands beside it."""
     app = FastAPI(title="Starcast dashboard", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(web), www_redirect=False)
 
     @app.get("/health")
     def health() -> dict[str, bool]:  # pyright: ignore[reportUnusedFunction]

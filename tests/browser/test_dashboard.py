@@ -387,6 +387,10 @@ def test_from_nothing_to_a_model_swap_and_a_store_that_restarts(page: Page, shop
     assert "process_resident_memory_bytes" in metrics
     assert page.request.get(f"http://{HOST}:{shop.web_port}/ready").ok
     assert page.request.get(f"http://{HOST}:{shop.web_port}/health").ok
+    assert page.request.get(f"http://localhost:{shop.web_port}/health").ok
+    for path in ("/", "/api/summary", "/_nicegui_ws/socket.io/?EIO=4&transport=polling"):
+        url, foreign = f"http://{HOST}:{shop.web_port}{path}", {"Host": "elsewhere.example"}
+        assert page.request.get(url, headers=foreign).status == 400
     shop.stop(dashboard, others)
 
 
