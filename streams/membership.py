@@ -58,9 +58,9 @@ class Membership:
         if self._missed:
             raise LeftOutError(
                 f"{group_name(self._kafka, self._processor)} goes on without this worker, which "
-                f"has had no partition for {self._seconds:.0f} s: its Kafka client does not come "
-                "back to the group, as may happen when brokers go away (librdkafka issues 2944 and "
-                "3396). Start the worker again; Compose does so, and systemd with "
+                f"has had no partition for over {self._seconds:.0f} s: its Kafka client does not "
+                "come back to the group, as may happen when brokers go away (librdkafka issues "
+                "2944 and 3396). Start the worker again; Compose does so, and systemd with "
                 "`Restart=on-failure`. Nothing is lost."
             )
         self._missed = True
