@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
-from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition
 
 from schemas.exceptions import UnreachableError
-from streams.clients import error_of, group_name, reach, reader, topic_name
+from streams.clients import group_name, reach, reader, topic_name
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import LeftOutError
@@ -26,7 +26,6 @@ MARGIN_SECONDS = 60.0
 AGAIN_SECONDS = 30.0  # one that woke, or whose Kafka came back, just before has joined by then
 ASK_SECONDS = 3.0  # a broker that takes longer to answer is none
 LONGEST_SECONDS = 12.0  # for three answers; a client's end may hang (librdkafka issue 3740)
-_SETTLED = (ConsumerGroupState.STABLE, ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD)
 _LOG = structlog.get_logger(__name__)
 
 
@@ -106,13 +105,10 @@ def left_out(kafka: KafkaConfig, processor: str, member: str) -> bool:
     if told.error is not None:
         raise KafkaException(told.error)
     described = admin.describe_consumer_groups([group], request_timeout=ASK_SECONDS)
-    try:
-        found = described[group].result()
-    except KafkaException as problem:
-        if error_of(problem).code() != KafkaError.GROUP_ID_NOT_FOUND:
-            raise
-        return True
-    waits = any(
-        each.member_id == member and not each.assignment.topic_partitions for each in found.members
-    )
-    return found.state in _SETTLED and not waits
+    found = described[group].result()
+    if found.state == ConsumerGroupState.STABLE and found.members:
+        return all(
+            each.member_id != member or each.assignment.topic_partitions for each in found.members
+        )
+    # Stable and of nobody is each group to the embedded broker, which does not tell of members.
+    return found.state in (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD)

@@ -124,9 +124,18 @@ def test_a_worker_whose_client_has_left_its_group_ends(
     assert answers[-2:] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("server", "protocol"),
+    [("kafka", "classic"), ("kafka", "consumer"), ("embedded_broker", "classic")],
+)
 def test_a_worker_beyond_the_number_of_partitions_lives_on(
-    shop: KafkaConfig, store: str, answers: list[bool | Exception]
+    server: str,
+    protocol: str,
+    store: str,
+    answers: list[bool | Exception],
+    request: pytest.FixtureRequest,
 ) -> None:
+    shop = made(request.getfixturevalue(server), protocol)
     with Worker(shop, store).running() as first:
         until(works(first))
         with Worker(shop, store).running() as second:
