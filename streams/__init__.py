@@ -9,7 +9,8 @@ Read `processor` and `loop` first: what a processor is, and the one loop that dr
   known of it (`asking`: of what no event brought), `models` predict it, `predictions` and
   `digests` tell of it, `sender` sends it in one transaction, and then `store` gets the new states,
   under keys by `partitions`.
-- A partition that changes hands: `starts`, `claims`, `journal`; of items' vectors, `coverage`.
+- A partition that changes hands: `starts`, `claims`, `journal`; of items' vectors, `coverage`;
+  a worker that gets none any more: `membership`.
 - Work of commands: `admin`, `producer`, `tail`, `dead_letters`, `forget` and `erasure`, `recount`
   and `rebuild`, `verify`; `embedded` and `launch` start servers of our own.
 - Around all: `config`, `clients`, `metrics`, `health`, `memory`, `deadline`, `exceptions`.

@@ -7,6 +7,10 @@ class BrokerError(StarcastError):
     """Kafka refused something in a way that retrying does not mend."""
 
 
+class LeftOutError(BrokerError):
+    """A consumer group goes on without a worker, whose client does not come back to it."""
+
+
 class LetterError(StarcastError):
     """A dead letter that cannot be sent again: it lacks a part of its record."""
 

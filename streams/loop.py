@@ -42,6 +42,7 @@ from streams.clients import client_config, error_of, group_name, refused_option,
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreError
+from streams.membership import Membership
 from streams.metrics import Metrics
 from streams.pace import Bound, Overlap
 from streams.processor import CLAIM_SECONDS, Outcome, Position, Processor
@@ -119,10 +120,12 @@ class Loop:
         self._overlap = Overlap()
         self._bound = Bound(TRANSACTION_SECONDS)
         self._commits = ThreadPoolExecutor(1, processor.name + COMMITS)
+        client = self._consumer_config()
         try:
-            self._consumer = Consumer(self._consumer_config())
+            self._consumer = Consumer(client)
         except KafkaException as problem:
             raise refused_option(problem) from None
+        self._membership = Membership(config, processor.name, client)
         self._sender = Sender(config, processor.name, slot, self._exactly_once, stop)
         metrics.dead_letters.labels(processor.name, "contract")  # from 0: Prometheus sees no first
 
@@ -139,9 +142,9 @@ class Loop:
     def run(self) -> None:
         """Work until stopped.
 
-        Raises `BrokerError` when Kafka fences this worker for good, `TopicError` when topics have
-        got more partitions, and what `claim` raises when Kafka and the processor's own store do not
-        belong together.
+        Raises `BrokerError` when Kafka fences this worker for good, `LeftOutError` when its group
+        goes on without it, `TopicError` when topics have got more partitions, and what `claim`
+        raises when Kafka and the processor's own store do not belong together.
         """
         sys.setswitchinterval(SWITCH_SECONDS)
         self._sender.start()
@@ -151,6 +154,7 @@ class Loop:
             on_revoke=self._on_revoke,
             on_lost=self._on_revoke,
         )
+        self._membership.moved()
         try:
             while not self._stop.is_set():
                 self._turn()
@@ -181,6 +185,8 @@ class Loop:
             self._log.warning("not written; it is read again", reason=str(error))
 
     def _turn(self) -> None:
+        if not self._owned:
+            self._membership.check(self._consumer.memberid)
         self._claim_pending()
         waiting = FIRST_BACK_OFF_SECONDS if self._claimable() else IDLE_SECONDS
         messages = self._consumer.consume(1, waiting)
@@ -228,6 +234,7 @@ class Loop:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._metrics.rebalances.labels(self._processor.name).inc()
+        self._membership.moved()
         for each in partitions:
             # A placeholder: the claim seeks. An offset that retention deleted would stop the fetch.
             each.offset = OFFSET_BEGINNING
@@ -245,6 +252,7 @@ class Loop:
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Classic groups call this after an overrun too, so revoked and lost are treated alike.
         gone = {each.partition for each in partitions}
+        self._membership.moved()
         self._owned -= {self._position(each) for each in partitions}
         self._forget(gone)
         if self._config.group_protocol == "consumer":

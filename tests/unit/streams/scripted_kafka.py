@@ -139,6 +139,9 @@ class ScriptedConsumer:
     def consumer_group_metadata(self) -> bytes:
         return metadata(self.generation)
 
+    def memberid(self) -> str:
+        return "member"
+
     def assign(self, partitions: list[TopicPartition]) -> None:
         assert all(each.offset == OFFSET_BEGINNING for each in partitions), "may be deleted"
         self.positions = {(each.topic, each.partition): 0 for each in partitions}

@@ -23,10 +23,17 @@ from structlog.testing import capture_logs
 from schemas.exceptions import UnreachableError
 from schemas.topics import LARGEST_MESSAGE
 from streams import loop as loops
+from streams import membership
 from streams.admin import TopicError
 from streams.clients import KafkaOptionError
 from streams.config import KafkaConfig
-from streams.exceptions import BrokerError, FencedError, StoreAheadError, StoreError
+from streams.exceptions import (
+    BrokerError,
+    FencedError,
+    LeftOutError,
+    StoreAheadError,
+    StoreError,
+)
 from streams.loop import Loop
 from streams.metrics import make_metrics
 from streams.processor import CLAIM_SECONDS, Offsets, Outcome, Output, Position
@@ -535,6 +542,45 @@ def test_a_group_that_does_not_answer_is_left(
     answered_at_last.set()
     assert len(answered(world)) == 6
     assert logs[-1]["event"] == "left the group without its answer"
+
+
+@pytest.fixture
+def alone(world: World, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Members that Kafka, of whose groups each has settled without them, is asked about."""
+    asked: list[str] = []
+    monkeypatch.setattr(membership, "time", world.clock)
+    monkeypatch.setattr(membership, "left_out", lambda *about: asked.append(about[2]) or True)
+    return asked
+
+
+def test_a_worker_that_its_group_goes_on_without_ends(
+    world: World, alone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its client hangs."""
+    monkeypatch.setattr(loops, "LEAVE_SECONDS", 0.1)
+    loop, consumer, answered_at_last = world.loop(Counting()), world.consumer, threading.Event()
+    monkeypatch.setattr(consumer, "close", answered_at_last.wait)
+
+    def pass_by() -> None:
+        world.clock.now += 10
+
+    consumer.between.extend([*[pass_by] * 60, world.stop.set])
+    with pytest.raises(LeftOutError, match="counting goes on without this worker"):
+        loop.run()
+    answered_at_last.set()
+    assert alone == ["member", "member"]
+    assert len(consumer.between) == 61 - 40  # 366 s, and 30 s more
+
+
+def test_a_worker_with_partitions_is_not_asked_about(world: World, alone: list[str]) -> None:
+    loop = world.loop(Counting())
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop, 100)
+    world.consumer.rebalance(gone=places(0))
+    world.turn(loop, 36)  # of ten seconds each
+    assert alone == []
+    world.turn(loop, 1)
+    assert alone == ["member"]
 
 
 def test_a_run_that_fails_writes_nothing_more(world: World) -> None:
