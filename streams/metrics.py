@@ -33,6 +33,7 @@ class Metrics:
     lost: Counter  # processor, topic, partition
     newcomers: Gauge  # processor, partition
     model: Gauge  # version
+    promoted: Gauge
     canary: Gauge  # version
     covered: Gauge
 
@@ -112,6 +113,10 @@ def make_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             ("processor", "partition"),
         ),
         model=gauge("starcast_model_info", "1 for the model version in service.", ("version",)),
+        promoted=gauge(
+            "starcast_model_promoted_timestamp_seconds",
+            "When the stable version was promoted, seconds since 1970; 0: there is none.",
+        ),
         canary=gauge(
             "starcast_canary_share",
             "Share of users whom the version on trial answers; 0: a shadow, which answers nobody.",

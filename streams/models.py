@@ -144,6 +144,7 @@ class Models:
         """Take up what the registry names, where it is another and can be loaded."""
         try:
             named = registry.read(self._config.url)
+            self._metrics.promoted.set(named.stable.at.timestamp() if named.stable else 0)
             try:
                 # Nobody waits to get away from a version: the vectors of before are there still.
                 earlier = [] if named.rolled_back else registry.earlier(named)

@@ -54,6 +54,10 @@ def in_service(models: Models) -> dict[str, float]:
     return {sample.labels["version"]: sample.value for sample in family.samples}
 
 
+def promoted_at(models: Models) -> float | None:
+    return models._metrics.registry.get_sample_value("starcast_model_promoted_timestamp_seconds")
+
+
 def test_before_any_bundle_the_ladder_serves(tmp_path: Path) -> None:
     models = make(tmp_path)
     assert models.serving.predictor.version == "ladder"
@@ -61,6 +65,7 @@ def test_before_any_bundle_the_ladder_serves(tmp_path: Path) -> None:
     models.refresh()
     assert models.serving.predictor.version == "ladder"
     assert in_service(models) == {"ladder": 1}
+    assert promoted_at(models) == 0
 
 
 def test_a_promoted_bundle_is_taken_up_between_two_looks(tmp_path: Path) -> None:
@@ -72,6 +77,9 @@ def test_a_promoted_bundle_is_taken_up_between_two_looks(tmp_path: Path) -> None
     assert models.serving.predictor.version == first
     assert before.predictor.version == "ladder"
     assert in_service(models) == {first: 1}
+    stable = registry.read(str(tmp_path)).stable
+    assert stable is not None
+    assert promoted_at(models) == stable.at.timestamp()
     taken = models.serving
     models.refresh()
     assert models.serving is taken  # not loaded again
