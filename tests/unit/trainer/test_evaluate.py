@@ -245,6 +245,22 @@ def test_a_feature_that_says_the_ratings_of_a_small_shop_is_an_alarm(tmp_path: P
         evaluate(from_file(tmp_path / "told.jsonl"), tmp_path, SMALL, encoder="none", peers=())
 
 
+def test_a_leak_that_began_in_the_newest_rows_is_an_alarm(tmp_path: Path) -> None:
+    """Prices say the stars of the newest 230 of 2,300 rows, and nothing of the others'."""
+    random = np.random.default_rng(5)
+    stars, prices = random.integers(1, 6, 2_300), random.integers(1, 6, 2_300)
+    prices[2_070:] = stars[2_070:]
+    entries: Entries = []
+    for row in range(2_300):
+        time, name = START + timedelta(hours=row), f"i{row}"
+        entries.append(("items", Item(item_id=name, event_time=time, price=float(prices[row]))))
+        rated = review(row, row % 50, row, time, int(stars[row]))
+        entries.append(("reviews", rated.model_copy(update={"item_id": name})))
+    write_records(tmp_path / "late.jsonl", entries)
+    with pytest.raises(TrainerError, match=r"feature item_price says the rating: 230 rows\n"):
+        evaluate(from_file(tmp_path / "late.jsonl"), tmp_path, SMALL, encoder="none", peers=())
+
+
 def test_rows_of_one_time_alone_are_told(
     shop_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
