@@ -225,7 +225,11 @@ def test_an_alarm_stops_it_unless_told_otherwise(
     leak = Leak("a leak", 1, ("r1",))
     monkeypatch.setattr(evaluation.leaks, "known_later", lambda log: [leak])
     log = from_file(shop_file)
-    with pytest.raises(TrainerError, match="a leak: 1 rows, as r1"):
+    with (
+        monkeypatch.context() as before_texts_are_read,
+        pytest.raises(TrainerError, match="a leak: 1 rows, as r1"),
+    ):
+        before_texts_are_read.setattr(evaluation, "base_encoder", pytest.fail)
         evaluate(log, tmp_path, SMALL, encoder="none", peers=())
     found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
