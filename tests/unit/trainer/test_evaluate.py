@@ -22,11 +22,13 @@ from trainer.evaluate import evaluate, folder_of
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
 from trainer.figures import gained, summary
+from trainer.fit import Fitted
 from trainer.kept import Kept
 from trainer.leaks import Leak
 from trainer.metrics import Floats
 from trainer.peers import ratings, texts, tuning
 from trainer.peers.ratings import Peer, Predict, Rated
+from trainer.prepare import Prepared
 
 SMALL = TrainerConfig(
     threads=1,
@@ -111,8 +113,19 @@ def test_stars_of_the_newest_day_change_no_prediction(
     assert all(": arrival" in name for name in moved), moved
 
 
-def test_without_peers_our_model_alone_is_measured(shop_file: Path, tmp_path: Path) -> None:
+def test_without_peers_our_model_alone_is_measured(
+    shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refit, known = evaluation.refit_network, list[int]()
+
+    def watched(fitted: Fitted, data: Prepared, rows: NDArray[np.int64], *rest: Any) -> Any:
+        known.append(len(rows))
+        return refit(fitted, data, rows, *rest)
+
+    monkeypatch.setattr(evaluation, "refit_network", watched)
     found = evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=())
+    rows = found.document["rows"]
+    assert known == [rows["train"] + rows["validation"]]
     assert found.document["rating"]["prequential"].keys() == {"model"}
     assert found.document["gain"] is None
     assert found.document["text"] == {}
@@ -225,12 +238,10 @@ def test_an_alarm_stops_it_unless_told_otherwise(
     leak = Leak("a leak", 1, ("r1",))
     monkeypatch.setattr(evaluation.leaks, "known_later", lambda log: [leak])
     log = from_file(shop_file)
-    with (
-        monkeypatch.context() as before_texts_are_read,
-        pytest.raises(TrainerError, match="a leak: 1 rows, as r1"),
-    ):
-        before_texts_are_read.setattr(evaluation, "base_encoder", pytest.fail)
-        evaluate(log, tmp_path, SMALL, encoder="none", peers=())
+    with monkeypatch.context() as before:  # texts are read, which may take hours
+        before.setattr(evaluation, "base_encoder", pytest.fail)
+        with pytest.raises(TrainerError, match="a leak: 1 rows, as r1"):
+            evaluate(log, tmp_path, SMALL, encoder="none", peers=())
     found = evaluate(log, tmp_path, SMALL, encoder="none", peers=(), allow_leaks=True)
     assert found.document["leaks"][0]["kind"] == "a leak"
 
