@@ -196,6 +196,8 @@ def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:
             assert gap["mean"] == pytest.approx(figures["mse"] - other["mse"])
             for drawn in (gap, gap["by_users"]):
                 assert drawn["low"] <= gap["mean"] <= drawn["high"]
+    gap = told["model_minus_this"]["all"]  # of users who have several rows each
+    assert gap["low"] != gap["by_users"]["low"]
     still = found["rating"]["static"]["global"]
     assert [each["rows"] for each in still["buckets"].values()] == [30, 0, 0, 10]
     assert found["gain"]["gain"] == pytest.approx(1 - ours["rmse"] / told["rmse"])
