@@ -140,7 +140,7 @@ def test_a_peer_knows_rows_that_are_asked_for_but_where_it_stands_still(
     def fit(known: Rated, settings: Mapping[str, Any], seed: int) -> Predict:
         def predict(asked: Rated, past: Rated) -> Floats:
             told.append((len(past), int(np.isin(past.time, asked.time).sum())))
-            return np.full(len(asked), 3.0)
+            return np.full(len(asked), 7.0)
 
         return predict
 
@@ -154,6 +154,8 @@ def test_a_peer_knows_rows_that_are_asked_for_but_where_it_stands_still(
         "static": still,
         "arrival": moving,
     }
+    stars = found.document["rating"]["prequential"]["global"]["ratings"]
+    assert stars["5 stars"]["mse"] == 0  # nobody is asked for more
 
 
 def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:
