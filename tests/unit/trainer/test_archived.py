@@ -24,7 +24,7 @@ from tests.unit.trainer.shop import ITEMS, REVIEWS, START, USERS, item, shop
 from tests.unit.trainer.test_data import examples
 from trainer import archived
 from trainer.archived import from_archive
-from trainer.data import from_file
+from trainer.data import from_file, replay
 from trainer.exceptions import TrainerError
 
 PARTITIONS = 3
@@ -112,6 +112,9 @@ def test_an_archive_gives_the_same_events_with_the_features_that_were_journalled
     known = features.INDEX["item_known"]
     assert not np.nan_to_num(found.inputs.features[:, known]).any()
     assert (replayed.inputs.features[:, known] == 1).all()
+    some = replay(log, None, "", 0, lambda done, total: None, rows=found.row[50::3])
+    np.testing.assert_array_equal(some.row, found.row[50::3])
+    np.testing.assert_array_equal(some.inputs.features, found.inputs.features[50::3])
 
 
 def test_a_transaction_that_has_lost_a_part_is_left_out_and_told(
