@@ -1,12 +1,15 @@
 """The fused network: what is known of a user and an item, to a distribution over stars.
 
 Its mean is a bias plus a correction: the running bias (a feature), or with a taste (`model.taste`)
-what that makes of it. An untrained network corrects nothing: the last layers start at zero, as does
-every id's embedding, so that an id that training never met is the same as an unknown one. The item
-attends to the user's recent items (Vaswani et al. 2017); one query needs no keys and values of its
-own, so both projections are folded into the query's and the output's, and sixteen recent items cost
-little more than one. Boosted trees of the features (`model.trees`) may add to the correction. What
-the user's taste says is read with the features.
+what that makes of it. An untrained network corrects nothing: the last layers start at zero. Boosted
+trees of the features (`model.trees`) may add to the correction. What the user's taste says is read
+with the features.
+
+Two parts are left out by default, since they are of no use beside a taste (docs/decisions/0034).
+Ids have embeddings, which start at zero, so that one that training never met is the same as an
+unknown one. The item attends to the user's recent items (Vaswani et al. 2017); one query needs no
+keys and values of its own, so both projections are folded into the query's and the output's, and
+sixteen recent items cost little more than one.
 """
 
 from collections.abc import Mapping, Sequence
