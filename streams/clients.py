@@ -20,7 +20,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient
 
 from schemas.exceptions import StarcastError, UnreachableError
-from streams.config import KafkaConfig
+from streams.config import POLL_MILLISECONDS, KafkaConfig
 
 REACH_SECONDS = 10.0  # a wrong address, a firewall or a wrong security protocol would wait for ever
 REQUEST_SECONDS = 30.0  # a controller that is being elected would leave a request unanswered
@@ -86,7 +86,7 @@ def reader_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
     reader: dict[str, Any] = {
         "group_id": f"{kafka.group_id}-reader",  # required, never joined
         "session_timeout_ms": 6_000,
-        "max_poll_interval_ms": 300_000,
+        "max_poll_interval_ms": POLL_MILLISECONDS,
         "enable_auto_commit": False,
         "enable_partition_eof": True,
         "isolation_level": "read_committed",

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
+POLL_MILLISECONDS = 300_000  # librdkafka's max.poll.interval.ms, where a shop sets no other
+
 
 class KafkaConfig(BaseModel):
     """How to reach Kafka, and under which names."""
@@ -24,7 +26,7 @@ class KafkaConfig(BaseModel):
     session_timeout_ms: int = Field(
         default=6_000,
         ge=1_000,
-        le=300_000,  # librdkafka's max.poll.interval.ms, which may not be shorter
+        le=POLL_MILLISECONDS,  # which may not be shorter
         description="a silent worker loses its partitions after this",
     )
     options: dict[str, str] = Field(

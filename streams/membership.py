@@ -15,11 +15,10 @@ from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition
 
 from schemas.exceptions import UnreachableError
 from streams.clients import group_name, reach, reader, topic_name
-from streams.config import KafkaConfig
+from streams.config import POLL_MILLISECONDS, KafkaConfig
 from streams.deadline import within
 from streams.exceptions import LeftOutError
 
-POLL_MILLISECONDS = 300_000  # librdkafka's max.poll.interval.ms
 # Beyond what Kafka itself waits for members, in a rebalance and for a silent one: a worker that
 # ended sooner would leave a group that is about to give it partitions, and hold it up by another.
 MARGIN_SECONDS = 60.0
@@ -100,7 +99,7 @@ def left_out(kafka: KafkaConfig, processor: str, member: str) -> bool:
     # Whether the coordinator answers is asked by a consumer: the process of an administrative
     # client may end by a signal where it does not (librdkafka 2.16, issue 4605).
     with reader(kafka, group_id=group) as consumer:
-        place = TopicPartition(topic_name(kafka, "model-updates"), 0)
+        place = TopicPartition(topic_name(kafka, "model-updates"), 0)  # any, for its answer alone
         (told,) = consumer.committed([place], ASK_SECONDS)
     if told.error is not None:
         raise KafkaException(told.error)

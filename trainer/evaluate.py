@@ -298,9 +298,9 @@ def _replays(
     name = encoder.hash if encoder else ""
     first = int(rows[begun.split.test].min())
 
-    def replayed(rows: NDArray[np.int64], ties: Ties, still: int | None = None) -> Examples:
+    def replayed(chosen: NDArray[np.int64], ties: Ties, still: int | None = None) -> Examples:
         words = tracker(progress, "replaying events" + (", standing still" if still else ""))
-        return replay(log, vectors, name, width, words, ties, still, rows)
+        return replay(log, vectors, name, width, words, ties, still, chosen)
 
     test = begun.split.test
     known = replayed(rows, ties)
@@ -338,7 +338,7 @@ def _ours(
 def ablated(
     data: Prepared, config: TrainerConfig, kept: Kept, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """The rating network without each part in turn: by part, an `ablations.Ablated` as a mapping.
+    """The network with each part changed in turn: by part, an `ablations.Ablated` as a mapping.
 
     Each is kept, for a run that is cut short.
     """

@@ -44,7 +44,7 @@ class Evaluated:
 def errors(
     examples: Examples, models: Mapping[str, Floats], config: TrainerConfig
 ) -> dict[str, Any]:
-    """The errors of every model on rows (n), whose ratings (n) each tells, and ours beside each."""
+    """The errors of every model's ratings (n) of the examples (n), and ours beside each."""
     rating = examples.rating
     masks = {
         "buckets": by_history(examples.history),
