@@ -10,7 +10,7 @@ from schemas.journal import Joiner, Transaction
 from streams.clients import reader, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
-from streams.tail import bounds
+from streams.tail import archived_end, bounds
 
 TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
@@ -47,7 +47,7 @@ def read_journals(
             passed: set[int] = set()
             yield from _read(consumer, topic_name(kafka, TOPIC), left, passed)
             reached, left = left, {}
-            for partition, (low, _) in bounds(kafka, TOPIC, passed).items():
+            for partition, (low, high) in bounds(kafka, TOPIC, passed).items():
                 start = reached[partition]
                 if start >= low:
                     raise StoreAheadError(
@@ -56,7 +56,8 @@ def read_journals(
                         "STARCAST_KAFKA__TOPIC_PREFIX and STARCAST_REDIS__KEY_PREFIX for the new "
                         "topics, or bring the old ones back."
                     )
-                for transaction in _archived(archived, partition, start, low):
+                left[partition] = low
+                for transaction in _archived(archived, partition, start, low, high):
                     yield partition, transaction
                     # Retention may have cut into it: its last piece may stand after `low`.
                     left[partition] = max(low, transaction.last_offset + 1)
@@ -104,8 +105,9 @@ def _read(
 
 
 def _archived(
-    archived: ArchiveConfig, partition: int, start: int, low: int
+    archived: ArchiveConfig, partition: int, start: int, low: int, high: int
 ) -> Iterator[Transaction]:
+    """What the archive has from `start` on; Kafka has the offsets from `low` to before `high`."""
     options = archived.storage_options
     reached = start
     for transaction in archive.journal(archived.url, partition, options, start=start):
@@ -113,7 +115,12 @@ def _archived(
             break
         reached = transaction.last_offset + 1
         yield transaction
-    if reached == start:
+    if reached > start:
+        return
+    # The end of a transaction has an offset, but no row: in a shop at rest that of the last one may
+    # be all that was taken. Were it more, what follows would not go on from the states, or the
+    # journal would end before the committed offsets, which whoever recovers is told.
+    if not (start and (low == high or archived_end(archived, TOPIC, partition) >= low)):
         raise JournalGapError(
             f"Journal partition {partition} begins at offset {low} in Kafka, the store stands at "
             f"{start}, and the archive at {archived.url} has nothing between. Point "

@@ -165,6 +165,29 @@ def test_retention_that_passes_twice_costs_no_row_and_doubles_none(
     assert read(p1=0) == [(1, (0, 0)), (1, (2, 2)), (1, (4, 4)), (1, None)]
 
 
+@pytest.mark.parametrize(("high", "rest"), [(4, []), (6, [4])])
+def test_where_retention_took_the_end_of_a_transaction_alone_nothing_is_missing(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch, high: int, rest: list[int]
+) -> None:
+    """The states stand after row 2, whose transaction ended at 3."""
+    archived(monkeypatch, 2, *rest)
+    monkeypatch.setattr(journal, "archived_end", lambda *_: 5 if rest else 3)
+    consumer = kafka(Scripted([event(1, RESET)], [*[row(1, at) for at in rest], event(1, EOF)]))
+    monkeypatch.setattr(journal, "bounds", lambda *where: dict.fromkeys(where[-1], (4, high)))
+    assert read(p1=3) == [*[(1, (at, at)) for at in rest], (1, None)]
+    assert consumer.assigned == [{1: 3}, {1: 4}]
+
+
+def test_where_all_is_gone_that_a_lost_store_needs_it_is_an_error(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archived(monkeypatch)
+    kafka(Scripted([event(1, RESET)]))
+    monkeypatch.setattr(journal, "bounds", lambda *_: {1: (4, 4)})
+    with pytest.raises(JournalGapError, match="the store stands at 0"):
+        read(p1=0)
+
+
 def test_an_archive_that_does_not_reach_back_is_an_error(
     kafka: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
