@@ -34,6 +34,7 @@ class Topic:
     timestamp: Literal["CreateTime", "LogAppendTime"] = "CreateTime"
     largest_message: int = USUAL_MESSAGE  # bytes
     forgets: bool = False  # a null value erases its key's user from the states
+    transactional: bool = False  # written by our own transactions, whose ends have offsets too
     # How brokers pack what comes. Snappy makes at most 21 bytes of one: a batch of 5 KB that is
     # 150 MB of zeros, which no client would unpack, is over `max.message.bytes` then, and refused.
     compression: Literal["producer", "snappy"] = "producer"
@@ -121,12 +122,19 @@ TOPICS: tuple[Topic, ...] = (
         retention=FOREVER,
         compression="snappy",
     ),
-    Topic("predicted-ratings", "user_id", records.PredictedRating, "Predicted ratings."),
+    Topic(
+        "predicted-ratings",
+        "user_id",
+        records.PredictedRating,
+        "Predicted ratings.",
+        transactional=True,
+    ),
     Topic(
         "journal",
         "user partition",
         None,
         "Each applied event in order, with its feature row: the truth behind the store.",
+        transactional=True,
     ),
     Topic(
         "text-features",
@@ -135,9 +143,23 @@ TOPICS: tuple[Topic, ...] = (
         "What review texts say of their stars; a null value erases the user.",
         timestamp="LogAppendTime",
         forgets=True,
+        transactional=True,
     ),
-    Topic("item-updates", "item_id", records.ItemUpdate, "What one batch did to one item."),
-    Topic("score-digests", "worker", records.ScoreDigest, "What workers scored.", keyed=False),
+    Topic(
+        "item-updates",
+        "item_id",
+        records.ItemUpdate,
+        "What one batch did to one item.",
+        transactional=True,
+    ),
+    Topic(
+        "score-digests",
+        "worker",
+        records.ScoreDigest,
+        "What workers scored.",
+        keyed=False,
+        transactional=True,
+    ),
     Topic("alerts", "rule", records.Alert, "Thresholds that were crossed.", keyed=False),
     Topic(
         "model-updates",
@@ -156,6 +178,7 @@ TOPICS: tuple[Topic, ...] = (
         keyed=False,
         retention=timedelta(days=30),
         largest_message=LARGEST_MESSAGE,  # a usual message in base64, and what is said of it
+        transactional=True,
     ),
 )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
+from schemas.topics import BY_NAME
 from streams.clients import error_of, group_name, topic_name, watermarks
 from streams.config import KafkaConfig
 from streams.exceptions import StoreAheadError, StoreError
@@ -137,4 +138,6 @@ def _start(
             "STARCAST_KAFKA__TOPIC_PREFIX, STARCAST_REDIS__KEY_PREFIX and STARCAST_ARCHIVE__URL "
             "for the new topics, or bring the old ones back."
         )
-    return Start(max(offset, low), max(low - offset, 0))
+    # Where all is gone, the last offset was of the end of a transaction, which is no record.
+    ended = low == high and config.exactly_once and BY_NAME[topic].transactional
+    return Start(max(offset, low), max(low - offset - ended, 0))

@@ -654,6 +654,27 @@ def test_records_that_retention_took_are_told(shop: Shop) -> None:
     assert shop.items(["i"])["rating_count"].tolist() == [30 + 20]
 
 
+def test_a_shop_at_rest_for_longer_than_retention_goes_on(shop: Shop) -> None:
+    sent = only_events(events(200))
+    with shop.workers("scorer", "items", "archiver"):
+        shop.play(sent[:100])
+        shop.until_predicted(100)
+        shop.until_users_are_written()
+        shop.until_items_are_applied()
+        shop.until_archived()
+    shop.cut("reviews", "behavior", "predicted-ratings", "journal", "item-updates")
+    with shop.workers("scorer", "items", "archiver") as workers:
+        shop.play(sent[100:])
+        shop.until_predicted(100)
+        shop.until_users_are_written()
+        shop.until_items_are_applied()
+        registry = workers.metrics.registry
+        found = [each for metric in registry.collect() for each in metric.samples]
+        lost = {each.value for each in found if each.name == "starcast_lost_records_total"}
+        assert lost == {0}
+    check_states(shop, sent)
+
+
 def one_rating(item: str) -> ItemUpdate:
     return ItemUpdate(
         item_id=item,

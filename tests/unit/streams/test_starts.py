@@ -134,6 +134,25 @@ def test_what_retention_took_is_lost_from_the_first_record_on(world: World) -> N
     assert len(processor.claims) == 2  # the archive might have had them
 
 
+@pytest.mark.parametrize(
+    ("topic", "first", "lost"),
+    [
+        ("text-features", 6, 0),  # its last offset was of the end of a transaction
+        ("text-features", 5, 1),  # there is more: nobody knows what 4 was
+        ("reviews", 6, 1),
+    ],
+)
+def test_the_end_of_a_transaction_is_not_lost(
+    world: World, topic: str, first: int, lost: int
+) -> None:
+    world.broker.append(f"eu.{topic}", 0, *[b"v"] * 6)
+    world.broker.first[f"eu.{topic}", 0] = first
+    world.broker.committed[f"eu.{topic}", 0] = first - 1
+    consumer: Any = world.broker.consumer({})
+    starts = claim(Counting(), consumer, CONFIG, {0: [topic]})
+    assert starts == {(topic, 0): Start(first, lost)}
+
+
 def test_only_partitions_that_retention_has_passed_are_claimed_again(world: World) -> None:
     class Reading(Counting):
         def claim(self, committed: Offsets) -> Offsets:
