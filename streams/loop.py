@@ -113,6 +113,7 @@ class Loop:
         self._live: dict[Position, int] = {}  # the next offset of what is claimed and recovered
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
+        self._refused_at: dict[int, float] = {}  # when a partition's last claim failed
         self._begun_at = 0.0
         self._lag_at = 0.0
         self._idle_at = 0.0
@@ -286,7 +287,8 @@ class Loop:
         self._settle()  # what is compared with the commits must have been committed
         wanted = [claimable]
         if self._back_off > FIRST_BACK_OFF_SECONDS:  # one that cannot be had keeps none from others
-            wanted = [{partition: topics} for partition, topics in claimable.items()]
+            turns = sorted(claimable, key=lambda partition: self._refused_at.get(partition, 0.0))
+            wanted = [{partition: claimable[partition]} for partition in turns]
         failed: Exception | None = None
         for each in wanted:
             if time.monotonic() > started + CLAIM_SECONDS:
@@ -297,10 +299,13 @@ class Loop:
                     self._consumer.seek(self._topic_partition(*position, start.offset))
             except (StoreError, UnreachableError, KafkaException) as error:
                 self._forget(set(each))  # they may be claimed already
+                if len(each) == 1:  # of several it may be any
+                    self._refused_at |= dict.fromkeys(each, time.monotonic())
                 failed = error
                 continue
             self._consumer.resume([self._topic_partition(*position) for position in starts])
             for position, start in starts.items():
+                self._refused_at.pop(position[1], None)
                 self._live[position] = start.offset
                 if start.lost:
                     self._tell_lost(*position, start)
@@ -560,7 +565,8 @@ class Loop:
                 outcome.write(delivered)
 
     def _finished(self, outcome: Outcome, delivered: dict[Position, int]) -> None:
-        self._back_off = FIRST_BACK_OFF_SECONDS
+        if not self._refused_at or not self._refused_at.keys() & self._claimable().keys():
+            self._back_off = FIRST_BACK_OFF_SECONDS
         if outcome.finish is not None:
             outcome.finish(delivered)
 

@@ -233,6 +233,28 @@ def test_a_partition_that_cannot_be_had_keeps_none_from_the_others(world: World)
     assert loop.waiting
 
 
+def test_a_partition_that_takes_long_to_be_refused_holds_up_the_others_less_and_less(
+    world: World,
+) -> None:
+    class Slow(Counting):
+        def claim(self, committed: Offsets) -> Offsets:
+            if 0 in committed:
+                world.clock.now += CLAIM_SECONDS + 1
+                raise StoreError("its part of the store does not answer in time")
+            return super().claim(committed)
+
+    loop = world.loop(Slow())
+    world.consumer.rebalance(new=places(0, 1, 2))
+    with capture_logs() as logs:
+        world.turn(loop, 3)
+        assert {partition for _, partition in loop.live} == {1, 2}
+        for _ in range(4):
+            fill(world, 1, 1)
+            world.turn(loop)
+    waits = [line["seconds"] for line in logs if line["event"] == "paused"]
+    assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
+
+
 def test_claims_one_by_one_leave_time_to_poll(world: World) -> None:
     processor = Counting(errors={"claim": [StoreError("does not answer")]})
     loop = world.loop(processor)
