@@ -28,6 +28,7 @@ from model.state import LAYOUT_HASH, PARTITION, USER
 from model.state_bytes import from_bytes, to_bytes
 from schemas.journal import TOPICS, Journal, Transaction
 from streams.claims import CHECK_SECONDS
+from streams.clients import group_name, topic_name
 from streams.config import ArchiveConfig, KafkaConfig, StatesConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.journal import read_journals
@@ -120,6 +121,8 @@ class UserStates:
             time.sleep(MARKER_PAUSE_SECONDS)
             ends = {each: ends[each] for each in ends if each not in behind}
             ends |= self._recover(behind)
+        if gone := [each for each in ends if _last(committed[each]) < 0 <= _last(ends[each])]:
+            raise _forgotten(self._kafka, {each: ends[each] for each in gone})
         for partition, reached in ends.items():
             for topic in TOPICS:
                 _compare(topic, partition, reached[topic], committed[partition][topic])
@@ -345,6 +348,28 @@ def _check_layout(journal: Journal, partition: int) -> None:
             "Start the version that wrote it, or begin anew beside it: `starcast export`, other "
             "names of topics, keys and archive, `starcast backfill` (docs/operate.md, Begin anew)."
         )
+
+
+def _last(offsets: Mapping[str, int]) -> int:
+    return max(offsets.values())
+
+
+def _forgotten(kafka: KafkaConfig, ends: Offsets) -> StoreAheadError:
+    group = group_name(kafka, "scorer")
+    lines = [
+        f"{topic_name(kafka, topic)},{partition},{end}"
+        for partition, topics in sorted(ends.items())
+        for topic, end in topics.items()
+        if end >= 0
+    ]
+    return StoreAheadError(
+        f"Kafka has no committed offsets of {group} in partitions of which states have applied "
+        "events. It forgets those of a group that had no worker for `offsets.retention.minutes`, 7 "
+        "days unless set; or they were deleted. Stop all scorers, have `kafka-consumer-groups.sh "
+        f"--group {group} --reset-offsets --from-file FILE --execute` put back what the journal "
+        "tells, and start them; or begin anew (docs/operate.md). FILE, of this worker's "
+        "partitions:\n" + "\n".join(lines)
+    )
 
 
 def _compare(topic: str, partition: int, applied: int, committed: int) -> None:

@@ -200,6 +200,28 @@ def test_offsets_that_went_back_stop_the_partition(
         make(store).claim({PARTITION: ends | {"behavior": -1}})
 
 
+def test_offsets_that_kafka_has_forgotten_are_told_for_all_partitions(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a group without workers for a week."""
+    long, short = batches(ONE, TWO), batches(ONE)
+
+    def read(*arguments: Any) -> Iterator[tuple[int, Transaction | None]]:
+        for number, partition in ((1, short), (PARTITION, long)):
+            yield from told(number, partition.read(arguments[-1][number]))
+
+    monkeypatch.setattr(user_states, "read_journals", read)
+    nothing: dict[str, int] = dict.fromkeys(TOPICS, -1)
+    with pytest.raises(StoreAheadError, match=r"no committed offsets of starcast-scorer") as error:
+        make(store).claim({1: nothing, PARTITION: nothing})
+    assert str(error.value).splitlines()[1:] == [
+        f"{topic},{number},{end}"
+        for number, partition in ((1, short), (PARTITION, long))
+        for topic, end in partition.ends().items()
+        if end >= 0
+    ]
+
+
 def test_a_journal_that_lost_its_end_stops_the_partition(
     store: str, journal: Callable[[Partition], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
