@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from socket import gethostname
 from typing import Any
 
@@ -162,9 +163,17 @@ class Sender:
     def deliver(self, outcome: Outcome) -> dict[Position, int]:
         """Send outputs without a transaction, and wait for them.
 
+        What is tracked comes last: a journal tells whoever reads it that its batch is done.
+
         Raises KafkaException or `StoreError` when they are to be sent again, and `BrokerError`
         when Kafka takes no more from this producer.
         """
+        first = [each for each in outcome.outputs if each.topic not in outcome.tracked]
+        last = [each for each in outcome.outputs if each.topic in outcome.tracked]
+        self._deliver(replace(outcome, outputs=first))
+        return self._deliver(replace(outcome, batches=[], outputs=last)) if last else {}
+
+    def _deliver(self, outcome: Outcome) -> dict[Position, int]:
         failed: list[KafkaError] = []
         try:
             delivered = self.send(outcome, failed)

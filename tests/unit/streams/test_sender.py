@@ -215,6 +215,18 @@ def test_a_broker_without_transactions_is_told(world: World) -> None:
         world.loop(Counting())
 
 
+def test_without_transactions_the_journal_comes_once_all_else_is_delivered(world: World) -> None:
+    """It says that the batch is done: a worker that ended in between would leave out the rest."""
+    loop = world.loop(Counting(), exactly_once=False)
+    fill(world, 1, 0, topics=["reviews"])
+    world.consumer.rebalance(new=places(0))
+    world.broker.fail("deliver", failure(KafkaError._MSG_TIMED_OUT))
+    world.turn(loop)
+    assert world.broker.outputs == []
+    world.turn(loop)
+    assert [topic for topic, _ in world.broker.outputs] == ["eu.predicted-ratings", "eu.journal"]
+
+
 def test_what_was_not_delivered_is_worked_on_again(world: World) -> None:
     processor = Counting()
     loop = world.loop(processor, exactly_once=False)
