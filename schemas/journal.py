@@ -9,7 +9,6 @@ bytes and numbers, since `schemas` knows no model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -180,22 +179,31 @@ class TornError(ContractError):
 class Joiner:
     """Puts the pieces of one journal partition's transactions together, as they are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_torn: Callable[[TornError], object] | None = None) -> None:
+        """`on_torn` is told of a transaction that is not there in whole, which is left out then."""
+        self._on_torn = on_torn
         self._offsets: list[int] = []
         self._pieces: list[Journal] = []
 
     def add(self, offset: int, value: bytes) -> Transaction | None:
         """The transaction that the next value ends, if it does.
 
-        Raises TornError when a piece is missing: pieces of a transaction stand together, since one
-        transaction wrote them. Raises ContractError when the value holds none.
+        Raises TornError when a piece is missing, unless `on_torn` is told: pieces of a transaction
+        stand together, since one transaction wrote them. Raises ContractError when the value holds
+        none.
         """
         piece = decode(value)
         if piece.index != len(self._pieces):
-            raise TornError(
+            error = TornError(
                 f"the journal has piece {piece.index} of {piece.count} at offset {offset} where "
                 f"piece {len(self._pieces)} was due: part of a transaction is missing"
             )
+            if self._on_torn is None:
+                raise error
+            self._on_torn(error)
+            self._offsets, self._pieces = [], []
+            if piece.index:
+                return None
         self._offsets.append(offset)
         self._pieces.append(piece.journal)
         if len(self._pieces) < piece.count:
@@ -224,17 +232,9 @@ def decode_all(
     Where the values are `growing`, a last transaction that is still to be completed is left out.
     Raises TornError when a piece is missing, or tells it to `on_torn` and goes on.
     """
-    joiner = Joiner()
+    joiner = Joiner(on_torn)
     for offset, value in values:
-        try:
-            transaction = joiner.add(offset, value)
-        except TornError as error:
-            if on_torn is None:
-                raise
-            on_torn(error)
-            joiner, transaction = Joiner(), None
-            with suppress(TornError):  # unless another transaction begins here
-                transaction = joiner.add(offset, value)
+        transaction = joiner.add(offset, value)
         if transaction is not None:
             yield transaction
     if not growing:

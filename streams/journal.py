@@ -1,12 +1,13 @@
 """Reading partitions' journals back, from Kafka and, before that, from the archive."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from schemas import archive
-from schemas.journal import Joiner, Transaction
+from schemas.journal import Joiner, TornError, Transaction
 from streams.clients import reader, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
@@ -16,6 +17,8 @@ TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
 WAIT_SECONDS = 0.5
 SHORT_POLL_MS = 20  # the end of a partition is told only after one
+OnTorn = Callable[[TornError], object] | None
+_LOG = structlog.get_logger(__name__)
 
 
 def read_journal(
@@ -36,16 +39,18 @@ def read_journals(
     """The transactions of partitions from their start to the stable end, and None at that end.
 
     Those of one partition come in order. What retention has taken from Kafka is read from the
-    archive. Raises `JournalGapError` when neither reaches back to a start, `StoreAheadError` when
-    the journal ends before it.
+    archive. Where there are no transactions a worker may have ended between two pieces of one of
+    its own: nobody applied it, and it is left out. Raises `JournalGapError` when neither reaches
+    back to a start, `StoreAheadError` when the journal ends before it.
     """
+    on_torn = None if kafka.exactly_once else _leave_out
     with reader(kafka, auto_offset_reset="error", fetch_wait_max_ms=SHORT_POLL_MS) as consumer:
         # Else leaders are found half a second late.
         consumer.list_topics(topic_name(kafka, TOPIC), END_SECONDS)
         left = dict(starts)
         while left:
             passed: set[int] = set()
-            yield from _read(consumer, topic_name(kafka, TOPIC), left, passed)
+            yield from _read(consumer, topic_name(kafka, TOPIC), left, passed, on_torn)
             reached, left = left, {}
             for partition, (low, high) in bounds(kafka, TOPIC, passed).items():
                 start = reached[partition]
@@ -57,18 +62,18 @@ def read_journals(
                         "topics, or bring the old ones back."
                     )
                 left[partition] = low
-                for transaction in _archived(archived, partition, start, low, high):
+                for transaction in _archived(archived, partition, start, low, high, on_torn):
                     yield partition, transaction
                     # Retention may have cut into it: its last piece may stand after `low`.
                     left[partition] = max(low, transaction.last_offset + 1)
 
 
 def _read(
-    consumer: Consumer, topic: str, starts: Mapping[int, int], passed: set[int]
+    consumer: Consumer, topic: str, starts: Mapping[int, int], passed: set[int], on_torn: OnTorn
 ) -> Iterator[tuple[int, Transaction | None]]:
     """What Kafka has; `passed` is to have the partitions whose start it has not."""
     consumer.assign([TopicPartition(topic, partition, at) for partition, at in starts.items()])
-    joiners = {partition: Joiner() for partition in starts}
+    joiners = {partition: Joiner(on_torn) for partition in starts}
     begun: set[int] = set()
     moved = time.monotonic()
     while joiners:
@@ -91,7 +96,9 @@ def _read(
                 if added is not None:
                     yield partition, added
             elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
-                joiners.pop(partition).end()
+                joiner = joiners.pop(partition)
+                if on_torn is None:
+                    joiner.end()
                 yield partition, None
             elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # pyright: ignore[reportPrivateUsage]
                 if partition in begun:  # retention has passed it meanwhile: the next claim finds it
@@ -105,12 +112,14 @@ def _read(
 
 
 def _archived(
-    archived: ArchiveConfig, partition: int, start: int, low: int, high: int
+    archived: ArchiveConfig, partition: int, start: int, low: int, high: int, on_torn: OnTorn
 ) -> Iterator[Transaction]:
     """What the archive has from `start` on; Kafka has the offsets from `low` to before `high`."""
     options = archived.storage_options
     reached = start
-    for transaction in archive.journal(archived.url, partition, options, start=start):
+    for transaction in archive.journal(
+        archived.url, partition, options, start=start, on_torn=on_torn
+    ):
         if transaction.first_offset >= low:
             break
         reached = transaction.last_offset + 1
@@ -126,3 +135,7 @@ def _archived(
             f"{start}, and the archive at {archived.url} has nothing between. Point "
             "STARCAST_ARCHIVE__URL at the archive of this shop."
         )
+
+
+def _leave_out(torn: TornError) -> None:
+    _LOG.warning("left out", reason=str(torn))

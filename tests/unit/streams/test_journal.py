@@ -73,18 +73,18 @@ def kafka(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def archived(monkeypatch: pytest.MonkeyPatch, *offsets: int) -> None:
-    def rows(_: str, __: int, ___: Any, start: int) -> Iterator[Transaction]:
+    def rows(_: str, __: int, ___: Any, start: int, on_torn: Any) -> Iterator[Transaction]:
         return contract.decode_all((at, SHORT[0]) for at in offsets if at >= start)
 
     monkeypatch.setattr(journal.archive, "journal", rows)
 
 
-def read(**starts: int) -> list[tuple[int, tuple[int, int] | None]]:
+def read(kafka: KafkaConfig = KAFKA, **starts: int) -> list[tuple[int, tuple[int, int] | None]]:
     """By partition, the first and last offset of each transaction, None at the end."""
     wanted = {int(name.removeprefix("p")): start for name, start in starts.items()}
     return [
         (partition, each and (each.first_offset, each.last_offset))
-        for partition, each in read_journals(KAFKA, ArchiveConfig(), wanted)
+        for partition, each in read_journals(kafka, ArchiveConfig(), wanted)
     ]
 
 
@@ -135,7 +135,9 @@ def test_a_transaction_that_retention_cut_comes_from_the_archive_in_whole(
     monkeypatch.setattr(
         journal.archive,
         "journal",
-        lambda _, __, ___, start: contract.decode_all(each for each in values if each[0] >= start),
+        lambda _, __, ___, start, on_torn: contract.decode_all(
+            each for each in values if each[0] >= start
+        ),
     )
     rest = [row(1, 5, LONG[1]), row(1, 7), event(1, EOF)]
 
@@ -214,6 +216,15 @@ def test_a_transaction_without_its_end_is_an_error(kafka: Any) -> None:
     kafka(Scripted([row(1, 2, LONG[0]), event(1, EOF)]))
     with pytest.raises(ContractError, match="has more"):
         read(p1=2)
+
+
+def test_without_transactions_what_a_worker_did_not_come_to_the_end_of_is_left_out(
+    kafka: Any,
+) -> None:
+    plain = KAFKA.model_copy(update={"exactly_once": False})
+    again = [row(1, 3, LONG[0]), row(1, 4, LONG[1])]
+    kafka(Scripted([row(1, 2, LONG[0]), *again, row(1, 5, LONG[0]), event(1, EOF)]))
+    assert read(plain, p1=2) == [(1, (3, 4)), (1, None)]
 
 
 def test_a_journal_that_gives_nothing_is_not_waited_for_for_ever(
