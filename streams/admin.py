@@ -228,7 +228,7 @@ class GroupReport:
     """How far a processor's group is."""
 
     members: int
-    waiting: int | None  # records behind what it has committed; none where it never has
+    waiting: int | None  # records, about, behind what it has committed; none where it never has
 
 
 def group_report(kafka: KafkaConfig, processor: str) -> GroupReport:
@@ -257,9 +257,11 @@ def group_report(kafka: KafkaConfig, processor: str) -> GroupReport:
     ]
     with reader(kafka) as consumer:
         ends = _request(kafka, partial(watermarks, consumer, asked, REQUEST_SECONDS))
+    # Where our transactions write, the last offset is of the end of one, which nobody reads.
     waiting = sum(
-        max(ends[topic_name(kafka, topic), partition][1] - offset, 0)
+        max(ends[topic_name(kafka, topic), partition][1] - ended - offset, 0)
         for topic, offsets in places.items()
+        for ended in [kafka.exactly_once and BY_NAME[topic].transactional]
         for partition, offset in offsets.items()
     )
     return GroupReport(members, waiting)

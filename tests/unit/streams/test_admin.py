@@ -1,3 +1,5 @@
+from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,14 @@ from confluent_kafka import (
 
 from schemas.topics import BY_NAME
 from streams import admin, clients
-from streams.admin import TopicError, TopicReport, _counts, committed
+from streams.admin import (
+    GroupReport,
+    TopicError,
+    TopicReport,
+    _counts,
+    committed,
+    group_report,
+)
 from streams.config import KafkaConfig
 from tests.unit.streams.scripted_kafka import Offsets
 
@@ -50,6 +59,21 @@ def test_a_topic_is_not_counted_where_an_offset_is_not_told(
     monkeypatch.setattr(clients, "Consumer", lambda _: consumer)
     assert _counts(KafkaConfig(), [*found], found) == {"reviews": 7}
     assert consumer.closed
+
+
+def test_the_ends_of_transactions_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of item updates a group has read the last, of reviews all but one."""
+    described: Future[Any] = Future()
+    described.set_result(SimpleNamespace(members=[]))
+    told = SimpleNamespace(describe_consumer_groups=lambda groups, **_: {groups[0]: described})
+    ends = {("item-updates", 0): (0, 6), ("item-updates", 1): (0, 4), ("reviews", 0): (0, 6)}
+    read = {"item-updates": {0: 5, 1: 4}, "reviews": {0: 5}}
+    monkeypatch.setattr(admin, "committed", lambda *_: read)
+    monkeypatch.setattr(admin, "reach", lambda _: told)
+    monkeypatch.setattr(admin, "reader", nullcontext)
+    monkeypatch.setattr(admin, "watermarks", lambda *_: ends)
+    assert group_report(KafkaConfig(), "archiver") == GroupReport(members=0, waiting=1)
+    assert group_report(KafkaConfig(exactly_once=False), "archiver").waiting == 2
 
 
 @dataclass
