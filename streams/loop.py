@@ -114,6 +114,7 @@ class Loop:
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
         self._refused_at: dict[int, float] = {}  # when a partition's last claim failed
+        self._told_lost: dict[Position, int] = {}  # up to which offset it was told
         self._begun_at = 0.0
         self._lag_at = 0.0
         self._idle_at = 0.0
@@ -313,10 +314,14 @@ class Loop:
             self._wait_longer(failed)
 
     def _tell_lost(self, topic: str, partition: int, start: Start) -> None:
-        where = f"{topic_name(self._config, topic)} partition {partition}"
-        first = start.offset - start.lost
-        self._log.error("records lost to retention", where=where, first=first, left=start.offset)
-        self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(start.lost)
+        """Unless it was told before: until something comes, each claim finds the same."""
+        first = max(start.offset - start.lost, self._told_lost.get((topic, partition), 0))
+        self._told_lost[topic, partition] = start.offset
+        if (lost := start.offset - first) > 0:
+            where = f"{topic_name(self._config, topic)} partition {partition}"
+            left = start.offset
+            self._log.error("records lost to retention", where=where, first=first, left=left)
+            self._metrics.lost.labels(self._processor.name, topic, str(partition)).inc(lost)
 
     def _forget(self, partitions: set[int]) -> None:
         """Drop what is in memory of these, live or only claimed, once it is written."""

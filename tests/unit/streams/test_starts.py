@@ -113,6 +113,19 @@ def test_a_position_that_retention_has_passed_is_told(world: World, exactly_once
     assert world.value("lost_records_total", **lost) == 4
 
 
+def test_what_is_lost_is_counted_once_however_often_it_is_claimed(world: World) -> None:
+    """Where nothing came since, nothing is committed beyond it."""
+    loop = world.loop(Counting())
+    fill(world, 9, 0, topics=["reviews"])
+    world.broker.committed["eu.reviews", 0] = 1
+    lost = {"processor": "counting", "topic": "reviews", "partition": "0"}
+    for first, count in ((5, 4), (5, 4), (7, 6)):
+        world.broker.first["eu.reviews", 0] = first
+        world.consumer.rebalance(gone=world.consumer.positions, new=places(0))
+        loop._claim_pending()
+        assert world.value("lost_records_total", **lost) == count
+
+
 def test_without_exactly_once_the_ends_of_partitions_are_not_compared(world: World) -> None:
     """The embedded broker tells of ends that are too low."""
     loop = world.loop(Counting(starts={"reviews": 3}), exactly_once=False)
