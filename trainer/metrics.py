@@ -171,23 +171,23 @@ def calibration(rating: Floats, distribution: Floats, low: Floats, high: Floats)
     """Calibration of distributions (n, 5) and of intervals (n) against true ratings (n).
 
     The expected calibration error (Naeini et al. 2015) is taken of the four cumulative events
-    "at least k stars", so that it knows stars are ordered; a rating between two stars is rounded.
+    "at least k stars", so that it knows stars are ordered. A rating between two stars is a share of
+    each, as it is learnt: of 4.5 "at least five" happened by half.
     """
-    stars = np.clip(np.rint(rating), 1, 5).astype(np.int64)
     claimed = distribution[:, ::-1].cumsum(1)[:, ::-1][:, 1:].ravel()  # (n·4) P(stars ≥ 2..5)
-    happened = (stars[:, None] >= np.arange(2, 6)).ravel()
+    reached = np.clip(rating[:, None] - np.arange(1, 5), 0, 1)  # (n, 4)
     edge = np.minimum((claimed * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
     rows = np.bincount(edge, minlength=RELIABILITY_BINS)
     some = np.maximum(rows, 1)
     mean_claimed = np.bincount(edge, claimed, RELIABILITY_BINS) / some
-    mean_happened = np.bincount(edge, happened, RELIABILITY_BINS) / some
+    mean_happened = np.bincount(edge, reached.ravel(), RELIABILITY_BINS) / some
     ece = float(np.sum(rows * np.abs(mean_claimed - mean_happened)) / max(rows.sum(), 1))
-    chosen = distribution[np.arange(len(stars)), stars - 1]
+    labels = -np.diff(reached, prepend=1, append=0).astype(np.float32)
     return Calibration(
         ece=ece,
         coverage=float(np.mean((rating >= low) & (rating <= high))),
         width=float(np.mean(high - low)),
-        log_loss=float(-np.mean(np.log(np.maximum(chosen, 1e-9)))),
+        log_loss=log_loss(distribution, labels),
         bins=[
             (float(p), float(o), int(n))
             for p, o, n in zip(mean_claimed, mean_happened, rows, strict=True)

@@ -132,6 +132,15 @@ def test_a_distribution_that_is_sure_and_wrong_has_the_largest_calibration_error
     assert found.coverage == 0
 
 
+def test_half_a_star_is_no_calibration_error() -> None:
+    """A shop of nothing but 4.5, and a model that says so: half fours, half fives."""
+    told = np.tile([0, 0, 0, 0.5, 0.5], (3, 1))
+    found = calibration(np.full(3, 4.5), told, np.full(3, 4.0), np.full(3, 5.0))
+    assert found.ece == pytest.approx(0)
+    assert found.bins == [(0.5, 0.5, 3), (1.0, 1.0, 9)]
+    assert found.log_loss == pytest.approx(np.log(2))
+
+
 def test_what_happens_though_it_was_all_but_ruled_out_has_its_log_loss() -> None:
     seldom = np.array([[0.05, 0, 0, 0, 0.95], [0.0, 0, 0, 0, 1]])
     found = calibration(np.ones(2), seldom, np.ones(2), np.ones(2))
