@@ -104,7 +104,7 @@ def evaluate(
     alarms = _alarms(begun, asked, allow_leaks)
     ours = _ours(asked, split, config, kept, progress)
     texts = {} if read is None else {MODEL: read}
-    theirs = _peers(wanted, asked, split, config, kept, progress) if wanted else {}
+    theirs = _peers(wanted, asked, split, ties, config, kept, progress) if wanted else {}
     if wanted and worded is not None and base is not None:
         texts |= evaluate_texts.peers(wanted, worded, base, config, kept, progress)
     others = {way: _of_way(theirs, way) for way in asked.test}
@@ -360,6 +360,7 @@ def _peers(
     wanted: Collection[str],
     asked: _Asked,
     split: Split,
+    ties: Ties,
     config: TrainerConfig,
     kept: Kept,
     progress: Progress | None,
@@ -367,7 +368,7 @@ def _peers(
     """The peers' answers, by name and way of asking."""
     from trainer.peers import ratings  # an extra, and slow to import
 
-    whole = _rated(asked.known)
+    whole = _rated(asked.known, ties)
     train, validation = whole.take(split.train), whole.take(split.validation)
     known = ratings.joined(train, validation)
 
@@ -375,10 +376,12 @@ def _peers(
         settings, told = ratings.settle(
             peer, train, validation, config.seed, kept.trials(f"peer {name}")
         )
-        answers: Arrays = {
-            way: told(_rated(data), known if way == "static" else whole)
-            for way, data in asked.test.items()
-        }
+        answers: Arrays = {}
+        for way, data in asked.test.items():
+            # Of rows of one time they know what our states do.
+            order: Ties = "arrival" if way == "arrival" else ties
+            past = known if way == "static" else _rated(asked.known, order)
+            answers[way] = told(_rated(data, order), past)
         return {**answers, "settings": np.array(orjson.dumps(settings).decode())}
 
     bar = tracker(progress, "tuning and fitting the peers")
@@ -391,13 +394,12 @@ def _peers(
     return found
 
 
-def _rated(examples: Examples) -> Any:
+def _rated(examples: Examples, ties: Ties) -> Any:
     from trainer.peers.ratings import Rated
 
     events = examples.events
-    return Rated(
-        events["user"], events["item"], events["time"], examples.rating, examples.inputs.features
-    )
+    turn = examples.row if ties == "arrival" else events["time"]
+    return Rated(events["user"], events["item"], turn, examples.rating, examples.inputs.features)
 
 
 def _of_way(theirs: Mapping[str, Arrays], way: str) -> dict[str, Floats]:

@@ -32,11 +32,14 @@ MOST_FOREST_TREES = 200
 
 @dataclass(frozen=True)
 class Rated:
-    """n rated rows in the order of time."""
+    """n rated rows in the order of time.
+
+    Their turns are their times, or where rows of one time know of each other their places.
+    """
 
     user: NDArray[np.uint64]  # (n)
     item: NDArray[np.uint64]  # (n)
-    time: NDArray[np.int64]  # (n)
+    turn: NDArray[np.int64]  # (n): what is known of a row's past has a lower one
     rating: Floats  # (n)
     features: NDArray[np.float32]  # (n, F): as replayed before each row
 
@@ -142,13 +145,13 @@ def _biasedmf(folded: bool) -> Callable[[Rated, Settings, int], Predict]:
 
 
 def _histories(asked: Rated, past: Rated) -> list[ItemList | None]:
-    """Of each asked row (n), what its user had rated at earlier times."""
-    order = np.lexsort((past.time, past.user))
-    users, times = past.user[order], past.time[order]
+    """Of each asked row (n), what its user had rated at earlier turns."""
+    order = np.lexsort((past.turn, past.user))
+    users, turns = past.user[order], past.turn[order]
     found: list[ItemList | None] = []
-    for user, time in zip(asked.user, asked.time, strict=True):
+    for user, turn in zip(asked.user, asked.turn, strict=True):
         begin, end = np.searchsorted(users, user), np.searchsorted(users, user, "right")
-        rows = order[begin : begin + np.searchsorted(times[begin:end], time)]
+        rows = order[begin : begin + np.searchsorted(turns[begin:end], turn)]
         newest = dict(zip(past.item[rows].tolist(), past.rating[rows].tolist(), strict=True))
         found.append(
             ItemList(item_ids=np.array([*newest], np.uint64), rating=np.array([*newest.values()]))

@@ -139,7 +139,7 @@ def test_a_peer_knows_rows_that_are_asked_for_but_where_it_stands_still(
 
     def fit(known: Rated, settings: Mapping[str, Any], seed: int) -> Predict:
         def predict(asked: Rated, past: Rated) -> Floats:
-            told.append((len(past), int(np.isin(past.time, asked.time).sum())))
+            told.append((len(past), int(np.isin(past.turn, asked.turn).sum())))
             return np.full(len(asked), 7.0)
 
         return predict
@@ -156,6 +156,43 @@ def test_a_peer_knows_rows_that_are_asked_for_but_where_it_stands_still(
     }
     stars = found.document["rating"]["prequential"]["global"]["ratings"]
     assert stars["5 stars"]["mse"] == 0  # nobody is asked for more
+
+
+def test_of_one_day_a_peer_knows_what_our_states_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten users rate once a day, the newest rows two items each: by arrival one is known before."""
+    known: list[int] = []  # of the rows asked for, how many of their users' have a lower turn
+
+    def fit(data: Rated, settings: Mapping[str, Any], seed: int) -> Predict:
+        def predict(asked: Rated, past: Rated) -> Floats:
+            pairs = zip(asked.user, asked.turn, strict=True)
+            known.append(sum(((past.user == u) & (past.turn < t)).sum() for u, t in pairs))
+            return np.full(len(asked), 3.0)
+
+        return predict
+
+    stars = np.random.default_rng(5).integers(1, 6, 400).tolist()
+    entries: Entries = [
+        ("reviews", review(row, row % 10, row, START + timedelta(days=row // 20), stars[row]))
+        for row in range(400)
+    ]
+    write_records(tmp_path / "days.jsonl", entries)
+    log = from_file(tmp_path / "days.jsonl")
+    monkeypatch.setattr(ratings, "PEERS", {"global": Peer(fit)})
+    quick = FitConfig(epochs=1, trees=False, sizes=SizesConfig(width=2, factors=0))
+    options: dict[str, Any] = {
+        "config": SMALL.model_copy(update={"fit": quick}),
+        "encoder": "none",
+        "peers": ("global",),
+    }
+    evaluate(log, tmp_path / "instant", **options)
+    # Of each user 36 rows are older than the newest two days, and then one or two of a day.
+    days = 10 * 2 * (36 + 38)
+    assert known == [days, 10 * 2 * 2 * 36, days + 2 * 10]
+    known.clear()
+    evaluate(log, tmp_path / "arrival", ties="arrival", **options)
+    assert known == [days + 2 * 10, 10 * 2 * 2 * 36]
 
 
 def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_past_that_is_folded_in_is_strictly_older() -> None:
     asked = data.take(np.array([500]))
     found = ratings._histories(asked, data)[0]
     assert found is not None
-    before = (data.user == asked.user[0]) & (data.time < asked.time[0])
+    before = (data.user == asked.user[0]) & (data.turn < asked.turn[0])
     assert set(found.ids().tolist()) == set(data.item[before].tolist())
     first = data.take(np.array([int(np.flatnonzero(data.user == data.user[0])[0])]))
     assert ratings._histories(first, data) == [None]
