@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from model.encoder import TextEncoder, review_text
 from model.lookups import Vectors, vectors_of
@@ -37,16 +38,28 @@ def cleaned(log: Log, config: TrainerConfig) -> Cleaned:
 
 
 def review_texts(
-    reviews: pl.DataFrame, config: TextConfig, split: SplitConfig
+    reviews: pl.DataFrame,
+    config: TextConfig,
+    split: SplitConfig,
+    held: NDArray[np.int64] | None = None,
 ) -> ReviewTexts | None:
-    """The newest texts of cleaned reviews, split by time among themselves; None when too few."""
-    worded = with_words(reviews).tail(config.limit)
-    if worded.height < config.least_texts:
+    """The newest texts of cleaned reviews, split by time among themselves; None when too few.
+
+    Of the `held` reviews none is learnt from: those before them are, as far as there are some.
+    """
+    only_asked = np.zeros(reviews.height, np.bool_)
+    only_asked[[] if held is None else held] = True
+    worded = with_words(reviews.with_columns(pl.Series("held", only_asked)))
+    count = min(worded.height, config.limit)
+    spans = by_time(np.arange(count), split)
+    asked = len(spans.test)
+    known = worded.head(worded.height - asked).filter(~pl.col("held")).tail(count - asked)
+    if count < config.least_texts or known.height < config.least_texts // 2:
         return None
-    spans = by_time(np.arange(worded.height), split)
+    worded = pl.concat([known, worded.tail(asked)])
     span = np.full(worded.height, text.TRAIN, np.int8)
-    span[spans.validation] = text.VALIDATION
-    span[spans.test] = text.TEST
+    span[max(known.height - len(spans.validation), 0) :] = text.VALIDATION
+    span[known.height :] = text.TEST
     return ReviewTexts(joined_texts(worded), worded["rating"].to_numpy(), span)
 
 

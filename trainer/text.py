@@ -20,7 +20,7 @@ from model.encoder import StarHead, TextEncoder
 from model.state import STARS
 from trainer import checkpoints
 from trainer.adapt import adapt
-from trainer.config import AdaptConfig, TextConfig
+from trainer.config import AdaptConfig, Method, TextConfig
 from trainer.fine_tune import Cost, Labelled, fine_tune, joined, taken
 from trainer.metrics import Floats, TextScores, log_loss, text_scores
 from trainer.progress import OnProgress, unseen
@@ -55,6 +55,7 @@ class TextModel:
     judged: StarHead  # of all but TEST
     scores: TextScores  # of `judged` on TEST
     texts: int
+    method: Method
     l2: float
     cost: Cost  # of fine-tuning; the head alone when frozen
 
@@ -131,7 +132,7 @@ def fit(
         found = text_scores(reviews.rating[test], head.stars(vectors[test]))
         whole = fit_star_head(vectors, soft_labels(reviews.rating), l2, head)
         cost = Cost(STARS * (encoder.hidden + 1), 0)
-        return TextModel(encoder, whole, head, found, len(vectors), l2, cost)
+        return TextModel(encoder, whole, head, found, len(vectors), config.method, l2, cost)
     train, validation = (_labelled(reviews, span) for span in (TRAIN, VALIDATION))
     if config.pseudo_labels and reviews.unrated:
         train = joined(train, _pseudo_labelled(reviews.unrated, encoder, head, config))
@@ -143,7 +144,8 @@ def fit(
     newest = taken(reviews.texts, np.flatnonzero(test))
     read = head.stars(encode(tuned.encoder, newest, on_progress))
     found = text_scores(reviews.rating[test], read)
-    return TextModel(tuned.encoder, head, head, found, len(reviews.texts), l2, tuned.cost)
+    count = len(reviews.texts)
+    return TextModel(tuned.encoder, head, head, found, count, config.method, l2, tuned.cost)
 
 
 def _known(reviews: ReviewTexts, count: int) -> ReviewTexts:

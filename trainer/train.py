@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import polars as pl
 import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
@@ -47,6 +46,7 @@ from trainer.prepare import (
     unrated_texts,
 )
 from trainer.progress import tracker
+from trainer.split import by_time
 from trainer.text import TextModel
 from trainer.tracking import Note, tracking, unnoted
 
@@ -123,7 +123,7 @@ def train(
         kept = encoder == "auto" and other is None and served
         config = config.model_copy(update={"text": text.settled(config.text, kept)})
         place = Path(folder) / "encoder"
-        texts, checkpoint = _text_model(base, log, found.reviews, config, place, progress, note)
+        texts, checkpoint = _text_model(base, log, found, config, place, progress, note)
         used = texts.encoder if texts else base
         data = _replayed(log, found, used, config, progress)
         start = _start(stable, other, data)
@@ -199,7 +199,7 @@ def base_encoder(setting: str, stable: Bundle | None, config: TrainerConfig) -> 
 def _text_model(
     encoder: TextEncoder | None,
     log: Log,
-    reviews: pl.DataFrame,
+    found: Cleaned,
     config: TrainerConfig,
     folder: Path,
     progress: Progress | None,
@@ -207,15 +207,26 @@ def _text_model(
 ) -> tuple[TextModel | None, Path | None]:
     """A star head with the encoder it reads by, and the folder of its checkpoints.
 
-    Neither without an encoder or with too few texts, nor where settings want none.
+    Neither without an encoder or with too few texts, nor where settings want none. An encoder,
+    whose vectors of items the network reads, does not learn from the rows that judge both.
     """
-    if encoder is None or config.text.method == "none":
+    settings, seed = config.text, config.seed
+    if encoder is None or settings.method == "none":
         return None, None
-    texts = review_texts(reviews, config.text, config.split)
+    alone = settings.method == "frozen"
+    held = by_time(log.events["time"][found.reviews["row"].to_numpy()], config.split).test
+    texts = review_texts(found.reviews, settings, config.split, None if alone else held)
+    if texts is None and not alone:
+        settings = text.untouched(settings)
+        texts = review_texts(found.reviews, settings, config.split)
+        if texts is not None:
+            logger.warning(
+                "too few review texts are older than the rows that judge the model: the star head "
+                "is fitted, the encoder is not"
+            )
     if texts is None:
         return None, None
-    texts = replace(texts, unrated=unrated_texts(log, config.text))
-    settings, seed = config.text, config.seed
+    texts = replace(texts, unrated=unrated_texts(log, settings))
     checkpoint = text.checkpoint_of(Path(config.checkpoints), texts, encoder, settings, seed)
     bar = tracker(progress, "reading review texts")
     return text.fit(texts, encoder, settings, folder, seed, bar, checkpoint, note), checkpoint
@@ -361,7 +372,7 @@ def _settings(fitted: Fitted, texts: TextModel | None, config: TrainerConfig) ->
         "ridge penalty": fitted.penalty,
         "network epochs": fitted.epochs,
         "belief in the network": round(fitted.belief, 3),
-        "star head": f"{config.text.method}, l2 {texts.l2:g}" if texts else "as before, or none",
+        "star head": f"{texts.method}, l2 {texts.l2:g}" if texts else "as before, or none",
         "trees": fitted.network.config.trees,
         "shares of network and trees": " and ".join(f"{each:.2f}" for each in fitted.shares),
         "weights started from": ", ".join(

@@ -17,9 +17,10 @@ from model import bundle as bundles
 from model import registry
 from model.predict import predictor
 from schemas.files import write_records
+from schemas.records import Review
 from tests.unit.trainer.shop import shop
 from tests.unit.trainer.test_archived import write_archive
-from trainer import checkpoints
+from trainer import checkpoints, text
 from trainer import fine_tune as tuning
 from trainer import train as module
 from trainer.assess import summary
@@ -30,6 +31,7 @@ from trainer.evaluate import measure
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
 from trainer.figures import summary as evaluated
+from trainer.fine_tune import Labelled
 from trainer.retrain import retrain_once
 from trainer.train import TrainResult, train
 
@@ -111,6 +113,44 @@ def test_what_is_judged_was_fitted_without_the_newest_rows(
     assert found.evaluations == result.evaluations
     assert found.verdict == result.verdict
     assert found.sha256 != result.sha256
+
+
+@pytest.mark.parametrize(("worded", "method"), [(range(700), "top_layers"), (range(580, 700), "")])
+def test_an_encoder_learns_nothing_from_the_rows_that_judge(
+    worded: range,
+    method: str,
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The newest 70 of 700 ratings. Where hardly a text is older, the head is fitted alone."""
+    entries = [
+        (topic, record.model_copy(update={"text": None, "title": None}))
+        if isinstance(record, Review) and int(record.event_id[1:]) not in worded
+        else (topic, record)
+        for topic, record in shop()
+    ]
+    write_records(tmp_path / "shop.jsonl", entries)
+    fit, asked = tuning.fine_tune, list[str]()
+
+    def watched(train: Labelled, validation: Labelled, *rest: Any) -> Any:
+        asked.extend((*train.texts, *validation.texts))
+        return fit(train, validation, *rest)
+
+    monkeypatch.setattr(text, "fine_tune", watched)
+    settings = TextConfig(method="top_layers", text_limit=110)
+    config = CONFIG.model_copy(update={"text": settings})
+    result = train(
+        from_file(tmp_path / "shop.jsonl"), str(tmp_path), config, encoder=str(encoder_folder)
+    )
+    learnt = {int(each.split()[-1]) for each in asked}
+    assert learnt == (set(range(531, 630)) if method else set())
+    assert result.text is not None
+    assert result.text.rows == (11 if method else 12)  # a tenth
+    card = bundles.load(str(tmp_path), result.version, result.sha256).folder / "MODEL_CARD.md"
+    assert f"{method or 'frozen'}, l2" in card.read_text()
+    assert ("the star head is fitted, the encoder is not" in caplog.text) == (not method)
 
 
 class _KilledError(Exception):
