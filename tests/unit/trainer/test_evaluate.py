@@ -17,8 +17,8 @@ from schemas.records import Item
 from tests.unit.trainer.shop import REVIEWS, START, Entries, review, shop
 from trainer import evaluate as evaluation
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
-from trainer.data import from_file
-from trainer.evaluate import evaluate, folder_of
+from trainer.data import Ties, from_file
+from trainer.evaluate import evaluate, folder_of, measure
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
 from trainer.figures import gained, summary
@@ -34,6 +34,10 @@ SMALL = TrainerConfig(
     threads=1,
     text=TextConfig(method="frozen", l2=1e-4),
     fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)),
+)
+
+QUICK = SMALL.model_copy(
+    update={"fit": FitConfig(epochs=1, trees=False, sizes=SizesConfig(width=2, factors=0))}
 )
 
 LAST_DAY = START + timedelta(days=(REVIEWS - 1) // 24)
@@ -180,19 +184,31 @@ def test_of_one_day_a_peer_knows_what_our_states_do(
     write_records(tmp_path / "days.jsonl", entries)
     log = from_file(tmp_path / "days.jsonl")
     monkeypatch.setattr(ratings, "PEERS", {"global": Peer(fit)})
-    quick = FitConfig(epochs=1, trees=False, sizes=SizesConfig(width=2, factors=0))
-    options: dict[str, Any] = {
-        "config": SMALL.model_copy(update={"fit": quick}),
-        "encoder": "none",
-        "peers": ("global",),
-    }
-    evaluate(log, tmp_path / "instant", **options)
+    options: dict[str, Any] = {"encoder": "none", "peers": ("global",)}
+    evaluate(log, tmp_path / "instant", QUICK, **options)
     # Of each user 36 rows are older than the newest two days, and then one or two of a day.
     days = 10 * 2 * (36 + 38)
     assert known == [days, 10 * 2 * 2 * 36, days + 2 * 10]
     known.clear()
-    evaluate(log, tmp_path / "arrival", ties="arrival", **options)
+    evaluate(log, tmp_path / "arrival", QUICK, ties="arrival", **options)
     assert known == [days + 2 * 10, 10 * 2 * 2 * 36]
+
+
+def test_a_day_is_parted_where_its_rows_know_of_each_other_alone(tmp_path: Path) -> None:
+    """Of 205 rows, ten a day and five on the last: the newest 20 begin within a day."""
+    stars = np.random.default_rng(5).integers(1, 6, 205).tolist()
+    entries: Entries = [
+        ("reviews", review(row, row % 9, row, START + timedelta(days=row // 10), stars[row]))
+        for row in range(205)
+    ]
+    write_records(tmp_path / "days.jsonl", entries)
+    log = from_file(tmp_path / "days.jsonl")
+    sizes: dict[Ties, tuple[int, ...]] = {"instant": (160, 20, 25), "arrival": (165, 20, 20)}
+    for ties, rows in sizes.items():
+        folder = tmp_path / ties
+        found = evaluate(log, folder, QUICK, encoder="none", peers=(), ties=ties).document["rows"]
+        assert (found["train"], found["validation"], found["test"]) == rows
+        assert measure(log, None, QUICK, ties=ties).document["rows"]["test"] == rows[-1]
 
 
 def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:
