@@ -128,7 +128,8 @@ def summary(found: Evaluated) -> RenderableType:
 
 
 def _interval(ends: Mapping[str, float]) -> str:
-    return f"[{ends['low']:+.4f}, {ends['high']:+.4f}]"
+    low, high = ends["low"], ends["high"]
+    return "–" if np.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
 
 
 def _text_table(part: str, block: Mapping[str, Any]) -> Table:

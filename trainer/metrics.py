@@ -152,13 +152,16 @@ def paired(
     All (n). The percentile interval of the mean over rows drawn with replacement (Efron and
     Tibshirani 1993, chapter 13); below zero means that `model` is better. With `users`, whose the
     rows are, whole users are drawn (Davison and Hinkley 1997, section 3.8): ratings of one user go
-    together, so that rows alone seem to tell more than they do.
+    together, so that rows alone seem to tell more than they do. Of one row or user alone nothing
+    is told, and the interval's ends are NaN.
     """
     gap = (np.clip(model, 1, 5) - rating) ** 2 - (np.clip(other, 1, 5) - rating) ** 2
     total, rows = gap, np.ones(len(gap))
     if users is not None:
         _, whose = np.unique(users, return_inverse=True)
         total, rows = np.bincount(whose, gap), np.bincount(whose)
+    if len(total) < 2:
+        return Difference(float(gap.mean()), np.nan, np.nan)
     generator = np.random.default_rng(seed)
     draws = (generator.integers(0, len(total), len(total)) for _ in range(resamples))
     means = [total[drawn].sum() / rows[drawn].sum() for drawn in draws]

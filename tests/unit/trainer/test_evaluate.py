@@ -16,6 +16,7 @@ from schemas.files import write_records
 from schemas.records import Item
 from tests.unit.trainer.shop import REVIEWS, START, Entries, review, shop
 from trainer import evaluate as evaluation
+from trainer import figures
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import Ties, from_file
 from trainer.evaluate import evaluate, folder_of, measure
@@ -244,11 +245,11 @@ def test_figures_are_what_the_rows_say(tmp_path: Path) -> None:
         assert told["ratings"][f"{star} stars"]["rows"] == rows.sum()
         assert told["ratings"][f"{star} stars"]["mse"] == pytest.approx((error[rows] ** 2).mean())
     ours = found["rating"]["prequential"]["model"]
-    for name, figures in (("all", ours), *ours["buckets"].items()):
-        if figures["rows"]:
+    for name, each in (("all", ours), *ours["buckets"].items()):
+        if each["rows"]:
             other = told if name == "all" else told["buckets"][name]
             gap = told["model_minus_this"][name]
-            assert gap["mean"] == pytest.approx(figures["mse"] - other["mse"])
+            assert gap["mean"] == pytest.approx(each["mse"] - other["mse"])
             for drawn in (gap, gap["by_users"]):
                 assert drawn["low"] <= gap["mean"] <= drawn["high"]
     gap = told["model_minus_this"]["all"]  # of users who have several rows each
@@ -287,6 +288,11 @@ def test_beside_a_peer_without_error_there_is_no_gain() -> None:
     assert gained({"model": {"rmse": 1.0}, "bias": {"rmse": 0.0}, "svd": {"rmse": 2.0}}) is None
     found = gained({"model": {"rmse": 1.0}, "bias": {"rmse": 4.0}, "svd": {"rmse": 2.0}})
     assert found == {"best_peer": "svd", "gain": 0.5}
+
+
+def test_of_one_user_alone_a_table_shows_no_interval() -> None:
+    assert figures._interval({"low": np.nan, "high": np.nan}) == "–"
+    assert figures._interval({"low": -0.5, "high": 0.0}) == "[-0.5000, +0.0000]"
 
 
 def test_an_alarm_stops_it_unless_told_otherwise(

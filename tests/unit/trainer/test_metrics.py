@@ -86,6 +86,17 @@ def test_whole_users_are_drawn_since_their_ratings_go_together() -> None:
     )
 
 
+def test_one_user_or_row_alone_tells_no_interval() -> None:
+    rating, model = np.full(3, 3.0), np.array([3.0, 4.0, 4.0])
+    options: Any = {"confidence": 0.9, "resamples": 100, "seed": 1}
+    gap = paired(rating, model, rating, users=np.full(3, 7, np.uint64), **options)
+    assert gap.mean == pytest.approx(2 / 3)
+    assert np.isnan([gap.low, gap.high]).all()
+    gap = paired(rating[1:2], model[1:2], rating[1:2], **options)
+    assert gap.mean == 1
+    assert np.isnan([gap.low, gap.high]).all()
+
+
 def test_what_a_model_predicts_past_the_stars_counts_as_the_last_one() -> None:
     rating = np.array([1.0, 5.0])
     assert rmse(rating, np.array([-9.0, 9.0])) == 0
