@@ -21,6 +21,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from model.ids import low_half
 from model.network import Inputs, NetworkConfig, bucket, tensors
@@ -32,7 +33,6 @@ Rows = NDArray[np.int64]  # row numbers
 _SWEEPS = 20  # users, then items
 _OFFSETS, _FACTORS = 0.2, 0.03  # of the variance of e, to begin with
 _MOST = 2_000_000  # newest ratings that factors are fitted to
-_AT_ONCE = 200_000  # ratings whose products are held at one time
 _LEAST = 1e-6  # of a variance: where all ratings are told, or none can be
 _MOODY = 0.5  # variance of moods, of that of levels
 _UNTOLD = 0.5  # at least, of the variance: few ratings seem to be told better than they are
@@ -86,7 +86,7 @@ def _factors(
     Fitted to what is `left` (n); `user`, `item` (n): numbers without a gap; `alike` (m, 4): hashes
     of items' categories, 0: none.
     """
-    by_user, by_item = _Side(user, item), _Side(item, user)
+    by_user, by_item = _Side(user, item, left), _Side(item, user, left)
     noise = variance = max(float(left.var()), _LEAST)
     spread = np.r_[_OFFSETS * variance, np.ones(count)]
     drawn = np.diag(np.r_[_OFFSETS * variance, np.full(count, _FACTORS * variance)])
@@ -96,9 +96,9 @@ def _factors(
     expected, nobody = np.zeros_like(means), np.zeros(1 + count)
     groups = [np.unique(names, return_inverse=True) for names in alike.T]
     for _ in range(_SWEEPS):
-        people = _posterior(*by_user.sums(items, left), noise, np.diag(spread), nobody)
+        people = _posterior(*by_user.sums(items), noise, np.diag(spread), nobody)
         spread = people.variance
-        gram, right = by_item.sums(people, left)
+        gram, right = by_item.sums(people)
         items = _posterior(gram, right, noise, drawn, expected)
         # What remains of e - d, whose square is expected to be this; b + p · q explains the rest.
         whole = left**2 - 2 * left * people.mean[user, 0] + people.second[user, 0, 0]
@@ -202,33 +202,21 @@ def _posterior(
 class _Side:
     """The ratings (n) of each user, or of each item, side by side."""
 
-    def __init__(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> None:
-        self._order = np.argsort(one, kind="stable")
-        self._other = other[self._order]
-        self._begins = np.flatnonzero(np.r_[True, np.diff(one[self._order]) != 0])
-        self.size = len(self._begins)
+    def __init__(self, one: NDArray[np.intp], other: NDArray[np.intp], left: Floats) -> None:
+        self.size = int(one.max()) + 1
+        self._met = csr_array((np.ones(len(left)), (one, other)))
+        self._left = csr_array((left, (one, other)))
 
-    def sums(self, others: _Normal, left: Floats) -> tuple[Floats, Floats]:
+    def sums(self, others: _Normal) -> tuple[Floats, Floats]:
         """Over each row's ratings, expected products of x (m, 1 + k, 1 + k), and of x and e - o.
 
-        x = (1, factors) and o, the offset, are the other side's; e is what is `left` (n).
+        x = (1, factors) and o, the offset, are the other side's; e is what is left.
         """
         products, known = others.second.copy(), others.mean.copy()
         offset = others.second[:, 0].copy()
         offset[:, 0] = known[:, 0]
         known[:, 0] = 1.0
         products[:, 0], products[:, :, 0] = known, known
-        gram = np.empty((self.size, *products.shape[1:]))
-        right = np.empty((self.size, known.shape[1]))
-        ends = np.append(self._begins[1:], len(self._order))
-        first = 0
-        while first < self.size:
-            begin = self._begins[first]
-            last = max(int(np.searchsorted(ends, begin + _AT_ONCE, "right")), first + 1)
-            rows = slice(begin, ends[last - 1])
-            begins, other = self._begins[first:last] - begin, self._other[rows]
-            told = known[other] * left[self._order[rows], None] - offset[other]
-            gram[first:last] = np.add.reduceat(products[other], begins)
-            right[first:last] = np.add.reduceat(told, begins)
-            first = last
-        return gram, right
+        gram = self._met @ products.reshape(len(products), -1)
+        right = self._left @ known - self._met @ offset
+        return gram.reshape(-1, *products.shape[1:]), right

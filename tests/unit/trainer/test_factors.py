@@ -117,14 +117,13 @@ def test_no_row_is_told_by_its_own_rating_or_a_later_one(examples: Examples) -> 
     assert np.isfinite(said[int(len(rows) * 0.15) :]).all()
 
 
-def test_in_parts_or_at_once_is_the_same(
-    examples: Examples, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = np.arange(len(examples))
-    whole = fit_taste(CONFIG, examples.inputs, examples.rating, rows, 3)
-    monkeypatch.setattr(factors, "_AT_ONCE", 7)
-    parts = fit_taste(CONFIG, examples.inputs, examples.rating, rows, 3)
-    np.testing.assert_allclose(parts.factors, whole.factors, rtol=1e-4, atol=1e-5)
+def test_a_side_sums_what_it_met() -> None:
+    """By hand: the first met offsets 0.5 and 1 and factors 2 and 3, the second the latter alone."""
+    side = factors._Side(np.array([1, 0, 0]), np.array([1, 0, 1]), np.array([3.0, 1.0, 2.0]))
+    known = np.array([[0.5, 2.0], [1.0, 3.0]])
+    gram, right = side.sums(factors._Normal(known, np.zeros((2, 2, 2))))
+    assert gram.tolist() == [[[2, 5], [5, 4 + 9]], [[1, 3], [3, 9]]]
+    assert right.tolist() == [[0.5 + 1, 2 * 0.5 + 3 * 1], [2, 3 * 2]]
 
 
 def test_without_rows_nothing_is_said(examples: Examples) -> None:
