@@ -96,12 +96,12 @@ def _broker(kafka: KafkaConfig) -> Iterator[Finding]:
 def _workers(settings: Settings, named: Sequence[str]) -> Iterator[Finding]:
     for name in (*LOOPS, "insights"):
         found = group_report(settings.kafka, name)
-        said = f"{found.members or 'no'} worker{'' if found.members == 1 else 's'}"
+        said = _number_of_workers(found.members)
         if found.waiting is None:
             yield Finding(name, "note", f"{said}, and none has begun")
             continue
         said += f", {found.waiting:,} record{'' if found.waiting == 1 else 's'} to read"
-        if found.waiting and not found.members:
+        if found.waiting and found.members == 0:
             advice = f"Start one: `starcast run {name}`"
             if name in (named or EVERY_SHOP):
                 yield Finding(name, "wrong", said, f"{advice}.")
@@ -112,6 +112,12 @@ def _workers(settings: Settings, named: Sequence[str]) -> Iterator[Finding]:
             yield Finding(name, "note", said, advice)
         else:
             yield Finding(name, "fine" if found.members else "note", said)
+
+
+def _number_of_workers(members: int | None) -> str:
+    if members is None:
+        return "this broker does not tell how many workers"
+    return f"{members or 'no'} worker{'' if members == 1 else 's'}"
 
 
 def _store(config: RedisConfig) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 import stamina
 from confluent_kafka import (
     Consumer,
+    ConsumerGroupState,
     KafkaError,
     KafkaException,
     TopicPartition,
@@ -62,6 +63,7 @@ _NO_COORDINATOR = (
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
 )
+_WITHOUT_MEMBERS = (ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD)
 COORDINATOR_PAUSE_SECONDS = 0.2  # a group has another coordinator in a moment
 _Answer = TypeVar("_Answer")
 
@@ -227,12 +229,14 @@ def committed(kafka: KafkaConfig, group: str) -> dict[str, dict[int, int]]:
 class GroupReport:
     """How far a processor's group is."""
 
-    members: int
+    members: int | None  # None: the broker names none of a group that is not empty
     waiting: int | None  # records, about, behind what it has committed; none where it never has
 
 
 def group_report(kafka: KafkaConfig, processor: str) -> GroupReport:
     """Members of a processor's group now, and records that wait for it.
+
+    The embedded broker names no members, and keeps the state of a group whose members were killed.
 
     Raises UnreachableError and BrokerError as a broker answers.
     """
@@ -241,7 +245,8 @@ def group_report(kafka: KafkaConfig, processor: str) -> GroupReport:
     admin = reach(kafka)  # which must live until it has its answer
     described = admin.describe_consumer_groups([group], request_timeout=REQUEST_SECONDS)
     try:
-        members = len(described[group].result().members)
+        told = described[group].result()
+        members = len(told.members) or (0 if told.state in _WITHOUT_MEMBERS else None)
     except KafkaException as problem:
         if error_of(problem).code() != KafkaError.GROUP_ID_NOT_FOUND:
             raise TopicError(

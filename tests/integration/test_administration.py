@@ -161,6 +161,24 @@ def test_how_far_a_group_is(real: KafkaConfig) -> None:
         group.close()
 
 
+def test_members_that_the_embedded_broker_does_not_name_are_not_counted_as_none(
+    embedded_broker: str,
+) -> None:
+    config = KafkaConfig(bootstrap_servers=embedded_broker, group_id=uuid.uuid4().hex[:8])
+    apply_topics(config)
+    assert group_report(config, "scorer") == GroupReport(0, None)
+    name = topic_name(config, "reviews")
+    options = {"group_id": group_name(config, "scorer"), "session_timeout_ms": 2_000}
+    group = Consumer(client_config(config, **options))
+    try:
+        group.subscribe([name])
+        until(lambda: (group.poll(0.1), group.assignment())[1] != [])
+        assert group_report(config, "scorer") == GroupReport(None, None)
+    finally:
+        group.close()
+    assert group_report(config, "scorer") == GroupReport(0, None)
+
+
 def test_too_few_brokers_for_the_replication(real: KafkaConfig) -> None:
     with pytest.raises(TopicError, match="STARCAST_KAFKA__REPLICATION"):
         apply_topics(real.model_copy(update={"replication": 3}))

@@ -97,6 +97,16 @@ def test_workers_and_what_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_workers_that_a_broker_does_not_tell_of_are_not_missed(
+    waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REPORTS, "scorer", GroupReport(None, waiting))
+    scorer, *_ = workers(monkeypatch, "scorer")
+    said = f"this broker does not tell how many workers, {waiting} records to read"
+    assert (scorer.state, scorer.found) == ("note", said)
+
+
 @pytest.mark.parametrize(
     ("named", "wrong"),
     [
