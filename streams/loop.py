@@ -38,7 +38,14 @@ from confluent_kafka import (
 
 from schemas.exceptions import UnreachableError
 from streams.admin import check_topics
-from streams.clients import client_config, error_of, group_name, refused_option, topic_name
+from streams.clients import (
+    client_config,
+    error_of,
+    group_name,
+    refused_option,
+    topic_name,
+    watermarks,
+)
 from streams.config import KafkaConfig
 from streams.deadline import within
 from streams.exceptions import BrokerError, FencedError, StoreError
@@ -56,6 +63,8 @@ FIRST_BACK_OFF_SECONDS = 0.1  # a store or broker that is gone is asked again th
 LAST_BACK_OFF_SECONDS = 5.0  # and later this often
 COMMITS = "-commits"  # ends the name of the thread that ends transactions
 LAG_SECONDS = 1.0  # lag is measured this often: it costs a call a partition
+PAUSED_LAG_SECONDS = 5.0  # and that of paused partitions this often: Kafka is asked,
+PAUSED_ANSWER_SECONDS = 1.0  # and what others wait for meanwhile is no longer
 FETCH_KILOBYTES = 8_192  # prefetched input a worker holds at most, and one answer of a broker,
 FETCH_BYTES = 4 * 1024 * 1024  # which behind a backlog would hold a megabyte of each partition
 FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
@@ -117,6 +126,8 @@ class Loop:
         self._told_lost: dict[Position, int] = {}  # up to which offset it was told
         self._begun_at = 0.0
         self._lag_at = 0.0
+        self._paused_lag = 0
+        self._paused_lag_at = 0.0
         self._idle_at = 0.0
         self._flight: _Flight | None = None
         self._overlap = Overlap()
@@ -603,7 +614,32 @@ class Loop:
             lag = self.lag(topic, partition)
             total += lag
             self._metrics.lag.labels(self._processor.name, topic, str(partition)).set(lag)
-        self._processor.lag = total
+        self._measure_paused()
+        self._processor.lag = total + self._paused_lag
+
+    def _measure_paused(self) -> None:
+        """What waits in partitions that cannot be worked on now, as while the store is gone.
+
+        They have no metric of their own: an alert counts the partitions that have one.
+        """
+        paused = self._owned - self._live.keys()
+        if not paused or self._back_off == FIRST_BACK_OFF_SECONDS:  # they are claimed in a moment
+            self._paused_lag = 0
+            return
+        if time.monotonic() < self._paused_lag_at:
+            return
+        self._paused_lag_at = time.monotonic() + PAUSED_LAG_SECONDS
+        places = [self._topic_partition(*position) for position in sorted(paused)]
+        try:
+            committed = self._consumer.committed(places, PAUSED_ANSWER_SECONDS)
+            ends = watermarks(self._consumer, places, PAUSED_ANSWER_SECONDS)
+        except KafkaException:
+            return  # it stays what it was: the next claim tells why
+        self._paused_lag = sum(
+            max(high - max(each.offset, low), 0)
+            for each in committed
+            for low, high in [ends[each.topic, each.partition]]
+        )
 
     def lag(self, topic: str, partition: int) -> int:
         """Records of one input partition that are not read yet, as of the last fetch."""

@@ -190,6 +190,7 @@ def scripted() -> Generator[World]:
         patch.object(loops, "Consumer", broker.consumer),
         patch.object(senders, "Producer", broker.producer),
         patch.object(starts, "watermarks", broker.watermarks),
+        patch.object(loops, "watermarks", broker.watermarks),
         patch.object(loops, "time", clock),
         patch.object(senders, "time", clock),
     ):

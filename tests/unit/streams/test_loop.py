@@ -530,6 +530,26 @@ def test_lag_is_that_of_the_partitions_in_work(world: World) -> None:
     assert world.value("lag", **labels) is None
 
 
+def test_what_waits_for_a_worker_that_is_paused_is_lag_too(world: World) -> None:
+    processor = Counting(errors={"claim": [StoreError("the store is gone")] * 3})
+    loop = world.loop(processor)
+    fill(world, 5, 0)
+    world.broker.committed = {("eu.reviews", 0): 3}
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    assert (loop.live, processor.lag) == (frozenset(), 2 + 5)
+    labels = {"processor": "counting", "topic": "reviews", "partition": "0"}
+    assert world.value("lag", **labels) is None  # `StarcastPartitionsPaused` counts on it
+    fill(world, 1, 0)
+    world.turn(loop)
+    assert processor.lag == 3 + 6
+    world.broker.fail("watermarks", failure(KafkaError._TRANSPORT))
+    world.turn(loop)
+    assert processor.lag == 3 + 6  # until Kafka tells
+    world.turn(loop)
+    assert (len(loop.live), processor.lag) == (2, 0)
+
+
 def test_a_run_ends_with_its_batch(world: World) -> None:
     processor = Counting(errors={"close": [StoreError("the archive is gone")]})
     loop = world.loop(processor)
