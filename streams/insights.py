@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -356,15 +356,8 @@ def _insights_app(kafka: KafkaConfig, run: _Run, metrics: Metrics, folder: str) 
 
     @app.timer(TICK_SECONDS)
     async def tick() -> None:  # pyright: ignore[reportUnusedFunction]
-        if not run.owned:
-            return
-        if run.steps is None:
-            await _resume(run)
-            return
-        for alert in _close_due(run, run.steps):
-            await send(Output("alerts", alert.rule.encode(), encode(alert)))
-        if await _write(run, metrics):
-            _acknowledge(run, run.steps)
+        if run.owned:
+            await _turn(run, metrics, send)
 
     @app.on_partitions_assigned.connect
     async def assigned(sender: Any, partitions: Any, **_: Any) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -435,6 +428,17 @@ class _Source:
         return self.message.offset
 
 
+async def _turn(run: _Run, metrics: Metrics, send: Callable[[Output], Awaitable[None]]) -> None:
+    """Take up where the store says that we were, or close, tell and write what is due."""
+    if (steps := run.steps) is None:
+        await _resume(run)
+        return
+    for alert in _close_due(run, steps):
+        await send(Output("alerts", alert.rule.encode(), encode(alert)))
+    await _write(run, metrics)
+    _acknowledge(run, steps)
+
+
 async def _resume(run: _Run) -> None:
     """Take up where the last window in the store ends; try again later if it does not answer."""
     try:
@@ -471,8 +475,8 @@ def _close_due(run: _Run, steps: Steps) -> list[Alert]:
     return raised
 
 
-async def _write(run: _Run, metrics: Metrics) -> bool:
-    """Write the windows that wait, oldest first; whether none waits any more."""
+async def _write(run: _Run, metrics: Metrics) -> None:
+    """Write the windows that wait, oldest first, as far as the store takes them."""
     while run.unwritten:
         window = run.unwritten[0]
         fields = {WINDOW_FIELD: window.model_dump_json(exclude_none=True).encode()}
@@ -490,20 +494,21 @@ async def _write(run: _Run, metrics: Metrics) -> bool:
             if "equal or smaller" not in str(error):
                 metrics.state_writes.labels("insights", "failed").inc()
                 await _wait_for_store(run, error)
-                return False
+                return
             # A newer window is there: another process has taken over, or a clock went back.
             metrics.state_writes.labels("insights", "fenced").inc()
             _LOG.warning("the store has a newer window", end_ms=window.end_ms)
         run.readiness.reason = None
         if run.unwritten and run.unwritten[0] is window:  # else the partition went meanwhile
             run.unwritten.popleft()
-    return True
 
 
 def _acknowledge(run: _Run, steps: Steps) -> None:
-    """Acknowledge, in their order, the digests that no later window needs."""
+    """Acknowledge, in their order, the digests that no window needs which waits or is to come."""
     if steps.closed is None:
         return
     last = steps.closed + steps.step_ms - steps.window_ms
+    if run.unwritten:
+        last = min(last, run.unwritten[0].start_ms)
     while run.pending and run.pending[0][0] <= last:
         run.pending.popleft()[1].ack()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +30,14 @@ from streams.insights import (
     _count,
     _resume,
     _Run,
+    _turn,
     _write,
     broker_credentials,
     make_app,
     run_insights,
 )
 from streams.metrics import make_metrics
+from streams.processor import Output
 from streams.store import connect
 from streams.windows import WINDOW_FIELD, Trial, Window, add, make_steps
 from tests.digests import at, digest, ms
@@ -145,7 +148,7 @@ def test_a_cluster_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     assert "the store does not answer" in (run.readiness.reason or "")
     window = Window(start_ms=0, end_ms=60_000, step_ms=60_000, kinds={})
     run.unwritten.append(window)
-    assert not in_loop(_write(run, make_metrics()))
+    in_loop(_write(run, make_metrics()))
     assert list(run.unwritten) == [window]
 
 
@@ -173,12 +176,12 @@ def test_a_store_that_refuses_is_waited_for(store: str, monkeypatch: pytest.Monk
     run.unwritten.append(window)
     client.config_set("maxmemory", 1)
     try:
-        assert not in_loop(_write(run, make_metrics()))
+        in_loop(_write(run, make_metrics()))
         assert "the store" in (run.readiness.reason or "")
     finally:
         client.config_set("maxmemory", 0)
     assert list(run.unwritten) == [window]
-    assert in_loop(_write(run, make_metrics()))
+    in_loop(_write(run, make_metrics()))
     assert (client.xlen("windows"), list(run.unwritten)) == (1, [])
     assert run.readiness.reason is None
 
@@ -205,12 +208,16 @@ def test_it_goes_on_with_what_the_last_window_says(
     trial = Trial(version="b", start_ms=0, end_ms=60_000)
     last = Window(start_ms=0, end_ms=60_000, step_ms=5_000, kinds={}, trial=trial, firing=["lag/x"])
     run.unwritten.append(last)
-    assert in_loop(_write(run, make_metrics()))
+    in_loop(_write(run, make_metrics()))
     monkeypatch.setattr("streams.insights.time", SimpleNamespace(monotonic=lambda: 7.0))
     in_loop(_resume(run))
     assert run.steps is not None
     assert (run.steps.closed, run.steps.trial, run.firing) == (60_000, trial, ["lag/x"])
     assert run.last_arrival == 7 + FIRST_SECONDS  # the first digests may come late
+
+
+async def no_alert(_: Output) -> None:
+    pytest.fail("an alert was sent")
 
 
 class TestOneRun:
@@ -273,6 +280,32 @@ class TestOneRun:
         steps.closed = ms(110)
         _acknowledge(run, steps)
         assert acknowledged == [0, 1, 2, 3, 4]
+
+    def test_while_the_store_is_gone_digests_are_kept_for_the_windows_that_wait(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("streams.insights.FIRST_PAUSE_SECONDS", 0.0)
+        run = self.run_of(*(digest(at(end), [(3.0, 3.0)]) for end in (5, 15, 25)))
+        run.client = connect(RedisConfig(url=SecretStr(f"redis://{HOST}:{free_port()}")))
+        acknowledged = list[int]()
+        for place in (10, 20, 30):
+            event = SimpleNamespace(ack=partial(acknowledged.append, place))
+            run.pending.append((ms(place), event))
+        clock = SimpleNamespace(time=lambda: ms(63) / 1_000, monotonic=lambda: 63)
+        monkeypatch.setattr("streams.insights.time", clock)
+        in_loop(_turn(run, make_metrics(), no_alert))
+        assert [window.start_ms for window in run.unwritten] == [ms(10), ms(20), ms(30)]
+        assert acknowledged == [10]
+
+    def test_a_partition_may_go_while_a_window_is_written(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = self.run_of(digest(at(5), [(3.0, 3.0)]))
+        run.client = SimpleNamespace(xadd=lambda *_, **__: run.reset(owned=False))
+        clock = SimpleNamespace(time=lambda: ms(13) / 1_000, monotonic=lambda: 13)
+        monkeypatch.setattr("streams.insights.time", clock)
+        in_loop(_turn(run, make_metrics(), no_alert))
+        assert (run.steps, list(run.unwritten)) == (None, [])
 
     def test_of_each_digest_it_is_told_what_became_of_it(self) -> None:
         run, metrics = self.run_of(), make_metrics()
