@@ -431,8 +431,9 @@ def _titles(feed: Feed, store: Store, predictions: Sequence[Prediction]) -> dict
         values = store.read(store_keys(store, ITEM_KIND, hash_ids(ids)))
     except StoreError:
         return known
-    titles = known | dict(zip(ids, map(title_of, values), strict=True))
-    kept = dict(list(titles.items())[-TITLES:])
+    shown = dict(zip(ids, map(title_of, values), strict=True))
+    before = {name: title for name, title in known.items() if name not in shown}
+    kept = dict([*before.items(), *shown.items()][-TITLES:])  # those that are shown now are newest
     feed.update(titles=kept)
     return kept
 

@@ -1,12 +1,14 @@
 from datetime import UTC, datetime
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
 from pydantic import SecretStr
 
 from schemas.examples import EXAMPLES
 from schemas.records import PredictedRating
 from streams.config import KafkaConfig, RedisConfig
-from streams.dashboard_data import Feed, _follow_store, _show
+from streams.dashboard_data import Feed, _follow_store, _show, _titles
 from streams.embedded import HOST, free_port
 from streams.store import Store
 
@@ -34,3 +36,16 @@ def test_topics_that_were_made_anew_bring_new_predictions() -> None:
         record = PredictedRating.model_validate({**told, "predicted_at": at, "rating": rating})
         _show(feed, KafkaConfig(), nobody, consumer, [record])
     assert [each.rating for each in feed.snapshot.predictions] == [3.0]
+
+
+def test_titles_that_are_shown_are_the_last_to_be_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streams.dashboard_data.TITLES", 2)
+    feed, store = Feed(), Store(RedisConfig(), "a", 1)
+    monkeypatch.setattr(store, "read", lambda keys: [None for _ in keys])
+    shown = [SimpleNamespace(item_id=name) for name in ("a", "c")]
+    feed.update(titles={"a": "A", "b": "B"})
+    titles = _titles(feed, store, cast(Any, shown))
+    assert sorted(titles) == ["a", "c"]
+    assert feed.snapshot.titles == titles
