@@ -134,6 +134,7 @@ def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
     servers = map(str.strip, kafka.bootstrap_servers.split(","))
     return faust.App(
         f"{kafka.group_id}-insights",
+        env={},  # else BROKER_URL or APP_VERSION, as other programs have them, would win
         broker=[f"kafka://{server}" for server in servers if server],  # Faust takes "" for its own
         broker_client_id=f"{kafka.group_id}-insights",
         broker_credentials=broker_credentials(kafka),

@@ -128,6 +128,17 @@ def test_the_app_keeps_to_itself(tmp_path: Path) -> None:
     assert app.conf.producer_max_request_size == LARGEST_MESSAGE  # a dead letter may have it
 
 
+def test_what_the_environment_has_for_other_programs_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make_app(KafkaConfig(), str(tmp_path)).conf
+    monkeypatch.setenv("BROKER_URL", "amqp://celery:5672")
+    monkeypatch.setenv("APP_VERSION", "2.7.1")
+    monkeypatch.setenv("WEB_PORT", "tcp://10.0.0.1:80")  # Kubernetes', of a service named web
+    found = make_app(KafkaConfig(), str(tmp_path)).conf
+    assert (found.id, found.broker) == (expected.id, expected.broker)
+
+
 def test_servers_are_told_apart_as_librdkafka_does(tmp_path: Path) -> None:
     app = make_app(KafkaConfig(bootstrap_servers="one:9092, two:9092 ,"), str(tmp_path))
     assert [str(url) for url in app.conf.broker] == ["kafka://one:9092", "kafka://two:9092"]
