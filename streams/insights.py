@@ -55,6 +55,7 @@ QUIET_SECONDS = 3.0  # digests come each second; after this long there are none 
 FIRST_SECONDS = 12.0  # so much longer for the first ones: a broker may have just come back
 TICK_SECONDS = 0.25
 COMMIT_SECONDS = 1.0
+REQUEST_SECONDS = 90.0  # Faust's own; it refuses sessions that are longer
 REBALANCE_SECONDS = 6.0  # the embedded broker waits half of this for others to join
 
 _SECURITY_OPTIONS = {
@@ -139,6 +140,7 @@ def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
         broker_client_id=f"{kafka.group_id}-insights",
         broker_credentials=broker_credentials(kafka),
         broker_session_timeout=kafka.session_timeout_ms / 1_000,
+        broker_request_timeout=max(REQUEST_SECONDS, kafka.session_timeout_ms / 1_000),
         broker_rebalance_timeout=REBALANCE_SECONDS,
         broker_heartbeat_interval=kafka.session_timeout_ms / 3_000,
         broker_commit_interval=COMMIT_SECONDS,

@@ -19,7 +19,7 @@ from schemas.codec import encode
 from schemas.records import DeadLetter, ScoreDigest
 from schemas.topics import LARGEST_MESSAGE
 from streams.clients import KafkaOptionError
-from streams.config import InsightsConfig, KafkaConfig, RedisConfig
+from streams.config import POLL_MILLISECONDS, InsightsConfig, KafkaConfig, RedisConfig
 from streams.embedded import HOST, free_port
 from streams.insights import (
     FIRST_SECONDS,
@@ -142,6 +142,13 @@ def test_what_the_environment_has_for_other_programs_changes_nothing(
 def test_servers_are_told_apart_as_librdkafka_does(tmp_path: Path) -> None:
     app = make_app(KafkaConfig(bootstrap_servers="one:9092, two:9092 ,"), str(tmp_path))
     assert [str(url) for url in app.conf.broker] == ["kafka://one:9092", "kafka://two:9092"]
+
+
+@pytest.mark.parametrize("session_ms", [6_000, POLL_MILLISECONDS])
+def test_faust_takes_each_session_that_settings_allow(tmp_path: Path, session_ms: int) -> None:
+    conf = make_app(KafkaConfig(session_timeout_ms=session_ms), str(tmp_path)).conf
+    assert conf.broker_session_timeout == session_ms / 1_000
+    assert conf.broker_session_timeout <= conf.broker_request_timeout
 
 
 def in_loop(work: Coroutine[Any, Any, Any]) -> Any:
