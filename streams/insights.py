@@ -132,7 +132,7 @@ class _Run:
 
 def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
     """A Faust app without web server, leader topic, tables or topics of its own."""
-    servers = map(str.strip, kafka.bootstrap_servers.split(","))
+    servers = (each.strip().rpartition("://")[2] for each in kafka.bootstrap_servers.split(","))
     return faust.App(
         f"{kafka.group_id}-insights",
         env={},  # else BROKER_URL or APP_VERSION, as other programs have them, would win

@@ -151,6 +151,12 @@ def test_faust_takes_each_session_that_settings_allow(tmp_path: Path, session_ms
     assert conf.broker_session_timeout <= conf.broker_request_timeout
 
 
+def test_a_protocol_before_a_server_is_left_to_security_protocol(tmp_path: Path) -> None:
+    """As librdkafka takes it, and as it stands in a broker's `advertised.listeners`."""
+    app = make_app(KafkaConfig(bootstrap_servers="PLAINTEXT://one:9092"), str(tmp_path))
+    assert [str(url) for url in app.conf.broker] == ["kafka://one:9092"]
+
+
 def in_loop(work: Coroutine[Any, Any, Any]) -> Any:
     """What comes of it, in a thread of its own: a browser's test leaves a loop in this one."""
     with ThreadPoolExecutor(1) as thread:
