@@ -15,6 +15,7 @@ from model.ids import hash_ids, partitions_of
 from model.lookups import Table, table
 from model.state import CATEGORY, ITEM_ATTRIBUTES
 from model.state_bytes import from_bytes, to_bytes
+from model.texts import plain
 from schemas.records import Item, User
 from streams.claims import Claims, ends
 from streams.inputs import Inputs, split
@@ -198,8 +199,8 @@ def _price_data(prices: Table) -> bytes:
 
 
 def title_of(value: bytes | None) -> str:
-    """The title in a stored item's attributes; empty when there is none."""
-    return (value or b"")[ITEM_ATTRIBUTES.itemsize :].decode(errors="replace")
+    """The title in a stored item's attributes, as it is read; empty when there is none."""
+    return plain((value or b"")[ITEM_ATTRIBUTES.itemsize :].decode(errors="replace"))
 
 
 def attributes_of(values: Sequence[bytes | None]) -> Rows:

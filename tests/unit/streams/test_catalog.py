@@ -83,6 +83,11 @@ def test_items_get_attributes_and_keep_their_titles(store: str) -> None:
     assert catalog.claim({1: {}})[1] == {"items": 0, "users": 0}
 
 
+def test_a_title_is_told_as_it_is_read() -> None:
+    value = bytes(ITEM_ATTRIBUTES.itemsize) + b"Rock &amp; Roll <i>Deluxe</i>"
+    assert title_of(value) == "Rock & Roll Deluxe"
+
+
 def test_the_newest_record_counts_and_a_tombstone_deletes(store: str) -> None:
     catalog = make(store)
     catalog.claim({0: {}})
