@@ -38,6 +38,7 @@ PREFIX = "STARCAST_"
 CONFIG_VARIABLE = "STARCAST_CONFIG"
 CONFIG_FILE = "starcast.toml"
 OPTIONS = ("kafka", "options")
+OF_KUBERNETES = ("tcp://", "udp://", "sctp://")  # values of STARCAST_WEB_PORT, of a service
 
 _SECRET_OPTION = re.compile(r"password|secret|private|\.pem$|jaas|oauthbearer\.config")
 
@@ -198,7 +199,8 @@ def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given
             continue
         if variable.upper() == CONFIG_VARIABLE and isinstance(source, DotEnvSettingsSource):
             raise SettingsError(f"{place}{CONFIG_VARIABLE} is read of the environment alone.")
-        if not nested and (meant := meant_by.get(variable.upper())):
+        ours = not (value or "").startswith(OF_KUBERNETES)
+        if not nested and ours and (meant := meant_by.get(variable.upper())):
             raise SettingsError(
                 f"There is no setting {place}{variable.upper()}. Did you mean {meant}? Names are "
                 "parted by two underscores."

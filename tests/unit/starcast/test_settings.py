@@ -227,6 +227,17 @@ def test_one_underscore_for_two_is_refused(tmp_path: Path, monkeypatch: pytest.M
         load(folder=tmp_path)
 
 
+def test_what_kubernetes_makes_for_a_service_named_starcast_web_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load(folder=tmp_path)
+    monkeypatch.setenv("STARCAST_WEB_PORT", "tcp://10.0.0.1:8080")
+    assert load(folder=tmp_path) == expected
+    monkeypatch.setenv("STARCAST_WEB_PORT", "8081")
+    with pytest.raises(SettingsError, match="Did you mean STARCAST_WEB__PORT"):
+        load(folder=tmp_path)
+
+
 def test_the_settings_file_is_not_named_in_dotenv(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("STARCAST_CONFIG=prod.toml\n")
     with pytest.raises(SettingsError, match="of the environment alone"):
