@@ -66,6 +66,8 @@ def test_what_is_sent_is_predicted_read_and_archived(shop: Shop) -> None:
         answers = shop.until_predicted(3, "request")
         with pytest.raises(_EnoughError):
             run(shop, follow, show=follower)
+        run(shop, review)  # again, which is no second rating
+        shop.until_predicted(2)
         shop.until_archived()
         run(shop, query, show=tables.append)
     assert shop.letters() == []
@@ -75,7 +77,7 @@ def test_what_is_sent_is_predicted_read_and_archived(shop: Shop) -> None:
     assert sorted(each.rank or 0 for each in answers) == [1, 2, 3]
     assert {*shown[::2]} == {"interaction u-204 i-31", *(f"request u-204 {i}" for i in IDS)}
     ((version, tier, ratings, rmse),) = tables[0].rows()
-    (predicted,) = shop.predictions()
+    predicted, _ = shop.predictions()
     assert (version, tier, ratings) == ("ladder", "global", 1)
     assert rmse == pytest.approx(abs((predicted.rating or 0) - 4))
 
