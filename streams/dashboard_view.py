@@ -16,7 +16,7 @@ from streams.dashboard_data import Snapshot
 from streams.windows import KindWindow, Scored, Sums, Trial, Window
 
 SILENT_STEPS = 4  # steps without a window until the page says that nothing comes any more
-SILENT_MS = 15_000
+SILENT_MS = 15_000  # beyond a step and its grace
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def silent(snapshot: Snapshot, now_ms: int) -> bool:
     if not snapshot.windows:
         return True
     last = snapshot.windows[-1]
-    return abs(now_ms - last.end_ms) > max(SILENT_STEPS * last.step_ms, SILENT_MS)
+    usual = max(SILENT_STEPS * last.step_ms, SILENT_MS + last.step_ms + last.grace_ms)
+    return abs(now_ms - last.end_ms) > usual
 
 
 def swaps(snapshot: Snapshot) -> list[Swap]:

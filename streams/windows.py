@@ -161,6 +161,7 @@ class Window(BaseModel):
     start_ms: int
     end_ms: int
     step_ms: int
+    grace_ms: int = 0  # it was written so long after its end, at least
     kinds: dict[Kind, KindWindow]
     trial: Trial | None = None  # the newest one, also when it is over
     firing: list[str] = []  # rules beyond their thresholds, as rule/kind or canary/version/begin
@@ -317,7 +318,12 @@ def close(steps: Steps, end_ms: int, insights: InsightsConfig) -> Window | None:
     if was_idle and steps.idle:
         return None
     return Window(
-        start_ms=start, end_ms=end_ms, step_ms=steps.step_ms, kinds=kinds, trial=steps.trial
+        start_ms=start,
+        end_ms=end_ms,
+        step_ms=steps.step_ms,
+        grace_ms=steps.grace_ms,
+        kinds=kinds,
+        trial=steps.trial,
     )
 
 

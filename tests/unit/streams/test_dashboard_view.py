@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from model.registry import Canary, Change, Registry
-from streams.config import KafkaConfig
+from streams.config import InsightsConfig, KafkaConfig
 from streams.dashboard_data import Link, Snapshot, Topics
 from streams.dashboard_view import (
     LADDER,
@@ -23,6 +23,7 @@ from streams.dashboard_view import (
     trial,
     versions,
 )
+from streams.windows import add, close, due, make_steps
 from tests.digests import at, digest, ms
 from tests.unit.streams.snapshots import (
     FIRST,
@@ -108,6 +109,18 @@ def test_now_is_not_yesterday() -> None:
     assert silent(snapshot, end + 41_000)
     assert silent(Snapshot(), 0)
     assert silent(snapshot, end - 3_600_000)  # written while a clock was an hour ahead
+
+
+def test_windows_that_wait_long_for_late_digests_are_no_silence() -> None:
+    insights = InsightsConfig(step_seconds=5, grace_seconds=30)
+    steps = make_steps(insights)
+    assert add(steps, digest(at(3), [(4.0, 3.0)]), ms(3))[0] == "counted"
+    (end,) = due(steps, ms(36), quiet=True)
+    window = close(steps, end, insights)
+    assert window is not None
+    snapshot = Snapshot(windows=(window,))
+    assert not silent(snapshot, end + 49_000)
+    assert silent(snapshot, end + 51_000)
 
 
 def test_swaps_are_what_the_registry_tells() -> None:
