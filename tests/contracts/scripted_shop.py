@@ -253,6 +253,7 @@ def scripted_shop(
         patch.object(loops, "Consumer", kafka.consumer),
         patch.object(senders, "Producer", kafka.producer),
         patch.object(starts, "watermarks", kafka.watermarks),
+        patch.object(loops, "watermarks", kafka.watermarks),
         patch.object(user_states, "read_journals", kafka.read_journals),
         patch.object(items, "bounds", lambda *_: {}),
     ):
