@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from schemas.records import LONGEST_TEXT
+from schemas.records import EARLIEST_TIME, LATEST_TIME, LONGEST_TEXT
 
 
 def event_id(row: Mapping[str, Any], line: int) -> str:
@@ -16,13 +16,15 @@ def event_id(row: Mapping[str, Any], line: int) -> str:
 
 
 def unix_time(value: Any, per_second: int = 1) -> str | None:
-    """RFC 3339 of seconds since 1970, or of parts of them; none for what is no time."""
+    """RFC 3339 of seconds since 1970, or of parts of them; none for what is no time of a record."""
     found = number(value)
     try:
         time = datetime.fromtimestamp(found // per_second, UTC) if found is not None else None
     except (OverflowError, ValueError, OSError):
         return None
-    return None if time is None else time.strftime("%Y-%m-%dT%H:%M:%SZ")
+    if time is None or not EARLIEST_TIME <= time <= LATEST_TIME:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def number(value: Any) -> float | None:

@@ -167,3 +167,15 @@ def test_amazon_items_of_2014_are_written_as_python_has_them(
     (found,) = values(read(tmp_path / "out.jsonl"), "items")
     assert found["title"] == "Ox's salt"
     assert found.get("category") == category
+
+
+def test_an_event_of_a_time_that_cannot_be_takes_no_item_with_it(tmp_path: Path) -> None:
+    """Items stand at their first event, those without one at the first of all."""
+    never = {**AMAZON_2018[0], "unixReviewTime": 0}
+    files = [
+        packed(tmp_path / "meta.json", json_lines(AMAZON_ITEMS)),
+        packed(tmp_path / "reviews.json", json_lines([never, *AMAZON_2018])),
+    ]
+    report = import_amazon(files, tmp_path / "out.jsonl")
+    assert report.counts == {"items": 3, "reviews": 2}
+    assert report.skipped["no time (unixReviewTime)"] == (1, f"{files[1]} line 1")
