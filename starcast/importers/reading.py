@@ -189,9 +189,10 @@ def json_rows(part: Part, skips: Skips) -> Rows:
 def json_object(text: str) -> dict[str, Any] | None:
     """The object that a line holds; none where it holds none."""
     try:
-        # Amazon's items of 2014 are written as Python's dictionaries.
-        found = ast.literal_eval(text) if text.startswith("{'") else orjson.loads(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        # Amazon's items of 2014 are Python's dictionaries, which may hold what JSON cannot.
+        written = orjson.dumps(ast.literal_eval(text)) if text.startswith("{'") else text
+        found = orjson.loads(written)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return cast(dict[str, Any], found) if isinstance(found, dict) else None
 

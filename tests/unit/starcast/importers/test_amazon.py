@@ -179,3 +179,14 @@ def test_an_event_of_a_time_that_cannot_be_takes_no_item_with_it(tmp_path: Path)
     report = import_amazon(files, tmp_path / "out.jsonl")
     assert report.counts == {"items": 3, "reviews": 2}
     assert report.skipped["no time (unixReviewTime)"] == (1, f"{files[1]} line 1")
+
+
+def test_a_half_of_a_character_is_a_line_that_is_left_out(tmp_path: Path) -> None:
+    items = "{'asin': 'A2', 'title': 'Pepper'}\n{'asin': 'A1', 'title': 'Sal\\ud83dt'}\n"
+    files = [
+        packed(tmp_path / "meta.json", items),
+        packed(tmp_path / "reviews.csv", AMAZON_2014),
+    ]
+    report = import_amazon(files, tmp_path / "out.jsonl")
+    assert report.counts == {"items": 1, "reviews": 3}
+    assert report.skipped == {"expected one JSON object a line": (1, f"{files[0]} line 2")}
