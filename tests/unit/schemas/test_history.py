@@ -159,6 +159,15 @@ def test_events_that_were_dead_letters_of_the_future_are_left_out(tmp_path: Path
     assert len(told(tmp_path)) == 3
 
 
+def test_an_unknown_field_too_deep_to_be_written_is_left_out(tmp_path: Path) -> None:
+    plain = row("reviews", 0, 0, event_id="deep")
+    value = (plain.value or b"")[:-1] + b', "more": %b%b}' % (b"[" * 300, b"]" * 300)
+    write(tmp_path, "reviews", plain._replace(value=value), row("reviews", 1, 0, event_id="last"))
+    assert told(tmp_path) == [("reviews", "deep"), ("reviews", "last")]
+    ((_, deep), _) = history.history(str(tmp_path))
+    assert json.loads(deep).keys() == json.loads(plain.value or b"").keys()
+
+
 def test_an_archive_that_is_empty_or_damaged(tmp_path: Path) -> None:
     assert told(tmp_path) == []
     write(tmp_path, "items", row("items", 0, 0))
