@@ -199,7 +199,13 @@ def _parquet_entries(path: Path) -> Iterator[dict[str, Any]]:
                 "in Parquet has the columns topic and value (JSON text, or a struct)"
             )
         for batch in file.iter_batches(BATCH, columns=["topic", "value"]):
-            for row in batch.to_pylist():
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError, LookupError) as error:  # as text that is not UTF-8
+                raise ContractError(
+                    f"{path} holds what Python has no value for: {error}"
+                ) from error
+            for row in rows:
                 value = row["value"]
                 if isinstance(value, str | bytes):
                     try:

@@ -96,6 +96,20 @@ def test_structs_may_hold_decimals_and_binary_text(tmp_path: Path) -> None:
     assert json.loads(next(read_values(lists)).value)["path"] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pa.array([10**12], pa.timestamp("s")),  # of a year that no calendar of Python has
+        pa.array([0], pa.timestamp("us", "Nowhere/Else")),
+        pa.array([b"\xff"]).view(pa.string()),
+    ],
+)
+def test_a_cell_that_cannot_be_read_is_told_with_its_file(tmp_path: Path, odd: pa.Array) -> None:
+    pq.write_table(pa.table({"topic": ["behavior"], "value": odd}), tmp_path / "a.parquet")
+    with pytest.raises(ContractError, match=r"a\.parquet holds what Python has no value for: "):
+        list(read_values(tmp_path / "a.parquet", lambda _: None))
+
+
 @pytest.mark.parametrize("odd", [timedelta(seconds=1), b"\xff"])
 def test_a_struct_that_has_no_json_is_a_bad_line(tmp_path: Path, odd: Any) -> None:
     path = parquet(tmp_path / "a.parquet", {"user_id": "u"}, {"user_id": "u", "price": odd})
