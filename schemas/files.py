@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from itertools import groupby, islice
 from operator import attrgetter
@@ -218,7 +219,7 @@ def _parquet_entries(path: Path) -> Iterator[dict[str, Any]]:
 def _present(value: Any) -> Any:
     """A struct without its null fields: all topics share one struct, so most of them are null.
 
-    Decimals become floats and binary text a string, for which JSON has no types.
+    Decimals become floats, times and binary text strings, for which JSON has no types.
     """
     if isinstance(value, dict):
         return {name: _present(cell) for name, cell in value.items() if cell is not None}
@@ -226,6 +227,8 @@ def _present(value: Any) -> Any:
         return [_present(cell) for cell in value]
     if isinstance(value, Decimal):
         return float(value)
+    if isinstance(value, datetime):  # of nanoseconds as pandas has it, which orjson does not take
+        return value.isoformat()
     if isinstance(value, bytes):
         try:
             return value.decode()

@@ -1,6 +1,6 @@
 import gzip
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,16 @@ def test_structs_may_hold_decimals_and_binary_text(tmp_path: Path) -> None:
     assert value.key == EVENT["user_id"].encode()
     lists = parquet(tmp_path / "b.parquet", {"user_id": "u", "path": [b"a", b"b"]})
     assert json.loads(next(read_values(lists)).value)["path"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_structs_may_hold_times(tmp_path: Path, unit: str) -> None:
+    time = pa.array([datetime(2026, 11, 24, 10, 15, tzinfo=UTC)], pa.timestamp(unit, "UTC"))
+    fields = {name: pa.array([cell]) for name, cell in EVENT.items()} | {"event_time": time}
+    value = pa.StructArray.from_arrays([*fields.values()], [*fields])
+    pq.write_table(pa.table({"topic": ["behavior"], "value": value}), tmp_path / "a.parquet")
+    (found,) = read_records(tmp_path / "a.parquet")
+    assert found.record == Behavior.model_validate({**EVENT, "event_time": time[0].as_py()})
 
 
 @pytest.mark.parametrize(
