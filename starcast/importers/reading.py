@@ -5,6 +5,7 @@ import codecs
 import csv
 import gzip
 import io
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from schemas.exceptions import ContractError
 LONGEST_LINE = 1 << 24  # bytes of a first line that are looked at
 _ENCODING = "utf-8-sig"
 _OR_LATIN = "starcast.latin-1"
+_DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 def _as_latin(error: UnicodeError) -> tuple[str, int]:
@@ -121,7 +123,8 @@ def _readable(name: str) -> Generator[None]:
     codecs.register_error(_OR_LATIN, _as_latin)  # MovieLens is either, by its release
     try:
         yield
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    # Of a zip that is encrypted, or packed in another way than Python knows, it is a RuntimeError.
+    except (OSError, EOFError, RuntimeError, *_DAMAGED) as error:
         raise ContractError(f"{name} cannot be read: {error}") from error
 
 
@@ -136,8 +139,11 @@ def not_of_set(part: Part, expected: str) -> ContractError:
 
 
 def cells(line: str) -> list[str]:
-    """The cells of a line of CSV."""
-    return next(csv.reader([line]), list[str]())
+    """The cells of a line of CSV; none where it is no CSV."""
+    try:
+        return next(csv.reader([line]), list[str]())
+    except csv.Error:
+        return []
 
 
 def renamed(rows: Reader, names: Mapping[str, str]) -> Reader:

@@ -27,6 +27,14 @@ from tests.unit.starcast.importers.sets import (
         (import_amazon, "a.csv", f'{AMAZON_HEADER}\nU,"{"x" * 140_000}', "line 2: expected a CSV"),
         (import_rees46, "a.csv", "x,y\n", r"a\.csv line 1: .*columns event_time, event_type"),
         (import_movielens, "u.item", U_ITEM, "no file holds ratings .*; give u.data"),
+        # As what another program has packed.
+        (
+            import_rees46,
+            "a.csv.xz",
+            "\xfd7zXZ\0a\rb",
+            r"a\.csv\.xz line 1: not a file of this data set",
+        ),
+        (import_amazon, "a.csv", "x" * 140_000, r"a\.csv line 1: not a file of this data set"),
         (import_movielens, "notes.txt", "hello", r"notes\.txt line 1: .*expected u\.data"),
     ],
 )
@@ -52,3 +60,19 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"broken\.zip cannot be read"):
         import_movielens([broken], out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("places", "value", "reason"),
+    [((8, 10), 9, "compression method"), ((6, 8), 1, "encrypted")],  # 9: as Windows packs 4 GB
+)
+def test_a_zip_that_python_cannot_unpack_is_named(
+    tmp_path: Path, places: tuple[int, int], value: int, reason: str
+) -> None:
+    path = packed(tmp_path / "log.csv.zip", REES46)
+    data = bytearray(path.read_bytes())
+    for head, place in zip((b"PK\3\4", b"PK\1\2"), places, strict=True):
+        data[data.rindex(head) + place] = value
+    path.write_bytes(data)
+    with pytest.raises(ContractError, match=rf"log\.csv cannot be read: .*{reason}"):
+        import_rees46([path], tmp_path / "out.jsonl")
