@@ -56,10 +56,19 @@ Skip = Annotated[
     int, typer.Option(min=0, help="Records at the beginning to leave out, since they were sent.")
 ]
 
-output = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+output = Console(
+    highlight=False,
+    emoji=False,  # `:id:` within an id is no picture
+    width=None if sys.stdout.isatty() else WIDTH,
+)
 """Where what was asked for is printed."""
 
-notes = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH)
+notes = Console(
+    stderr=True,
+    highlight=False,
+    emoji=False,
+    width=None if sys.stderr.isatty() else WIDTH,
+)
 """Where is told how it is going."""
 
 

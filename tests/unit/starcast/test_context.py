@@ -38,3 +38,14 @@ def test_where_no_bar_can_be_shown_the_log_tells_how_far_a_command_is(
     told = len(caplog.records)
     time.sleep(0.1)
     assert len(caplog.records) == told
+
+
+def test_what_is_printed_has_no_other_characters_than_it_was_given(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`:id:` and `:100:` are names of emoji to the library that prints."""
+    context.print_json({"item_id": "urn:shop:id:5"})
+    context.fail("no item a:100:b")
+    printed = capsys.readouterr()
+    assert printed.out == '{"item_id":"urn:shop:id:5"}\n'
+    assert printed.err == "no item a:100:b\n"
