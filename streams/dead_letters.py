@@ -7,6 +7,7 @@ header. A letter that is marked has been sent and is left alone from then on.
 """
 
 import base64
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,13 +16,22 @@ from typing import Any
 
 import orjson
 import structlog
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from schemas.codec import decode
 from schemas.records import EARLIEST_TIME, LATEST_TIME, DeadLetter, format_time
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
 from streams.admin import existing_topic
-from streams.clients import client_config, error_of, reach, refused_option, topic_name
+from streams.clients import (
+    REQUEST_SECONDS,
+    client_config,
+    error_of,
+    reach,
+    reader,
+    refused_option,
+    topic_name,
+    watermarks,
+)
 from streams.config import KafkaConfig
 from streams.exceptions import BrokerError, LetterError
 from streams.processor import Output
@@ -33,7 +43,7 @@ from streams.producer import (
     Settle,
     offer,
 )
-from streams.tail import read_topic
+from streams.tail import bounds, read_topic
 
 HEADER_PREFIX = "starcast-"
 ATTEMPTS_HEADER = "starcast-attempts"
@@ -49,6 +59,8 @@ BUNCH_LETTERS = 500  # letters in one transaction
 BUNCH_CHARACTERS = 16 * 1024 * 1024  # of their values: bounds the memory that a bunch takes
 OVERHEAD_BYTES = 128  # of a record in its batch, at most
 TRANSACTION_SECONDS = 60.0  # a redrive that was killed blocks readers no longer than this
+DECIDED_SECONDS = TRANSACTION_SECONDS + 30  # Kafka looks now and then for what is over
+DECIDED_PAUSE_SECONDS = 0.1
 
 # What a producer and its records are told once a newer one has its transactional id.
 _FENCED = (
@@ -244,15 +256,19 @@ def redrive(kafka: KafkaConfig, wanted: Wanted | None = None, again: bool = Fals
     Records and marks of a bunch of letters are one transaction, so a letter is sent once however
     often this is called; marked letters are sent only when asked for `again`. Letters are sent in
     their order, so the records of one key keep theirs. A second redrive fences the first before
-    it reads which letters are marked. Where Kafka has no transactions (`exactly_once` is off),
+    it reads which letters are marked, and waits for others' transactions in `dead-letters`, behind
+    which marks are hidden. Where Kafka has no transactions (`exactly_once` is off),
     marks are written once the records are acknowledged: what is cut off in between is sent again
     by the next call. A record that is too large, or that a letter has in part, is counted as failed
     and its letter left unmarked.
 
     Raises UnreachableError, TopicError for a source topic that is missing, and BrokerError when
-    Kafka ends a transaction: for the one of two redrives that was fenced, above all.
+    Kafka ends a transaction, for the one of two redrives that was fenced, above all, or does not
+    end another's.
     """
     sender = _Redriver(kafka)
+    if kafka.exactly_once:
+        sender.wait_until_decided()
     for bunch in _bunches(read_letters(kafka, wanted, again)):
         sender.send(bunch)
     return sender.report
@@ -289,6 +305,29 @@ class _Redriver:
                     f"Kafka gives no transactions to {self._transactional_id}: {problem}. Set "
                     "STARCAST_KAFKA__EXACTLY_ONCE=false for a broker without them."
                 ) from problem
+
+    def wait_until_decided(self) -> None:
+        """Wait until all that is in `dead-letters` now is committed or aborted.
+
+        Raises BrokerError for a transaction that does not end.
+        """
+        name = existing_topic(self._kafka, "dead-letters", self._present)
+        _, end = bounds(self._kafka, "dead-letters", [0])[0]
+        deadline = time.monotonic() + DECIDED_SECONDS
+        with reader(self._kafka) as consumer:  # of what is committed
+            while True:
+                found = watermarks(consumer, [TopicPartition(name, 0)], REQUEST_SECONDS)
+                _, decided = found[name, 0]
+                if decided >= end:
+                    return
+                if time.monotonic() > deadline:
+                    raise BrokerError(
+                        f"A transaction in {name} has been open for {DECIDED_SECONDS:g} s and "
+                        f"hides, from offset {decided} on, which letters were sent; so nothing was "
+                        "sent now. If no worker is sending, end it with kafka-transactions.sh "
+                        "(docs/operate.md, A transaction that hangs)."
+                    )
+                time.sleep(DECIDED_PAUSE_SECONDS)
 
     def send(self, letters: list[Letter]) -> None:
         """Send the records of some letters and mark them."""

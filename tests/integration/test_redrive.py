@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Message
+from confluent_kafka import Message, Producer
 from structlog.testing import capture_logs
 
 from model.ids import hash_ids, partitions_of
@@ -20,10 +20,12 @@ from schemas.topics import BY_NAME
 from streams import dead_letters
 from streams.admin import TopicError, apply_topics
 from streams.archiver import Archiver
+from streams.clients import client_config, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.dead_letters import (
     LEFT_OUT_HEADER,
     MARK_HEADER,
+    Letter,
     Wanted,
     _Redriver,
     dead_letter,
@@ -235,6 +237,35 @@ def test_two_redrives_at_once_send_each_letter_once(
     assert any(isinstance(each, Sent) for each in outcomes)
     assert values(real) == [b"ann %d" % number for number in range(200)]
     assert numbers(real) == []
+
+
+def test_marks_behind_what_a_worker_is_still_sending_count(
+    real: KafkaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers of what is committed see nothing behind a transaction that is open."""
+    write(real, letter(0))
+    worker = Producer(client_config(real, transactional_id=f"{real.topic_prefix}scorer"))
+    worker.init_transactions(10)
+    send = _Redriver.send
+
+    def meanwhile(redriver: _Redriver, letters: list[Letter]) -> None:
+        worker.begin_transaction()
+        worker.produce(topic_name(real, "dead-letters"), encode(letter(1)))
+        worker.flush(10)
+        send(redriver, letters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Redriver, "send", meanwhile)
+        assert redrive(real).delivered == Counter(reviews=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(dead_letters, "DECIDED_SECONDS", 0.0)
+        with pytest.raises(BrokerError, match="hides, from offset 1 on, which letters were sent"):
+            redrive(real)
+    ending = threading.Timer(2, worker.abort_transaction)
+    ending.start()
+    assert redrive(real).delivered == Counter()
+    ending.join()
+    assert values(real) == [b"ann 0"]
 
 
 def test_a_record_that_kafka_does_not_take_spoils_no_other(cluster: KafkaConfig) -> None:

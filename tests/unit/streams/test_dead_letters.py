@@ -190,6 +190,7 @@ def test_redrive_says_which_letters_it_cannot_send(monkeypatch: pytest.MonkeyPat
     reached = SimpleNamespace(list_topics=lambda timeout: topics)
     monkeypatch.setattr(dead_letters, "reach", lambda _: reached)
     monkeypatch.setattr(dead_letters, "Producer", broker.producer)
+    monkeypatch.setattr(dead_letters._Redriver, "wait_until_decided", lambda _: None)
     values = [b"first", bytes(LARGEST_MESSAGE), b"last"]
     letters = [
         Letter(0, at, letter_of(message("reviews", value))) for at, value in enumerate(values)
