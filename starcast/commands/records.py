@@ -171,10 +171,10 @@ def produce(
     problems = [f"{count:,} failed: {why}" for why, count in sent.failed.items()]
     if bad:
         problems.append(f"{len(bad):,} lines are no records and were left out; the first: {bad[0]}")
-    if problems:
-        raise fail("\n".join(problems))
     if stop.is_set():
-        raise fail(how_to_go_on(skip + sent.delivered.total()), INTERRUPTED)
+        problems.append(how_to_go_on(skip + sent.sent.total()))
+    if problems:
+        raise fail("\n".join(problems), INTERRUPTED if stop.is_set() else 1)
 
 
 def _outgoing(value: FileValue) -> Outgoing:

@@ -1,10 +1,21 @@
-"""How a prediction is told."""
+"""How a prediction is told, and what was sent of a file."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from schemas.examples import EXAMPLES
 from schemas.records import PredictedRating
+from starcast.commands import records
 from starcast.commands.records import _line
+from starcast.main import app
+from streams.producer import Outgoing, Sent
 
 
 def test_a_prediction_from_a_review_s_text_has_no_tier() -> None:
@@ -18,3 +29,22 @@ def test_what_steers_a_terminal_is_written_out(field: str) -> None:
     record = PredictedRating.model_validate({**EXAMPLES["predicted-ratings"], field: "Ö\x1b[2J"})
     assert r"Ö\x1b[2J" in _line(record).plain
     assert "\x1b" not in _line(record).plain
+
+
+def test_a_file_with_a_bad_line_goes_on_where_it_was_stopped_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(given: Iterator[Outgoing], _: Any, *, stop: threading.Event, **__: Any) -> Sent:
+        sent = sum(1 for _ in zip(range(4), given, strict=False))
+        stop.set()
+        return Sent(Counter(reviews=sent), Counter(reviews=sent - 1), Counter({"refused": 1}))
+
+    monkeypatch.setattr(records, "play", play)
+    line = json.dumps({"topic": "reviews", "value": {"user_id": "u"}})
+    file = tmp_path / "f.jsonl"
+    file.write_text("\n".join([line, "not json", *[line] * 5]))
+    stopped = CliRunner().invoke(app, ["produce", str(file), "--skip", "1"])
+    assert "1 failed: refused" in stopped.stderr
+    assert "1 lines are no records" in stopped.stderr
+    assert "add --skip 5 to the command" in stopped.stderr
+    assert stopped.exit_code == 130
