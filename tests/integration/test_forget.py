@@ -20,12 +20,14 @@ from schemas.records import Review, ScoreRequest, User
 from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
+from streams.admin import TopicError
 from streams.clients import client_config
 from streams.embedded import embedded
 from streams.erasure import ErasureError
 from streams.forget import unarchived
 from streams.producer import Outgoing
 from streams.recount import check_states
+from streams.tail import read_topic
 from streams.verify import verify_replay
 from tests.shops import PARTITIONS, Shop, make_shop, until
 from trainer.archived import from_archive
@@ -301,3 +303,14 @@ def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
     asked_first = CliRunner().invoke(app, ["forget", user], input="n\n")
     assert asked_first.exit_code == 1
     assert "Aborted" in asked_first.output
+
+
+def test_forget_sends_nothing_where_topics_have_other_partition_counts(
+    kafka: str, store_server: str, tmp_path: Path
+) -> None:
+    """Null values would erase the user where they are not, and be told as done."""
+    shop = make_shop(kafka, store_server, tmp_path)
+    more = {**shop.environment, "STARCAST_KAFKA__PARTITIONS": str(PARTITIONS + 1)}
+    result = CliRunner().invoke(app, ["forget", "ann", "--yes"], env=more)
+    assert isinstance(result.exception, TopicError)
+    assert not list(read_topic(shop.settings.kafka, "users"))
