@@ -46,6 +46,7 @@ from streams.rebuild import Shop
 from streams.tail import bounds, read_topic
 from streams.user_states import decode_header
 
+TEXTS = "text-features"
 ATTRIBUTES = ("users",)  # topics that get a null value from here, before those in TOPICS
 HOLDING = (*OF_USERS, "journal", "dead-letters")  # topics that hold something of users
 DELIVERY_SECONDS = 60.0  # a broker that is gone for longer fails the command
@@ -106,6 +107,10 @@ def _forget(
         time.sleep(COPIED_SECONDS)
     told = tell(shop.kafka, told, TOPICS)
     scorer = _wait(lambda: unapplied(shop, told), seconds, progress)
+    partitions = sorted({each.partition for each in told})
+    if not scorer:  # what `texts` sent last may be hidden behind a transaction, or be one's
+        texts = {each: end for each, (_, end) in bounds(shop.kafka, TEXTS, partitions).items()}
+        scorer = _wait(lambda: unread(shop, texts), seconds, progress)
     places = [_place("attributes", "deleted", catalog), _place("states", "erased", scorer)]
     if not archive.tables(shop.archive.url, shop.archive.storage_options):
         said = f"nothing at {shop.archive.url}; an archiver that starts takes what Kafka still has"
@@ -114,7 +119,6 @@ def _forget(
         who = " and ".join(waiting)
         said = f"not erased: it has to hold what {who} makes of the null values; run it again then"
         return [*places, Place("archive", False, said)]
-    partitions = sorted({each.partition for each in told})
     asked = _written(shop, "score-requests", partitions)
     if _wait(lambda: unanswered(shop, asked), seconds, progress):
         said = "not erased: answers is behind; start it and run the command again"
@@ -202,6 +206,15 @@ def unapplied(shop: Shop, told: Sequence[Told]) -> set[str]:
     return waiting
 
 
+def unread(shop: Shop, ends: Mapping[int, int]) -> set[str]:
+    """The scorer, where it has not read all text features before the end of a partition.
+
+    Those of an open transaction, which may be committed yet, too.
+    """
+    read = {each: _applied(shop, each)[TEXTS] for each in ends}
+    return {"scorer"} if _behind(shop.kafka, TEXTS, read, ends) else set()
+
+
 def unanswered(shop: Shop, asked: Ends) -> set[str]:
     """`answers`, where it has ever worked and not answered all requests before these ends.
 
@@ -222,14 +235,23 @@ def unarchived(shop: Shop, ends: Ends) -> set[str]:
     for topic in sorted({topic for topic, _ in ends}):
         positions = archive.positions(shop.archive.url, topic, shop.archive.storage_options)
         mine = {partition: end for (name, partition), end in ends.items() if name == topic}
-        starts = {each: start for each in mine if (start := positions.get(each, 0)) < mine[each]}
-        decided = _decided(shop.kafka, topic, starts)
-        for partition, start in starts.items():
-            end = mine[partition]
-            first = _next(shop.kafka, topic, partition, start, end)
-            if min(first, decided.get(partition, end)) < end:
-                behind.add(topic)
+        if _behind(shop.kafka, topic, positions, mine):
+            behind.add(topic)
     return behind
+
+
+def _behind(
+    kafka: KafkaConfig, topic: str, positions: Mapping[int, int], ends: Mapping[int, int]
+) -> bool:
+    """Whether a record before the end of a partition is not before its position, or may yet be."""
+    starts = {each: max(positions.get(each, 0), 0) for each in ends}
+    starts = {each: start for each, start in starts.items() if start < ends[each]}
+    decided = _decided(kafka, topic, starts)
+    return any(
+        min(_next(kafka, topic, each, start, ends[each]), decided.get(each, ends[each]))
+        < ends[each]
+        for each, start in starts.items()
+    )
 
 
 def kept_by_kafka(kafka: KafkaConfig) -> dict[str, str]:

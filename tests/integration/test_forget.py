@@ -16,15 +16,17 @@ from model.events import EVENT
 from model.ids import hash_ids
 from model.state import USER
 from schemas import journal
+from schemas.journal import TOPICS
 from schemas.records import Review, ScoreRequest, User
 from starcast.main import app
 from starcast.shop import shop as generated_shop
 from streams import rebuild
 from streams.admin import TopicError
 from streams.clients import client_config
+from streams.config import KafkaConfig
 from streams.embedded import embedded
 from streams.erasure import ErasureError
-from streams.forget import unarchived
+from streams.forget import Told, tell, unarchived
 from streams.producer import Outgoing
 from streams.recount import check_states
 from streams.tail import read_topic
@@ -243,6 +245,33 @@ def test_what_a_transaction_may_still_commit_is_waited_for(
     assert waits(3)
     with shop.workers("archiver"):
         until(lambda: not waits(3))
+
+
+def test_what_texts_may_still_commit_is_waited_for(
+    kafka: str, store_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would come to the archive when that is erased, and readers see nothing of it yet."""
+    shop = make_shop(kafka, store_server, tmp_path)
+    topic = shop.settings.kafka.topic_prefix + "text-features"
+    producer = Producer(client_config(shop.settings.kafka, transactional_id=topic))
+    producer.init_transactions(30)
+
+    def tell_first(kafka: KafkaConfig, told: Sequence[Told], topics: Sequence[str]) -> list[Told]:
+        found = tell(kafka, told, topics)
+        if topics == TOPICS:
+            producer.begin_transaction()
+            producer.produce(topic, b"{}", partition=found[0].partition)
+            assert producer.flush(30) == 0
+        return found
+
+    with shop.workers("scorer"):
+        with monkeypatch.context() as patch:
+            patch.setattr("streams.forget.tell", tell_first)
+            half = run(shop, "forget", "ann", "--yes", "--wait", "8")
+        assert "✗ states: not yet: scorer has not read the null values" in half.stdout
+        producer.abort_transaction(30)
+        done = run(shop, "forget", "ann", "--yes")
+    assert "✓ states: erased" in done.stdout
 
 
 def test_forget_tells_what_waits_for_a_worker_and_may_be_repeated(
