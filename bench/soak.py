@@ -481,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(LogConfig(level="warning"))
     console = Console(stderr=options.json)
     with stopping() as stop:
-        figures = run_soak(options, console, stop)
+        figures = run_soak(options, console, stop.event)
     samples = [
         orjson.loads(line) for line in (options.folder / "samples.jsonl").read_bytes().splitlines()
     ]

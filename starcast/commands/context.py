@@ -32,7 +32,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from starcast import INTERRUPTED as INTERRUPTED
 from starcast import log
 from starcast.settings import Settings, load
 from streams.producer import Sent
@@ -95,15 +94,24 @@ def settings_of(context: typer.Context) -> Settings:
     return settings
 
 
+@dataclass
+class Stop:
+    """Whether a signal has asked for an end, and the exit code of who ends before it is done."""
+
+    event: threading.Event
+    code: int = 0
+
+
 @contextmanager
-def stopping() -> Generator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT ends the process at once."""
-    stop = threading.Event()
+def stopping() -> Generator[Stop]:
+    """What SIGINT and SIGTERM set; a second SIGINT ends the process at once."""
+    stop = Stop(threading.Event())
 
     def ask(number: int, _: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+        if stop.event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.set()
+        stop.code = 128 + number  # as a shell has it of who is ended by it
+        stop.event.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -18,7 +18,6 @@ from schemas.records import PredictedRating, Record
 from schemas.topics import BY_NAME
 from starcast import importers, shop
 from starcast.commands.context import (
-    INTERRUPTED,
     AsJsonLines,
     SentBar,
     Skip,
@@ -156,7 +155,7 @@ def produce(
                 kafka,
                 rate=rate,
                 speed=speed,
-                stop=stop,
+                stop=stop.event,
                 on_progress=bar.tell,
             )
         except ContractError as problem:  # as of a file that is cut off
@@ -171,10 +170,10 @@ def produce(
     problems = [f"{count:,} failed: {why}" for why, count in sent.failed.items()]
     if bad:
         problems.append(f"{len(bad):,} lines are no records and were left out; the first: {bad[0]}")
-    if stop.is_set():
+    if stop.event.is_set():
         problems.append(how_to_go_on(skip + sent.sent.total()))
     if problems:
-        raise fail("\n".join(problems), INTERRUPTED if stop.is_set() else 1)
+        raise fail("\n".join(problems), stop.code or 1)
 
 
 def _outgoing(value: FileValue) -> Outgoing:
@@ -202,7 +201,9 @@ def consume(
     where: Start = start if start == "beginning" or start == "end" else parse_time(start)
     printed = 0
     with stopping() as stop:
-        batches = read_topic(kafka, "predicted-ratings", start=where, follow=follow, stop=stop)
+        batches = read_topic(
+            kafka, "predicted-ratings", start=where, follow=follow, stop=stop.event
+        )
         for record in _predictions(batches):
             if (kind and record.kind != kind) or (user and record.user_id != user):
                 continue
@@ -213,8 +214,8 @@ def consume(
             printed += 1
             if printed == limit:
                 return
-        if stop.is_set():
-            raise typer.Exit(INTERRUPTED)
+        if stop.event.is_set():
+            raise typer.Exit(stop.code)
 
 
 def _predictions(batches: Iterator[list[Message]]) -> Iterator[PredictedRating]:

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from schemas.exceptions import StarcastError, UnreachableError
 from starcast.commands.context import (
-    INTERRUPTED,
     AsJson,
     AsJsonLines,
     SentBar,
@@ -80,15 +79,15 @@ def demo(
 
     with stopping() as stop:
         if events is None:
-            run_demo(settings, notes, stop, SEED if seed is None else seed)
+            run_demo(settings, notes, stop.event, SEED if seed is None else seed)
             return
-        summary = run_once(settings, notes, stop, events, rate or RATE)
+        summary = run_once(settings, notes, stop.event, events, rate or RATE)
     document = asdict(summary)
     print_json(document)
     if json_out is not None:
         write_json(document, json_out)
-    if stop.is_set():
-        raise typer.Exit(INTERRUPTED)
+    if stop.event.is_set():
+        raise typer.Exit(stop.code)
     if summary.lost or summary.duplicated:
         raise fail(f"{summary.lost} events were lost, {summary.duplicated} were duplicated.")
 
@@ -108,7 +107,7 @@ def run(
     if set(processors) - {"dashboard"}:  # the dashboard waits by itself, and says so on its page
         _wait_for_broker(settings.kafka, wait)
     with stopping() as stop:
-        run_processors(processors, settings, stop)
+        run_processors(processors, settings, stop.event)
 
 
 def _check_names(processors: list[str]) -> None:
@@ -202,7 +201,7 @@ def backfill(
             sent = bring_in(
                 settings,
                 files,
-                stop,
+                stop.event,
                 bar.tell,
                 lambda stage: bar.say(f"Waiting for {stage}"),
                 skip,
@@ -214,8 +213,8 @@ def backfill(
                 raise
             raise fail(f"{problem}\n{how_to_go_on(skip + bar.delivered)}") from None
     print_counts(sent.delivered)
-    if stop.is_set():
-        raise fail(how_to_go_on(skip + sent.delivered.total()), INTERRUPTED)
+    if stop.event.is_set():
+        raise fail(how_to_go_on(skip + sent.delivered.total()), stop.code)
 
 
 def doctor(

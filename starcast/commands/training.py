@@ -175,7 +175,7 @@ def retrain(
         retrain_every(
             span,
             lambda: _retrain_once(settings, on_drift, keep),
-            stop,
+            stop.event,
             is_served=lambda: registry.read(settings.models.url).stable is not None,
         )
 

@@ -1,6 +1,8 @@
 """How a prediction is told, and what was sent of a file."""
 
 import json
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -31,12 +33,14 @@ def test_what_steers_a_terminal_is_written_out(field: str) -> None:
     assert "\x1b" not in _line(record).plain
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_file_with_a_bad_line_goes_on_where_it_was_stopped_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     def play(given: Iterator[Outgoing], _: Any, *, stop: threading.Event, **__: Any) -> Sent:
         sent = sum(1 for _ in zip(range(4), given, strict=False))
-        stop.set()
+        os.kill(os.getpid(), number)
+        assert stop.wait(10)
         return Sent(Counter(reviews=sent), Counter(reviews=sent - 1), Counter({"refused": 1}))
 
     monkeypatch.setattr(records, "play", play)
@@ -47,4 +51,4 @@ def test_a_file_with_a_bad_line_goes_on_where_it_was_stopped_too(
     assert "1 failed: refused" in stopped.stderr
     assert "1 lines are no records" in stopped.stderr
     assert "add --skip 5 to the command" in stopped.stderr
-    assert stopped.exit_code == 130
+    assert stopped.exit_code == 128 + number
