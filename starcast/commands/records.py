@@ -10,8 +10,9 @@ import typer
 from confluent_kafka import Message
 from rich.text import Text
 
+from schemas.archive import tables
 from schemas.codec import decode, encode
-from schemas.exceptions import ContractError
+from schemas.exceptions import ContractError, UnreachableError
 from schemas.files import FileValue, read_values, write_records
 from schemas.history import history
 from schemas.records import PredictedRating, Record
@@ -114,6 +115,11 @@ def export(
     check_output(out)
     settings = settings_of(context)
     archive = settings.archive
+    if not tables(archive.url, archive.storage_options):
+        raise UnreachableError(
+            f"The archive at {archive.url} has no table yet. Point STARCAST_ARCHIVE__URL at the "
+            "archive of this shop."
+        )
     with progress_bar() as progress:
         task = progress.add_task("Writing", total=None)
         records = history(

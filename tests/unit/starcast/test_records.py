@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from schemas.examples import EXAMPLES
+from schemas.exceptions import UnreachableError
 from schemas.records import PredictedRating
 from starcast.commands import records
 from starcast.commands.records import _line
@@ -52,3 +53,13 @@ def test_a_file_with_a_bad_line_goes_on_where_it_was_stopped_too(
     assert "1 lines are no records" in stopped.stderr
     assert "add --skip 5 to the command" in stopped.stderr
     assert stopped.exit_code == 128 + number
+
+
+def test_an_export_of_an_archive_that_is_not_there_writes_nothing(tmp_path: Path) -> None:
+    """An empty file would be brought in as a shop's history."""
+    out = tmp_path / "out.jsonl"
+    nowhere = {"STARCAST_ARCHIVE__URL": str(tmp_path / "nowhere")}
+    done = CliRunner().invoke(app, ["export", "--out", str(out)], env=nowhere)
+    assert isinstance(done.exception, UnreachableError)
+    assert "nowhere has no table yet" in str(done.exception)
+    assert not out.exists()
