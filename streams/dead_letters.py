@@ -472,7 +472,12 @@ def _entries(kafka: KafkaConfig, quiet: bool = False) -> Iterator[Letter | str]:
             positions, decoded.records, marks, strict=True
         ):
             if isinstance(record, DeadLetter):
-                yield Letter(partition, offset, record)
+                letter = Letter(partition, offset, record)
+                if _is_base64(record):
+                    yield letter
+                elif not quiet:
+                    reason = f"{letter.position} has a part that is not base64"
+                    _LOG.warning("not a dead letter", reason=reason)
             elif mark is not None:
                 yield mark
 
@@ -493,6 +498,15 @@ def _redriven_from(letter: DeadLetter) -> str | None:
 
 def _headers(letter: DeadLetter) -> list[tuple[str, bytes | None]]:
     return [(header.key, _bytes(header.value)) for header in letter.headers]
+
+
+def _is_base64(letter: DeadLetter) -> bool:
+    parts = [letter.key, letter.value, *(header.value for header in letter.headers)]
+    try:
+        list(map(_bytes, parts))
+    except ValueError:
+        return False
+    return True
 
 
 def _bytes(text: str | None) -> bytes | None:

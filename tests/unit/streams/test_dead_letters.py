@@ -7,6 +7,7 @@ import pytest
 from confluent_kafka import Message
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from schemas.codec import encode
 from schemas.records import DeadLetter
@@ -25,6 +26,7 @@ from streams.dead_letters import (
     Letter,
     _bunches,
     dead_letter,
+    read_letters,
     redrive,
     redriven,
 )
@@ -202,6 +204,20 @@ def test_redrive_says_which_letters_it_cannot_send(monkeypatch: pytest.MonkeyPat
     ((reason, count),) = sent.failed.items()
     assert (count, sent.delivered.total()) == (1, 2)
     assert "0/1" in reason
+
+
+@pytest.mark.parametrize("part", ["key", "value", "headers"])
+def test_a_letter_of_another_writer_that_is_not_base64_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    good = letter_of(message("reviews", b"{"))
+    text: Any = [{"key": "trace", "value": "plain"}] if part == "headers" else "plain"
+    foreign = DeadLetter.model_validate({**good.model_dump(), part: text})
+    sent = [message("dead-letters", encode(each), 0, at) for at, each in enumerate([foreign, good])]
+    monkeypatch.setattr(dead_letters, "read_topic", lambda *_: [sent])
+    with capture_logs() as logs:
+        assert [each.position for each in read_letters(KafkaConfig())] == ["0/1"]
+    assert [each["reason"] for each in logs] == ["0/0 has a part that is not base64"]
 
 
 def test_bunches_are_bounded_by_letters_and_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
