@@ -2,9 +2,9 @@
 
 import heapq
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
-from itertools import islice
+from itertools import count, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from schemas.topics import BY_NAME
 from starcast.importers.reading import Skips
 
 RUN = 500_000  # entries sorted in memory at once, about a gigabyte of long reviews
+MOST_RUNS = 128  # files that are open at once: systems allow a process 256 or 1,024
 BATCH = 2_000  # records validated at once
 FIRST, THEN = 0, 1  # at the same time, items and users go before events
 
@@ -50,14 +51,25 @@ def in_order(entries: Iterator[Entry], out: Path) -> Iterator[Entry]:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".import-", dir=out.parent) as folder:
+        names = map(str, count())
         runs: list[Path] = []
         while run:
-            runs.append(Path(folder, str(len(runs))))
-            with runs[-1].open("wb") as file:
-                for entry in run:
-                    file.write(orjson.dumps(astuple(entry)) + b"\n")
+            if len(runs) == MOST_RUNS:
+                merged = heapq.merge(*map(_read_run, runs), key=key)
+                first = _write_run(Path(folder, next(names)), merged)
+                for each in runs:
+                    each.unlink()
+                runs = [first]
+            runs.append(_write_run(Path(folder, next(names)), run))
             run = sorted(islice(entries, RUN), key=key)
         yield from heapq.merge(*map(_read_run, runs), key=key)
+
+
+def _write_run(path: Path, entries: Iterable[Entry]) -> Path:
+    with path.open("wb") as file:
+        for entry in entries:
+            file.write(orjson.dumps(astuple(entry)) + b"\n")
+    return path
 
 
 def _read_run(path: Path) -> Iterator[Entry]:

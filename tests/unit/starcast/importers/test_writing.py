@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,24 @@ def test_long_sets_are_sorted_in_runs(
             importer(files, tmp_path / "runs.jsonl")
         assert (tmp_path / "runs.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob(".import-*"))
+
+
+def test_a_set_of_more_runs_than_files_may_be_open_is_sorted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"1\t{at}\t3\t{881250000 - at * 7 % 401}" for at in range(400)]
+    source = packed(tmp_path / "u.data", "\n".join(rows))
+    import_movielens([source], tmp_path / "whole.jsonl")
+    monkeypatch.setattr(writing, "RUN", 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Far below the number of runs; the lowest free number tells how many are open by now.
+    with source.open() as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 200, limits[1]))
+    try:
+        import_movielens([source], tmp_path / "runs.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (tmp_path / "runs.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_lines_that_break_the_contract_are_counted_with_their_place(tmp_path: Path) -> None:
