@@ -48,6 +48,7 @@ _WIDTH = 8
 _CHUNK = 8 * BLOCK  # rows at a time, so that a long test fits in memory
 _NOTHING = np.empty((0, 0), np.float32)
 _TOGETHER = 4  # members side by side: among more, zeros would cost more than calls
+_ALONE = 2**15 - 1  # most numbers that PyTorch leaves to one thread
 
 
 @dataclass(frozen=True)
@@ -393,6 +394,17 @@ def _of_items(products: Singles, inputs: Inputs) -> Tensor:
     return torch.from_numpy(products.take(inputs.item_vectors, axis=0))
 
 
+def _silu(rows: Tensor) -> Tensor:
+    """SiLU (n, width), in place.
+
+    By so few rows that threads do not share them: one's share may end within a row, where PyTorch
+    rounds the last numbers another way.
+    """
+    for some in rows.split(max(1, _ALONE // rows.shape[1])):
+        torch.nn.functional.silu(some, inplace=True)
+    return rows
+
+
 def _head(
     served: _Served,
     config: NetworkConfig,
@@ -430,8 +442,6 @@ def _head(
         rows[:, begin + 4 * identity :] = attention.output(torch.from_numpy(heard))
     made = served.first(rows, _of_items(begun.hidden, inputs))
     hidden, linear = made[:, :-1], made[:, -1:]
-    hidden = torch.nn.functional.silu(hidden, inplace=True)
-    hidden = torch.nn.functional.silu(served.second(hidden), inplace=True)
-    made = served.last(hidden)
+    made = served.last(_silu(served.second(_silu(hidden))))
     made[:, :1] += linear
     return made.numpy()

@@ -84,15 +84,18 @@ def test_same_alone_and_in_any_batch(model: str, rows: list[int]) -> None:
         np.testing.assert_array_equal(getattr(alone, column), expected[:1])
 
 
+@pytest.mark.parametrize("threads", [2, 5, 7])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_same_with_any_number_of_threads(model: Predictor) -> None:
-    one = predict(model, SHOP)
-    torch.set_num_threads(2)
+def test_same_with_any_number_of_threads(model: Predictor, threads: int) -> None:
+    """Also in a batch so large that threads share what each row passes."""
+    many = SHOP.take(np.arange(2_000) % len(SHOP.events))
+    one = predict(model, many)
+    torch.set_num_threads(threads)
     try:
-        two = predict(model, SHOP)
+        several = predict(model, many)
     finally:
         torch.set_num_threads(1)
-    np.testing.assert_array_equal(one.distribution, two.distribution)
+    np.testing.assert_array_equal(one.distribution, several.distribution)
 
 
 @pytest.mark.gpu
