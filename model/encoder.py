@@ -47,7 +47,8 @@ _POOLING = "1_Pooling/config.json"  # where sentence-transformers says how to po
 _SENTENCES = "sentence_bert_config.json"  # where it says how long a text may be
 _LONGEST = 256  # tokens, where an encoder says nothing
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
-_KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja"}  # what an encoder is made of
+# What an encoder is made of; the last two are PhoBERT's and Marian's words.
+_KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja", ".codes", ".spm"}
 _TEXTS_AHEAD = 2_048  # cut into tokens while a GPU works on those before
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 

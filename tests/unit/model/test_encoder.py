@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTModel,
+    PhobertTokenizer,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -314,6 +315,35 @@ def test_positions_before_the_first_are_not_for_texts(tmp_path: Path) -> None:
     encoder = encoders.load(tmp_path, "cpu")
     assert encoder.longest_tokens == 38
     assert encoder.encode(["good " * 500]).any()
+
+
+def test_files_of_unusual_tokenizers_are_of_the_encoder(tmp_path: Path) -> None:
+    """PhoBERT cuts words by `bpe.codes`: a bundle without them could not be loaded."""
+    (tmp_path / "vocab.txt").write_text("the 2\ngui@@ 1\ntar 1\n")
+    (tmp_path / "bpe.codes").write_text("t h 3\nth e</w> 2\ng u 1\ngu i 1\nt a 1\nta r</w> 1\n")
+    words = (str(tmp_path / name) for name in ("vocab.txt", "bpe.codes"))
+    tokenizer = PhobertTokenizer(*words)
+    tokenizer.save_pretrained(tmp_path)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=1,
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    RobertaModel(config).save_pretrained(tmp_path)
+    before = encoders.load(tmp_path, "cpu")
+    assert before.count_tokens(["the guitar"]) == [5]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in encoders.files(tmp_path):
+        (copy / name).write_bytes((tmp_path / name).read_bytes())
+    after = encoders.load(copy, "cpu")
+    np.testing.assert_array_equal(after.encode(TEXTS), before.encode(TEXTS))
+    codes = tmp_path / "bpe.codes"
+    codes.write_text(codes.read_text().replace("gu i", "u i"))
+    assert encoders.folder_hash(tmp_path) != before.hash  # other vectors
 
 
 def test_projection_keeps_cosines_about_and_blank_vectors(encoder: TextEncoder) -> None:
