@@ -49,6 +49,8 @@ _LONGEST = 256  # tokens, where an encoder says nothing
 _PROMPT_FILES = (f"{PROMPT}/adapter_config.json", f"{PROMPT}/adapter_model.safetensors")
 # What an encoder is made of; the last two are PhoBERT's and Marian's words.
 _KEPT = {".safetensors", ".json", ".txt", ".model", ".jinja", ".codes", ".spm"}
+_REPEATED = 16  # how often a short text stands in a longer one
+_ALIKE = 0.999  # least cosine of one text's vectors: rounding them for the store moves it as far
 _TEXTS_AHEAD = 2_048  # cut into tokens while a GPU works on those before
 _SEED = 20_260_101  # of the default projection; another seed is another encoder
 
@@ -97,6 +99,7 @@ class TextEncoder:
     projection: Projection
     star_head: StarHead | None
     graphs: recorded.Graphs | None = None  # on a GPU in bf16: what it was recorded as
+    padded: bool = True  # texts of like length may be; else only those of one length go together
 
     @property
     def width(self) -> int:
@@ -117,7 +120,8 @@ class TextEncoder:
         """Hidden vectors (n, hidden) of unit length; zero for a blank text.
 
         At most `token_budget` tokens go through the model together, on a CPU 1,024 at most: those
-        of a plain BERT without padding, else texts of like length.
+        of a plain BERT without padding, else texts of like length, or of one length where padding
+        would change what they say.
         """
         vectors = np.zeros((len(texts), self.hidden), np.float32)
         if self.graphs is not None:
@@ -140,7 +144,7 @@ class TextEncoder:
                 for some, made in packed.encode(self.model, ordered, self.pooling, budget):
                     vectors[filled[some]] = made
                 return vectors
-            for rows in _batches(filled, tokens, budget):
+            for rows in _batches(filled, tokens, budget, self.padded):
                 hidden = self.embed(self._pad([tokens[row] for row in rows]))
                 vectors[rows] = hidden.cpu().numpy()
         return vectors
@@ -189,6 +193,24 @@ class TextEncoder:
             last = (mask.sum(1) - 1).clamp(min=0) if self.pooling == "last" else mask[:, 0] * 0
             pooled = states[torch.arange(len(states), device=states.device), last]
         return nn.functional.normalize(pooled.float(), dim=1)
+
+    def tells_padding(self) -> bool:
+        """Whether a text says the same beside a longer one: not all models leave padding out.
+
+        Raises EncoderError where it cannot be read, or says what is no number.
+        """
+        short = self.cut(["a"])[0] or [0]
+        longer = (short * _REPEATED)[: self.longest_tokens]
+        try:
+            with torch.inference_mode():
+                alone = self.embed(self._pad([short]))[0]
+                beside = self.embed(self._pad([short, longer]))[0]
+        except Exception as error:  # of the model's own code
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise EncoderError(f"{self.folder} cannot read a text: {reason}") from error
+        if not alone.isfinite().all():
+            raise EncoderError(f"{self.folder} makes of a text what is no number; train again")
+        return float(alone @ beside) > _ALIKE
 
     def holding(self, model: nn.Module) -> Self:
         """The same around another model, whose virtual tokens take positions from texts."""
@@ -278,7 +300,7 @@ def load(
     model = model.to(target, torch.bfloat16 if low else torch.float32).eval()
     longest = _longest(_said_longest(folder), tokenizer, model)
     pooling = _pooling(folder, config)
-    return TextEncoder(
+    encoder = TextEncoder(
         folder=folder,
         hash=digest,
         model=model,
@@ -291,6 +313,7 @@ def load(
         star_head=None if star_head is None else read_star_head(star_head, hidden),
         graphs=recorded.Graphs(model, pooling, longest) if low and packed.fits(model) else None,
     )
+    return replace(encoder, padded=encoder.tells_padding())
 
 
 def _opened(folder: Path) -> tuple[Any, Any, Any]:
@@ -323,7 +346,11 @@ def _opened(folder: Path) -> tuple[Any, Any, Any]:
     if not hasattr(config, "hidden_size"):
         raise EncoderError(f"{folder}: {type(model).__name__} is no model of texts alone")
     words = len(tokenizer)
-    known = model.get_input_embeddings().num_embeddings
+    try:
+        known = len(model.get_input_embeddings().weight)
+    except (NotImplementedError, AttributeError) as error:  # characters are hashed, for one
+        kind = type(model).__name__
+        raise EncoderError(f"{folder}: {kind} has no table of words; choose another") from error
     if not len(tokenizer.all_special_ids) < words <= known:  # none, or another model's
         raise EncoderError(f"{folder}: a tokenizer of {words} tokens does not fit {known} in use")
     tokenizer.padding_side = "right"
@@ -509,11 +536,17 @@ def _longest(longest_tokens: int, tokenizer: Any, model: Any) -> int:
 
 
 def _batches(
-    rows: Sequence[int], tokens: Sequence[Sequence[int]], budget: int
+    rows: Sequence[int], tokens: Sequence[Sequence[int]], budget: int, padded: bool
 ) -> Iterator[list[int]]:
-    """Cut rows, longest first, into batches of at most `budget` padded tokens (or one row)."""
+    """Cut rows, longest first, into batches of at most `budget` tokens (or one row).
+
+    `padded`: they may be of several lengths.
+    """
     first = 0
     while first < len(rows):
-        count = max(1, budget // len(tokens[rows[first]]))
-        yield list(rows[first : first + count])
-        first += count
+        longest = len(tokens[rows[first]])
+        some = rows[first : first + max(1, budget // longest)]
+        if not padded:
+            some = [row for row in some if len(tokens[row]) == longest]  # they come first
+        yield list(some)
+        first += len(some)

@@ -15,8 +15,12 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertForMaskedLM,
+    CanineConfig,
+    CanineModel,
     CLIPConfig,
     CLIPModel,
+    FNetConfig,
+    FNetModel,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -28,6 +32,8 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    XmodConfig,
+    XmodModel,
 )
 
 from model import encoder as encoders
@@ -121,6 +127,19 @@ def bart(folder: Path) -> None:
     BartForConditionalGeneration(config).save_pretrained(folder)
 
 
+def fnet(folder: Path) -> None:
+    """It mixes all tokens of a row, padding too."""
+    size = save_tokenizer(folder, special=True)
+    config = FNetConfig(
+        vocab_size=size,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+    )
+    FNetModel(config).save_pretrained(folder)
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bert": (bert, "mean"),
     "masked bert": (masked_bert, "mean"),
@@ -129,6 +148,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "opt": (opt, "last"),
     "t5": (t5, "mean"),
     "bart": (bart, "mean"),
+    "fnet": (fnet, "mean"),
 }
 
 
@@ -294,6 +314,33 @@ def test_a_model_of_texts_and_pictures_is_refused(tmp_path: Path) -> None:
         )
     ).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="CLIPModel is no model of texts alone"):
+        encoders.load(tmp_path, "cpu")
+
+
+def test_a_model_without_a_table_of_words_is_refused(tmp_path: Path) -> None:
+    """Canine hashes characters."""
+    save_tokenizer(tmp_path, special=True)
+    config = CanineConfig(
+        hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    CanineModel(config).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="CanineModel has no table of words"):
+        encoders.load(tmp_path, "cpu")
+
+
+def test_a_model_that_cannot_read_is_refused_before_texts_come(tmp_path: Path) -> None:
+    """X-MOD wants to be told a language."""
+    size = save_tokenizer(tmp_path, special=True)
+    config = XmodConfig(
+        vocab_size=size,
+        pad_token_id=0,
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    XmodModel(config).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="cannot read a text: Input language unknown"):
         encoders.load(tmp_path, "cpu")
 
 
