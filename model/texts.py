@@ -28,9 +28,18 @@ def plain(text: str | None) -> str:
     if "&" in text:
         text = unescaped(text)
     if not text.isprintable():  # line ends, control and format characters, no-break spaces
-        text = "".join(letter if letter.isprintable() else " " for letter in text)
+        text = "".join(letter if letter.isprintable() else _seen(letter) for letter in text)
     text = _SIGNS.sub(lambda found: _thinned(found[0]), text)
     return " ".join(unicodedata.normalize("NFC", text).replace("\ufffd", " ").split())
+
+
+def _seen(letter: str) -> str:
+    """A space, but nothing of what stands within words: soft hyphens, joiners, marks of direction.
+
+    Words end at a space of no width.
+    """
+    within = unicodedata.category(letter) == "Cf" and letter != "\u200b"
+    return "" if within else " "
 
 
 def unescaped(text: str) -> str:

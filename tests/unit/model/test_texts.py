@@ -16,6 +16,9 @@ from model.texts import plain, shown
         (None, ""),
         ("<p>Good&nbsp;&amp; <b>loud</b></p><!-- ad --><script>x()</script>", "Good & loud"),
         ("a\x00b\u200b  c\n\nd", "a b c d"),
+        ("Donau&shy;dampf\u00adschiff", "Donaudampfschiff"),
+        ("\u0dc1\u0dca\u200d\u0dbb\u0dd3", "\u0dc1\u0dca\u0dbb\u0dd3"),  # one syllable, Sri
+        ("\u200fgood\u200e\ufeff stuff\u2060", "good stuff"),
         ("5 < 6 and 7 > 3", "5 < 6 and 7 > 3"),
         ("<br/>", ""),
         ("e\u0301", "é"),
