@@ -496,11 +496,14 @@ def _read(file: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str,
 
 def _pooling(folder: Path, config: Any) -> Pooling:
     """As the directory says; else the last token of a decoder, the mean of an encoder."""
-    if (folder / _POOLING).is_file():
-        modes = json.loads((folder / _POOLING).read_text("utf-8"))
-        for pooling, (mode, flag) in _POOLING_MODES.items():
-            if modes.get("pooling_mode") == mode or modes.get(flag):
-                return pooling
+    if (file := folder / _POOLING).is_file():
+        try:
+            modes = json.loads(file.read_text("utf-8"))
+            for pooling, (mode, flag) in _POOLING_MODES.items():
+                if modes.get("pooling_mode") == mode or modes.get(flag):
+                    return pooling
+        except (ValueError, AttributeError) as error:
+            raise EncoderError(f"{file} cannot be read: {error}") from error
     auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES

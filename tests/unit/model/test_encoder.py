@@ -498,6 +498,11 @@ def spoil_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def spoil_pooling(folder: Path, content: str) -> None:
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(content)
+
+
 def only_pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -543,6 +548,8 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: [path.unlink() for path in f.glob("tokenizer*")],
         "a tokenizer of . tokens does not fit",
     ),
+    "a pooling that is no JSON": (lambda f: spoil_pooling(f, "{"), r"1_Pooling.config\.json"),
+    "a pooling of no names": (lambda f: spoil_pooling(f, "[]"), r"1_Pooling.config\.json"),
     "a projection of another length": (
         lambda f: write_projection(f, np.zeros(3, np.float32), np.zeros((3, 2), np.float32)),
         "mean must be of shape",
