@@ -185,7 +185,7 @@ class Tensors(NamedTuple):
     brand: Tensor
     recents: Tensor  # (n, 16)
     feedback: Tensor  # (n, 16, 10): rating, whether there is one, the bits of the actions
-    older: Tensor  # (n, o) buckets, as many as the batch's fullest row has
+    older: Tensor  # (n, o) buckets, as many as the batch's fullest row has, or a row may have
     older_stars: Tensor  # (n, o)
     item_vector: Tensor  # (n, d)
     recent_vectors: Tensor  # (n, 16, d); without attention (n, 0, d)
@@ -217,8 +217,17 @@ def check(config: NetworkConfig, inputs: Inputs) -> None:
         raise ValueError(f"vectors of {inputs.vectors.shape[1]} given, {config.vector} expected")
 
 
-def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = "cpu") -> Tensors:
-    """Inputs on a device; raises ValueError when they do not fit the network's configuration."""
+def tensors(
+    config: NetworkConfig,
+    inputs: Inputs,
+    device: torch.device | str = "cpu",
+    all_older: bool = False,
+) -> Tensors:
+    """Inputs on a device; raises ValueError when they do not fit the network's configuration.
+
+    `all_older`: with places for as many older ratings as a user may have, so that what a row's
+    come to is added up in one order whatever rows are beside it.
+    """
     check(config, inputs)
 
     def send(array: NDArray[np.generic], kind: type[np.generic]) -> Tensor:
@@ -227,7 +236,7 @@ def tensors(config: NetworkConfig, inputs: Inputs, device: torch.device | str = 
     rated = ~np.isnan(inputs.recent_ratings)
     stars = np.where(rated, (inputs.recent_ratings - 3) / 2, 0)[..., None]  # -1 to 1
     bits = np.unpackbits(inputs.recent_actions[..., None], axis=-1)
-    ids = Ids.of(config, inputs)
+    ids = Ids.of(config, inputs, all_older)
     recents = inputs.recent_vectors if config.heads else inputs.recent_vectors[:, :0]
     older_stars = inputs.older_ratings[:, : ids.older.shape[1]] / RATING_STEPS
     return Tensors(
@@ -261,9 +270,10 @@ class Ids(NamedTuple):
     older: NDArray[np.unsignedinteger]  # (n, o), as many as the fullest row has
 
     @classmethod
-    def of(cls, config: NetworkConfig, inputs: Inputs) -> Self:
-        """Of these inputs."""
-        most = int(np.count_nonzero(inputs.older, axis=1).max(initial=0))
+    def of(cls, config: NetworkConfig, inputs: Inputs, all_older: bool = False) -> Self:
+        """Of these inputs; `all_older`: o is as many as a row may have."""
+        fullest = int(np.count_nonzero(inputs.older, axis=1).max(initial=0))
+        most = inputs.older.shape[1] if all_older else fullest
         return cls(
             user=bucket(inputs.users, config.buckets),
             item=bucket(low_half(inputs.items), config.buckets),

@@ -18,8 +18,14 @@ from model import ladder
 from model.calibration import Calibration, calibrate
 from model.distribution import HIGHEST, LOWEST
 from model.features import INDEX, NAMES
-from model.network import FusedNetwork
-from model.predict import Predictions, Predictor, predictor
+from model.network import FusedNetwork, gather
+from model.predict import (
+    Predictions,
+    Predictor,
+    _outputs_on_device,  # pyright: ignore[reportPrivateUsage]
+    predictor,
+)
+from model.state import OLDER, RATING_STEPS
 from tests.unit.model.networks import default_config
 from tests.unit.model.shop import WIDTH, Observed, observe
 
@@ -108,6 +114,23 @@ def test_a_gpu_says_the_same() -> None:
     np.testing.assert_allclose(found.distribution, expected.distribution, atol=1e-4)
     alone = predict(model, SHOP.take(np.array([7])))
     np.testing.assert_array_equal(alone.distribution[0], found.distribution[7])
+
+
+def test_a_row_says_the_same_on_a_device_whatever_its_neighbours_remember() -> None:
+    """The first row remembers 64 ratings that are not recent any more, the others none."""
+    torch.manual_seed(0)
+    network = FusedNetwork(default_config(vector=WIDTH, heads=0, identity=0, factors=8)).eval()
+    assert network.taste is not None
+    nn.init.normal_(network.taste.factors)
+    network.taste.trust.fill_(0.5)
+    rows = gather(SHOP.events, SHOP.observation, SHOP.lookups, WIDTH)
+    older, stars = rows.older.copy(), rows.older_ratings.copy()
+    older[0], stars[0] = np.arange(1, OLDER + 1), 4 * RATING_STEPS
+    rows = replace(rows, older=older, older_ratings=stars)
+    whole, _ = _outputs_on_device(network, rows)
+    for row in range(1, 20):
+        alone, _ = _outputs_on_device(network, rows.take(slice(row, row + 1)))
+        assert alone[0] == whole[row]
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
