@@ -4,8 +4,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
-# A 3.11 is taken first, since the locked requirements are resolved for it.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# A 3.11 is taken first, since the locked requirements are resolved for it. One that does not run is passed over, as a
+# shim of pyenv for a version that is not in force, and so is one without venv, which Debian has in a package apart.
+SERVES := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for each in python3.11 python3.12 python3; do \
+	if $$each -c 'import ensurepip; $(SERVES)' 2> /dev/null; then echo $$each; break; fi; done)
 BIN := .venv/bin
 JARS := .cache/kafka/libs
 MOTO := .cache/moto
@@ -24,7 +27,11 @@ help: ## List the targets
 setup: .venv/.installed ## Make .venv with the locked requirements and this project
 
 .venv/.installed: requirements.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if ! $(BIN)/python -c 'import pip; $(SERVES)' 2> /dev/null; then \
+		if ! $(PYTHON) -c 'import ensurepip; $(SERVES)' 2> /dev/null; then \
+			echo "Starcast needs Python 3.11 or 3.12 with venv (on Debian and Ubuntu the package python3-venv):" \
+				"install it, or name it, as make setup PYTHON=/opt/python3.12/bin/python3." >&2; exit 1; fi; \
+		$(PYTHON) -m venv --clear .venv; fi
 	sed -n '/^uv==/,/^[^ ]/{/^uv==/p;/^ /p}' requirements.txt > .venv/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
