@@ -215,9 +215,23 @@ def _from_variables(source: EnvSettingsSource, place: str) -> dict[Path_, _Given
             )
     try:
         tree = {name: value for name, value in source().items() if name in Settings.model_fields}
-    except pydantic_settings.SettingsError as problem:
-        raise SettingsError(f"{place}{problem}: a list is written as JSON.") from None
+    except pydantic_settings.SettingsError:
+        raise SettingsError(
+            f"{locate((_not_json(source)[len(PREFIX) :],))} takes a list or a group of settings, "
+            'and these are written as JSON, such as ["one", "two"].'
+        ) from None
     return {path: _Given(value, locate(path)) for path, value in _flatten(tree, locate)}
+
+
+def _not_json(source: EnvSettingsSource) -> str:
+    """The variable at which a source failed, which itself names the group alone."""
+    for variable, value in source.env_vars.items():
+        source.env_vars = {variable: value}
+        try:
+            source()
+        except pydantic_settings.SettingsError:
+            return variable
+    raise AssertionError("no variable is wrong by itself")
 
 
 def _variable(path: Path_) -> str:

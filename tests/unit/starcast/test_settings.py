@@ -112,6 +112,12 @@ def test_librdkafka_options_in_the_environment(
         ("KAFKA", "1", ["kafka", "group of settings", "bootstrap_servers"]),
         ("TRAINER__BASELINES", "[x", ["begins like JSON"]),
         ("REDIS__URL__HOST", "x", ["redis.url", "valid string"]),
+        ("ARCHIVE", "s3://shop", ["variable STARCAST_ARCHIVE takes", "JSON"]),
+        (
+            "TRAINER__TEXT__FINE_TUNE__AUGMENT__WAYS",
+            "delete",
+            ["variable STARCAST_TRAINER__TEXT__FINE_TUNE__AUGMENT__WAYS takes", "JSON"],
+        ),
     ],
 )
 def test_a_wrong_variable_is_named_with_what_is_accepted(
