@@ -47,7 +47,7 @@ class Finding:
 def examine(settings: Settings, processors: Sequence[str] = ()) -> Iterator[Finding]:
     """All checks, each as soon as it is done. A check that fails does not stop the others.
 
-    `processors` are to have workers; where none is named, those of `EVERY_SHOP`.
+    `processors` are to have workers; where none is named, those of `EVERY_SHOP` that are to read.
     """
     checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("broker", lambda: chain(_broker(settings.kafka), _workers(settings, processors))),
@@ -96,22 +96,24 @@ def _broker(kafka: KafkaConfig) -> Iterator[Finding]:
 def _workers(settings: Settings, named: Sequence[str]) -> Iterator[Finding]:
     for name in (*LOOPS, "insights"):
         found = group_report(settings.kafka, name)
+        waiting = found.waiting or 0
         said = _number_of_workers(found.members)
         if found.waiting is None:
-            yield Finding(name, "note", f"{said}, and none has begun")
-            continue
-        said += f", {found.waiting:,} record{'' if found.waiting == 1 else 's'} to read"
-        if found.waiting and found.members == 0:
-            advice = f"Start one: `starcast run {name}`"
-            if name in (named or EVERY_SHOP):
-                yield Finding(name, "wrong", said, f"{advice}.")
-            else:
-                yield Finding(name, "note", said, f"{advice}, unless your shop runs none.")
-        elif found.waiting > settings.insights.highest_lag:
+            said += ", and none has begun"
+        else:
+            said += f", {waiting:,} record{'' if waiting == 1 else 's'} to read"
+        start = f"Start one: `starcast run {name}`"
+        missed = name in named or (not named and waiting and name in EVERY_SHOP)
+        if missed and found.members == 0:
+            yield Finding(name, "wrong", said, f"{start}.")
+        elif found.members == 0 and waiting:
+            yield Finding(name, "note", said, f"{start}, unless your shop runs none.")
+        elif waiting > settings.insights.highest_lag:
             advice = "Look at its /ready and log: `paused` tells why; with none: more workers."
             yield Finding(name, "note", said, advice)
         else:
-            yield Finding(name, "fine" if found.members else "note", said)
+            begun = found.members and found.waiting is not None
+            yield Finding(name, "fine" if begun else "note", said)
 
 
 def _number_of_workers(members: int | None) -> str:
