@@ -251,6 +251,14 @@ def test_grafana_queries_only_labels_that_there_are() -> None:
             assert set(shown) <= by, panel["title"]
 
 
+def test_grafana_counts_each_event_once() -> None:
+    # An event makes rows of the archiver, item updates and digests, which count as events of these.
+    board = json.loads((ROOT / "deploy/grafana/dashboards/starcast.json").read_text())
+    [panel] = [panel for panel in board["panels"] if panel["title"] == "Events a second"]
+    [target] = panel["targets"]
+    assert 'starcast_events_total{processor="scorer"}' in target["expr"]
+
+
 def test_grafana_finds_its_source_and_its_boards(services: dict[str, Any]) -> None:
     [source] = read_yaml("deploy/grafana/provisioning/datasources/prometheus.yml")["datasources"]
     [provider] = read_yaml("deploy/grafana/provisioning/dashboards/starcast.yml")["providers"]
