@@ -35,7 +35,7 @@ from starcast.settings import Settings, variables
 from starcast.shop import shop
 from starcast.workers import STOP_SECONDS, read_metrics, start_worker
 from streams.admin import apply_topics
-from streams.embedded import Child, embedded, start_child
+from streams.embedded import Child, Endpoints, embedded, start_child
 from streams.producer import CountingProducer, Outgoing, outgoing
 from streams.tail import read_topic
 from trainer.baselines import running_baselines
@@ -97,6 +97,29 @@ class Cluster:
                 )
 
 
+def embedded_settings(settings: Settings, endpoints: Endpoints, folder: Path) -> Settings:
+    """The settings of the demo's processes: those given, but for how servers are reached.
+
+    The embedded store is no cluster, and the embedded broker has no groups by KIP-848.
+    """
+    own = settings.model_copy(deep=True)
+    own.kafka.bootstrap_servers = endpoints.bootstrap_servers
+    own.kafka.exactly_once = False
+    own.kafka.group_protocol = "classic"
+    own.kafka.partitions = PARTITIONS
+    own.kafka.replication = 1
+    own.kafka.session_timeout_ms = 2_000  # Tansu lets members wait half of it
+    own.redis.url, own.redis.cluster = SecretStr(endpoints.redis_url), False
+    own.archive.url, own.archive.flush_seconds = str(folder / "archive"), 1.0
+    # Item states are read once a batch, so small batches keep them fresh.
+    own.scorer.batch_events, own.scorer.linger_ms = 64, 5
+    own.models.url, own.models.threads = str(folder / "models"), 1
+    own.trainer.threads = 1  # the workers need the other cores
+    own.trainer.text.text_limit = DEMO_TEXTS
+    own.trainer.text.method = "frozen"  # a minute, not a quarter of an hour
+    return own
+
+
 @contextmanager
 def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[Cluster]:
     """Broker, store and workers in a folder of their own, which is removed at the end."""
@@ -104,20 +127,7 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
     with ExitStack() as stack:
         with console.status("starting the embedded broker and store"):
             endpoints = stack.enter_context(embedded(folder))
-        own = settings.model_copy(deep=True)
-        own.kafka.bootstrap_servers = endpoints.bootstrap_servers
-        own.kafka.exactly_once = False
-        own.kafka.partitions = PARTITIONS
-        own.kafka.replication = 1
-        own.kafka.session_timeout_ms = 2_000  # Tansu lets members wait half of it
-        # Item states are read once a batch, so small batches keep them fresh.
-        own.scorer.batch_events, own.scorer.linger_ms = 64, 5
-        own.redis.url = SecretStr(endpoints.redis_url)
-        own.archive.url, own.archive.flush_seconds = str(folder / "archive"), 1.0
-        own.models.url, own.models.threads = str(folder / "models"), 1
-        own.trainer.threads = 1  # the workers need the other cores
-        own.trainer.text.text_limit = DEMO_TEXTS
-        own.trainer.text.method = "frozen"  # a minute, not a quarter of an hour
+        own = embedded_settings(settings, endpoints, folder)
         apply_topics(own.kafka)
         groups: list[tuple[str, ...]] = [
             ("scorer", "items", "catalog", "answers"),
