@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model import storage
 from model.exceptions import RegistryError
+from schemas.urls import hide_password
 
 FILE = "registry.json"
 _LOCK = ".registry.lock"
@@ -132,7 +133,8 @@ def rollback(url: str, by: str, reason: str, expected: str | None = None) -> Reg
             )
         before = earlier(old)
         if not before:
-            raise RegistryError(f"nothing to roll back to in {url}: no earlier stable version")
+            place = hide_password(url)
+            raise RegistryError(f"nothing to roll back to in {place}: no earlier stable version")
         entry = _entry(before[0].version, before[0].sha256, by, reason)
         return _changed(old, "rollback", entry, stable=entry, canary=old.canary)
 
@@ -170,7 +172,7 @@ def clear_canary(url: str, by: str, reason: str) -> Registry:
 
     def change(old: Registry) -> Registry:
         if old.canary is None:
-            raise RegistryError(f"{url} has no canary to end")
+            raise RegistryError(f"{hide_password(url)} has no canary to end")
         entry = _entry(old.canary.version, old.canary.sha256, by, reason)
         return _changed(old, "clear", entry, stable=old.stable, canary=None)
 
@@ -208,7 +210,9 @@ def _update(url: str, change: Callable[[Registry], Registry]) -> Registry:
         old = _read(folder)
         new = change(old)
         if _read(folder).revision != old.revision:
-            raise RegistryError(f"another process changed {url}/{FILE} meanwhile; look, try again")
+            raise RegistryError(
+                f"another process changed {folder.url}/{FILE} meanwhile; look, try again"
+            )
         folder.replace(FILE, new.model_dump_json(indent=2).encode())
     return new
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from schemas.exceptions import StarcastError
 from schemas.records import ModelUpdate, Stage
+from schemas.urls import hide_password
 from starcast.commands.context import AsJson, fail, notes, output, plain, print_json, settings_of
 from starcast.settings import Settings
 from streams.config import KafkaConfig, RedisConfig
@@ -39,7 +40,8 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
         print_json(document)
         return
     if not versions:
-        notes.print(f"There is no bundle in {url} yet; `starcast train FILE` makes one.")
+        place = hide_password(url)
+        notes.print(f"There is no bundle in {place} yet; `starcast train FILE` makes one.")
         return
     table = Table("version", "stage", "since", "by", "reason", box=None)
     for version in reversed(versions):
@@ -254,8 +256,8 @@ def chosen_bundle(url: str, model: str) -> "Bundle | None":
     stable = registry.read(url).stable
     if stable is None:
         raise fail(
-            f"No model in {url} is promoted yet, so the ladder serves: `--model ladder`. "
-            "`starcast models list` has all."
+            f"No model in {hide_password(url)} is promoted yet, so the ladder serves: "
+            "`--model ladder`. `starcast models list` has all."
         )
     return bundle_of(url, stable)
 

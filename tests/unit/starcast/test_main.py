@@ -417,6 +417,17 @@ def test_a_demos_children_have_its_settings(
     assert str(result.exception) == "asked"
 
 
+@pytest.mark.parametrize("asked", ["list", "rollback", "end-canary"])
+def test_a_password_of_the_models_folder_is_not_told(
+    asked: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STARCAST_MODELS__URL", "memory://bob:hunter2@host/models")
+    run_main(monkeypatch, "models", asked)
+    told = "".join(capfd.readouterr())
+    assert "bob:******@host/models" in told
+    assert "hunter2" not in told
+
+
 def test_models_of_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
