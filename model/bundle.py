@@ -174,8 +174,13 @@ def load(
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with storage.beside(cache) as temporary:
-            source.download(version, temporary / "bundle")
-            bundle = open_folder(temporary / "bundle", sha256)  # before others see it
+            copy = temporary / "bundle"
+            source.download(version, copy)
+            try:
+                bundle = open_folder(copy, sha256)  # before others see it
+            except BundleError as error:  # told where it lies: the copy is gone in a moment
+                place = f"{source.url}/{version}"
+                raise BundleError(str(error).replace(str(copy), place)) from error
             if not folder.exists():
                 bundle.folder.rename(folder)
         _make_room(cache)

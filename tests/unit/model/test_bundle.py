@@ -322,6 +322,17 @@ def test_a_damaged_copy_in_the_cache_is_refused_too(tmp_path: Path) -> None:
         bundles.load(url, written.version, cache=tmp_path)
 
 
+def test_what_is_wrong_in_an_object_store_is_told_where_it_lies(tmp_path: Path) -> None:
+    # Not of the copy, in a folder that is gone by then.
+    url = f"memory://{uuid4()}"
+    missing = "20260101T000000-00000000"
+    with pytest.raises(BundleError, match=f"^{url}/{missing} is no bundle"):
+        bundles.load(url, missing, cache=tmp_path)
+    written = write(url)
+    with pytest.raises(BundleError, match=f"^{url}/{written.version}/manifest.json is not the one"):
+        bundles.load(url, written.version, "0" * 64, cache=tmp_path)
+
+
 def test_a_cache_keeps_the_versions_that_were_loaded_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
