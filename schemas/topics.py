@@ -35,6 +35,7 @@ class Topic:
     largest_message: int = USUAL_MESSAGE  # bytes
     forgets: bool = False  # a null value erases its key's user from the states
     transactional: bool = False  # written by our own transactions, whose ends have offsets too
+    after: str | None = None  # of whose records its own tell: who works on both has those first
     # How brokers pack what comes. Snappy makes at most 21 bytes of one: a batch of 5 KB that is
     # 150 MB of zeros, which no client would unpack, is over `max.message.bytes` then, and refused.
     compression: Literal["producer", "snappy"] = "producer"
@@ -143,6 +144,7 @@ TOPICS: tuple[Topic, ...] = (
         "What review texts say of their stars; a null value erases the user.",
         timestamp="LogAppendTime",
         forgets=True,
+        after="reviews",
         transactional=True,
     ),
     Topic(

@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -52,6 +52,7 @@ from streams.exceptions import BrokerError, FencedError, StoreError
 from streams.membership import Membership
 from streams.metrics import Metrics
 from streams.pace import Bound, Overlap
+from streams.precedence import Precedence
 from streams.processor import CLAIM_SECONDS, Outcome, Position, Processor
 from streams.sender import TRANSACTION_SECONDS, Sender
 from streams.starts import Start, claim
@@ -120,6 +121,7 @@ class Loop:
         self._names = {topic_name(config, topic): topic for topic in processor.topics}
         self._owned: set[Position] = set()
         self._live: dict[Position, int] = {}  # the next offset of what is claimed and recovered
+        self._precedence = Precedence(processor.topics if processor.together else ())
         self._retry_at = 0.0
         self._back_off = FIRST_BACK_OFF_SECONDS
         self._refused_at: dict[int, float] = {}  # when a partition's last claim failed
@@ -201,6 +203,8 @@ class Loop:
         if not self._owned:
             self._membership.check(self._consumer.memberid)
         self._claim_pending()
+        if due := self._precedence.due():
+            self._consumer.resume([self._topic_partition(*position) for position in due])
         waiting = FIRST_BACK_OFF_SECONDS if self._claimable() else IDLE_SECONDS
         messages = self._consumer.consume(1, waiting)
         if messages and (more := self._bound.most(self._processor.batch_size) - 1):
@@ -342,6 +346,7 @@ class Loop:
 
     def _pause(self, positions: set[Position]) -> None:
         """Those still owned are claimed again."""
+        self._precedence.drop(positions)
         for topic, partition in positions:
             del self._live[topic, partition]
             self._metrics.lag.remove(self._processor.name, topic, str(partition))
@@ -384,6 +389,7 @@ class Loop:
             if offsets[0] < self._live[position] or offsets != sorted(set(offsets)):
                 back.add(position[1])
             self._live[position] = offsets[-1] + 1
+            self._precedence.read(position, run)
             reached.add(position)
             batch += run
         if back:
@@ -392,7 +398,30 @@ class Loop:
             self._forget(back)
             batch = [message for message in batch if self._place(message) in self._live]
             reached &= self._live.keys()
+        if early := self._precedence.early():
+            return self._without(batch, early)
         return batch, self._next(reached)
+
+    def _without(
+        self, batch: Sequence[Message], early: Mapping[Position, Message]
+    ) -> tuple[list[Message], list[TopicPartition]]:
+        """A batch without records that are early, which are read again when it is their turn."""
+        ends = {position: message.offset() or 0 for position, message in early.items()}
+        places = [self._topic_partition(*position, end) for position, end in ends.items()]
+        self._consumer.pause(places)
+        try:
+            for place in places:
+                self._consumer.seek(place)
+        except KafkaException as error:
+            self._restart(error)
+            return [], []
+        self._live |= ends
+        kept = [
+            message
+            for message in batch
+            if (end := ends.get(self._place(message))) is None or (message.offset() or 0) < end
+        ]
+        return kept, self._next({self._place(message) for message in kept})
 
     def _runs(self, messages: Sequence[Message]) -> Iterator[tuple[Position, list[Message]]]:
         """Messages of one topic and partition as long as they follow each other."""
@@ -409,8 +438,11 @@ class Loop:
         return [self._topic_partition(*at, self._live[at]) for at in sorted(positions)]
 
     def _tell(self, message: Message, error: KafkaError) -> None:
-        """Log or raise what came in place of a record."""
-        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+        """Log, raise or note what came in place of a record."""
+        if error.code() == KafkaError._PARTITION_EOF:
+            if (position := self._place(message)) in self._live:
+                self._precedence.ended(position, message.offset() or 0)
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:
             if self._place(message) in self._owned:  # librdkafka seeks there no more
                 raise BrokerError(
                     f"Retention has deleted what was to be read next of {message.topic()} "
@@ -431,7 +463,7 @@ class Loop:
             )
         elif error.fatal() or error.code() == KafkaError._FATAL:
             raise BrokerError(f"Kafka ended this consumer: {error.str()}. Start the worker again.")
-        elif error.code() != KafkaError._PARTITION_EOF:
+        else:
             self._log.warning("poll", reason=error.str())
 
     def _place(self, message: Message) -> Position:
@@ -663,6 +695,7 @@ class Loop:
             "auto.offset.reset": "error",  # what retention deleted is counted, never skipped
             "client.id": self._group,
             "isolation.level": "read_committed",
+            "enable.partition.eof": bool(self._precedence),
             "on_commit": self._on_commit,
             "queued.max.messages.kbytes": FETCH_KILOBYTES,
             "fetch.max.bytes": FETCH_BYTES,

@@ -56,7 +56,8 @@ class Consumer(ScriptedConsumer):
     broker: "Kafka"
 
     def consume(self, count: int, timeout: float) -> list[Message]:
-        return [self.broker.full(each) for each in super().consume(count, timeout)]
+        found = super().consume(count, timeout)
+        return [each if each.error() else self.broker.full(each) for each in found]
 
 
 class Producer(ScriptedProducer):

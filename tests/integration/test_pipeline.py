@@ -16,6 +16,7 @@ from confluent_kafka import Message, Producer, TopicPartition
 from deltalake import write_deltalake
 from numpy.typing import NDArray
 
+from model.events import EVENT
 from model.features import INDEX
 from model.ids import hash_ids
 from schemas import archive, journal
@@ -673,6 +674,36 @@ def test_a_shop_at_rest_for_longer_than_retention_goes_on(shop: Shop) -> None:
         lost = {each.value for each in found if each.name == "starcast_lost_records_total"}
         assert lost == {0}
     check_states(shop, sent)
+
+
+def test_a_review_is_predicted_before_what_is_read_off_it_is_known(shop: Shop) -> None:
+    """Where both wait, as after a pause, one fetch has more of the short records: here all."""
+    count, random = 4_500, np.random.default_rng(1)
+    reviews = [
+        Review(
+            event_id=f"r{number}",
+            user_id=f"u{number}",
+            item_id="i",
+            rating=4,
+            text=random.bytes(1_000).hex(),
+            event_time=END,
+        )
+        for number in range(count)
+    ]
+    shop.play([("reviews", each) for each in reviews])
+    shop.play([("text-features", what_a_text_says(each, np.full(5, 0.2))) for each in reviews])
+
+    def applied() -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        pieces = [journal.decode(each.value() or b"").journal for each in shop.read("journal")]
+        users = [each.events.view(EVENT)["user"] for each in pieces]
+        return np.concatenate(users), np.concatenate([each.topics for each in pieces])
+
+    with shop.workers("scorer", options={"max.partition.fetch.bytes": "50000"}):
+        shop.until_predicted(count)
+        until(lambda: len(applied()[0]) == 2 * count)
+    users, topics = applied()
+    _, first = np.unique(users, return_index=True)
+    assert np.bincount(topics[first]).tolist() == [count]  # reviews, and nothing else
 
 
 def one_rating(item: str) -> ItemUpdate:

@@ -16,6 +16,7 @@ from confluent_kafka import (
     OFFSET_BEGINNING,
     OFFSET_END,
     OFFSET_INVALID,
+    TIMESTAMP_LOG_APPEND_TIME,
     KafkaError,
     KafkaException,
     Message,
@@ -39,6 +40,7 @@ class Broker:
 
     def __init__(self) -> None:
         self.logs: dict[Place, list[bytes]] = {}
+        self.times: dict[Place, list[int]] = {}  # of its records, ms
         self.first: dict[Place, int] = {}  # retention has taken what lies below
         self.committed: dict[Place, int] = {}
         self.outputs: list[tuple[str, bytes | None]] = []
@@ -94,6 +96,8 @@ class ScriptedConsumer:
         self.generation = 0  # as this member knows it; below 1: it is in no group
         self.between: deque[Callable[[], None]] = deque()  # run by the next calls of `consume`
         self.errors: deque[Message] = deque()
+        self.most: dict[Place, int] = {}  # records of a partition in one call of `consume`
+        self.told: dict[Place, int] = {}  # ends of partitions, where they are wanted
         self.commits: list[list[TopicPartition]] = []  # asked for, not answered
         self.waits: list[float] = []  # the timeouts of `consume`
         self.closed = False
@@ -128,13 +132,29 @@ class ScriptedConsumer:
         for place, position in sorted(self.positions.items()):
             if place in self.paused:
                 continue
-            values = self.broker.logs.get(place, [])[position:][: count - len(found)]
+            most = min(count - len(found), self.most.get(place, count))
+            values = self.broker.logs.get(place, [])[position:][:most]
             self.positions[place] = position + len(values)
             found += [
-                Message(topic=place[0], partition=place[1], offset=offset, value=value)
-                for offset, value in enumerate(values, position)
+                self._message(place, offset, value) for offset, value in enumerate(values, position)
             ]
+            end = len(self.broker.logs.get(place, []))
+            if self.positions[place] == end != self.told.get(place) and len(found) < count:
+                self.told[place] = end
+                found += self._ends(place, end)
         return found
+
+    def _message(self, place: Place, offset: int, value: bytes) -> Message:
+        options: dict[str, Any] = {"topic": place[0], "partition": place[1], "offset": offset}
+        if times := self.broker.times.get(place):
+            options["timestamp"] = (TIMESTAMP_LOG_APPEND_TIME, times[offset])
+        return Message(value=value, **options)
+
+    def _ends(self, place: Place, end: int) -> list[Message]:
+        if not self.config["enable.partition.eof"]:
+            return []
+        error = KafkaError(KafkaError._PARTITION_EOF)
+        return [Message(topic=place[0], partition=place[1], offset=end, error=error)]
 
     def consumer_group_metadata(self) -> bytes:
         return metadata(self.generation)
@@ -174,6 +194,7 @@ class ScriptedConsumer:
             raise failure(KafkaError._STATE)
         first = self.broker.first.get(place, 0)
         self.positions[place] = first if where.offset == OFFSET_BEGINNING else where.offset
+        self.told.pop(place, None)
 
     def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
         self.broker.may_fail("committed")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import (
+    ConsumerGroupState,
     KafkaError,
     KafkaException,
     TopicPartition,
@@ -64,7 +65,7 @@ def test_a_topic_is_not_counted_where_an_offset_is_not_told(
 def test_the_ends_of_transactions_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of item updates a group has read the last, of reviews all but one."""
     described: Future[Any] = Future()
-    described.set_result(SimpleNamespace(members=[]))
+    described.set_result(SimpleNamespace(members=[], state=ConsumerGroupState.EMPTY))
     told = SimpleNamespace(describe_consumer_groups=lambda groups, **_: {groups[0]: described})
     ends = {("item-updates", 0): (0, 6), ("item-updates", 1): (0, 4), ("reviews", 0): (0, 6)}
     read = {"item-updates": {0: 5, 1: 4}, "reviews": {0: 5}}

@@ -1,6 +1,7 @@
 """The loop against a scripted Kafka; `tests/integration/test_pipeline.py` has it on a real one."""
 
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -444,6 +445,70 @@ def test_offsets_that_are_not_taken_are_told(world: World, method: str) -> None:
     assert len(processor.finished) == 1
 
 
+# -- order between topics ------------------------------------------------------------------------
+
+
+@dataclass
+class Reading(Counting):
+    """It reads reviews, and what is read off their texts."""
+
+    topics: Sequence[str] = ("reviews", "text-features")
+
+
+def test_what_tells_of_a_review_is_read_after_it(world: World) -> None:
+    """Kafka's client gives one partition far ahead of another."""
+    processor = Reading()
+    loop = world.loop(processor)
+    both = places(0, topics=processor.topics)
+    fill(world, 4, 0, topics=processor.topics)
+    world.broker.times = {("eu.reviews", 0): [10, 20, 30, 40]}
+    world.broker.times["eu.text-features", 0] = [12, 22, 32, 42]
+    world.consumer.rebalance(new=both)
+    world.consumer.most = {("eu.reviews", 0): 1}  # in each of a turn's two polls
+    world.turn(loop)
+    assert processor.batches == [[("reviews", 0), ("reviews", 1), ("text-features", 0)]]
+    assert world.broker.committed == {("eu.reviews", 0): 2, ("eu.text-features", 0): 1}
+    world.turn(loop)
+    assert processor.batches[1:] == [[("reviews", 2), ("reviews", 3)]]
+    world.turn(loop)  # the end of the reviews is known
+    assert processor.batches[2:] == [[("text-features", at) for at in (1, 2, 3)]]
+    assert world.broker.committed == {("eu.reviews", 0): 4, ("eu.text-features", 0): 4}
+
+
+def test_what_waits_for_reviews_waits_no_more_for_another_worker(world: World) -> None:
+    processor = Reading()
+    loop = world.loop(processor)
+    both = places(0, topics=processor.topics)
+    fill(world, 2, 0, topics=processor.topics)
+    world.broker.times = {place: [at + 10, at + 20] for at, place in enumerate(both)}
+    world.consumer.rebalance(new=both)
+    world.consumer.most = {("eu.reviews", 0): 0}
+    world.turn(loop)
+    assert (processor.batches, world.broker.committed) == ([], {})
+    world.consumer.rebalance(gone=both)
+    world.turn(loop)
+    world.consumer.most = {}
+    world.consumer.rebalance(new=both)
+    world.turn(loop, 2)
+    assert [len(batch) for batch in processor.batches] == [4]
+
+
+def test_a_partition_that_cannot_be_put_back_is_claimed_again(world: World) -> None:
+    processor = Reading()
+    loop = world.loop(processor)
+    both = places(0, topics=processor.topics)
+    fill(world, 1, 0, topics=processor.topics)
+    world.broker.times = {place: [at + 10] for at, place in enumerate(both)}
+    world.consumer.rebalance(new=both)
+    world.consumer.most = {("eu.reviews", 0): 0}
+    world.consumer.between.append(lambda: world.broker.fail("seek", failure(KafkaError._STATE)))
+    world.turn(loop)
+    assert loop.live == frozenset()
+    world.consumer.most = {}
+    world.turn(loop, 2)
+    assert processor.batches == [[("reviews", 0), ("text-features", 0)]]
+
+
 # -- the rest ------------------------------------------------------------------------------------
 
 
@@ -457,7 +522,9 @@ def test_errors_of_a_poll(world: World) -> None:
         KafkaError._MAX_POLL_EXCEEDED,
         KafkaError._PARTITION_EOF,
     ]
-    world.consumer.errors.extend(Message(error=KafkaError(code)) for code in codes)
+    world.consumer.errors.extend(
+        Message(topic="eu.reviews", partition=0, error=KafkaError(code)) for code in codes
+    )
     with capture_logs() as logs:
         world.turn(loop)
     assert [(line["event"], line.get("do")) for line in logs if line["log_level"] == "warning"] == [
