@@ -36,6 +36,7 @@ PATIENCE_MS = 60_000
 START_SECONDS = 180  # a busy machine takes long to import all that `starcast` stands on
 STOP_SECONDS = 10
 TITLE = "Strings <script>document.title = 'taken over'</script> & picks"
+ESCAPED_TITLE = TITLE.replace("<", "&lt;").replace(">", "&gt;")  # as shops have them
 LONG_TITLE = "A boom microphone stand with a title that is far too long for any phone " * 2
 FIRST, SECOND = "20260101T000000-1a2b3c4d", "20260101T000100-9f8e7d6c"
 SCREENSHOTS = os.environ.get("STARCAST_SCREENSHOTS")  # a folder, to look at the page
@@ -267,7 +268,7 @@ def test_from_nothing_to_a_model_swap_and_a_store_that_restarts(page: Page, shop
 
         others = shop.run("catalog", "insights")
         now = datetime.now(UTC)
-        shop.produce("items", Item(item_id="i0", event_time=now, title=TITLE), key="i0")
+        shop.produce("items", Item(item_id="i0", event_time=now, title=ESCAPED_TITLE), key="i0")
         shop.produce("items", Item(item_id="i1", event_time=now, title=LONG_TITLE), key="i1")
         shop.produce("reviews", review(0, 5.0), review(2, 2.0))
         shop.produce("behavior", put_in_cart(1))
