@@ -693,17 +693,37 @@ def test_a_review_is_predicted_before_what_is_read_off_it_is_known(shop: Shop) -
     shop.play([("reviews", each) for each in reviews])
     shop.play([("text-features", what_a_text_says(each, np.full(5, 0.2))) for each in reviews])
 
-    def applied() -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-        pieces = [journal.decode(each.value() or b"").journal for each in shop.read("journal")]
-        users = [each.events.view(EVENT)["user"] for each in pieces]
-        return np.concatenate(users), np.concatenate([each.topics for each in pieces])
-
     with shop.workers("scorer", options={"max.partition.fetch.bytes": "50000"}):
         shop.until_predicted(count)
-        until(lambda: len(applied()[0]) == 2 * count)
-    users, topics = applied()
+        until(lambda: len(applied(shop)[0]) == 2 * count)
+    users, topics = applied(shop)
     _, first = np.unique(users, return_index=True)
     assert np.bincount(topics[first]).tolist() == [count]  # reviews, and nothing else
+
+
+def test_what_is_read_off_reviews_is_applied_on_the_embedded_broker_too(
+    embedded_broker: str, store_server: str, tmp_path: Path
+) -> None:
+    """It tells where partitions end."""
+    shop = make_shop(embedded_broker, store_server, tmp_path)
+    shop.settings.kafka.exactly_once = False
+    reviews = [
+        Review(event_id=f"r{at}", user_id=f"u{at}", item_id="i", event_time=END, rating=5)
+        for at in range(9)
+    ]
+    shop.play([("reviews", each) for each in reviews])
+    shop.play([("text-features", what_a_text_says(each, np.full(5, 0.2))) for each in reviews])
+    with shop.workers("scorer"):
+        until(lambda: sorted(applied(shop)[1].tolist()) == [0] * 9 + [2] * 9)
+
+
+def applied(shop: Shop) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Of the journal's rows, by partition, the users and the topics."""
+    pieces = [journal.decode(each.value() or b"").journal for each in shop.read("journal")]
+    users = [np.zeros(0, np.uint64), *(each.events.view(EVENT)["user"] for each in pieces)]
+    return np.concatenate(users), np.concatenate(
+        [np.zeros(0, np.uint8), *(each.topics for each in pieces)]
+    )
 
 
 def one_rating(item: str) -> ItemUpdate:
