@@ -126,7 +126,7 @@ class ScriptedConsumer:
         self._answer_commits()
         if self.between:
             self.between.popleft()()
-        found: list[Message] = []
+        found, ends = list[Message](), list[Message]()
         while self.errors and len(found) < count:
             found.append(self.errors.popleft())
         for place, position in sorted(self.positions.items()):
@@ -139,10 +139,10 @@ class ScriptedConsumer:
                 self._message(place, offset, value) for offset, value in enumerate(values, position)
             ]
             end = len(self.broker.logs.get(place, []))
-            if self.positions[place] == end != self.told.get(place) and len(found) < count:
+            if self.positions[place] == end != self.told.get(place):
                 self.told[place] = end
-                found += self._ends(place, end)
-        return found
+                ends += self._ends(place, end)
+        return found + ends  # beyond the count, so that batches do not hang on them
 
     def _message(self, place: Place, offset: int, value: bytes) -> Message:
         options: dict[str, Any] = {"topic": place[0], "partition": place[1], "offset": offset}
