@@ -215,7 +215,7 @@ class Loop:
         try:
             if batch is not None:
                 self._finish(self._processed(batch), batch)
-            self._idle(batch is not None)
+            self._idle(bool(messages))
         except StoreError as error:
             self._refused(error)
         self._measure_lag()
