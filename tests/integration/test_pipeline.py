@@ -678,14 +678,14 @@ def test_a_shop_at_rest_for_longer_than_retention_goes_on(shop: Shop) -> None:
 
 def test_a_review_is_predicted_before_what_is_read_off_it_is_known(shop: Shop) -> None:
     """Where both wait, as after a pause, one fetch has more of the short records: here all."""
-    count, random = 4_500, np.random.default_rng(1)
+    count, random = 1_800, np.random.default_rng(1)
     reviews = [
         Review(
             event_id=f"r{number}",
             user_id=f"u{number}",
             item_id="i",
             rating=4,
-            text=random.bytes(1_000).hex(),
+            text=random.bytes(2_000).hex(),
             event_time=END,
         )
         for number in range(count)
