@@ -9,7 +9,7 @@ read them; here it is Polars. Rows stand in no order in a table, so readers sort
 """
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from schemas.codec import decode
 from schemas.exceptions import ContractError, UnreachableError
-from schemas.journal import TornError, Transaction, decode_all
+from schemas.journal import OnTorn, Transaction, decode_all
 from schemas.journal import decode as decode_journal
 from schemas.records import Record
 from schemas.topics import BY_NAME, TOPICS, Topic
@@ -192,7 +192,7 @@ def journal(
     options: Mapping[str, str] | None = None,
     *,
     start: int = 0,
-    on_torn: Callable[[TornError], object] | None = None,
+    on_torn: OnTorn | None = None,
 ) -> Iterator[Transaction]:
     """The archived journal of a user partition, from offset `start`, which begins a transaction.
 

@@ -176,11 +176,14 @@ class TornError(ContractError):
     """A transaction of which a journal has not all pieces."""
 
 
+OnTorn = Callable[[TornError], object]
+"""Told of a transaction that is not there in whole, which is left out then."""
+
+
 class Joiner:
     """Puts the pieces of one journal partition's transactions together, as they are read."""
 
-    def __init__(self, on_torn: Callable[[TornError], object] | None = None) -> None:
-        """`on_torn` is told of a transaction that is not there in whole, which is left out then."""
+    def __init__(self, on_torn: OnTorn | None = None) -> None:
         self._on_torn = on_torn
         self._offsets: list[int] = []
         self._pieces: list[Journal] = []
@@ -225,7 +228,7 @@ def decode_all(
     values: Iterable[tuple[int, bytes]],
     *,
     growing: bool = False,
-    on_torn: Callable[[TornError], object] | None = None,
+    on_torn: OnTorn | None = None,
 ) -> Iterator[Transaction]:
     """The transactions of consecutive values of one journal partition, each with its offset.
 

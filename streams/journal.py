@@ -1,13 +1,13 @@
 """Reading partitions' journals back, from Kafka and, before that, from the archive."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from schemas import archive
-from schemas.journal import Joiner, TornError, Transaction
+from schemas.journal import Joiner, OnTorn, TornError, Transaction
 from streams.clients import reader, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
@@ -17,7 +17,6 @@ TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
 WAIT_SECONDS = 0.5
 SHORT_POLL_MS = 20  # the end of a partition is told only after one
-OnTorn = Callable[[TornError], object] | None
 _LOG = structlog.get_logger(__name__)
 
 
@@ -69,7 +68,11 @@ def read_journals(
 
 
 def _read(
-    consumer: Consumer, topic: str, starts: Mapping[int, int], passed: set[int], on_torn: OnTorn
+    consumer: Consumer,
+    topic: str,
+    starts: Mapping[int, int],
+    passed: set[int],
+    on_torn: OnTorn | None,
 ) -> Iterator[tuple[int, Transaction | None]]:
     """What Kafka has; `passed` is to have the partitions whose start it has not."""
     consumer.assign([TopicPartition(topic, partition, at) for partition, at in starts.items()])
@@ -112,7 +115,7 @@ def _read(
 
 
 def _archived(
-    archived: ArchiveConfig, partition: int, start: int, low: int, high: int, on_torn: OnTorn
+    archived: ArchiveConfig, partition: int, start: int, low: int, high: int, on_torn: OnTorn | None
 ) -> Iterator[Transaction]:
     """What the archive has from `start` on; Kafka has the offsets from `low` to before `high`."""
     options = archived.storage_options

@@ -18,7 +18,7 @@ from tests.unit.trainer.shop import REVIEWS, START, Entries, review, shop
 from trainer import evaluate as evaluation
 from trainer import figures
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
-from trainer.data import Ties, from_file
+from trainer.data import Log, Ties, from_file
 from trainer.evaluate import evaluate, folder_of, measure
 from trainer.evaluate_texts import PARTS
 from trainer.exceptions import TrainerError
@@ -163,6 +163,16 @@ def test_a_peer_knows_rows_that_are_asked_for_but_where_it_stands_still(
     assert stars["5 stars"]["mse"] == 0  # nobody is asked for more
 
 
+def dated_by_the_day(folder: Path, rows: int, users: int, a_day: int) -> Log:
+    stars = np.random.default_rng(5).integers(1, 6, rows).tolist()
+    entries: Entries = [
+        ("reviews", review(row, row % users, row, START + timedelta(days=row // a_day), stars[row]))
+        for row in range(rows)
+    ]
+    write_records(folder / "days.jsonl", entries)
+    return from_file(folder / "days.jsonl")
+
+
 def test_of_one_day_a_peer_knows_what_our_states_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,13 +187,7 @@ def test_of_one_day_a_peer_knows_what_our_states_do(
 
         return predict
 
-    stars = np.random.default_rng(5).integers(1, 6, 400).tolist()
-    entries: Entries = [
-        ("reviews", review(row, row % 10, row, START + timedelta(days=row // 20), stars[row]))
-        for row in range(400)
-    ]
-    write_records(tmp_path / "days.jsonl", entries)
-    log = from_file(tmp_path / "days.jsonl")
+    log = dated_by_the_day(tmp_path, rows=400, users=10, a_day=20)
     monkeypatch.setattr(ratings, "PEERS", {"global": Peer(fit)})
     options: dict[str, Any] = {"encoder": "none", "peers": ("global",)}
     evaluate(log, tmp_path / "instant", QUICK, **options)
@@ -197,13 +201,7 @@ def test_of_one_day_a_peer_knows_what_our_states_do(
 
 def test_a_day_is_parted_where_its_rows_know_of_each_other_alone(tmp_path: Path) -> None:
     """Of 205 rows, ten a day and five on the last: the newest 20 begin within a day."""
-    stars = np.random.default_rng(5).integers(1, 6, 205).tolist()
-    entries: Entries = [
-        ("reviews", review(row, row % 9, row, START + timedelta(days=row // 10), stars[row]))
-        for row in range(205)
-    ]
-    write_records(tmp_path / "days.jsonl", entries)
-    log = from_file(tmp_path / "days.jsonl")
+    log = dated_by_the_day(tmp_path, rows=205, users=9, a_day=10)
     sizes: dict[Ties, tuple[int, ...]] = {"instant": (160, 20, 25), "arrival": (165, 20, 20)}
     for ties, rows in sizes.items():
         folder = tmp_path / ties
