@@ -9,7 +9,7 @@ from confluent_kafka import Consumer, Producer
 from schemas.exceptions import StarcastError
 from streams.clients import client_config
 from streams.config import KafkaConfig
-from streams.loop import FETCH_KILOBYTES
+from streams.fetching import FETCH_KILOBYTES
 from streams.sender import BY_KEY, OUTPUT_MESSAGES, RETRY_MS
 
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark

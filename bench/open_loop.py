@@ -31,13 +31,8 @@ from schemas.codec import format_times
 from schemas.exceptions import StarcastError
 from streams.clients import client_config, topic_name
 from streams.config import KafkaConfig, ScorerConfig
-from streams.loop import (
-    FETCH_BYTES,
-    FETCH_WAIT_SECONDS,
-    IDLE_SECONDS,
-    fetching,
-    lingering,
-)
+from streams.fetching import FETCH_BYTES, FETCH_WAIT_SECONDS, fetching, lingering
+from streams.loop import IDLE_SECONDS
 from streams.memory import settle
 from streams.scorer import Scorer
 from streams.tail import read_topic

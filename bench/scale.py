@@ -65,7 +65,7 @@ from starcast.log import LogConfig, configure
 from streams.admin import apply_topics
 from streams.config import KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig, StatesConfig
 from streams.embedded import start_store
-from streams.loop import fetching
+from streams.fetching import fetching
 from streams.producer import Outgoing
 from streams.scorer import Scorer
 from streams.store import Store

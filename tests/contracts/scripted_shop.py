@@ -24,8 +24,7 @@ from model.state import LAYOUT_HASH
 from schemas import archive, journal
 from schemas.journal import Transaction
 from starcast.settings import Settings
-from streams import items, starts, user_states
-from streams import loop as loops
+from streams import items, ownership, starts, user_states
 from streams import sender as senders
 from streams.loop import Loop
 from streams.metrics import make_metrics
@@ -156,8 +155,7 @@ class ScriptedShop:
         self.kafka.exactly_once = processor.transactional
         loop = Loop(processor, self.settings.kafka, self.metrics, self.stop)
         loop._sender.start()
-        topics = [PREFIX + topic for topic in processor.topics]
-        self.member.subscribe(topics, loop._on_assign, loop._on_revoke, loop._on_revoke)
+        loop._ownership.join()
         return loop
 
     @property
@@ -178,14 +176,14 @@ class ScriptedShop:
     def turns(self, loop: Loop, count: int) -> None:
         """Turns that wait for nothing but, at last, the transaction under way."""
         for _ in range(count):
-            loop._retry_at = 0.0
+            loop._ownership._retry_at = 0.0
             loop._turn()
         loop._settle()
 
     def drain(self, loop: Loop) -> None:
         """Turn until all that was sent is read and worked on."""
         for _ in range(MOST_TURNS):
-            loop._retry_at = 0.0
+            loop._ownership._retry_at = 0.0
             loop._turn()
             if not loop.waiting and self.left(loop) == 0 and loop._settle():
                 return
@@ -251,10 +249,10 @@ def scripted_shop(
     models = Models(settings.models, metrics)
     models.refresh()
     with (
-        patch.object(loops, "Consumer", kafka.consumer),
+        patch.object(ownership, "Consumer", kafka.consumer),
         patch.object(senders, "Producer", kafka.producer),
         patch.object(starts, "watermarks", kafka.watermarks),
-        patch.object(loops, "watermarks", kafka.watermarks),
+        patch.object(ownership, "watermarks", kafka.watermarks),
         patch.object(user_states, "read_journals", kafka.read_journals),
         patch.object(items, "bounds", lambda *_: {}),
     ):

@@ -245,7 +245,7 @@ def test_a_partition_lost_in_mid_batch_leaves_nothing_behind(
     batch = shop.member.consume(BATCH, 0.0)
     assert batch
     processor.process(batch)
-    loop._restart(ValueError("lost"))
+    loop._ownership.restart(ValueError("lost"))
     after = shop.kept()
     if CONTRACTS[name].early:  # such as vectors: they are the same whoever writes them
         assert before.keys() <= after.keys()

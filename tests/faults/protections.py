@@ -27,13 +27,14 @@ def without_guard() -> None:
         transact(self, outcome, batch)
         if batch is None or batch.opened is None:
             return
-        wanted = {self._position(each) for each in batch.offsets}
+        ownership = self._ownership
+        wanted = {ownership._position(each) for each in batch.offsets}
         until = time.monotonic() + REJOIN_SECONDS
         while not _settled(self) and time.monotonic() < until:
-            self._consumer.consume(1, 0.2)  # paused: only callbacks come
-            if not wanted <= self._owned:
+            ownership.consumer.consume(1, 0.2)  # paused: only callbacks come
+            if not wanted <= ownership.owned:
                 continue
-            metadata = self._consumer.consumer_group_metadata()
+            metadata = ownership.consumer.consumer_group_metadata()
             newer = self._opened(batch.messages, batch.offsets, metadata)
             if newer is not None:
                 newer.processed.set()
@@ -46,7 +47,7 @@ def without_guard() -> None:
 
 def _settled(loop: Loop) -> bool:
     """Whether a batch's transaction was committed: a refused one leaves nothing live."""
-    return loop._settle() and bool(loop._live)
+    return loop._settle() and bool(loop.live)
 
 
 def without_fence() -> None:

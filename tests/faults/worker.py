@@ -28,6 +28,7 @@ from schemas.exceptions import StarcastError
 from starcast.log import LogConfig, configure
 from starcast.settings import Settings
 from streams import loop as loops
+from streams import ownership
 from streams import sender as senders
 from streams import store as stores
 from streams.run import run_processors
@@ -156,7 +157,7 @@ def install(points: Points) -> None:
 
         return reaching
 
-    loops.Consumer = PointedConsumer  # pyright: ignore[reportPrivateImportUsage]
+    ownership.Consumer = PointedConsumer  # pyright: ignore[reportPrivateImportUsage]
     senders.Producer = PointedProducer  # pyright: ignore[reportPrivateImportUsage]
     stores.Store._round_trip = pointed_trip
     stores.WRITE_KEYS = CHUNK

@@ -118,7 +118,7 @@ def test_a_worker_whose_client_has_left_its_group_ends(
     with Worker(shop, store).running() as worker:
         until(works(worker))
         monkeypatch.setattr(membership, "AGAIN_SECONDS", SOON_SECONDS)
-        worker.loop._consumer.unsubscribe()  # behind its back, and it does not come back
+        worker.loop._ownership.consumer.unsubscribe()  # behind its back, and it does not come back
         until(lambda: not worker.alive)
     assert [type(each) for each in worker.ended] == [LeftOutError]
     assert answers[-2:] == [True, True]

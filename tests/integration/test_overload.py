@@ -16,11 +16,11 @@ from confluent_kafka import Message
 
 from schemas.records import Behavior, Review, ScoreRequest
 from schemas.topics import LARGEST_MESSAGE
-from streams import loop as loops
+from streams import ownership
 from streams.admin import TopicError, apply_topics
 from streams.clients import topic_name
 from streams.config import KafkaConfig
-from streams.loop import FETCH_KILOBYTES
+from streams.fetching import FETCH_KILOBYTES
 from streams.producer import CountingProducer, Outgoing, outgoing, play
 from tests.shops import PARTITIONS, Shop, check_each_once, check_states, make_shop, until
 from tests.unit.model.encoders import bert
@@ -69,7 +69,7 @@ def test_a_burst_is_worked_off_and_nothing_of_it_dropped(shop: Shop) -> None:
         # Measured at each turn: within a second all may be worked off.
         with (
             patch.object(scorer, "process", stalled),
-            patch.object(loops, "LAG_SECONDS", 0.0),
+            patch.object(ownership, "LAG_SECONDS", 0.0),
         ):
             try:
                 shop.play(sent[:BATCH])
@@ -80,7 +80,7 @@ def test_a_burst_is_worked_off_and_nothing_of_it_dropped(shop: Shop) -> None:
                 go_on.set()
             until(lambda: len(shop.predictions()) == len(sent))
         until(lambda: scorer.lag == 0)
-        assert sum(loop.lag(*position) for position in loop.live) == 0
+        assert sum(loop._ownership.lag(*position) for position in loop.live) == 0
         shop.until_items_are_applied()
     assert max(lags) > BATCH  # it was told
     check_each_once(shop.predictions(), sent)

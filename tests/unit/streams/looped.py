@@ -11,8 +11,8 @@ from confluent_kafka import KafkaError, KafkaException, Message
 from prometheus_client import CollectorRegistry
 
 from streams import loop as loops
+from streams import ownership, starts
 from streams import sender as senders
-from streams import starts
 from streams.config import KafkaConfig
 from streams.loop import Loop
 from streams.metrics import Metrics, make_metrics
@@ -149,8 +149,7 @@ class World:
     def subscribe(self, loop: Loop) -> None:
         """What `run` does before its turns."""
         loop._sender.start()
-        names = [f"eu.{topic}" for topic in loop._processor.topics]
-        self.consumer.subscribe(names, loop._on_assign, loop._on_revoke, loop._on_revoke)
+        loop._ownership.join()
 
     @property
     def consumer(self) -> ScriptedConsumer:
@@ -187,11 +186,12 @@ def scripted() -> Generator[World]:
     """A broker and a clock in place of the real ones."""
     broker, clock = Broker(), Clock()
     with (
-        patch.object(loops, "Consumer", broker.consumer),
+        patch.object(ownership, "Consumer", broker.consumer),
         patch.object(senders, "Producer", broker.producer),
         patch.object(starts, "watermarks", broker.watermarks),
-        patch.object(loops, "watermarks", broker.watermarks),
+        patch.object(ownership, "watermarks", broker.watermarks),
         patch.object(loops, "time", clock),
+        patch.object(ownership, "time", clock),
         patch.object(senders, "time", clock),
     ):
         yield World(broker, clock, make_metrics(CollectorRegistry()), threading.Event())

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from streams.clients import client_config
 from streams.config import KafkaConfig, ScorerConfig
-from streams.loop import fetching
+from streams.fetching import fetching
 
 
 def test_no_time_is_longer_than_the_kafka_client_takes() -> None:

@@ -122,7 +122,7 @@ def test_what_is_lost_is_counted_once_however_often_it_is_claimed(world: World) 
     for first, count in ((5, 4), (5, 4), (7, 6)):
         world.broker.first["eu.reviews", 0] = first
         world.consumer.rebalance(gone=world.consumer.positions, new=places(0))
-        loop._claim_pending()
+        loop._ownership._claim_pending()
         assert world.value("lost_records_total", **lost) == count
 
 
@@ -130,8 +130,8 @@ def test_without_exactly_once_the_ends_of_partitions_are_not_compared(world: Wor
     """The embedded broker tells of ends that are too low."""
     loop = world.loop(Counting(starts={"reviews": 3}), exactly_once=False)
     world.consumer.rebalance(new=places(0))
-    loop._claim_pending()
-    assert loop._live == {("reviews", 0): 3, ("behavior", 0): OFFSET_BEGINNING}
+    loop._ownership._claim_pending()
+    assert loop._ownership.live == {("reviews", 0): 3, ("behavior", 0): OFFSET_BEGINNING}
 
 
 def claimed(world: World, processor: Counting, *partitions: int) -> dict[tuple[str, int], Start]:
