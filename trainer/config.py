@@ -296,13 +296,14 @@ class GateConfig(BaseModel):
         default=0.1,
         gt=0,
         le=1,
-        description="largest expected calibration error of the distribution",
+        description="largest expected calibration error of the distribution; more where so few "
+        "rows show more by chance",
     )
     least_coverage: float = Field(
         default=0.7,
         ge=0,
         le=1,
-        description="least share of ratings within their 80% interval",
+        description="least share of ratings within their 80% interval; less, likewise",
     )
 
 

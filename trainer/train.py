@@ -146,6 +146,7 @@ def train(
             compared.rivals,
             claims,
             compared.calibration,
+            gate.by_chance(ours.distribution, ours.low, ours.high, config.gate, config.seed),
             config.gate,
             config.seed,
         )

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from trainer import gate
 from trainer.config import GateConfig
-from trainer.gate import REFERENCE, Verdict, claims, judge
-from trainer.metrics import Calibration, Floats
+from trainer.gate import REFERENCE, Verdict, by_chance, claims, judge
+from trainer.metrics import Calibration, Chance, Floats
+from trainer.metrics import calibration as calibration_of
 
 ROWS = 400
 RATING: Floats = np.tile([1.0, 2.0, 3.0, 4.0, 5.0], ROWS // 5)
@@ -15,6 +17,7 @@ NOISE: Floats = np.random.default_rng(3).normal(0, 1, ROWS)
 MIDDLE: Floats = np.full(ROWS, 3.0)
 CLOSE: Floats = RATING + np.where(RATING > 3, -0.5, 0.5)
 SOUND = Calibration(ece=0.02, coverage=0.82, width=2.0, log_loss=1.0, bins=[])
+NO_CHANCE = Chance(ece=0, coverage=1)
 CONFIG = GateConfig(resamples=300)
 
 
@@ -25,6 +28,7 @@ def run(
     calibration: Calibration = SOUND,
     rows: int = ROWS,
     unseen: int = 0,
+    chance: Chance = NO_CHANCE,
 ) -> Verdict:
     return judge(
         RATING[:rows],
@@ -34,6 +38,7 @@ def run(
         {REFERENCE: MIDDLE[:rows], "lightgbm": CLOSE[:rows]},
         claimed,
         calibration,
+        chance,
         CONFIG,
         seed=1,
     )
@@ -56,7 +61,9 @@ def test_a_model_of_a_shop_of_fives_passes() -> None:
     for most, passes in ((4.98, True), (4.9, False)):
         baselines = {REFERENCE: np.full(ROWS, 4.999)}
         candidate, known = np.full(ROWS, most), np.zeros(ROWS, bool)
-        verdict = judge(fives, candidate, None, known, baselines, (), SOUND, CONFIG, seed=1)
+        verdict = judge(
+            fives, candidate, None, known, baselines, (), SOUND, NO_CHANCE, CONFIG, seed=1
+        )
         assert verdict.passed == passes
 
 
@@ -117,6 +124,39 @@ def test_a_claim_that_does_not_hold_is_refused() -> None:
 )
 def test_an_uncalibrated_model_is_refused(calibration: Calibration, name: str) -> None:
     assert failed(run(CLOSE, calibration=calibration)) == [name]
+
+
+def test_what_chance_may_show_of_a_calibrated_model_is_allowed() -> None:
+    chance = Chance(ece=0.13, coverage=0.65)
+    at_most = replace(SOUND, ece=0.13, coverage=0.65)
+    assert run(CLOSE, calibration=at_most, chance=chance).passed
+    worse = replace(SOUND, ece=0.131, coverage=0.649)
+    refused = run(CLOSE, calibration=worse, chance=chance)
+    assert failed(refused) == ["calibration error", "interval coverage"]
+    assert "expected calibration error 0.131, at most 0.13" in refused.reason
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_few_rows_seldom_refuse_a_calibrated_model_and_always_another(
+    right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of forty shops with thirty rows: stars as the model says, or the other way round."""
+    monkeypatch.setattr(gate, "CHANCE_RESAMPLES", 100)
+    random = np.random.default_rng(5)
+    told = random.dirichlet([0.5, 0.5, 1, 2, 4], CONFIG.least_rows)
+    low, high = np.full(CONFIG.least_rows, 2.0), np.full(CONFIG.least_rows, 5.0)
+    true = told if right else told[:, ::-1]
+    chance = by_chance(told, low, high, CONFIG, seed=1)
+    refused, above = 0, 0
+    for _ in range(40):
+        uniform = random.random((CONFIG.least_rows, 1))
+        rating = 1.0 + (uniform > true.cumsum(1)[:, :-1]).sum(1)
+        found = calibration_of(rating, told, low, high)
+        verdict = run(CLOSE, calibration=found, rows=CONFIG.least_rows, chance=chance)
+        refused += "calibration error" in failed(verdict)
+        above += found.ece > CONFIG.largest_ece
+    assert above >= (5 if right else 40)
+    assert refused <= 4 if right else refused == 40
 
 
 def test_too_few_rows_decide_nothing() -> None:
