@@ -144,7 +144,11 @@ class FineTuneConfig(BaseModel):
         "patience, nor by adalora",
     )
     dropout: float | None = Field(
-        default=None, ge=0, lt=1, description="of all layers; none: as the encoder has it"
+        default=None,
+        ge=0,
+        lt=1,
+        description="of all layers; none: as the encoder has it; "
+        "attention's weights are not dropped where an encoder leaves attention to transformers",
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share given to all stars")
     cross_entropy: float = Field(default=1.0, ge=0, description="weight of the loss of five stars")

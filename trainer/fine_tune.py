@@ -208,7 +208,8 @@ class _Fit:
         self._rank, self._count = rank, count
         self._device = reader.encoder.device
         self._weights = [each for each in reader.parameters() if each.requires_grad]
-        self._optimizer = torch.optim.AdamW(_groups(reader, config.method, self._config))
+        groups = _groups(reader, config.method, self._config)
+        self._optimizer = torch.optim.AdamW(groups, fused=True)
         self._schedule = schedule(
             self._optimizer, steps, self._config.warm_up, self._config.schedule
         )

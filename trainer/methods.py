@@ -13,6 +13,7 @@ from torch import nn
 from model import adapters
 from model import encoder as encoders
 from model.encoder import TextEncoder
+from trainer import layers
 from trainer.config import FineTuneConfig, Method
 from trainer.exceptions import TrainerError
 
@@ -52,6 +53,7 @@ def trainable(
     elif method != "full":
         model = _with_peft(model, method, config, steps).to(encoder.device)
         _try(encoder.holding(model), method)
+    layers.lighten(model, encoder.device)
     return model.to(encoder.device)
 
 
@@ -109,6 +111,7 @@ def _try(encoder: TextEncoder, method: Method) -> None:
 def write(encoder: TextEncoder, method: Method, folder: Path) -> None:
     """Write a fitted encoder's folder; what was added is merged, or stands beside the weights."""
     model: Any = encoder.model
+    layers.restore(model)
     if method in _MERGED:
         replace(encoder, model=model.merge_and_unload()).save(folder)
     elif method == "adapters":
