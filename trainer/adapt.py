@@ -18,7 +18,7 @@ from torch import nn
 
 from model import encoder as encoders
 from model.encoder import TextEncoder
-from trainer import batches, checkpoints
+from trainer import batches, checkpoints, layers
 from trainer.config import AdaptConfig
 from trainer.exceptions import TrainerError
 from trainer.fine_tune import is_first, require_plain, seed_of
@@ -51,7 +51,10 @@ def adapt(
     torch.manual_seed(seed)
     model = _masked_model(encoder)
     mask = DataCollatorForLanguageModeling(encoder.tokenizer, mlm_probability=0.15)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    layers.lighten(model, encoder.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=0.01, fused=True
+    )
     steps = config.epochs * -(-len(texts) // config.batch_texts)
     rates = schedule(optimizer, steps, _WARM_UP, "linear")
     parts = {"model": model, "optimizer": optimizer, "schedule": rates}

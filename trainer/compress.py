@@ -32,7 +32,7 @@ from model import adapters, heads
 from model import encoder as encoders
 from model.encoder import TextEncoder
 from model.exceptions import EncoderError
-from trainer import batches, text
+from trainer import batches, layers, text
 from trainer.config import TrainerConfig
 from trainer.exceptions import TrainerError
 from trainer.fine_tune import taken
@@ -249,7 +249,8 @@ def _student(
     _keep(student, sorted({0, last}))
     known = taken(reviews.texts, np.flatnonzero(reviews.span != TEST))
     wanted = torch.from_numpy(text.encode(parent, known, on_progress)).to(parent.device)
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=_STUDENT_RATE)
+    layers.lighten(student.model, student.device)
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=_STUDENT_RATE, fused=True)
     random = np.random.default_rng(seed)
     steps = _STUDENT_EPOCHS * -(-len(known) // _BATCH)
     rates = schedule(optimizer, steps, 0.0, "linear")

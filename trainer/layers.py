@@ -46,12 +46,6 @@ def lighten(model: nn.Module, device: torch.device) -> None:
         cast(Any, model).set_attn_implementation(_ATTENTION)
 
 
-def restore(model: nn.Module) -> None:
-    """Have attention computed as before: what is written says nothing of ours."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) == _ATTENTION:
-        cast(Any, model).set_attn_implementation("sdpa")
-
-
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -111,7 +111,6 @@ def _try(encoder: TextEncoder, method: Method) -> None:
 def write(encoder: TextEncoder, method: Method, folder: Path) -> None:
     """Write a fitted encoder's folder; what was added is merged, or stands beside the weights."""
     model: Any = encoder.model
-    layers.restore(model)
     if method in _MERGED:
         replace(encoder, model=model.merge_and_unload()).save(folder)
     elif method == "adapters":
