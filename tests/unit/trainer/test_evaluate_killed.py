@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+# Each run is a fork of one process, since half of its time would go to imports.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from trainer.config import FineTuneConfig, FitConfig, SizesConfig, TextConfig, T
 from trainer.data import from_file
 from trainer.peers import ratings, texts, tuning
 
-stage, events, encoder, folder, out = sys.argv[1:]
+events, encoder, folder = sys.argv[1:]
 tuning.TRIALS, ratings.MOST_FOREST_TREES, texts._CHECKPOINT_STEPS = 3, 5, 5
 checkpoints.CHECKPOINT_SECONDS = -1.0
 stages = {  # what is killed at which of its calls
@@ -27,26 +28,40 @@ stages = {  # what is killed at which of its calls
     "trials": (ratings, "predict_damped_bias", 3),
     "plain": (transformers.Trainer, "training_step", 8),
 }
-if stage in stages:
-    owner, name, left = stages[stage]
+
+def kill_in(owner, name, left):
     whole = getattr(owner, name)
 
     def killed(*given, **named):
-        global left
+        nonlocal left
         left -= 1
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*given, **named)
 
     setattr(owner, name, killed)
-config = TrainerConfig(
-    threads=1,
-    text=TextConfig(method="full", fine_tune=FineTuneConfig(epochs=1)),
-    fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)),
-)
-found = evaluate.evaluate(from_file(Path(events)), Path(folder), config, encoder=encoder)
-Path(out).write_bytes(orjson.dumps(found.document))
+
+def run(place):
+    config = TrainerConfig(
+        threads=1,
+        text=TextConfig(method="full", fine_tune=FineTuneConfig(epochs=1)),
+        fit=FitConfig(epochs=2, sizes=SizesConfig(members=1, width=16)),
+    )
+    found = evaluate.evaluate(from_file(Path(events)), place, config, encoder=encoder)
+    place.with_suffix(".json").write_bytes(orjson.dumps(found.document))
+
+for stage, place in [*((each, "killed") for each in stages), ("", "killed"), ("", "whole")]:
+    child = os.fork()
+    if not child:
+        if stage:
+            kill_in(*stages[stage])
+        run(Path(folder) / place)
+        os._exit(0)
+    print(stage, place, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    if stage == "plain":
+        print(*(path.name for path in (Path(folder) / place).iterdir()), sep=",")
 """
+STAGES = ("text", "replay", "network", "trials", "plain")
 
 
 @pytest.mark.slow
@@ -56,16 +71,14 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-
-    def run(stage: str, folder: str) -> int:
-        given = [shop_file, encoder_folder, tmp_path / folder, tmp_path / f"{folder}.json"]
-        command = [sys.executable, str(script), stage, *map(str, given)]
-        return subprocess.run(command, capture_output=True).returncode
-
-    for stage in ("text", "replay", "network", "trials", "plain"):
-        assert run(stage, "killed") == -signal.SIGKILL, stage
-    kept = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert {"rows.npz", "text model.npz", "model.npz", "peer bias trial 1.npz"} <= kept
-    assert "text peer finetune_plain.npz" not in kept
-    assert run("none", "killed") == run("none", "whole") == 0
+    given = [sys.executable, str(script), *map(str, (shop_file, encoder_folder, tmp_path))]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *killed, kept, again, whole = done.stdout.splitlines()
+    assert killed == [f"{stage} killed {-signal.SIGKILL}" for stage in STAGES], done.stderr
+    assert {"rows.npz", "text model.npz", "model.npz", "peer bias trial 1.npz"} <= {
+        *kept.split(",")
+    }
+    assert "text peer finetune_plain.npz" not in kept.split(",")
+    assert (again, whole) == (" killed 0", " whole 0"), done.stderr
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
