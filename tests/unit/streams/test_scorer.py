@@ -28,14 +28,10 @@ from model.state import ITEM, ITEM_ATTRIBUTES, LAYOUT_HASH, USER, USER_ATTRIBUTE
 from model.state_bytes import from_bytes, to_bytes
 from schemas import journal
 from schemas.records import (
-    Behavior,
     DeadLetter,
     ItemUpdate,
     PredictedRating,
-    Record,
-    Review,
     ScoreDigest,
-    TextFeatures,
 )
 from streams import user_states
 from streams.config import (
@@ -47,7 +43,6 @@ from streams.config import (
     StatesConfig,
 )
 from streams.exceptions import FencedError
-from streams.inputs import split_columns
 from streams.metrics import make_metrics
 from streams.models import Models
 from streams.pace import Pace
@@ -63,7 +58,7 @@ from streams.reader import (
     store_keys,
     vector_keys,
 )
-from streams.scorer import Scorer, _arrange, _ends
+from streams.scorer import Scorer
 from streams.store import Store
 from streams.user_states import Held, UserStates, decode_header
 from tests.unit.model.bundles import write
@@ -71,12 +66,9 @@ from tests.unit.model.encoders import bert
 from tests.unit.model.shop import WIDTH
 from tests.unit.schemas.test_agreement import valid
 from tests.unit.schemas.test_agreement import values as taken_by_schema
+from tests.unit.streams.events import KINDS, PARTITIONS, START, log, record
 from tests.unit.streams.journals import told as of_journal
 from tests.unit.streams.messages import NOW_MS, PREFIX, message
-
-PARTITIONS = 3
-START = datetime(2026, 11, 1, tzinfo=UTC)
-KINDS: tuple[str, ...] = ("reviews", "behavior", "text-features")
 
 Make = Callable[[], Scorer]
 
@@ -103,30 +95,6 @@ def make(store: str, tmp_path: Path) -> Iterator[Make]:
     yield scorer
     for each in opened:
         each.close()
-
-
-def record(kind: str, number: int, user: str = "ann", item: str = "cup", **more: Any) -> Record:
-    fields = {
-        "event_id": f"{kind}-{number}",
-        "user_id": user,
-        "item_id": item,
-        "event_time": START + timedelta(minutes=number),
-    }
-    if kind == "reviews":
-        return Review.model_validate({**fields, "rating": 1 + number % 5, **more})
-    if kind == "behavior":
-        return Behavior.model_validate({**fields, "action": "view", "price": 9.5, **more})
-    distribution = [0.1, 0.1, 0.2, 0.3, 0.3]
-    return TextFeatures.model_validate(
-        {**fields, "distribution": distribution, "encoder": "e", **more}
-    )
-
-
-def log(
-    kind: str, partition: int, records: Sequence[Record | bytes], start: int = 0
-) -> list[Message]:
-    """Consecutive messages of one topic partition."""
-    return [message(kind, each, partition, start + at) for at, each in enumerate(records)]
 
 
 def single(outcome: Outcome) -> list[Output]:
@@ -173,55 +141,6 @@ def users(scorer: Scorer, partition: int, *names: str) -> Any:
     return from_bytes(kept.read(partition_keys(kept, USER_STATE, partition, hash_ids(names))), USER)
 
 
-logs = st.dictionaries(
-    st.tuples(st.sampled_from(KINDS), st.integers(0, PARTITIONS - 1)),
-    st.lists(st.integers(-50, 50), min_size=1, max_size=8),
-    max_size=6,
-)
-
-
-@given(logs, st.randoms(use_true_random=False))
-def test_a_partitions_own_order_is_kept(
-    appended: dict[tuple[str, int], list[int]], random: Any
-) -> None:
-    """Whatever the brokers' clocks say, and however a poll mixes the partitions."""
-    left = {
-        (kind, partition): [
-            message(kind, record(kind, at), partition, at, timestamp=(2, NOW_MS + clock))
-            for at, clock in enumerate(clocks)
-        ]
-        for (kind, partition), clocks in appended.items()
-    }
-    polled: list[Message] = []
-    while left:
-        chosen = random.choice(sorted(left))
-        polled.append(left[chosen].pop(0))
-        if not left[chosen]:
-            del left[chosen]
-    inputs, _ = split_columns(polled, PREFIX, "scorer")
-    arrived = _arrange(inputs)
-    rows = list(
-        zip(
-            arrived.partitions.tolist(),
-            arrived.topics.tolist(),
-            arrived.offsets.tolist(),
-            strict=True,
-        )
-    )
-    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
-    for (kind, partition), clocks in appended.items():
-        topic = journal.TOPICS.index(kind)
-        assert [row[2] for row in rows if row[:2] == (partition, topic)] == list(range(len(clocks)))
-    assert len(rows) == len(polled)
-    for at, (partition, topic, offset) in enumerate(rows):
-        wanted = record(KINDS[topic], offset).model_dump(include={*arrived.ids})
-        assert {name: ids[at] for name, ids in arrived.ids.items()} == wanted
-        assert (arrived.messages[at].partition(), arrived.messages[at].offset()) == (
-            partition,
-            offset,
-        )
-
-
 def test_a_null_value_erases_its_user_between_two_events(make: Make) -> None:
     scorer = make()
     first = log("reviews", 1, [record("reviews", at) for at in range(2)])
@@ -249,32 +168,6 @@ def test_a_null_value_erases_its_user_between_two_events(make: Make) -> None:
     assert users(scorer, 1, "ann")["rating_count"].tolist() == [1]
     assert not letters(outcome)
     assert count(scorer, "events", kind="forget") == 1
-
-
-def test_topics_are_merged_by_the_time_of_their_append() -> None:
-    clocks = {"reviews": [10, 40], "behavior": [5, 20, 50]}
-    polled = [
-        message(kind, record(kind, at), 0, at, timestamp=(2, NOW_MS + clock))
-        for kind, times in clocks.items()
-        for at, clock in enumerate(times)
-    ]
-    arrived = _arrange(split_columns(polled, PREFIX, "scorer")[0])
-    assert (arrived.timestamps - NOW_MS).tolist() == [5, 10, 20, 40, 50]
-    np.testing.assert_array_equal(arrived.events["event_id"], hash_ids(arrived.ids["event_id"]))
-
-
-def test_nothing_arrives() -> None:
-    assert _arrange({}).events.dtype == EVENT
-    assert not len(_arrange({}).events)
-
-
-def test_ends_stand_after_the_last_message_of_each_topic() -> None:
-    polled = [
-        *log("reviews", 0, [record("reviews", 0)], 7),
-        *log("behavior", 2, [record("behavior", 0), b"spoilt"], 3),
-        *log("text-features", 0, [record("text-features", 0)]),
-    ]
-    assert _ends(polled, PREFIX) == {0: [8, -1, 1], 2: [-1, 5, -1]}
 
 
 def test_an_event_is_predicted_before_it_is_applied(make: Make) -> None:
