@@ -29,7 +29,7 @@ def states(model: Any) -> Tensor:
     return model(**TOKENS).last_hidden_state
 
 
-def bert(**dropout: float) -> Any:
+def bert(**dropout: Any) -> Any:
     torch.manual_seed(3)
     return BertModel(BertConfig(**SIZES, **dropout)).train()
 

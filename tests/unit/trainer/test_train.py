@@ -337,14 +337,14 @@ def test_retraining_leaves_stable_in_service_when_the_gate_says_no(tmp_path: Pat
     (tmp_path / "archive").mkdir()
     write_archive(archive, shop())
     strict = CONFIG.model_copy(
-        update={"gate": CONFIG.gate.model_copy(update={"least_coverage": 1.0})}
+        update={"gate": CONFIG.gate.model_copy(update={"least_rows": 100_000})}
     )
     done = retrain_once(
         archive, models, strict, encoder="none", on_promoted=lambda new: pytest.fail("promoted")
     )
     assert not done.promoted
     assert done.result is not None
-    assert "80% intervals" in done.reason
+    assert "100000 are needed to judge" in done.reason
     assert registry.read(models).stable is None
     metrics = json.loads((Path(models) / done.result.version / "metrics.json").read_text())
     assert metrics["gate"]["passed"] is False
