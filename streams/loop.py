@@ -145,7 +145,9 @@ class Loop:
         ownership.claim()
         waiting = FIRST_BACK_OFF_SECONDS if ownership.claimable() else IDLE_SECONDS
         messages = ownership.consumer.consume(1, waiting)
-        if messages and (more := self._bound.most(self._processor.batch_size) - 1):
+        # A batch begins with a record: what tells of an end comes after each fetch.
+        begun = bool(messages) and messages[0].error() is None
+        if begun and (more := self._bound.most(self._processor.batch_size) - 1):
             messages += ownership.consumer.consume(more, self._gathering())
         # Read straight after the poll: a later read could carry a newer generation than the batch.
         metadata = ownership.consumer.consumer_group_metadata()

@@ -550,3 +550,26 @@ def test_a_worker_that_stops_ends_what_is_under_way(world: World) -> None:
     assert len(answered(world)) == 9
     assert len(processor.finished) == 1
     assert processor.closes == 1
+
+
+def test_the_end_of_a_partition_begins_no_batch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends come after each fetch: a batch that began with one would be gathered from then on."""
+    loop = world.loop(Counting(batch_size=10))
+    world.consumer.rebalance(new=places(0))
+    world.turn(loop)
+    consume, asked = world.consumer.consume, list[int]()
+
+    def counted(count: int, seconds: float) -> list[Message]:
+        asked.append(count)
+        return consume(count, seconds)
+
+    monkeypatch.setattr(world.consumer, "consume", counted)
+    end = KafkaError(KafkaError._PARTITION_EOF)
+    world.consumer.errors.append(Message("eu.reviews", partition=0, offset=0, error=end))
+    world.turn(loop)
+    assert asked == [1]
+    fill(world, 1, 0)
+    world.turn(loop)
+    assert asked == [1, 1, 9]

@@ -390,7 +390,7 @@ def test_errors_of_a_poll(world: World) -> None:
         Message(topic="eu.reviews", partition=0, error=KafkaError(code)) for code in codes
     )
     with capture_logs() as logs:
-        world.turn(loop)
+        world.turn(loop, len(codes) + 1)
     assert [(line["event"], line.get("do")) for line in logs if line["log_level"] == "warning"] == [
         ("topic missing", "run `starcast topics apply`, once"),
         ("poll", None),
