@@ -225,9 +225,9 @@ def calibrated_by_chance(
     """
     generator = np.random.default_rng(seed)
     reached = distribution.cumsum(1)[:, :-1]
+    draws = (generator.random((len(reached), 1)) for _ in range(resamples))
     found = [
-        calibration(1.0 + (generator.random((len(reached), 1)) > reached).sum(1), *told)
-        for told in [(distribution, low, high)] * resamples
+        calibration(1.0 + (drawn > reached).sum(1), distribution, low, high) for drawn in draws
     ]
     return Chance(
         float(np.quantile([each.ece for each in found], confidence)),

@@ -146,7 +146,9 @@ def train(
             compared.rivals,
             claims,
             compared.calibration,
-            gate.by_chance(ours.distribution, ours.low, ours.high, config.gate, config.seed),
+            lambda: gate.by_chance(
+                ours.distribution, ours.low, ours.high, config.gate, config.seed
+            ),
             config.gate,
             config.seed,
         )

@@ -38,7 +38,7 @@ def run(
         {REFERENCE: MIDDLE[:rows], "lightgbm": CLOSE[:rows]},
         claimed,
         calibration,
-        chance,
+        lambda: chance,
         CONFIG,
         seed=1,
     )
@@ -62,7 +62,7 @@ def test_a_model_of_a_shop_of_fives_passes() -> None:
         baselines = {REFERENCE: np.full(ROWS, 4.999)}
         candidate, known = np.full(ROWS, most), np.zeros(ROWS, bool)
         verdict = judge(
-            fives, candidate, None, known, baselines, (), SOUND, NO_CHANCE, CONFIG, seed=1
+            fives, candidate, None, known, baselines, (), SOUND, lambda: NO_CHANCE, CONFIG, seed=1
         )
         assert verdict.passed == passes
 
