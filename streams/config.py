@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
+from schemas.spans import Days, Seconds
+
 POLL_MILLISECONDS = 300_000  # librdkafka's max.poll.interval.ms, where a shop sets no other
 
 
@@ -54,7 +56,7 @@ class ArchiveConfig(BaseModel):
     options: dict[str, SecretStr] = Field(
         default_factory=dict[str, SecretStr], description="storage options, as deltalake names them"
     )
-    flush_seconds: float = Field(
+    flush_seconds: Seconds = Field(
         default=5.0, gt=0, description="longest wait before rows are committed"
     )
     flush_rows: int = Field(default=20_000, ge=1, description="most rows in one commit")
@@ -78,10 +80,10 @@ class ModelsConfig(BaseModel):
         "tokens texts are cut (256 if it does not); auto: the packaged MiniLM; none: no texts",
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
-    poll_seconds: float = Field(
+    poll_seconds: Seconds = Field(
         default=2.0, gt=0, description="how often the registry is looked at"
     )
-    encoder_wait_seconds: float = Field(
+    encoder_wait_seconds: Seconds = Field(
         default=21_600,
         ge=0,
         description="a version with another encoder serves once that has read all items, or after "
@@ -97,7 +99,7 @@ class ModelsConfig(BaseModel):
 class StatesConfig(BaseModel):
     """How long states live, and how many a worker keeps at hand."""
 
-    expire_after_days: float = Field(
+    expire_after_days: Days = Field(
         default=0, ge=0, description="drop states this long after their last event; 0: never"
     )
     cache_users: int = Field(
@@ -126,8 +128,8 @@ class ScorerConfig(BaseModel):
         ge=0,
         description="transactions shrink so that an event is predicted within this; 0: never",
     )
-    digest_seconds: float = Field(default=1.0, gt=0, description="window of one score digest")
-    longest_future_seconds: float = Field(
+    digest_seconds: Seconds = Field(default=1.0, gt=0, description="window of one score digest")
+    longest_future_seconds: Seconds = Field(
         default=86_400, gt=0, description="an event further in the future is a dead letter"
     )
 
@@ -139,7 +141,7 @@ class TextsConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of the encoder's products on a GPU; on a CPU always fp32"
     )
-    age_limit_days: float = Field(
+    age_limit_days: Days = Field(
         default=0, ge=0, description="older texts are skipped; 0: none is"
     )
     batch_texts: int = Field(default=64, ge=1, description="most texts in a transaction")
@@ -148,9 +150,9 @@ class TextsConfig(BaseModel):
 class InsightsConfig(BaseModel):
     """Sliding windows and the thresholds of alerts."""
 
-    window_seconds: float = Field(default=60, gt=0, description="length of a sliding window")
-    step_seconds: float = Field(default=5, gt=0, description="a window is written this often")
-    grace_seconds: float = Field(
+    window_seconds: Seconds = Field(default=60, gt=0, description="length of a sliding window")
+    step_seconds: Seconds = Field(default=5, gt=0, description="a window is written this often")
+    grace_seconds: Seconds = Field(
         default=2, ge=0, description="a step stays open this long for digests that come late"
     )
     keep_windows: int = Field(default=720, ge=1, description="windows kept for the dashboard")

@@ -38,6 +38,7 @@ Coverage = Callable[[str, str], float]
 """Of two encoders, how much of what the first has read the second has, as `coverage.share`."""
 
 TELL_SECONDS = 60.0  # between two lines that say how far a version that waits has come
+COUNTED_VERSIONS = 10  # whose predictions metrics tell of: a new one each day must not add up
 STOP_SECONDS = 5.0  # a bundle that is being fetched from a slow object store is left behind
 
 
@@ -83,6 +84,7 @@ class Models:
         self._log = structlog.get_logger(__name__)
         self._stop = threading.Event()
         self._refused = set[str]()  # what cannot be served, told once
+        self._counted: list[str] = []  # versions, the newest last
         if config.threads:
             torch.set_num_threads(config.threads)
         self._serving = self._ladder()
@@ -316,7 +318,15 @@ class Models:
         if canary is not None:
             said = {"canary": canary.predictor.version, "share": canary.share}
             self._metrics.canary.labels(canary.predictor.version).set(canary.share)
+        self._count([version, *([canary.predictor.version] if canary else [])])
         self._log.info("model in service", version=version, **said)
+
+    def _count(self, versions: Sequence[str]) -> None:
+        """Metrics go on to tell of what these predict, and no longer of the oldest's."""
+        kept = [each for each in self._counted if each not in versions] + [*versions]
+        self._counted = kept[-COUNTED_VERSIONS:]
+        for version in kept[:-COUNTED_VERSIONS]:
+            self._metrics.predictions.remove_by_labels({"model_version": version})
 
     def _ladder(self) -> Serving:
         folder = encoder.locate(self._config.encoder)

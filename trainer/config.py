@@ -5,6 +5,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from schemas.spans import Seconds
+
 LEAST_ROWS = 50  # of which anything can be learnt
 
 Method = Literal[
@@ -36,7 +38,7 @@ Way = Literal["delete", "swap", "shift", "reverse", "replace", "punctuate", "tra
 class CleanConfig(BaseModel):
     """Which rated rows are not learnt from. States still see every event, as the scorer's do."""
 
-    longest_future_seconds: float = Field(
+    longest_future_seconds: Seconds = Field(
         default=86_400,
         ge=0,
         description="a row dated later than this from now is impossible",
@@ -46,7 +48,7 @@ class CleanConfig(BaseModel):
         ge=2,
         description="more rated rows of one user and text than this in one burst are spam",
     )
-    burst_seconds: float = Field(default=60, gt=0, description="length of one burst")
+    burst_seconds: Seconds = Field(default=60, gt=0, description="length of one burst")
     repeated_text_users: int = Field(
         default=5,
         ge=2,

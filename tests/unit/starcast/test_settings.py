@@ -1,8 +1,10 @@
 import os
+from collections.abc import Iterator
+from math import inf, nan
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from schemas.urls import HIDDEN, hide_password
 from starcast.settings import (
@@ -248,3 +250,21 @@ def test_the_settings_file_is_not_named_in_dotenv(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("STARCAST_CONFIG=prod.toml\n")
     with pytest.raises(SettingsError, match="of the environment alone"):
         load(folder=tmp_path)
+
+
+def spans(model: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
+    """Each setting that is a length of time, and where it stands."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from spans(kind)
+        elif name.endswith(("_seconds", "_days")) and kind is float:
+            yield model, name
+
+
+@pytest.mark.parametrize(("model", "name"), list(spans(Settings)))
+def test_every_length_of_time_has_an_end(model: type[BaseModel], name: str) -> None:
+    model.model_validate({name: 86_400 if name.endswith("_seconds") else 3_650})
+    for wrong in (inf, nan):
+        with pytest.raises(ValidationError, match=name):
+            model.model_validate({name: wrong})

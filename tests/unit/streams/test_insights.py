@@ -180,7 +180,8 @@ def test_it_is_not_ready_while_there_is_no_kafka(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("streams.insights.REACH_SECONDS", 0.2)
     readiness, stop = Readiness(), threading.Event()
     kafka = KafkaConfig(bootstrap_servers=f"{HOST}:{free_port()}")
-    arguments = kafka, RedisConfig(), InsightsConfig(), stop, make_metrics(), readiness
+    metrics = make_metrics()
+    arguments = kafka, RedisConfig(), InsightsConfig(), stop, metrics, readiness
     thread = threading.Thread(target=run_insights, args=arguments)
     thread.start()
     until = time.monotonic() + 20
@@ -189,6 +190,8 @@ def test_it_is_not_ready_while_there_is_no_kafka(monkeypatch: pytest.MonkeyPatch
     stop.set()
     thread.join()
     assert "No Kafka broker answers" in (readiness.reason or "")
+    told = {"processor": "insights", "reason": "contract"}
+    assert metrics.registry.get_sample_value("starcast_dead_letters_total", told) == 0
 
 
 def test_a_store_that_refuses_is_waited_for(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

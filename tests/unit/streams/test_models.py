@@ -92,6 +92,33 @@ def test_a_promoted_bundle_is_taken_up_between_two_looks(tmp_path: Path) -> None
     assert in_service(models) == {first: 1}
 
 
+def test_metrics_tell_of_the_newest_versions_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "COUNTED_VERSIONS", 2)
+    models = make(tmp_path)
+
+    def counted() -> list[str]:
+        version = models.serving.predictor.version
+        models._metrics.predictions.labels("interaction", "full", version).inc()
+        models._metrics.predictions.labels("request", "global", version).inc()
+        (family,) = models._metrics.predictions.collect()
+        return sorted({sample.labels["model_version"] for sample in family.samples})
+
+    assert counted() == ["ladder"]
+    first = promote(tmp_path, write(str(tmp_path)))
+    models.refresh()
+    assert counted() == sorted(["ladder", first])
+    second = promote(tmp_path, write(str(tmp_path), seed=1))
+    models.refresh()
+    assert counted() == sorted([first, second])
+    registry.rollback(str(tmp_path), "a test", "to see")
+    models.refresh()
+    third = promote(tmp_path, write(str(tmp_path), seed=2))
+    models.refresh()
+    assert counted() == sorted([first, third])  # which served later than the second
+
+
 def cut(folder: Path) -> None:
     file = folder / "network.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
