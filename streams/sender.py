@@ -170,8 +170,14 @@ class Sender:
         """
         first = [each for each in outcome.outputs if each.topic not in outcome.tracked]
         last = [each for each in outcome.outputs if each.topic in outcome.tracked]
-        self._deliver(replace(outcome, outputs=first))
-        return self._deliver(replace(outcome, batches=[], outputs=last)) if last else {}
+        try:
+            self._deliver(replace(outcome, outputs=first))
+            return self._deliver(replace(outcome, batches=[], outputs=last)) if last else {}
+        except (KafkaException, StoreError):
+            # What this producer still holds would come beside what is then sent in its place: of
+            # two journals of one batch nothing can be computed again.
+            self.renew()
+            raise
 
     def _deliver(self, outcome: Outcome) -> dict[Position, int]:
         failed: list[KafkaError] = []
