@@ -264,7 +264,7 @@ class Scale:
     def _servers(self) -> Generator[tuple[Servers, KafkaConfig, RedisConfig]]:
         with (
             tempfile.TemporaryDirectory(dir=self._folder) as name,
-            start_kafka(Path(name)) as kafka,
+            start_kafka(Path(name), lasting=True) as kafka,
             start_store(Path(name)) as store,
         ):
             config = KafkaConfig(

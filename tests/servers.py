@@ -29,7 +29,9 @@ _CACHE = Path(__file__).parents[1] / ".cache"
 JARS = _CACHE / "kafka" / "libs"
 MOTO = _CACHE / "moto" / "bin" / "moto_server"
 CLUSTER_ID = "MkU3OEVBNTcwNTJENDM2Qg"  # any 16 bytes, base64
-HEAP = "-Xmx512m"
+JVM = ("-Xmx512m", "-XX:+UseSerialGC")
+# Only the first of Java's compilers: a broker that lasts minutes takes half the processor time so.
+BRIEF = "-XX:TieredStopAtLevel=1"
 KAFKA_STARTUP_TIMEOUT_S = 90.0  # a broker that never gets ready would hang the whole test run
 MOTO_STARTUP_TIMEOUT_S = 60.0  # so would an object store
 FORMAT_TIMEOUT_S = 60.0  # so would a storage tool that waits for something
@@ -72,8 +74,11 @@ class ServerError(StarcastError):
     """A server that tests need cannot be had here."""
 
 
-def start_kafka(folder: Path, overrides: str = "") -> Child:
-    """Start Apache Kafka with its data and log in `folder`; `overrides` are lines of properties."""
+def start_kafka(folder: Path, overrides: str = "", *, lasting: bool = False) -> Child:
+    """Start Apache Kafka with its data and log in `folder`; `overrides` are lines of properties.
+
+    With `lasting` it gets as fast as it can be, in the end.
+    """
     if missing := why_no_kafka():
         raise ServerError(missing)
     port, controller_port = free_ports(2)
@@ -85,11 +90,11 @@ def start_kafka(folder: Path, overrides: str = "") -> Child:
         )
         + overrides
     )
-    java = [str(which("java")), HEAP, "-XX:+UseSerialGC", "-cp", f"{JARS}/*"]
+    java = [str(which("java")), *JVM, "-cp", f"{JARS}/*"]
     quiet = ["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
     tool = ["kafka.tools.StorageTool", "format", "--standalone", "-t", CLUSTER_ID]
     formatted = run(
-        [*java, *quiet, *tool, "-c", str(properties)],
+        [*java, BRIEF, *quiet, *tool, "-c", str(properties)],
         capture_output=True,
         text=True,
         timeout=FORMAT_TIMEOUT_S,
@@ -97,7 +102,8 @@ def start_kafka(folder: Path, overrides: str = "") -> Child:
     if formatted.returncode != 0:
         raise ServerError(f"Kafka's storage in {folder} was not formatted: {formatted.stderr}")
     address = f"{HOST}:{port}"
-    command = [*java, *quiet, "kafka.Kafka", str(properties)]
+    brief = [] if lasting else [BRIEF]
+    command = [*java, *brief, *quiet, "kafka.Kafka", str(properties)]
     return start_child(
         "kafka", command, address, folder, lambda: kafka_answers(address), KAFKA_STARTUP_TIMEOUT_S
     )
@@ -136,7 +142,7 @@ def _answers(address: str) -> bool:
 @contextmanager
 def servers(folder: Path) -> Generator[Endpoints]:
     """Run Kafka and Valkey for as long as the block runs."""
-    with start_kafka(folder) as kafka, start_store(folder) as store:
+    with start_kafka(folder, lasting=True) as kafka, start_store(folder) as store:
         yield Endpoints(bootstrap_servers=kafka.address, redis_url=store.address)
 
 

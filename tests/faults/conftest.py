@@ -1,4 +1,4 @@
-"""Three brokers and two stores with replicas, started once for all tests of this folder."""
+"""Three brokers and two stores with replicas, started once for all tests of a file."""
 
 import logging
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.conftest import started
 from tests.faults.servers import Servers, start_servers
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # four JVMs: no test of another file runs beside them
 def faulty_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Servers that can be killed, cut off and emptied."""
     with closing(started(start_servers, tmp_path_factory)) as servers:
