@@ -141,9 +141,7 @@ class TextsConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of the encoder's products on a GPU; on a CPU always fp32"
     )
-    age_limit_days: Days = Field(
-        default=0, ge=0, description="older texts are skipped; 0: none is"
-    )
+    age_limit_days: Days = Field(default=0, ge=0, description="older texts are skipped; 0: none is")
     batch_texts: int = Field(default=64, ge=1, description="most texts in a transaction")
 
 
