@@ -3,8 +3,9 @@
 Read `processor` and `loop` first: what a processor is, and the one loop that drives them all.
 
 - The processors: `scorer`, `items`, `catalog`, `texts`, `answers`, `archiver` (with `compaction`),
-  `insights` (its arithmetic in `windows`), and the page: `dashboard_data` to `dashboard_view` to
-  `dashboard_charts` and `dashboard_html`, served by `dashboard`. `run` starts them.
+  `insights` (by `steps`, with `sketches`, to `windows`, and `alerts`), and the page:
+  `dashboard_data` to `dashboard_view` to `dashboard_charts` and `dashboard_html`, served by
+  `dashboard`. `run` starts them.
 - A batch on its way: `fetching` has it brought, `pace` bounds it, `precedence` says what waits for
   another topic, `inputs` decodes it, `arrivals` puts it in order, `reader` and `user_states` have
   what is known of it (`asking`: of what no event brought), `models` predict it, `scorer_records`,

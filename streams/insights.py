@@ -1,6 +1,6 @@
 """Insights: score digests to sliding windows in the store, and to alerts.
 
-A thin Faust app reads `score-digests`; all arithmetic is in `streams/windows.py`. A digest is
+A thin Faust app reads `score-digests`; all arithmetic is in `steps` and `alerts`. A digest is
 acknowledged only when no later window needs it. So after a restart the open steps are read from
 Kafka again, and windows written before are not written twice: each has its end as its id in the
 store's stream. Digests come at least once and uncommitted; one that was counted is discarded.
@@ -28,7 +28,7 @@ from schemas.codec import decode, encode
 from schemas.exceptions import ContractError, StarcastError, UnreachableError
 from schemas.records import Alert, ScoreDigest
 from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams import windows
+from streams.alerts import alerts
 from streams.clients import (
     REPEAT_SECONDS,
     KafkaOptionError,
@@ -42,9 +42,10 @@ from streams.dead_letters import UNREADABLE, dead_letter, headers_of
 from streams.metrics import Metrics
 from streams.processor import Output
 from streams.producer import Outgoing, play
+from streams.steps import Steps, add, close, due, make_steps
 from streams.store import STORE_ERRORS, connect
 from streams.tail import read_topic
-from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Steps, Window
+from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window, last_window
 
 REACH_SECONDS = 3.0  # a broker that is down must not hold back the end
 STOP_SECONDS = 6.0  # a Faust service that does not end is left to the end of its event loop
@@ -393,7 +394,7 @@ def _count(steps: Steps, message: Any, metrics: Metrics) -> tuple[int, Output | 
         problem, wrong_field = read.rejections[0].reason, read.rejections[0].field
     else:
         try:
-            outcome, place = windows.add(
+            outcome, place = add(
                 steps, cast(ScoreDigest, read.records[0]), round(time.time() * 1_000)
             )
         except ContractError as error:
@@ -446,15 +447,13 @@ async def _turn(run: _Run, metrics: Metrics, send: Callable[[Output], Awaitable[
 async def _resume(run: _Run) -> None:
     """Take up where the last window in the store ends; try again later if it does not answer."""
     try:
-        last = await asyncio.to_thread(windows.last_window, run.client, run.key)
+        last = await asyncio.to_thread(last_window, run.client, run.key)
     except STORE_ERRORS as error:
         await _wait_for_store(run, error)
         return
     run.readiness.reason = None
     run.firing = last.firing if last else []
-    run.steps = windows.make_steps(
-        run.config, last.end_ms if last else None, last.trial if last else None
-    )
+    run.steps = make_steps(run.config, last.end_ms if last else None, last.trial if last else None)
     run.last_arrival = time.monotonic() + FIRST_SECONDS
 
 
@@ -468,10 +467,10 @@ def _close_due(run: _Run, steps: Steps) -> list[Alert]:
     """Close the steps that are over; their windows wait in `unwritten`."""
     raised: list[Alert] = []
     quiet = time.monotonic() - run.last_arrival > QUIET_SECONDS
-    for end in windows.due(steps, round(time.time() * 1_000), quiet):
-        window = windows.close(steps, end, run.config)
+    for end in due(steps, round(time.time() * 1_000), quiet):
+        window = close(steps, end, run.config)
         if window is not None:
-            raised += windows.alerts(window, run.firing, run.config)
+            raised += alerts(window, run.firing, run.config)
             run.firing = window.firing
             run.unwritten.append(window)
     while len(run.unwritten) > run.config.keep_windows:

@@ -38,8 +38,9 @@ from streams.insights import (
 )
 from streams.metrics import make_metrics
 from streams.processor import Output
+from streams.steps import add, make_steps
 from streams.store import connect
-from streams.windows import WINDOW_FIELD, Trial, Window, add, make_steps
+from streams.windows import WINDOW_FIELD, Trial, Window
 from tests.digests import at, digest, ms
 
 
