@@ -16,7 +16,6 @@ from schemas.files import write_records
 from schemas.records import Item
 from tests.unit.trainer.shop import REVIEWS, START, Entries, review, shop
 from trainer import evaluate as evaluation
-from trainer import figures
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import Log, Ties, from_file
 from trainer.evaluate import evaluate, folder_of, measure
@@ -286,11 +285,6 @@ def test_beside_a_peer_without_error_there_is_no_gain() -> None:
     assert gained({"model": {"rmse": 1.0}, "bias": {"rmse": 0.0}, "svd": {"rmse": 2.0}}) is None
     found = gained({"model": {"rmse": 1.0}, "bias": {"rmse": 4.0}, "svd": {"rmse": 2.0}})
     assert found == {"best_peer": "svd", "gain": 0.5}
-
-
-def test_of_one_user_alone_a_table_shows_no_interval() -> None:
-    assert figures._interval({"low": np.nan, "high": np.nan}) == "–"
-    assert figures._interval({"low": -0.5, "high": 0.0}) == "[-0.5000, +0.0000]"
 
 
 def test_an_alarm_stops_it_unless_told_otherwise(
