@@ -1,6 +1,7 @@
 """The whole evaluation on a small shop."""
 
 import sys
+import tracemalloc
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -354,6 +355,18 @@ def test_parts_of_other_rows_are_not_taken_for_these(shop_file: Path, tmp_path: 
     Kept(tmp_path).get("rows", lambda: {"rows": np.arange(3)})
     with pytest.raises(TrainerError, match="measured on other rows; delete it"):
         evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=())
+
+
+def test_a_large_file_is_not_held_in_memory_to_name_its_folder(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    with events.open("wb") as file:
+        file.truncate(50_000_000)
+    tracemalloc.start()
+    try:
+        folder_of(events, SMALL, "none", "instant", tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_another_encoder_or_file_has_a_folder_of_its_own(
