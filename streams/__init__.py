@@ -14,7 +14,8 @@ Read `processor` and `loop` first: what a processor is, and the one loop that dr
 - A partition that changes hands: `ownership` (of what Kafka assigned, what is worked on and how far
   it has been read), `starts`, `claims`, `journal`; of items' vectors, `coverage`; a worker that
   gets none any more: `membership`.
-- Work of commands: `admin`, `producer`, `tail`, `dead_letters`, `forget` and `erasure`, `recount`
-  and `rebuild`, `verify`; `embedded` and `launch` start servers of our own.
-- Around all: `config`, `clients`, `metrics`, `health`, `memory`, `deadline`, `exceptions`.
+- Work of commands: `admin`, `producer`, `tail`, `redrive`, `forget` and `erasure`, `recount` and
+  `rebuild`, `verify`; `embedded` and `launch` start servers of our own.
+- Around all: `config`, `clients`, `dead_letters`, `metrics`, `health`, `memory`, `deadline`,
+  `exceptions`.
 """
