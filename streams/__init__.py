@@ -3,7 +3,7 @@
 Read `processor` and `loop` first: what a processor is, and the one loop that drives them all.
 
 - The processors: `scorer`, `items`, `catalog`, `texts`, `answers`, `archiver` (with `compaction`),
-  `insights` (by `steps`, with `sketches`, to `windows`, and `alerts`), and the page:
+  `insights` (a `faust_app`; by `steps`, with `sketches`, to `windows` and `alerts`), and the page:
   `dashboard_data` to `dashboard_view` to `dashboard_charts` and `dashboard_html`, served by
   `dashboard`. `run` starts them.
 - A batch on its way: `fetching` has it brought, `pace` bounds it, `precedence` says what waits for

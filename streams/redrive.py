@@ -21,14 +21,7 @@ from streams.clients import (
 from streams.config import KafkaConfig
 from streams.dead_letters import Letter, Wanted, mark, read_letters, redriven
 from streams.exceptions import BrokerError, LetterError
-from streams.producer import (
-    DELIVERY_SECONDS,
-    FLUSH_SECONDS,
-    Outgoing,
-    Sent,
-    Settle,
-    offer,
-)
+from streams.producer import DELIVERY_SECONDS, FLUSH_SECONDS, Outgoing, Sent, Settle, offer
 from streams.tail import bounds
 
 BUNCH_LETTERS = 500  # letters in one transaction
