@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.metrics import shown_difference
+
 Part = Mapping[str, Any]  # `figures` and, of later ones, the day that they are of
 
 TEXT_SET = "Musical Instruments"  # whose texts the text models are compared on
@@ -77,9 +79,7 @@ def _others(parts: Mapping[str, Part]) -> Iterator[str]:
         block, beside = figures["rating"]["prequential"], "|||"
         if gain := figures["gain"]:
             best = block[gain["best_peer"]]
-            gap = best["model_minus_this"]["all"]
-            gaps = f"{_interval(gap)}|{_ends(gap.get('by_users'))}"
-            beside = f"{gain['best_peer']} {best['rmse']:.4f}|{gain['gain']:+.2%}|{gaps}"
+            beside = f"{gain['best_peer']} {best['rmse']:.4f}|{gain['gain']:+.2%}|{_gaps(best)}"
         tested = f"{figures['rows']['test']:,}|{block['model']['rmse']:.4f}"
         rows.append(f"{name}|{tested}|{beside}")
     yield _table("prequential|test rows|model|best peer|gain|model − this (95%)|by users", rows)
@@ -94,9 +94,7 @@ def _others(parts: Mapping[str, Part]) -> Iterator[str]:
 def _ratings(way: str, block: Mapping[str, Any]) -> str:
     rows: list[str] = []
     for name, each in _by_error(block):
-        gap = each.get("model_minus_this", {}).get("all", {})
-        gaps = f"{_interval(gap)}|{_ends(gap.get('by_users'))}"
-        rows.append(f"{name}|{each['rmse']:.4f}|{each['mae']:.4f}|{gaps}")
+        rows.append(f"{name}|{each['rmse']:.4f}|{each['mae']:.4f}|{_gaps(each)}")
     return _table(f"{way}|RMSE|MAE|model − this, squared error (95%)|by users", rows)
 
 
@@ -123,7 +121,7 @@ def _methods(methods: Mapping[str, Part]) -> str:
 
 def _ablations(part: Part) -> str:
     rows = [
-        f"{name}|{found['rmse']:.4f}|{_interval(found['cost'])}"
+        f"{name}|{found['rmse']:.4f}|{shown_difference(found['cost'])}"
         for name, found in part["figures"].items()
     ]
     return _table("without, or + with|RMSE|squared error more, 95% interval", rows)
@@ -133,7 +131,7 @@ def _variants(variants: Mapping[str, Part]) -> str:
     rows: list[str] = []
     for name, found in _figures(variants):
         than = f" than {found['beside']}" if found["gap"] and found["beside"] != AS_IT_IS else ""
-        rows.append(f"{name}|{found['rmse']:.4f}|{_interval(found['gap'])}{than}")
+        rows.append(f"{name}|{found['rmse']:.4f}|{shown_difference(found['gap'])}{than}")
     return _table("fine-tuned|RMSE|squared error more, 95% interval", rows)
 
 
@@ -145,12 +143,10 @@ def _by_error(block: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(block.items(), key=lambda found: found[1]["rmse"])
 
 
-def _interval(gap: Mapping[str, Any] | None) -> str:
-    return f"{gap['mean']:+.4f} {_ends(gap)}" if gap else ""
-
-
-def _ends(gap: Mapping[str, Any] | None) -> str:
-    return f"[{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
+def _gaps(peer: Mapping[str, Any]) -> str:
+    """Ours less a peer, with intervals by rows and by users, in two cells."""
+    gap = peer.get("model_minus_this", {}).get("all", {})
+    return "|".join(shown_difference(each) for each in (gap, gap.get("by_users")))
 
 
 def _table(headings: str, rows: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from model.ladder import TIERS
 from schemas.codec import encode
 from schemas.records import ErrorSums, Kind, Role, ScoreDigest, format_time
 from streams.processor import Output
-from streams.windows import encode_latency
+from streams.sketches import encode_latency
 
 NO_TIER = 255  # of predictions from a review's text, which stand on no ladder
 TOP_ITEMS = 20  # items named in a digest

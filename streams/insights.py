@@ -1,20 +1,17 @@
 """Insights: score digests to sliding windows in the store, and to alerts.
 
-A thin Faust app reads `score-digests`; all arithmetic is in `streams/windows.py`. A digest is
+A thin Faust app reads `score-digests`; all arithmetic is in `steps` and `alerts`. A digest is
 acknowledged only when no later window needs it. So after a restart the open steps are read from
 Kafka again, and windows written before are not written twice: each has its end as its id in the
 store's stream. Digests come at least once and uncommitted; one that was counted is discarded.
 """
 
 import asyncio
-import logging
-import ssl
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, cast
@@ -22,29 +19,23 @@ from typing import Any, cast
 import faust
 import structlog
 from confluent_kafka import Message, TopicPartition
-from faust.auth import SASLCredentials, SSLCredentials
 
 from schemas.codec import decode, encode
 from schemas.exceptions import ContractError, StarcastError, UnreachableError
 from schemas.records import Alert, ScoreDigest
-from schemas.topics import BY_NAME, LARGEST_MESSAGE
-from streams import windows
-from streams.clients import (
-    REPEAT_SECONDS,
-    KafkaOptionError,
-    option_name,
-    reach,
-    reader,
-    topic_name,
-)
+from schemas.topics import BY_NAME
+from streams.alerts import alerts
+from streams.clients import KafkaOptionError, reach, reader, topic_name
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
 from streams.dead_letters import UNREADABLE, dead_letter, headers_of
+from streams.faust_app import broker_credentials, make_app, sparing_logs
 from streams.metrics import Metrics
 from streams.processor import Output
 from streams.producer import Outgoing, play
+from streams.steps import Steps, add, close, due, make_steps
 from streams.store import STORE_ERRORS, connect
 from streams.tail import read_topic
-from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Steps, Window
+from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window, last_window
 
 REACH_SECONDS = 3.0  # a broker that is down must not hold back the end
 STOP_SECONDS = 6.0  # a Faust service that does not end is left to the end of its event loop
@@ -54,23 +45,6 @@ SETTLED_SECONDS = 60.0  # a run of this length was no failed start: pauses begin
 QUIET_SECONDS = 3.0  # digests come each second; after this long there are none to catch up with
 FIRST_SECONDS = 12.0  # so much longer for the first ones: a broker may have just come back
 TICK_SECONDS = 0.25
-COMMIT_SECONDS = 1.0
-REQUEST_SECONDS = 90.0  # Faust's own; it refuses sessions that are longer
-REBALANCE_SECONDS = 6.0  # the embedded broker waits half of this for others to join
-
-_SECURITY_OPTIONS = {
-    "enable.ssl.certificate.verification",
-    "sasl.mechanism",
-    "sasl.mechanisms",
-    "sasl.password",
-    "sasl.username",
-    "ssl.ca.location",
-    "ssl.ca.pem",
-    "ssl.certificate.location",
-    "ssl.endpoint.identification.algorithm",
-    "ssl.key.location",
-    "ssl.key.password",
-}
 _LOG = structlog.get_logger(__name__)
 
 
@@ -98,7 +72,7 @@ def run_insights(
     client = connect(redis)
     try:
         broker_credentials(kafka)
-        with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder, _sparing_logs():
+        with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder, sparing_logs():
             key = f"{redis.key_prefix}:{WINDOWS_KEY}"
             run = _Run(insights, client, key, readiness)
             asyncio.run(_supervise(kafka, run, stop, metrics, folder))
@@ -129,117 +103,6 @@ class _Run:
         self.last_arrival = time.monotonic()
         self.unwritten.clear()
         self.pending.clear()
-
-
-def make_app(kafka: KafkaConfig, folder: str) -> faust.App:
-    """A Faust app without web server, leader topic, tables or topics of its own."""
-    servers = (each.strip().rpartition("://")[2] for each in kafka.bootstrap_servers.split(","))
-    return faust.App(
-        f"{kafka.group_id}-insights",
-        env={},  # else BROKER_URL or APP_VERSION, as other programs have them, would win
-        broker=[f"kafka://{server}" for server in servers if server],  # Faust takes "" for its own
-        broker_client_id=f"{kafka.group_id}-insights",
-        broker_credentials=broker_credentials(kafka),
-        broker_session_timeout=kafka.session_timeout_ms / 1_000,
-        broker_request_timeout=max(REQUEST_SECONDS, kafka.session_timeout_ms / 1_000),
-        broker_rebalance_timeout=REBALANCE_SECONDS,
-        broker_heartbeat_interval=kafka.session_timeout_ms / 3_000,
-        broker_commit_interval=COMMIT_SECONDS,
-        consumer_auto_offset_reset="earliest",
-        producer_max_request_size=LARGEST_MESSAGE,  # of a dead letter; Faust's own is 1 MB
-        store="memory://",
-        datadir=folder,
-        autodiscover=False,
-        stream_wait_empty=False,  # digests wait for their window to pass; they are read again
-        web_enabled=False,
-        topic_disable_leader=True,
-        topic_allow_declare=False,
-        key_serializer="raw",
-        value_serializer="raw",
-    )
-
-
-def broker_credentials(kafka: KafkaConfig) -> SASLCredentials | SSLCredentials | None:
-    """librdkafka's security options as Faust takes them; None for plain text.
-
-    Raises KafkaOptionError for what cannot be expressed: insights alone reads through aiokafka.
-    """
-    options = {option_name(name): value for name, value in kafka.options.items()}
-    security = {name for name in options if name.startswith(("ssl.", "sasl.", "enable.ssl."))}
-    if unknown := security - _SECURITY_OPTIONS:
-        raise KafkaOptionError(
-            f"insights cannot use {', '.join(sorted(unknown))}: it reads through another client, "
-            f"which takes {', '.join(sorted(_SECURITY_OPTIONS))}."
-        )
-    protocol = options.get("security.protocol", "plaintext").upper()
-    context = _ssl_context(options) if protocol in ("SSL", "SASL_SSL") else None
-    if protocol == "PLAINTEXT":
-        return None
-    if protocol == "SSL":
-        return SSLCredentials(context=context)
-    mechanism = options.get("sasl.mechanism", options.get("sasl.mechanisms", "GSSAPI"))
-    if protocol not in ("SASL_PLAINTEXT", "SASL_SSL"):
-        raise KafkaOptionError(f"Kafka has no security.protocol {protocol}.")
-    if mechanism not in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
-        raise KafkaOptionError(
-            f"insights cannot log in by sasl.mechanism {mechanism}; it can by PLAIN, SCRAM-SHA-256 "
-            "and SCRAM-SHA-512. Give it such a user, or leave insights out."
-        )
-    return SASLCredentials(
-        username=options.get("sasl.username"),
-        password=options.get("sasl.password"),
-        mechanism=mechanism,
-        ssl_context=context,
-    )
-
-
-def _ssl_context(options: dict[str, str]) -> ssl.SSLContext:
-    authorities = options.get("ssl.ca.location")
-    try:
-        context = ssl.create_default_context(
-            cafile=None if authorities == "probe" else authorities,
-            cadata=options.get("ssl.ca.pem"),
-        )
-        if options.get("enable.ssl.certificate.verification") == "false":
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        if options.get("ssl.endpoint.identification.algorithm") == "none":
-            context.check_hostname = False
-        if certificate := options.get("ssl.certificate.location"):
-            key, password = options.get("ssl.key.location"), options.get("ssl.key.password")
-            context.load_cert_chain(certificate, key, password)
-    except OSError as error:  # ssl.SSLError is one
-        raise KafkaOptionError(
-            f"A TLS file in kafka.options cannot be used: {error}. ssl.ca.location is "
-            f"{authorities}, ssl.certificate.location {options.get('ssl.certificate.location')}."
-        ) from error
-    return context
-
-
-@contextmanager
-def _sparing_logs() -> Generator[None]:
-    """Log each kind of failure of aiokafka once in a while: it tells each ten times a second."""
-    logger = logging.getLogger("aiokafka")
-    handler = _Sparing(logging.WARNING)
-    logger.addHandler(handler)
-    logger.propagate, before = False, logger.propagate
-    try:
-        yield
-    finally:
-        logger.propagate = before
-        logger.removeHandler(handler)
-
-
-class _Sparing(logging.Handler):
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self._last: dict[str, float] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        kind, now = str(record.msg), time.monotonic()
-        if now - self._last.get(kind, -REPEAT_SECONDS) >= REPEAT_SECONDS:
-            self._last[kind] = now
-            _LOG.warning("kafka client of insights", error=record.getMessage())
 
 
 async def _supervise(
@@ -393,7 +256,7 @@ def _count(steps: Steps, message: Any, metrics: Metrics) -> tuple[int, Output | 
         problem, wrong_field = read.rejections[0].reason, read.rejections[0].field
     else:
         try:
-            outcome, place = windows.add(
+            outcome, place = add(
                 steps, cast(ScoreDigest, read.records[0]), round(time.time() * 1_000)
             )
         except ContractError as error:
@@ -446,15 +309,13 @@ async def _turn(run: _Run, metrics: Metrics, send: Callable[[Output], Awaitable[
 async def _resume(run: _Run) -> None:
     """Take up where the last window in the store ends; try again later if it does not answer."""
     try:
-        last = await asyncio.to_thread(windows.last_window, run.client, run.key)
+        last = await asyncio.to_thread(last_window, run.client, run.key)
     except STORE_ERRORS as error:
         await _wait_for_store(run, error)
         return
     run.readiness.reason = None
     run.firing = last.firing if last else []
-    run.steps = windows.make_steps(
-        run.config, last.end_ms if last else None, last.trial if last else None
-    )
+    run.steps = make_steps(run.config, last.end_ms if last else None, last.trial if last else None)
     run.last_arrival = time.monotonic() + FIRST_SECONDS
 
 
@@ -468,10 +329,10 @@ def _close_due(run: _Run, steps: Steps) -> list[Alert]:
     """Close the steps that are over; their windows wait in `unwritten`."""
     raised: list[Alert] = []
     quiet = time.monotonic() - run.last_arrival > QUIET_SECONDS
-    for end in windows.due(steps, round(time.time() * 1_000), quiet):
-        window = windows.close(steps, end, run.config)
+    for end in due(steps, round(time.time() * 1_000), quiet):
+        window = close(steps, end, run.config)
         if window is not None:
-            raised += windows.alerts(window, run.firing, run.config)
+            raised += alerts(window, run.firing, run.config)
             run.firing = window.firing
             run.unwritten.append(window)
     while len(run.unwritten) > run.config.keep_windows:

@@ -7,7 +7,7 @@ import numpy as np
 
 from schemas.records import ErrorSums, Kind, Role, ScoreDigest
 from streams.digests import error_sums
-from streams.windows import encode_latency
+from streams.sketches import encode_latency
 
 
 def digest(

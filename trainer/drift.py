@@ -205,22 +205,22 @@ def since(
         rated = log.events[log.labelled]
         newer = (rated["time"] > begin) & _first(rated["event_id"]) & log.journalled.usable
         features = log.journalled.features[newer]
-    # An event that came again is predicted with its own rating known: its first prediction counts.
+    # An event that came again is predicted with its own rating known, so its first prediction
+    # counts, and none where that was another version's.
     predictions = archive.collect(
         archive.read(url, "predicted-ratings", options)
-        .filter(
-            (pl.col("kind") == "interaction")
-            & (pl.col("model_version") == version)
-            & (pl.col("event_time") > window_end)
-        )
+        .filter((pl.col("kind") == "interaction") & (pl.col("event_time") > window_end))
         .select(
+            "model_version",
             "event_id",
             "user_id",
             "item_id",
             pl.col("event_time").alias("time"),
             pl.col("rating").cast(pl.Float64).alias("predicted"),
         )
-        .unique("event_id", keep="first", maintain_order=True),
+        .unique("event_id", keep="first", maintain_order=True)
+        .filter(pl.col("model_version") == version)
+        .drop("model_version"),
         archive.table_url(url, "predicted-ratings"),
     )
     ratings = log.reviews.filter(

@@ -279,7 +279,8 @@ def _stop_at(alarms: Sequence[leaks.Leak], allowed: bool) -> None:
 
 def folder_of(path: Path, config: TrainerConfig, encoder: str, ties: Ties, root: Path) -> Path:
     """Where the parts of an evaluation are kept: one for each file, settings, encoder and code."""
-    digest = hashlib.sha256(path.read_bytes())
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
     read = encoders.setting_hash(encoder)
     digest.update(orjson.dumps([config.model_dump(mode="json"), read, ties]))
     for package in (Path(encoders.__file__).parent, Path(__file__).parent):

@@ -22,6 +22,7 @@ from trainer.metrics import (
     by_rating,
     scores,
     shown,
+    shown_difference,
 )
 from trainer.report import reliability
 
@@ -113,9 +114,8 @@ def summary(found: Evaluated) -> RenderableType:
         for name, figures in sorted(block.items(), key=lambda each: each[1]["rmse"]):
             numbers = [figures["rmse"], figures["mae"]]
             numbers += [figures["buckets"][bucket]["rmse"] for bucket in buckets]
-            told = ["", ""]
-            if gap := figures.get("model_minus_this", {}).get("all"):
-                told = [f"{gap['mean']:+.4f} {_interval(gap)}", _interval(gap["by_users"])]
+            gap = figures.get("model_minus_this", {}).get("all", {})
+            told = [shown_difference(each) for each in (gap, gap.get("by_users"))]
             table.add_row(name, *shown(*numbers), *told, style="bold" if name == MODEL else None)
         parts.append(table)
     if document["gain"]:
@@ -125,11 +125,6 @@ def summary(found: Evaluated) -> RenderableType:
     ece, coverage = document["calibration"]["ece"], document["calibration"]["coverage"]
     parts.append(f"calibration error {ece:.3f}, 80% intervals hold {coverage:.1%}")
     return Group(*parts)
-
-
-def _interval(ends: Mapping[str, float]) -> str:
-    low, high = ends["low"], ends["high"]
-    return "–" if np.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
 
 
 def _text_table(part: str, block: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ A baseline is claimed when the candidate beat it significantly on its validation
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from trainer.metrics import (
     calibrated_by_chance,
     paired,
     scores,
+    shown_difference,
 )
 
 REFERENCE = "bias_running"  # what is served when there is no model
@@ -168,7 +169,7 @@ def _not_worse(
         f"not worse than the {name}",
         near and gap.low <= 0,
         f"{name}, {len(rating):,} rows: RMSE {ours:.4f} against {theirs:.4f}, difference in "
-        f"squared error {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
+        f"squared error {shown_difference(asdict(gap))}",
     )
 
 

@@ -6,6 +6,7 @@ exists (`Scores` of ratings), and (b) how many stars does this review's text mea
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +97,19 @@ def scores(rating: Floats, predicted: Floats) -> Scores:
 def shown(*numbers: float) -> list[str]:
     """Figures for people; a dash for what there is none of."""
     return ["–" if np.isnan(number) else f"{number:.4f}" for number in numbers]
+
+
+def shown_difference(found: Mapping[str, Any] | None) -> str:
+    """A `Difference` as a mapping, for people; of one without a mean its interval alone.
+
+    A dash where nothing tells of the interval (NaN, or null of JSON); empty for no difference.
+    """
+    if not found:
+        return ""
+    mean, low, high = (found.get(name) for name in ("mean", "low", "high"))
+    known = low is not None and not np.isnan(low)
+    ends = f"[{low:+.4f}, {high:+.4f}]" if known else "–"
+    return ends if mean is None else f"{mean:+.4f} {ends}"
 
 
 def rmse(rating: Floats, predicted: Floats) -> float:

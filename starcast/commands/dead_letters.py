@@ -22,7 +22,8 @@ from starcast.commands.context import (
     print_json,
     settings_of,
 )
-from streams.dead_letters import Letter, Wanted, read_letters, redrive
+from streams.dead_letters import Letter, Wanted, read_letters
+from streams.redrive import redrive
 
 PREVIEW = 60  # characters of a value in a list
 

@@ -43,11 +43,11 @@ from streams.dead_letters import (
     Wanted,
     dead_letter,
     read_letters,
-    redrive,
 )
 from streams.loop import Loop
 from streams.metrics import make_metrics
 from streams.producer import Outgoing, Sent, outgoing, play
+from streams.redrive import redrive
 from streams.store import Store
 from streams.tail import read_topic
 from tests.shops import until

@@ -15,9 +15,10 @@ from schemas.records import ModelUpdate, Role
 from starcast.main import app
 from streams.admin import apply_topics
 from streams.config import InsightsConfig, KafkaConfig, RedisConfig
+from streams.steps import add, close, make_steps
 from streams.store import connect
 from streams.tail import read_topic
-from streams.windows import WINDOW_FIELD, WINDOWS_KEY, add, close, make_steps
+from streams.windows import WINDOW_FIELD, WINDOWS_KEY
 from tests.commands import run
 from tests.digests import at, digest, ms
 from tests.unit.model.bundles import write

@@ -17,7 +17,7 @@ from schemas import archive
 from schemas.codec import encode
 from schemas.records import DeadLetter, Source
 from schemas.topics import BY_NAME
-from streams import dead_letters
+from streams import redrive as redriving
 from streams.admin import TopicError, apply_topics
 from streams.archiver import Archiver
 from streams.clients import client_config, topic_name
@@ -27,14 +27,13 @@ from streams.dead_letters import (
     MARK_HEADER,
     Letter,
     Wanted,
-    _Redriver,
     dead_letter,
     read_letters,
-    redrive,
 )
 from streams.exceptions import BrokerError
 from streams.metrics import make_metrics
 from streams.producer import Outgoing, Sent, play
+from streams.redrive import _Redriver, redrive
 from streams.tail import read_topic
 from tests.odd_headers import NoName, send_with
 from tests.shops import make_shop
@@ -155,7 +154,7 @@ def test_a_users_records_keep_their_order(
     real: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over several bunches, and among other users, in the partition where the user's events lie."""
-    monkeypatch.setattr(dead_letters, "BUNCH_LETTERS", 7)
+    monkeypatch.setattr(redriving, "BUNCH_LETTERS", 7)
     names = [f"user {number % 5}" for number in range(60)]
     write(real, *(letter(number, user) for number, user in enumerate(names)))
     assert redrive(real).delivered == Counter(reviews=60)
@@ -218,7 +217,7 @@ def test_a_redrive_that_is_cut_off_sends_nothing_twice(
 def test_two_redrives_at_once_send_each_letter_once(
     real: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_letters, "BUNCH_LETTERS", 5)
+    monkeypatch.setattr(redriving, "BUNCH_LETTERS", 5)
     write(real, *(letter(number) for number in range(200)))
     outcomes: list[Sent | BrokerError] = []
 
@@ -258,7 +257,7 @@ def test_marks_behind_what_a_worker_is_still_sending_count(
         patch.setattr(_Redriver, "send", meanwhile)
         assert redrive(real).delivered == Counter(reviews=1)
     with monkeypatch.context() as patch:
-        patch.setattr(dead_letters, "DECIDED_SECONDS", 0.0)
+        patch.setattr(redriving, "DECIDED_SECONDS", 0.0)
         with pytest.raises(BrokerError, match="hides, from offset 1 on, which letters were sent"):
             redrive(real)
     ending = threading.Timer(2, worker.abort_transaction)
@@ -304,7 +303,7 @@ def test_a_header_whose_name_is_no_text_stops_nothing(real: KafkaConfig, tmp_pat
 def test_a_record_that_kafka_refuses_all_the_same_is_said(
     real: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_letters, "_size", lambda _: 0)
+    monkeypatch.setattr(redriving, "_size", lambda _: 0)
     large = base64.b64encode(b"x" * (BY_NAME["reviews"].largest_message + 1)).decode()
     write(real, letter(0), letter(1, value=large))
     with pytest.raises(BrokerError, match=r"(?i)too large.*0 records were sent"):

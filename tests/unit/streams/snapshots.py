@@ -7,7 +7,8 @@ from schemas.records import ScoreDigest
 from streams.config import InsightsConfig
 from streams.dashboard_data import Link, Prediction
 from streams.dashboard_view import LADDER
-from streams.windows import Window, add, close, make_steps
+from streams.steps import add, close, make_steps
+from streams.windows import Window
 from tests.digests import at, digest, ms
 
 INSIGHTS = InsightsConfig(window_seconds=20, step_seconds=10, keep_windows=100_000)

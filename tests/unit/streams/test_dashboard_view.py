@@ -23,7 +23,7 @@ from streams.dashboard_view import (
     trial,
     versions,
 )
-from streams.windows import add, close, due, make_steps
+from streams.steps import add, close, due, make_steps
 from tests.digests import at, digest, ms
 from tests.unit.streams.snapshots import (
     FIRST,

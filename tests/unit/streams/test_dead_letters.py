@@ -1,6 +1,5 @@
 import base64
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,41 +15,23 @@ from streams import dead_letters
 from streams.config import KafkaConfig
 from streams.dead_letters import (
     ATTEMPTS_HEADER,
-    BUNCH_LETTERS,
     FIRST_FAILED_HEADER,
     HEADER_PREFIX,
     LARGEST_LETTER,
     LEFT_OUT_HEADER,
-    OVERHEAD_BYTES,
     REDRIVEN_HEADER,
     Letter,
-    _bunches,
     dead_letter,
     read_letters,
-    redrive,
     redriven,
 )
 from streams.exceptions import LetterError
 from streams.producer import Outgoing
-from tests.unit.streams.messages import message
-from tests.unit.streams.scripted_kafka import Broker
+from streams.redrive import OVERHEAD_BYTES
+from tests.unit.streams.messages import letter_of, message
 
 contents = st.none() | st.binary(max_size=50)
 headers = st.lists(st.tuples(st.text(max_size=10), contents), max_size=4)
-
-
-def letter_of(letter_message: Message, **changes: Any) -> DeadLetter:
-    fields: dict[str, Any] = {
-        "topic": "reviews",
-        "processor": "scorer",
-        "reason": "not JSON",
-        **changes,
-    }
-    output = dead_letter(letter_message, **fields)
-    assert (output.topic, output.key) == ("dead-letters", fields["topic"].encode())
-    found = DeadLetter.model_validate_json(output.value or b"")
-    assert output.value == encode(found)
-    return found
 
 
 def again(outgoing: Outgoing) -> Message:
@@ -186,26 +167,6 @@ def test_a_header_from_outside_leaves_nothing_out() -> None:
     assert redriven(letter).value == b"{"
 
 
-def test_redrive_says_which_letters_it_cannot_send(monkeypatch: pytest.MonkeyPatch) -> None:
-    broker = Broker()
-    topics = SimpleNamespace(topics=["reviews", "dead-letters"])
-    reached = SimpleNamespace(list_topics=lambda timeout: topics)
-    monkeypatch.setattr(dead_letters, "reach", lambda _: reached)
-    monkeypatch.setattr(dead_letters, "Producer", broker.producer)
-    monkeypatch.setattr(dead_letters._Redriver, "wait_until_decided", lambda _: None)
-    values = [b"first", bytes(LARGEST_MESSAGE), b"last"]
-    letters = [
-        Letter(0, at, letter_of(message("reviews", value))) for at, value in enumerate(values)
-    ]
-    monkeypatch.setattr(dead_letters, "read_letters", lambda *_: letters)
-    sent = redrive(KafkaConfig())
-    assert [value for topic, value in broker.outputs if topic == "reviews"] == [b"first", b"last"]
-    assert sum(topic == "dead-letters" for topic, _ in broker.outputs) == 2  # marks
-    ((reason, count),) = sent.failed.items()
-    assert (count, sent.delivered.total()) == (1, 2)
-    assert "0/1" in reason
-
-
 @pytest.mark.parametrize("part", ["key", "value", "headers"])
 def test_a_letter_of_another_writer_that_is_not_base64_hides_no_other(
     monkeypatch: pytest.MonkeyPatch, part: str
@@ -218,13 +179,3 @@ def test_a_letter_of_another_writer_that_is_not_base64_hides_no_other(
     with capture_logs() as logs:
         assert [each.position for each in read_letters(KafkaConfig())] == ["0/1"]
     assert [each["reason"] for each in logs] == ["0/0 has a part that is not base64"]
-
-
-def test_bunches_are_bounded_by_letters_and_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = (letter_of(message("reviews", b"x" * size)) for size in (30, 3_000))
-    letters = [Letter(0, at, small) for at in range(BUNCH_LETTERS + 1)]
-    assert [len(bunch) for bunch in _bunches(letters)] == [BUNCH_LETTERS, 1]
-    monkeypatch.setattr("streams.dead_letters.BUNCH_CHARACTERS", 8_000)
-    letters = [Letter(0, at, large) for at in range(5)]
-    assert [[each.offset for each in bunch] for bunch in _bunches(letters)] == [[0, 1], [2, 3], [4]]
-    assert list(_bunches([])) == []

@@ -205,6 +205,44 @@ def test_what_came_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.rows() == [(3.0, 5.0), (4.0, 2.0)]
 
 
+def test_what_came_again_under_a_version_rolled_back_to_is_not_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It predicts an event that another version met first with that event's rating known."""
+    later = NOON + timedelta(minutes=1)
+    told = pl.LazyFrame(
+        {
+            "event_id": ["a", "b", "c", "a", "b", "c"],
+            "user_id": "u",
+            "item_id": ["i", "j", "k", "i", "j", "k"],
+            "kind": "interaction",
+            "model_version": ["v1", "v2", "v1", "v1", "v1", "v1"],
+            "event_time": later,
+            "rating": [3.0, 3.0, 4.0, 4.9, 2.1, 5.0],
+        },
+        schema_overrides={"event_time": pl.Datetime("ms", "UTC")},
+    )
+    monkeypatch.setattr(drift.archive, "read", lambda *place: told)
+    reviews = pl.DataFrame(
+        {
+            "row": range(3),
+            "event_id": ["a", "b", "c"],
+            "user_id": "u",
+            "item_id": ["i", "j", "k"],
+            "time": later,
+            "rating": [5.0, 2.0, 5.0],
+            "title": None,
+            "text": None,
+        },
+        schema=REVIEW_COLUMNS,
+    )
+    log = Log(blank(EVENT, 0), reviews, [], [])
+    _, known = since(log, "", None, "v1", NOON)
+    assert known.rows() == [(3.0, 5.0), (4.0, 5.0)]
+    _, known = since(log, "", None, "v2", NOON)
+    assert known.rows() == [(3.0, 2.0)]
+
+
 def test_what_counts_came_after_the_window_and_of_the_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

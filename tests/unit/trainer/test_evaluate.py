@@ -1,6 +1,7 @@
 """The whole evaluation on a small shop."""
 
 import sys
+import tracemalloc
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,6 @@ from schemas.files import write_records
 from schemas.records import Item
 from tests.unit.trainer.shop import REVIEWS, START, Entries, review, shop
 from trainer import evaluate as evaluation
-from trainer import figures
 from trainer.config import FitConfig, SizesConfig, TextConfig, TrainerConfig
 from trainer.data import Log, Ties, from_file
 from trainer.evaluate import evaluate, folder_of, measure
@@ -288,11 +288,6 @@ def test_beside_a_peer_without_error_there_is_no_gain() -> None:
     assert found == {"best_peer": "svd", "gain": 0.5}
 
 
-def test_of_one_user_alone_a_table_shows_no_interval() -> None:
-    assert figures._interval({"low": np.nan, "high": np.nan}) == "–"
-    assert figures._interval({"low": -0.5, "high": 0.0}) == "[-0.5000, +0.0000]"
-
-
 def test_an_alarm_stops_it_unless_told_otherwise(
     shop_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +355,18 @@ def test_parts_of_other_rows_are_not_taken_for_these(shop_file: Path, tmp_path: 
     Kept(tmp_path).get("rows", lambda: {"rows": np.arange(3)})
     with pytest.raises(TrainerError, match="measured on other rows; delete it"):
         evaluate(from_file(shop_file), tmp_path, SMALL, encoder="none", peers=())
+
+
+def test_a_large_file_is_not_held_in_memory_to_name_its_folder(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    with events.open("wb") as file:
+        file.truncate(50_000_000)
+    tracemalloc.start()
+    try:
+        folder_of(events, SMALL, "none", "instant", tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_another_encoder_or_file_has_a_folder_of_its_own(

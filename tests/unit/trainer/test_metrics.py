@@ -14,6 +14,7 @@ from trainer.metrics import (
     paired,
     rmse,
     scores,
+    shown_difference,
     text_scores,
 )
 
@@ -95,6 +96,13 @@ def test_one_user_or_row_alone_tells_no_interval() -> None:
     gap = paired(rating[1:2], model[1:2], rating[1:2], **options)
     assert gap.mean == 1
     assert np.isnan([gap.low, gap.high]).all()
+
+
+def test_of_one_user_alone_a_table_shows_no_interval() -> None:
+    assert shown_difference({"low": np.nan, "high": np.nan}) == "–"
+    assert shown_difference({"low": -0.5, "high": 0.0}) == "[-0.5000, +0.0000]"
+    assert shown_difference({"mean": 0.25, "low": None, "high": None}) == "+0.2500 –"  # of JSON
+    assert shown_difference(None) == ""
 
 
 def test_what_a_model_predicts_past_the_stars_counts_as_the_last_one() -> None:
