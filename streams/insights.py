@@ -437,6 +437,9 @@ async def _turn(run: _Run, metrics: Metrics, send: Callable[[Output], Awaitable[
     if (steps := run.steps) is None:
         await _resume(run)
         return
+    if windows.is_ahead(steps, round(time.time() * 1_000)):
+        await _begin_anew(run, steps)
+        return
     for alert in _close_due(run, steps):
         await send(Output("alerts", alert.rule.encode(), encode(alert)))
     await _write(run, metrics)
@@ -456,6 +459,23 @@ async def _resume(run: _Run) -> None:
         run.config, last.end_ms if last else None, last.trial if last else None
     )
     run.last_arrival = time.monotonic() + FIRST_SECONDS
+
+
+async def _begin_anew(run: _Run, steps: Steps) -> None:
+    """Delete the windows, since a clock was put back: the store takes none that ends before them.
+
+    A trial goes on; digests that waited for windows to come are acknowledged with the next.
+    """
+    try:
+        await asyncio.to_thread(run.client.delete, run.key)
+    except STORE_ERRORS as error:
+        await _wait_for_store(run, error)
+        return
+    _LOG.warning("windows begin anew: the clock is behind their end", end_ms=steps.closed)
+    if run.steps is steps:  # else the partition went meanwhile
+        run.steps = windows.make_steps(run.config, trial=steps.trial)
+        run.unwritten.clear()
+        run.pending = deque((0, event) for _, event in run.pending)
 
 
 async def _wait_for_store(run: _Run, error: Exception) -> None:
@@ -499,7 +519,7 @@ async def _write(run: _Run, metrics: Metrics) -> None:
                 metrics.state_writes.labels("insights", "failed").inc()
                 await _wait_for_store(run, error)
                 return
-            # A newer window is there: another process has taken over, or a clock went back.
+            # A newer window is there: another process has taken over, or a clock went back a little.
             metrics.state_writes.labels("insights", "fenced").inc()
             _LOG.warning("the store has a newer window", end_ms=window.end_ms)
         run.readiness.reason = None
