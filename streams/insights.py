@@ -519,7 +519,7 @@ async def _write(run: _Run, metrics: Metrics) -> None:
                 metrics.state_writes.labels("insights", "failed").inc()
                 await _wait_for_store(run, error)
                 return
-            # A newer window is there: another process has taken over, or a clock went back a little.
+            # A newer window is there: another process has taken over, or a clock is a bit behind.
             metrics.state_writes.labels("insights", "fenced").inc()
             _LOG.warning("the store has a newer window", end_ms=window.end_ms)
         run.readiness.reason = None

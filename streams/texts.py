@@ -194,7 +194,7 @@ class Texts:
             if loaded.graphs is not None:
                 loaded.graphs.warm(self._config.token_budget)
             return loaded
-        except Exception as error:  # noqa: BLE001 - of torch, as of a device without room
+        except Exception as error:  # of torch too, as of a device without room
             self._models.refuse_encoder(serving, error)
             raise StoreError(
                 f"The encoder of {serving.predictor.version} cannot be loaded, and its texts wait: "

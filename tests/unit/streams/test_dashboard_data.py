@@ -29,21 +29,18 @@ def test_windows_that_began_anew_are_followed(store: str) -> None:
     kept, feed = Store(RedisConfig(url=SecretStr(store)), "abcd", 1), Feed()
     seen: list[list[int]] = []
 
-    def wait(_: float) -> bool:
-        seen.append([window.end_ms for window in feed.snapshot.windows])
-        match len(seen):
-            case 1:
-                kept.client.delete("windows")
-            case 2:
-                write(20, 30)
-            case 3:
-                write(40)
-        return len(seen) < 4
-
     def write(*ends: int) -> None:
         for end in ends:
             told = Window(start_ms=0, end_ms=end, step_ms=5, kinds={}).model_dump_json()
             kept.client.xadd("windows", {WINDOW_FIELD: told.encode()}, id=f"{end}-0")
+
+    then = [lambda: kept.client.delete("windows"), lambda: write(20, 30), lambda: write(40)]
+
+    def wait(_: float) -> bool:
+        seen.append([window.end_ms for window in feed.snapshot.windows])
+        if then:
+            then.pop(0)()
+        return len(seen) < 4
 
     write(10, 25, 3_600)
     _follow_store(feed, kept, "windows", wait)

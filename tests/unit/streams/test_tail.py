@@ -107,7 +107,7 @@ def test_a_log_of_which_neither_has_a_part_is_an_error(
     if whole:
         assert [at for at, _ in seen(read_log(KAFKA, where, "item-updates", 1))] == [0, 1, 2]
         return
-    with pytest.raises(JournalGapError, match="begins at offset 4, .* ends at 3"):
+    with pytest.raises(JournalGapError, match=r"begins at offset 4, .* ends at 3"):
         seen(read_log(KAFKA, where, "item-updates", 1))
 
 
@@ -143,7 +143,7 @@ def test_retention_that_passes_what_is_read_next_is_an_error_where_nothing_may_b
     if not strict:
         assert list(batches) == []
         return
-    with pytest.raises(JournalGapError, match=f"next of {name} partition 1.* again"):
+    with pytest.raises(JournalGapError, match=rf"next of {name} partition 1\..* again"):
         next(batches)
 
 
