@@ -171,14 +171,15 @@ Wait = Callable[[float], bool]
 
 
 def _follow_store(feed: Feed, store: Store, key: str, wait: Wait) -> None:
-    """Append the windows that insights writes."""
+    """Append the windows that insights writes; those that end later are gone by then."""
     last = b"-"
     while True:
         try:
-            if last == b"-":
-                rows: Any = store.client.xrevrange(key, count=MOST_WINDOWS)[::-1]
-            else:
-                rows = store.client.xrange(key, min=b"(" + last, count=MOST_WINDOWS)
+            rows: Any = store.client.xrange(key, min=last, count=MOST_WINDOWS)
+            if rows and rows[0][0] == last:
+                rows = rows[1:]
+            else:  # at first, and where windows have begun anew
+                rows = store.client.xrevrange(key, count=MOST_WINDOWS)[::-1]
             feed.link("store", None)
         except STORE_ERRORS as error:
             rows = []
@@ -186,9 +187,10 @@ def _follow_store(feed: Feed, store: Store, key: str, wait: Wait) -> None:
                 "store", f"{str(error).rstrip('.')}. Start the store, or set STARCAST_REDIS__URL."
             )
         if rows:
-            last = rows[-1][0]
-            kept = feed.snapshot.windows + tuple(_windows(fields for _, fields in rows))
-            feed.update(windows=kept[-MOST_WINDOWS:])
+            first, last = int(rows[0][0].partition(b"-")[0]), rows[-1][0]
+            kept = [window for window in feed.snapshot.windows if window.end_ms < first]
+            kept += _windows(fields for _, fields in rows)
+            feed.update(windows=tuple(kept[-MOST_WINDOWS:]))
         if not wait(STORE_SECONDS):
             return
 

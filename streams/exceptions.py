@@ -28,4 +28,4 @@ class StoreAheadError(StarcastError):
 
 
 class JournalGapError(StarcastError):
-    """The journal no longer reaches back to where the store stands."""
+    """The journal, or item updates, do not reach back to where states are computed from."""

@@ -32,7 +32,7 @@ from streams.faust_app import broker_credentials, make_app, sparing_logs
 from streams.metrics import Metrics
 from streams.processor import Output
 from streams.producer import Outgoing, play
-from streams.steps import Steps, add, close, due, make_steps
+from streams.steps import Steps, add, close, due, is_ahead, make_steps
 from streams.store import STORE_ERRORS, connect
 from streams.tail import read_topic
 from streams.windows import WINDOW_FIELD, WINDOWS_KEY, Window, last_window
@@ -300,6 +300,9 @@ async def _turn(run: _Run, metrics: Metrics, send: Callable[[Output], Awaitable[
     if (steps := run.steps) is None:
         await _resume(run)
         return
+    if is_ahead(steps, round(time.time() * 1_000)):
+        await _begin_anew(run, steps)
+        return
     for alert in _close_due(run, steps):
         await send(Output("alerts", alert.rule.encode(), encode(alert)))
     await _write(run, metrics)
@@ -317,6 +320,23 @@ async def _resume(run: _Run) -> None:
     run.firing = last.firing if last else []
     run.steps = make_steps(run.config, last.end_ms if last else None, last.trial if last else None)
     run.last_arrival = time.monotonic() + FIRST_SECONDS
+
+
+async def _begin_anew(run: _Run, steps: Steps) -> None:
+    """Delete the windows, since a clock was put back: the store takes none that ends before them.
+
+    A trial goes on; digests that waited for windows to come are acknowledged with the next.
+    """
+    try:
+        await asyncio.to_thread(run.client.delete, run.key)
+    except STORE_ERRORS as error:
+        await _wait_for_store(run, error)
+        return
+    _LOG.warning("windows begin anew: the clock is behind their end", end_ms=steps.closed)
+    if run.steps is steps:  # else the partition went meanwhile
+        run.steps = make_steps(run.config, trial=steps.trial)
+        run.unwritten.clear()
+        run.pending = deque((0, event) for _, event in run.pending)
 
 
 async def _wait_for_store(run: _Run, error: Exception) -> None:
@@ -360,7 +380,7 @@ async def _write(run: _Run, metrics: Metrics) -> None:
                 metrics.state_writes.labels("insights", "failed").inc()
                 await _wait_for_store(run, error)
                 return
-            # A newer window is there: another process has taken over, or a clock went back.
+            # A newer window is there: another process has taken over, or a clock is a bit behind.
             metrics.state_writes.labels("insights", "fenced").inc()
             _LOG.warning("the store has a newer window", end_ms=window.end_ms)
         run.readiness.reason = None

@@ -39,9 +39,48 @@ def read_journals(
 
     Those of one partition come in order. What retention has taken from Kafka is read from the
     archive. Where there are no transactions a worker may have ended between two pieces of one of
-    its own: nobody applied it, and it is left out. Raises `JournalGapError` when neither reaches
-    back to a start, `StoreAheadError` when the journal ends before it.
+    its own: nobody applied it, and it is left out; so is an entry in whose place another was
+    sent. Raises `JournalGapError` when neither reaches back to a start, `StoreAheadError` when the
+    journal ends before it.
     """
+    entries = _entries(kafka, archived, starts)
+    return entries if kafka.exactly_once else _standing(entries, starts)
+
+
+def _standing(
+    entries: Iterator[tuple[int, Transaction | None]], starts: Mapping[int, int]
+) -> Iterator[tuple[int, Transaction | None]]:
+    """The entries on which the states of the newest one stand.
+
+    Without transactions an entry that a worker gave up may come late: before or after what was sent
+    in its place, which has the same rows and perhaps more. Each tells how far its worker had read
+    the journal. So of several entries made from one place, that which the next knew stands; where
+    there is no next, the last does, since whoever recovers then goes on from it.
+    """
+    reached = dict(starts)
+    waiting: dict[int, list[Transaction]] = {partition: [] for partition in starts}
+    for partition, entry in entries:
+        made = waiting[partition]
+        known = [each for each in made if entry is None or each.last_offset < _known(entry)]
+        if known:
+            yield partition, known[-1]
+            reached[partition] = known[-1].last_offset + 1
+            made.clear()
+        if entry is None:
+            yield partition, None
+        elif _known(entry) >= reached[partition]:
+            made.append(entry)
+
+
+def _known(entry: Transaction) -> int:
+    """The next journal offset to apply when an entry was made: it begins the header it has."""
+    return int.from_bytes(entry.journal.partition_state[:8], "little")
+
+
+def _entries(
+    kafka: KafkaConfig, archived: ArchiveConfig, starts: Mapping[int, int]
+) -> Iterator[tuple[int, Transaction | None]]:
+    """All that is there in whole, as `read_journals` tells it."""
     on_torn = None if kafka.exactly_once else _leave_out
     with reader(kafka, auto_offset_reset="error", fetch_wait_max_ms=SHORT_POLL_MS) as consumer:
         # Else leaders are found half a second late.

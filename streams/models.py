@@ -64,6 +64,7 @@ class _Coming:
     """A stable version that waits for the vectors of its encoder."""
 
     serving: Serving
+    called: str  # when it is refused
     since: float  # of the monotonic clock, like the next
     told: float
 
@@ -142,6 +143,17 @@ class Models:
             self._end_trial(serving, error)
             return None
 
+    def refuse_encoder(self, serving: Serving, error: Exception) -> None:
+        """Refuse a version that waits for vectors, since its encoder cannot be loaded.
+
+        Only who reads texts loads it. The thread that follows the registry takes the version away;
+        one that serves stays, and predicts without the words of new items.
+        """
+        coming = self._coming
+        if coming is not None and coming.serving is serving:
+            version = serving.predictor.version
+            self._refuse(coming.called, f"the encoder of {version} cannot be loaded ({error})")
+
     def refresh(self) -> None:
         """Take up what the registry names, where it is another and can be loaded."""
         try:
@@ -160,7 +172,11 @@ class Models:
         self, named: registry.Entry | None, earlier: Sequence[registry.Entry]
     ) -> None:
         running, coming = self._serving, self._coming
-        if coming and (named is None or named.version != coming.serving.predictor.version):
+        if coming and (
+            named is None
+            or named.version != coming.serving.predictor.version
+            or coming.called in self._refused
+        ):
             coming = None
         if named is None:
             if running.bundle is not None:
@@ -169,7 +185,7 @@ class Models:
             loaded = None if coming else self._load(named)
             made = None if loaded is None else self._serve(loaded, _named(named))
             if made is not None:
-                coming = _Coming(made, time.monotonic(), -math.inf)
+                coming = _Coming(made, _named(named), time.monotonic(), -math.inf)
                 if running.bundle is None:
                     self._begin_with(earlier, coming.serving)
             if coming and not (earlier and self._waits(coming)):

@@ -161,9 +161,9 @@ def _items(shop: Shop, partition: int) -> Rebuilt:
         starts: Offsets = {}
         while partition not in starts:  # each claim applies some of what only the archive has
             starts = items.claim({partition: {}})
-        start = starts[partition][topic]
+        start = {partition: starts[partition][topic]}
         for batch in read_topic(
-            shop.kafka, topic, start={partition: start}, partitions=[partition]
+            shop.kafka, topic, start=start, partitions=[partition], strict=True
         ):
             _work(items, batch)
 

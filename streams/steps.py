@@ -147,6 +147,14 @@ def due(steps: Steps, now_ms: int, quiet: bool) -> list[int]:
     return list(range(first, limit + 1, steps.step_ms))
 
 
+def is_ahead(steps: Steps, now_ms: int) -> bool:
+    """Whether the last window ends in the future by more than its length: a clock was put back.
+
+    By less, the next windows are only waited for, as where another machine's clock was ahead.
+    """
+    return steps.closed is not None and steps.closed > now_ms + steps.window_ms
+
+
 def close(steps: Steps, end_ms: int, insights: InsightsConfig) -> Window | None:
     """The window ending at `end_ms`; forgets the steps that no later window needs.
 

@@ -35,6 +35,7 @@ from streams.clients import (
     watermarks,
 )
 from streams.config import ArchiveConfig, KafkaConfig
+from streams.exceptions import JournalGapError
 
 WAIT_SECONDS = 0.2  # a stop, or the end of a silent topic, is noticed this soon
 STALL_SECONDS = 60.0  # a broker that goes away meanwhile would leave a reader waiting for the end
@@ -54,13 +55,15 @@ def read_topic(
     partitions: Collection[int] | None = None,
     follow: bool = False,
     stop: threading.Event | None = None,
+    strict: bool = False,
 ) -> Iterator[list[Message]]:
     """Batches of a topic's committed messages; of one partition they come in order.
 
     `topic` is without the prefix in settings; `partitions` are all when left out. Ends when every
     partition has once been read to its end, or, when it is to `follow`, only with `stop`; then
-    batches may be empty. Raises UnreachableError when no broker answers and TopicError when there
-    is no such topic.
+    batches may be empty. Raises UnreachableError when no broker answers, TopicError when there
+    is no such topic and, where it is `strict`, JournalGapError when retention has taken what was to
+    be read next; else what it has left is read.
     """
     stop = stop or threading.Event()
     found = reach(kafka).list_topics(timeout=REQUEST_SECONDS).topics
@@ -68,7 +71,7 @@ def read_topic(
     with reader(
         kafka,
         fetch_wait_max_ms=LONG_POLL_MS if follow else SHORT_POLL_MS,
-        auto_offset_reset="earliest",
+        auto_offset_reset="error" if strict else "earliest",
     ) as consumer:
         left = set(found[name].partitions if partitions is None else partitions)
         consumer.list_topics(name, REQUEST_SECONDS)  # else its leaders are found half a second late
@@ -83,6 +86,12 @@ def read_topic(
                     batch.append(message)
                 elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage]
                     left.discard(message.partition() or 0)
+                elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # pyright: ignore[reportPrivateUsage]
+                    raise JournalGapError(
+                        f"Retention has deleted what was to be read next of {name} partition "
+                        f"{message.partition()}. Run the command again: it takes from the archive "
+                        "what the archiver has of it."
+                    )
                 elif error.fatal() or not error.retriable():
                     raise TopicError(f"Topic {name} cannot be read: {error.str()}.")
             if not follow and time.monotonic() - moved > STALL_SECONDS:
@@ -107,11 +116,21 @@ def read_log(
     """Batches of all that is left of one partition, up to its stable end, in order.
 
     What retention has taken from Kafka comes from the archive, and so does what compaction has.
+    Raises JournalGapError where the archive lacks what retention has taken, or it takes more
+    meanwhile.
     """
-    low, _ = bounds(kafka, topic, [partition])[partition]
     if BY_NAME[topic].cleanup == "delete":
+        low, high = bounds(kafka, topic, [partition])[partition]
+        end = archived_end(archived, topic, partition)
+        if end < low - (low == high):  # the last offset may be that of a transaction's end
+            raise JournalGapError(
+                f"Topic {topic} partition {partition} begins at offset {low}, and the archive at "
+                f"{archived.url} ends at {end}. Run the archiver until it has caught up, or point "
+                "STARCAST_ARCHIVE__URL at the archive of this shop."
+            )
         yield from read_archived(kafka, archived, topic, partition, 0, low)
-        yield from read_topic(kafka, topic, start={partition: low}, partitions=[partition])
+        start = {partition: low}
+        yield from read_topic(kafka, topic, start=start, partitions=[partition], strict=True)
         return
     both = merge(
         chain.from_iterable(read_archived(kafka, archived, topic, partition)),

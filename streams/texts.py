@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,8 +124,8 @@ class Texts:
 
         Bad records are left to the processors that own their topics, which make them dead letters.
         Vectors are stored before the commit: after it, a store that is gone would lose them, and
-        stored twice they are the same. Raises `StoreError` when the store has lost vectors or the
-        encoder is another than at the claim: then the loop claims again.
+        stored twice they are the same. Raises `StoreError` when the store has lost vectors, the
+        encoder is another than at the claim, or cannot be loaded: then the loop claims again.
         """
         inputs, _ = split(messages, self._prefix, self.name)
         reviews, forgotten = _apart(inputs.get("reviews"))
@@ -175,14 +176,7 @@ class Texts:
         if serving.encoder_folder is None:
             return None
         if self._loaded is None or self._loaded[0] is not serving.bundle:
-            loaded = encoder.load(
-                serving.encoder_folder,
-                self._device,
-                serving.star_head,
-                self._config.precision,
-            )
-            if loaded.graphs is not None:
-                loaded.graphs.warm(self._config.token_budget)
+            loaded = self._load(serving, serving.encoder_folder)
             if self._engine is not None:
                 self._engine.close()
             self._loaded = serving.bundle, loaded
@@ -192,6 +186,20 @@ class Texts:
                 "texts",
             )
         return self._loaded[1]
+
+    def _load(self, serving: Serving, folder: Path) -> TextEncoder:
+        """Raises `StoreError` when it cannot be loaded: its version is refused, or texts wait."""
+        try:
+            loaded = encoder.load(folder, self._device, serving.star_head, self._config.precision)
+            if loaded.graphs is not None:
+                loaded.graphs.warm(self._config.token_budget)
+            return loaded
+        except Exception as error:  # of torch too, as of a device without room
+            self._models.refuse_encoder(serving, error)
+            raise StoreError(
+                f"The encoder of {serving.predictor.version} cannot be loaded, and its texts wait: "
+                f"{error}. Promote another version, or set STARCAST_MODELS__ENCODER."
+            ) from error
 
     def _vectors(self, text_encoder: TextEncoder, texts: list[str]) -> NDArray[np.float32]:
         """Hidden vectors, (n, hidden), through the micro-batching engine."""

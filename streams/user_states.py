@@ -46,7 +46,7 @@ SLICE_STEPS = 50  # of the store's walk, each with a read of what it found and p
 
 HEADER = np.dtype(
     [
-        ("journal", "<u8"),  # next journal offset to apply
+        ("journal", "<u8"),  # next journal offset to apply; first, for `streams.journal`
         ("ends", "<i8", len(TOPICS)),  # next offset of each input topic; -1: nothing was read
         ("partition", PARTITION),
     ]

@@ -11,6 +11,7 @@ from streams.config import KafkaConfig, RedisConfig
 from streams.dashboard_data import Feed, _follow_store, _show, _titles
 from streams.embedded import HOST, free_port
 from streams.store import Store
+from streams.windows import WINDOW_FIELD, Window
 
 
 def test_a_cluster_that_is_down_is_told_and_asked_again() -> None:
@@ -21,6 +22,30 @@ def test_a_cluster_that_is_down_is_told_and_asked_again() -> None:
     assert next(rounds, None) is None
     assert feed.snapshot.store.up is False
     assert "STARCAST_REDIS__URL" in feed.snapshot.store.reason
+
+
+def test_windows_that_began_anew_are_followed(store: str) -> None:
+    """As where a clock was put back: their ends are before those that were there."""
+    kept, feed = Store(RedisConfig(url=SecretStr(store)), "abcd", 1), Feed()
+    seen: list[list[int]] = []
+
+    def write(*ends: int) -> None:
+        for end in ends:
+            told = Window(start_ms=0, end_ms=end, step_ms=5, kinds={}).model_dump_json()
+            kept.client.xadd("windows", {WINDOW_FIELD: told.encode()}, id=f"{end}-0")
+
+    then = [lambda: kept.client.delete("windows"), lambda: write(20, 30), lambda: write(40)]
+
+    def wait(_: float) -> bool:
+        seen.append([window.end_ms for window in feed.snapshot.windows])
+        if then:
+            then.pop(0)()
+        return len(seen) < 4
+
+    write(10, 25, 3_600)
+    _follow_store(feed, kept, "windows", wait)
+    assert seen == [[10, 25, 3_600], [10, 25, 3_600], [10, 20, 30], [10, 20, 30, 40]]
+    kept.close()
 
 
 def test_topics_that_were_made_anew_bring_new_predictions() -> None:

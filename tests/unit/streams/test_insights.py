@@ -5,6 +5,7 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -212,6 +213,45 @@ class TestOneRun:
         monkeypatch.setattr("streams.insights.time", clock)
         in_loop(_turn(run, make_metrics(), no_alert))
         assert (run.steps, list(run.unwritten)) == (None, [])
+
+    @pytest.mark.parametrize("running", [True, False])
+    def test_windows_begin_anew_where_the_clock_was_put_back(
+        self, store: str, monkeypatch: pytest.MonkeyPatch, running: bool
+    ) -> None:
+        """The store takes no window that ends before its last: for an hour none would come."""
+        run, metrics, acknowledged = self.run_of(), make_metrics(), list[str]()
+        up = count(0, 100)  # which no clock puts back
+        run.client = connect(RedisConfig(url=SecretStr(store)))
+        trial = Trial(version="b", start_ms=0, end_ms=60_000)
+        last = Window(
+            start_ms=0, end_ms=ms(3_700), step_ms=10_000, kinds={}, trial=trial, firing=["lag/x"]
+        )
+
+        def turn(now: float) -> list[int]:
+            """Windows in the store, as milliseconds of their ends, after a turn."""
+            clock = SimpleNamespace(time=lambda: ms(now) / 1_000, monotonic=lambda: next(up))
+            monkeypatch.setattr("streams.insights.time", clock)
+            in_loop(_turn(run, metrics, no_alert))
+            return [int(name.partition(b"-")[0]) for name, _ in run.client.xrange("windows")]
+
+        run.unwritten.append(last)
+        in_loop(_write(run, metrics))
+        run.steps = None  # it starts
+        turn(3_702)
+        event = SimpleNamespace(ack=lambda: acknowledged.append("waited"))
+        run.pending.append((ms(3_700), event))
+        assert turn(3_671) == [ms(3_700)]  # put back by less than a window: the next is waited for
+        if running:
+            run.unwritten.append(last)
+        else:
+            run.reset(owned=True)
+            turn(100)
+        assert turn(100) == []
+        assert run.steps is not None
+        assert add(run.steps, digest(at(99), [(3.0, 3.0)]), ms(100)) == ("counted", ms(100))
+        assert turn(130) == [ms(100), ms(110), ms(120)]
+        assert (run.steps.trial, run.firing) == (trial, ["lag/x"])
+        assert acknowledged == ["waited"] * running
 
     def test_of_each_digest_it_is_told_what_became_of_it(self) -> None:
         run, metrics = self.run_of(), make_metrics()

@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas import journal as contract
 from schemas.exceptions import ContractError
@@ -225,6 +228,58 @@ def test_without_transactions_what_a_worker_did_not_come_to_the_end_of_is_left_o
     again = [row(1, 3, LONG[0]), row(1, 4, LONG[1])]
     kafka(Scripted([row(1, 2, LONG[0]), *again, row(1, 5, LONG[0]), event(1, EOF)]))
     assert read(plain, p1=2) == [(1, (3, 4)), (1, None)]
+
+
+def stood(offset: int, reached: int) -> Message:
+    """An entry of a worker that had read the journal up to `reached`."""
+    state = reached.to_bytes(8, "little") + b"the rest of a header"
+    return row(1, offset, contract.encode(replace(make(3), partition_state=state))[0])
+
+
+PLAIN = KAFKA.model_copy(update={"exactly_once": False})
+
+
+@pytest.mark.parametrize(
+    ("entries", "standing"),
+    [
+        ([(0, 0), (1, 1), (2, 1)], [0, 2]),  # nothing tells yet: the later one
+        ([(0, 0), (1, 1), (2, 1), (3, 3)], [0, 2, 3]),
+        ([(0, 0), (1, 1), (2, 1), (3, 2)], [0, 1, 3]),
+        ([(0, 0), (1, 1), (2, 2), (3, 1), (4, 3)], [0, 1, 2, 4]),  # two batches late
+        ([(0, 0), (1, 1), (2, 2), (3, 1)], [0, 1, 2]),
+        ([(0, 0), (1, 1), (2, 1), (3, 1), (4, 3)], [0, 2, 4]),  # two were given up
+        ([(2, 1), (3, 2)], [3]),  # the states in the store stand on another
+        ([(2, 1)], []),
+        ([(0, 0), (2, 2), (4, 4)], [0, 2, 4]),  # once there were transactions
+    ],
+)
+def test_without_transactions_an_entry_that_another_took_the_place_of_is_left_out(
+    kafka: Any, entries: list[tuple[int, int]], standing: list[int]
+) -> None:
+    first = entries[0][0]
+    kafka(Scripted([*(stood(*each) for each in entries), event(1, EOF)]))
+    assert read(PLAIN, p1=first) == [*((1, (at, at)) for at in standing), (1, None)]
+    kafka(Scripted([*(stood(*each) for each in entries), event(1, EOF)]))
+    assert read(p1=first) == [*((1, (at, at)) for at, _ in entries), (1, None)]
+
+
+@given(st.data())
+def test_entries_that_come_late_change_nothing(data: st.DataObject) -> None:
+    """Whenever they come, and wherever reading begins, the last worker's journal is read."""
+    entries: list[tuple[int, Transaction | None]] = []
+    ends = [0]  # of the entries on which the last worker stands
+    for late in data.draw(st.lists(st.booleans(), max_size=12)):
+        reached = data.draw(st.sampled_from(ends)) if late else ends[-1]
+        at = len(entries)
+        (entry,) = contract.decode_all([(at, stood(at, reached).value() or b"")])
+        entries.append((1, entry))
+        if not late:
+            ends.append(at + 1)
+    del entries[ends[-1] :]  # on which nothing stands yet
+    start = data.draw(st.sampled_from(ends))
+    found = journal._standing(iter([*entries[start:], (1, None)]), {1: start})
+    told = [each and each.last_offset + 1 for _, each in found]
+    assert told == [*(end for end in ends if end > start), None]
 
 
 def test_a_journal_that_gives_nothing_is_not_waited_for_for_ever(

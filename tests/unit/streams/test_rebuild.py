@@ -134,6 +134,23 @@ def test_user_states_that_take_long_are_applied_to_the_end(
     assert header == journal.steps[-1].header
 
 
+def test_item_states_lack_nothing_that_retention_takes_meanwhile(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.items.bounds", lambda *_: {1: (0, 9)})
+    monkeypatch.setattr(Shop, "committed", lambda *_: 0)
+
+    def read(*_: Any, start: dict[int, int], strict: bool = False, **__: Any) -> Iterator[Any]:
+        assert start == {1: 0}
+        if strict:
+            raise JournalGapError("Retention has deleted what was to be read next.")
+        return iter([])
+
+    monkeypatch.setattr(rebuild, "read_topic", read)
+    with pytest.raises(JournalGapError):
+        rebuild._items(shop, 1)
+
+
 @pytest.mark.parametrize(
     ("steps", "missing"),
     [([], None), ([[0, 1], [], [2]], None), ([[1, 2]], 0), ([[0, 1], [3]], 2), ([[0], [0]], 1)],

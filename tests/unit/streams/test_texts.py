@@ -1,3 +1,4 @@
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ import torch
 from confluent_kafka import Message
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from model import encoder, registry
 from model.catalog import item_text
@@ -331,6 +333,72 @@ def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) 
     texts.close()
     assert not texts._engine or not texts._engine._thread.is_alive()
     make(store, tmp_path).close()  # which has encoded nothing
+
+
+def promote(url: Path, encoder_: Path) -> str:
+    written = write(str(url), encoder=encoder_)
+    registry.promote(str(url), written.version, written.sha256, "a test", "")
+    return written.version
+
+
+@pytest.fixture
+def unheard_of(tmp_path: Path, folder: Path) -> Path:
+    """An encoder that transformers refuses, as that of a later release."""
+    made = tmp_path / "unheard of"
+    shutil.copytree(folder, made)
+    config = made / "config.json"
+    config.write_text(config.read_text().replace('"bert"', '"unheard-of"'))
+    return made
+
+
+def test_a_version_whose_encoder_cannot_be_loaded_is_refused_and_what_runs_reads_on(
+    store: str, tmp_path: Path, folder: Path, unheard_of: Path
+) -> None:
+    url = tmp_path / "models"
+    good = promote(url, folder)
+    texts = make(store, url)
+    texts._models._coverage = lambda *_: 0.5  # others serve the one before until all is read
+    batch, committed = messages("items", [item("a")]), {2: {"items": 1}}
+    texts.claim(committed)
+    finish(texts.process(batch))
+    loaded = texts._loaded
+    promote(url, unheard_of)
+    texts._models.refresh()
+    texts.claim(committed)
+    with capture_logs() as logs:
+        for _ in range(2):
+            with pytest.raises(StoreError, match="cannot be loaded"):
+                texts.process(batch)
+    (refused,) = [line for line in logs if line["event"] == "bundle refused"]
+    assert "unheard-of" in refused["reason"]
+    texts._models.refresh()
+    assert texts._models.reading.predictor.version == good
+    texts.claim(committed)
+    finish(texts.process(batch))
+    assert texts._loaded is loaded
+    texts.close()
+
+
+def test_texts_wait_for_an_encoder_that_serves_and_cannot_be_loaded(
+    store: str, tmp_path: Path, folder: Path, unheard_of: Path
+) -> None:
+    url = tmp_path / "models"
+    bad = promote(url, unheard_of)
+    texts = make(store, url)
+    batch, committed = messages("items", [item("a")]), {2: {"items": 1}}
+    texts.claim(committed)
+    with pytest.raises(StoreError, match=f"encoder of {bad} cannot be loaded"):
+        texts.process(batch)
+    assert texts._models.serving.predictor.version == bad  # which scores on, without words
+    assert texts.claim(committed)[2] == {"items": 0}
+    promote(url, folder)
+    texts._models.refresh()
+    with pytest.raises(StoreError, match="Another encoder"):
+        texts.process(batch)
+    texts.claim(committed)
+    finish(texts.process(batch))
+    assert None not in vectors(texts, "a good guitar")
+    texts.close()
 
 
 @pytest.mark.parametrize("encoded", [True, False])

@@ -1,5 +1,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 from unittest.mock import Mock
@@ -265,6 +267,29 @@ def test_without_transactions_the_journal_says_where_to_go_on(
     journal(partition)
     states = make(store, exactly_once=False)
     assert states.claim({PARTITION: dict.fromkeys(TOPICS, 1)})[PARTITION] == partition.ends()
+
+
+def test_without_transactions_an_entry_that_came_late_is_not_applied(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch that was given up, and worked on again as part of a longer one."""
+    partition = batches(ONE)
+    given_up = deepcopy(partition).apply(events(TWO[1::-1])).transaction
+    again = partition.apply(events(TWO))
+    at = given_up.last_offset + 1
+    entries = [
+        partition.steps[0].transaction,
+        given_up,
+        replace(again.transaction, first_offset=at, last_offset=at),
+    ]
+    monkeypatch.setattr("streams.journal._entries", lambda *_: told(PARTITION, entries))
+    states = make(store, exactly_once=False)
+    states.claim({PARTITION: partition.ends()})
+    assert stored(states) == expected(partition)
+    assert states[PARTITION].header["partition"] == again.header["partition"]
+    assert states[PARTITION].header["journal"] == at + 1
+    with pytest.raises(GapError, match="missing"):
+        make(store, "strict").claim({PARTITION: partition.ends()})
 
 
 def test_a_hole_in_the_journal_is_an_error(
