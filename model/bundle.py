@@ -161,8 +161,8 @@ def load(
     """Check and load a version under `models_url`.
 
     From an object store it is copied to `cache` first (default: `starcast` in the user's cache
-    folder), where the few that were loaded last are kept. `sha256`: of the manifest, as the
-    registry states it. Raises BundleError.
+    folder), where the few that were loaded last are kept, and a damaged copy is replaced. `sha256`:
+    of the manifest, as the registry states it. Raises BundleError.
     """
     if not _VERSION.fullmatch(version):
         raise BundleError(f"{version!r} is no version's name, such as 20261124T101500-1a2b3c4d")
@@ -171,22 +171,40 @@ def load(
         return _named(open_folder(source.local / version, sha256), version)
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "starcast"
     folder = cache / version
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with storage.beside(cache) as temporary:
-            copy = temporary / "bundle"
-            source.download(version, copy)
-            try:
-                bundle = open_folder(copy, sha256)  # before others see it
-            except BundleError as error:  # told where it lies: the copy is gone in a moment
-                place = f"{source.url}/{version}"
-                raise BundleError(str(error).replace(str(copy), place)) from error
-            if not folder.exists():
-                bundle.folder.rename(folder)
-        _make_room(cache)
     with suppress(OSError):  # of who may only read there
         os.utime(folder)  # when it was loaded last
+    try:
+        return _named(open_folder(folder, sha256), version)
+    except (BundleError, OSError):  # not there, or damaged since
+        _fetch(source, version, sha256, cache)
     return _named(open_folder(folder, sha256), version)
+
+
+def _fetch(source: storage.Storage, version: str, sha256: str | None, cache: Path) -> None:
+    """Copy a version to the cache, in place of a damaged copy."""
+    folder = cache / version
+    cache.mkdir(parents=True, exist_ok=True)
+    with storage.beside(cache) as temporary:
+        copy = temporary / "bundle"
+        source.download(version, copy)
+        try:
+            _named(open_folder(copy, sha256), version)  # before others see it
+        except BundleError as error:  # told where it lies: the copy is gone in a moment
+            place = f"{source.url}/{version}"
+            raise BundleError(str(error).replace(str(copy), place)) from error
+        if not _is_whole(folder, sha256):
+            with suppress(OSError):  # there is none, or another process was faster
+                folder.rename(temporary / "damaged")
+            with suppress(OSError):  # another was: its copy is as good
+                copy.rename(folder)
+    _make_room(cache)
+
+
+def _is_whole(folder: Path, sha256: str | None) -> bool:
+    try:
+        return _checked(folder, sha256).version == folder.name
+    except (BundleError, OSError):
+        return False
 
 
 def _named(bundle: Bundle, version: str) -> Bundle:

@@ -1,6 +1,7 @@
 """The models folder: a local directory, or anything that fsspec reaches by URL."""
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import os
@@ -19,6 +20,7 @@ from schemas.exceptions import UnreachableError
 from schemas.urls import hide_password
 
 _WRITING = ".writing-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LEFT_SECONDS = 86_400.0  # nothing takes so long to write
 
 
@@ -125,9 +127,11 @@ class Storage:
             yield
         except Exception as error:  # object stores raise what their client libraries raise
             place = f"{self.url.rstrip('/')}/{name}"
+            advice = "check models.url and the right to read and write there"
+            if isinstance(error, OSError) and error.errno in _FULL:
+                advice = "make room on this machine"
             raise UnreachableError(
-                f"the models folder does not answer at {place}: {error}; "
-                "check models.url and the right to read and write there"
+                f"the models folder does not answer at {place}: {error}; {advice}"
             ) from error
 
 

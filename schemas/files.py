@@ -213,7 +213,9 @@ def _parquet_entries(path: Path) -> Iterator[dict[str, Any]]:
                         value = orjson.loads(value)
                     except orjson.JSONDecodeError:
                         value = str(value)  # produced as it is, a bad record
-                yield {"topic": row["topic"], "value": _present(value)}
+                else:
+                    value = _present(value)
+                yield {"topic": row["topic"], "value": value}
 
 
 def _present(value: Any) -> Any:

@@ -98,12 +98,15 @@ class Cluster:
 
 
 def embedded_settings(settings: Settings, endpoints: Endpoints, folder: Path) -> Settings:
-    """The settings of the demo's processes: those given, but for how servers are reached.
+    """The settings of the demo's processes: those given, but for what leads out of the demo.
 
-    The embedded store is no cluster, and the embedded broker has no groups by KIP-848.
+    The embedded store is no cluster, and the embedded broker has no groups by KIP-848. Processes
+    read the shop's settings file too, so what is not to hold is set to another value, never left
+    out.
     """
     own = settings.model_copy(deep=True)
     own.kafka.bootstrap_servers = endpoints.bootstrap_servers
+    own.kafka.options["security.protocol"] = "PLAINTEXT"  # then no login or key is looked at
     own.kafka.exactly_once = False
     own.kafka.group_protocol = "classic"
     own.kafka.partitions = PARTITIONS
@@ -115,6 +118,9 @@ def embedded_settings(settings: Settings, endpoints: Endpoints, folder: Path) ->
     own.scorer.batch_events, own.scorer.linger_ms = 64, 5
     own.models.url, own.models.threads = str(folder / "models"), 1
     own.trainer.threads = 1  # the workers need the other cores
+    tracking = own.trainer.tracking
+    tracking.folder, tracking.wandb_project, tracking.mlflow_uri = str(folder / "runs"), "", ""
+    own.trainer.checkpoints = str(folder / "checkpoints")
     own.trainer.text.text_limit = DEMO_TEXTS
     own.trainer.text.method = "frozen"  # a minute, not a quarter of an hour
     return own

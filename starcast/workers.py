@@ -29,7 +29,7 @@ def start_worker(
     Its address is where its metrics are; its log goes to the folder.
     """
     own = settings.model_copy(deep=True)
-    own.web.metrics_port = free_port()
+    own.web.metrics_host, own.web.metrics_port = HOST, free_port()
     address = f"{HOST}:{own.web.metrics_port}"
     return start_child(
         name,

@@ -68,16 +68,16 @@ def broker_credentials(kafka: KafkaConfig) -> SASLCredentials | SSLCredentials |
     Raises KafkaOptionError for what cannot be expressed: insights alone reads through aiokafka.
     """
     options = {option_name(name): value for name, value in kafka.options.items()}
+    protocol = options.get("security.protocol", "plaintext").upper()
+    if protocol == "PLAINTEXT":
+        return None
     security = {name for name in options if name.startswith(("ssl.", "sasl.", "enable.ssl."))}
     if unknown := security - _SECURITY_OPTIONS:
         raise KafkaOptionError(
             f"insights cannot use {', '.join(sorted(unknown))}: it reads through another client, "
             f"which takes {', '.join(sorted(_SECURITY_OPTIONS))}."
         )
-    protocol = options.get("security.protocol", "plaintext").upper()
     context = _ssl_context(options) if protocol in ("SSL", "SASL_SSL") else None
-    if protocol == "PLAINTEXT":
-        return None
     if protocol == "SSL":
         return SSLCredentials(context=context)
     mechanism = options.get("sasl.mechanism", options.get("sasl.mechanisms", "GSSAPI"))

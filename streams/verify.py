@@ -129,7 +129,8 @@ def verify_replay(
 ) -> Verification:
     """Replay all that is archived and compare; `progress` is told of the rows replayed.
 
-    Raises `StarcastError` when the archive holds no journal.
+    Raises `StarcastError` when the archive holds no journal, or is of another number of partitions
+    than the store.
     """
     report = Verification()
     replay = _Replay(archived, models, store, report)
@@ -139,6 +140,8 @@ def verify_replay(
             f"The archive at {archived.url} holds no journal. Run the archiver, or point "
             "STARCAST_ARCHIVE__URL at this shop's archive."
         )
+    if (last := max(journalled)) >= store.partitions:
+        raise replay.other_count(f"it holds a journal of partition {last}")
     for number in sorted(journalled):
         partition = _Partition(number, replay)
         for transaction in archive.journal(archived.url, number, replay.options):
@@ -235,12 +238,19 @@ class _Replay:
 
     def _updates(self) -> tuple[Rows, NDArray[np.uint64], dict[tuple[int, str, int, int], Rows]]:
         """Deltas sorted by item and offset, their offsets, and each by item and source span."""
-        places, records = [], []
-        for _, offset, _, record in self.records("item-updates"):
+        owners, places, records = [], [], []
+        for partition, offset, _, record in self.records("item-updates"):
+            owners.append(partition)
             places.append(offset)
             records.append(record)
         deltas = from_updates(records)
         offsets = np.array(places, np.uint64)
+        theirs = partitions_of(deltas["item"], self.store.partitions)
+        wrong = np.flatnonzero(theirs != np.array(owners, np.int64))
+        if len(wrong):
+            at = wrong[0]
+            where = f"item-updates partition {owners[at]} offset {places[at]}"
+            raise self.other_count(f"{where} would be in partition {theirs[at]}")
         spans = {
             (
                 int(delta["item"]),
@@ -310,6 +320,13 @@ class _Replay:
         """What encodes texts whose vectors the store has lost."""
         folder = encoder.locate(self.models.encoder)
         return None if folder is None else encoder.load(folder, self.models.device)
+
+    def other_count(self, found: str) -> StarcastError:
+        """The error of an archive whose partitions are not as many as settings say."""
+        return StarcastError(
+            f"The archive at {self.url} is not of {self.store.partitions} partitions, as settings "
+            f"say: {found}. Set STARCAST_KAFKA__PARTITIONS to what its topics have."
+        )
 
     def predictor(self, version: str) -> Predictor | None:
         """The predictor of a version; None when its bundle is gone."""

@@ -4,6 +4,7 @@ What it calls imports torch, which takes seconds, so it imports it only when it 
 """
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated
 
@@ -12,9 +13,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from schemas.exceptions import UnreachableError
 from starcast.commands.context import AsJson, output, plain, print_json, settings_of
 from starcast.commands.models import chosen_bundle
 from starcast.commands.state import store_of
+from streams.admin import check_topics
 
 
 def explain(
@@ -45,6 +48,8 @@ def explain(
     served = predictor(bundle, "cpu")  # a GPU is for those who serve
     vectors = bundle.encoder_hash if bundle else encoder.setting_hash(settings.models.encoder)
     now = np.array([int(time.time() * 1_000)])
+    with suppress(UnreachableError):  # all else is in the store
+        check_topics(settings.kafka)  # by another count the user would be looked for elsewhere
     store = store_of(settings)
     asked = Asking(store, Reader(store)).observe(
         vectors or "", hash_ids([user]), hash_ids([item]), now

@@ -1,5 +1,6 @@
 """Bundles at rest."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import (  # pyright: ignore[reportMissingTypeStubs]
     MemoryFile,
+    MemoryFileSystem,
 )
 
 from model import bundle as bundles
@@ -29,6 +31,7 @@ from model.encoder import StarHead, folder_hash, read_star_head
 from model.exceptions import BundleError
 from model.network import FusedNetwork
 from model.predict import predictor
+from schemas.exceptions import UnreachableError
 from tests.unit.model.bundles import CARD, network, write
 from tests.unit.model.shop import Observed
 
@@ -313,13 +316,66 @@ def test_a_version_that_is_not_there(scheme: str, tmp_path: Path) -> None:
         bundles.load(f"{scheme}{tmp_path}/none", "20261124T101500-1a2b3c4d", cache=tmp_path)
 
 
-def test_a_damaged_copy_in_the_cache_is_refused_too(tmp_path: Path) -> None:
+def cut_off(file: Path) -> None:
+    """As a power failure leaves a file."""
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("damage", [flip, cut_off, Path.unlink])
+@pytest.mark.parametrize("name", ["network.safetensors", "manifest.json"])
+def test_a_damaged_copy_in_the_cache_is_fetched_anew(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    url = f"memory://{uuid4()}"
+    written = write(url)
+    bundles.load(url, written.version, cache=tmp_path)
+    damage(tmp_path / written.version / name)
+    loaded = bundles.load(url, written.version, written.sha256, cache=tmp_path)
+    assert loaded.folder == tmp_path / written.version
+    bundles.open_folder(loaded.folder, written.sha256)
+    assert [*tmp_path.iterdir()] == [loaded.folder]
+
+
+def test_a_damaged_copy_of_what_is_gone_is_refused(tmp_path: Path) -> None:
     url = f"memory://{uuid4()}"
     written = write(url)
     bundles.load(url, written.version, cache=tmp_path)
     flip(tmp_path / written.version / "network.safetensors")
-    with pytest.raises(BundleError, match="damaged"):
+    storage.locate(url).remove(written.version)
+    with pytest.raises(BundleError, match=f"^{url}/{written.version} is no bundle"):
         bundles.load(url, written.version, cache=tmp_path)
+
+
+def test_two_may_fetch_a_version_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"memory://{uuid4()}"
+    written = write(url)
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        shutil.copytree(path, target)  # the other's
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    loaded = bundles.load(url, written.version, cache=tmp_path)
+    assert [*tmp_path.iterdir()] == [loaded.folder]
+
+
+def test_a_full_disk_is_told_as_one_and_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{uuid4()}"
+    written = write(url)
+
+    def full(_: object, path: str, target: str) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", full)
+        with pytest.raises(UnreachableError, match="No space left on device; make room"):
+            bundles.load(url, written.version, cache=tmp_path)
+    assert not [*tmp_path.iterdir()]
+    bundles.load(url, written.version, cache=tmp_path)
 
 
 def test_what_is_wrong_in_an_object_store_is_told_where_it_lies(tmp_path: Path) -> None:

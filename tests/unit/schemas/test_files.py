@@ -96,6 +96,20 @@ def test_structs_may_hold_decimals_and_binary_text(tmp_path: Path) -> None:
     assert json.loads(next(read_values(lists)).value)["path"] == ["a", "b"]
 
 
+@pytest.mark.parametrize("depth", [300, 600, 1_000])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_value_too_deep_to_be_written_again_is_a_bad_line(
+    tmp_path: Path, name: str, depth: int
+) -> None:
+    deep = json.dumps(EVENT)[:-1] + ', "odd": ' + "[" * depth + "]" * depth + "}"
+    write_records(tmp_path / name, [("behavior", deep.encode()), ("behavior", EVENT)])
+    errors: list[LineError] = []
+    assert [found.line for found in read_values(tmp_path / name, errors.append)] == [2]
+    assert [str(error) for error in errors] == [
+        f"{tmp_path / name} line 1: no JSON can be made of its value: Recursion limit reached"
+    ]
+
+
 @pytest.mark.parametrize("unit", ["ms", "us", "ns"])
 def test_structs_may_hold_times(tmp_path: Path, unit: str) -> None:
     time = pa.array([datetime(2026, 11, 24, 10, 15, tzinfo=UTC)], pa.timestamp(unit, "UTC"))

@@ -16,8 +16,10 @@ from model.network import blocks
 from model.state import ITEM, LAYOUT_HASH, USER
 from model.state_bytes import to_bytes
 from schemas.records import PredictedRating, ScoreRequest
+from streams.admin import TopicError, apply_topics
 from streams.answers import Answers
-from streams.config import ModelsConfig, RedisConfig, ScorerConfig
+from streams.config import KafkaConfig, ModelsConfig, RedisConfig, ScorerConfig
+from streams.embedded import HOST, free_port
 from streams.metrics import make_metrics
 from streams.models import Models
 from streams.reader import ITEM_STATE, USER_STATE, Reader, store_keys
@@ -33,8 +35,10 @@ PARTITIONS = 4
 def kept(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store with one user, who rates half a star above all others, and one item."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("streams.clients.REACH_SECONDS", 0.1)
     for name, value in {
         "REDIS__URL": store,
+        "KAFKA__BOOTSTRAP_SERVERS": f"{HOST}:{free_port()}",
         "KAFKA__PARTITIONS": str(PARTITIONS),
         "MODELS__URL": str(tmp_path),
         "MODELS__ENCODER": "none",
@@ -119,3 +123,17 @@ def test_a_shop_without_a_model_is_told_so(kept: Store) -> None:
     result = run("explain", "--user", "ann", "--item", "lamp")
     assert result.exit_code == 1
     assert "is promoted yet" in result.stderr
+
+
+def test_other_partitions_than_settings_say_are_told(
+    kept: Store, embedded_broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kafka = KafkaConfig(
+        bootstrap_servers=embedded_broker, topic_prefix="explain.", partitions=PARTITIONS + 1
+    )
+    monkeypatch.setattr("streams.clients.REACH_SECONDS", 10.0)
+    apply_topics(kafka)
+    monkeypatch.setenv("STARCAST_KAFKA__BOOTSTRAP_SERVERS", embedded_broker)
+    monkeypatch.setenv("STARCAST_KAFKA__TOPIC_PREFIX", kafka.topic_prefix)
+    with pytest.raises(TopicError, match="STARCAST_KAFKA__PARTITIONS"):
+        run("explain", "--user", "ann", "--item", "lamp", "--model", "ladder")

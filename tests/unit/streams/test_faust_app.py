@@ -18,6 +18,7 @@ def credentials(**options: str) -> SASLCredentials | SSLCredentials | None:
 def test_plain_text_needs_no_credentials() -> None:
     assert credentials() is None
     assert credentials(SECURITY_PROTOCOL="plaintext") is None
+    assert credentials(SSL_KEYSTORE_LOCATION="a.p12") is None  # which librdkafka passes over too
 
 
 def test_tls() -> None:

@@ -1,4 +1,7 @@
+import base64
 from datetime import UTC, datetime
+
+import pytest
 
 from schemas.records import DeadLetter, Item, Review
 from streams.inputs import split, split_columns, user_of
@@ -49,6 +52,25 @@ def test_what_breaks_the_contract_is_a_dead_letter_and_the_rest_stays() -> None:
     ]
     assert "the key is no user's id" in found[1].reason
     assert all(each.processor == "scorer" for each in found)
+
+
+@pytest.mark.parametrize("depth", [250, 1_000, 10_000, 100_000])
+@pytest.mark.parametrize(("begin", "end"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_no_depth_of_a_value_ends_more_than_its_record(
+    depth: int, begin: bytes, end: bytes
+) -> None:
+    good, deep = review(0).model_dump_json().encode(), begin * depth + b"0" + end * depth
+    known = good.replace(b'"ann"', deep)
+    polled = [message("reviews", each, 0, at) for at, each in enumerate((deep, known, good))]
+    for take in (split, split_columns):
+        inputs, letters = take(polled, PREFIX, "scorer")
+        assert inputs["reviews"].offsets().tolist() == [2]
+        found = [DeadLetter.model_validate_json(each.value or b"") for each in letters]
+        assert [base64.b64decode(each.value or "") for each in found] == [deep, known]
+        # An unknown field is left out, as far down as it can be read.
+        odd = [message("reviews", good[:-1] + b',"odd":' + deep + b"}")]
+        _, letters = take(odd, PREFIX, "scorer")
+        assert len(letters) == (depth > 1_000)
 
 
 def test_a_tombstone_stays_with_its_message() -> None:

@@ -6,9 +6,13 @@ import pytest
 from deltalake import write_deltalake
 from pydantic import SecretStr
 
+from model.ids import hash_ids, partitions_of
 from schemas import archive
 from schemas.archive import Row
+from schemas.codec import encode
+from schemas.examples import EXAMPLES as RECORDS
 from schemas.exceptions import StarcastError, UnreachableError
+from schemas.records import ItemUpdate
 from streams.config import ArchiveConfig, ModelsConfig, RedisConfig
 from streams.erasure import Erased, erase_journal
 from streams.store import Store
@@ -67,4 +71,28 @@ def test_inputs_that_were_emptied_are_told_as_missing_beside_rows_of_nobody(
 def test_without_a_journal_there_is_nothing_to_verify(store: str, tmp_path: Path) -> None:
     kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 2)
     with pytest.raises(StarcastError, match=r"holds no journal.*STARCAST_ARCHIVE__URL"):
+        verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
+
+
+def test_an_archive_of_more_partitions_than_settings_say_is_told(
+    store: str, tmp_path: Path
+) -> None:
+    archived(tmp_path)  # a journal of partition 1
+    kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 1)
+    with pytest.raises(StarcastError, match=r"journal of partition 1.*STARCAST_KAFKA__PARTITIONS"):
+        verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
+
+
+def test_an_archive_of_fewer_partitions_than_settings_say_is_told(
+    store: str, tmp_path: Path
+) -> None:
+    archived(tmp_path)
+    update = ItemUpdate.model_validate(RECORDS["item-updates"])
+    partition = int(partitions_of(hash_ids([update.item_id]), 2)[0])
+    row = Row(partition, 0, 0, update.item_id.encode(), encode(update))
+    write_deltalake(str(tmp_path / "item-updates"), archive.table("item-updates", [row]))
+    kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 2)
+    verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
+    kept = Store(RedisConfig(url=SecretStr(store)), "abcd", 3)
+    with pytest.raises(StarcastError, match=r"item-updates.*STARCAST_KAFKA__PARTITIONS"):
         verify_replay(ArchiveConfig(url=str(tmp_path)), ModelsConfig(encoder="none"), kept)
