@@ -100,9 +100,9 @@ imports: setup ## Check who imports whom
 	$(BIN)/lint-imports
 
 .PHONY: test
-# On two cores a third process works while the others wait for servers.
+# On two cores two more processes work while the others wait for servers.
 test: setup system kafka-jars object-store ## Run all tests, on real servers
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder \
 		--durations=15 $(ARGS)
 
 .PHONY: peers
