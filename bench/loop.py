@@ -144,7 +144,7 @@ class Bench:
         work(lambda metrics: Catalog(store, prefix, metrics), self._kafka, known)
         self._produce(self._sizes.first_events)
         written = self._score("ladder", self._sizes.first_events).transactions
-        updates = sum(len(each.outputs.get("item-updates", ())) for each in written)
+        updates = sum(len(each.records("item-updates")) for each in written)
         work(
             lambda metrics: Items(store, self._kafka, ArchiveConfig(), metrics),
             self._kafka,
@@ -190,7 +190,7 @@ def run_bare(
     `spent` tells processor seconds; `fetch` are options of the consumer.
     """
     written = [
-        {target.topic_prefix + topic: by_partition(each) for topic, each in one.outputs.items()}
+        {target.topic_prefix + topic: by_partition(one.records(topic)) for topic in one.outputs}
         for one in transactions
     ]
     consumer = bare_consumer(source, **{"fetch.wait.max.ms": 20} | fetch)

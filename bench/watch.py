@@ -5,12 +5,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 from confluent_kafka import Message
+from numpy.typing import NDArray
 
+from bench.clients import Record
 from streams.metrics import Metrics
 from streams.processor import Outcome, Output, OutputBatch, Position, Processor
+from streams.sender import BY_KEY
 
 # Phases that scorer and loop time themselves. "commit" is the wait for a transaction's end, which
 # goes on while the next batch is processed, and "write" a part of that end, in its own thread.
@@ -20,20 +23,51 @@ PHASES = ("consume", *INNER, "produce", "commit", "write", "other")
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Records of one topic in one piece: kept apart, a million would crowd the loop's memory."""
+
+    data: bytes  # keys and values in turn
+    lengths: NDArray[np.uint32]  # (n, 2): of key and value
+    partitions: NDArray[np.int32]  # (n); BY_KEY: that which the key says
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def records(self) -> list[Record]:
+        """As they were packed."""
+        ends = np.cumsum(self.lengths).reshape(-1, 2).tolist()
+        begins = [0, *(end for _, end in ends)]
+        return [
+            {"key": self.data[begin:middle], "value": self.data[middle:end], "partition": partition}
+            for begin, (middle, end), partition in zip(
+                begins, ends, self.partitions.tolist(), strict=False
+            )
+        ]
+
+
+def packed(records: Sequence[Record]) -> Packed:
+    """Records, as `produce_batch` takes them, in one piece."""
+    parts = [part for record in records for part in (record["key"], record["value"])]
+    lengths = np.fromiter(map(len, parts), np.uint32, len(parts)).reshape(-1, 2)
+    partitions = [record.get("partition", BY_KEY) for record in records]
+    return Packed(b"".join(parts), lengths, np.array(partitions, np.int32))
+
+
+@dataclass(frozen=True)
 class Transaction:
     """What one transaction read and wrote."""
 
     events: int
-    outputs: dict[str, list[dict[str, Any]]]  # by topic, as `produce_batch` takes them
+    outputs: dict[str, list[Packed]]  # by topic, as they were made
 
     @property
     def bytes_out(self) -> int:
         """Keys and values written, before compression."""
-        return sum(
-            len(record["key"]) + len(record["value"])
-            for records in self.outputs.values()
-            for record in records
-        )
+        return sum(len(each.data) for several in self.outputs.values() for each in several)
+
+    def records(self, topic: str) -> list[Record]:
+        """What it wrote to a topic."""
+        return [record for each in self.outputs.get(topic, ()) for record in each.records()]
 
 
 @dataclass(frozen=True)
@@ -141,8 +175,8 @@ class Watched:
             began = time.perf_counter()
             outputs = late() if late else []
             self._late += time.perf_counter() - began
-            for topic, records in _by_topic([], outputs).items():
-                transaction.outputs.setdefault(topic, []).extend(records)
+            for topic, several in _by_topic([], outputs).items():
+                transaction.outputs.setdefault(topic, []).extend(several)
             return outputs
 
         def finish(delivered: dict[Position, int]) -> None:
@@ -171,14 +205,12 @@ def seconds_of(metrics: Metrics, processor: str, phases: Iterable[str]) -> dict[
     }
 
 
-def _by_topic(
-    batches: Sequence[OutputBatch], outputs: Sequence[Output]
-) -> dict[str, list[dict[str, Any]]]:
-    topics = defaultdict[str, list[dict[str, Any]]](list)
-    for batch in batches:
-        topics[batch.topic] += batch.messages
+def _by_topic(batches: Sequence[OutputBatch], outputs: Sequence[Output]) -> dict[str, list[Packed]]:
+    single = defaultdict[str, list[Record]](list)
     for output in outputs:
-        topics[output.topic].append(
-            {"key": output.key, "value": output.value, "partition": output.partition}
-        )
+        record = {"key": output.key, "value": output.value, "partition": output.partition}
+        single[output.topic].append(record)
+    topics = defaultdict[str, list[Packed]](list)
+    for topic, records in (*((each.topic, each.messages) for each in batches), *single.items()):
+        topics[topic].append(packed(records))
     return topics

@@ -9,7 +9,7 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from bench import worker
 from bench.clients import produce
 from bench.loop import run_bare
-from bench.watch import Transaction
+from bench.watch import Transaction, packed
 from schemas.exceptions import StarcastError
 from streams.config import KafkaConfig
 from streams.processor import Offsets, Outcome
@@ -34,7 +34,8 @@ def test_the_bare_loop_writes_each_record_where_the_scorer_did(kafka: KafkaConfi
     producer.flush(WAIT_SECONDS)
     # A journal's key is its partition; its hash would be another. A prediction goes by its key.
     journals = [{"key": b"%d" % at, "value": b"rows", "partition": at} for at in range(PARTITIONS)]
-    outputs = {"journal": journals, "predicted-ratings": [{"key": b"user", "value": b"stars"}]}
+    predicted = [{"key": b"user", "value": b"stars"}]
+    outputs = {"journal": [packed(journals)], "predicted-ratings": [packed(predicted)]}
 
     run = run_bare(
         kafka,
