@@ -9,7 +9,7 @@ from confluent_kafka import Consumer, Producer
 from schemas.exceptions import StarcastError
 from streams.clients import client_config
 from streams.config import KafkaConfig
-from streams.fetching import FETCH_KILOBYTES
+from streams.fetching import HOLDING
 from streams.sender import BY_KEY, OUTPUT_MESSAGES, RETRY_MS
 
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the benchmark
@@ -56,7 +56,7 @@ def bare_consumer(kafka: KafkaConfig, **options: Any) -> Consumer:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
-            queued_max_messages_kbytes=FETCH_KILOBYTES,
+            **HOLDING,
             **options,
         )
     )

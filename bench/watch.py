@@ -24,33 +24,39 @@ PHASES = ("consume", *INNER, "produce", "commit", "write", "other")
 
 @dataclass(frozen=True)
 class Packed:
-    """Records of one topic in one piece: kept apart, a million would crowd the loop's memory."""
+    """Records of one topic in two pieces: kept apart, a million would crowd the loop's memory."""
 
-    data: bytes  # keys and values in turn
-    lengths: NDArray[np.uint32]  # (n, 2): of key and value
+    keys: bytes  # one after the other
+    values: bytes
+    lengths: NDArray[np.uint32]  # (2, n): of keys, of values
     partitions: NDArray[np.int32]  # (n); BY_KEY: that which the key says
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.partitions)
 
     def records(self) -> list[Record]:
         """As they were packed."""
-        ends = np.cumsum(self.lengths).reshape(-1, 2).tolist()
-        begins = [0, *(end for _, end in ends)]
+        ends = np.cumsum(self.lengths, axis=1)
+        begins = ends - self.lengths
+        spans = zip(*begins.tolist(), *ends.tolist(), self.partitions.tolist(), strict=True)
         return [
-            {"key": self.data[begin:middle], "value": self.data[middle:end], "partition": partition}
-            for begin, (middle, end), partition in zip(
-                begins, ends, self.partitions.tolist(), strict=False
-            )
+            {"key": self.keys[key:until], "value": self.values[value:end], "partition": partition}
+            for key, value, until, end, partition in spans
         ]
 
 
 def packed(records: Sequence[Record]) -> Packed:
-    """Records, as `produce_batch` takes them, in one piece."""
-    parts = [part for record in records for part in (record["key"], record["value"])]
-    lengths = np.fromiter(map(len, parts), np.uint32, len(parts)).reshape(-1, 2)
+    """Records, as `produce_batch` takes them, in two pieces."""
+    keys = [record["key"] for record in records]
+    values = [record["value"] for record in records]
+    lengths = [list(map(len, keys)), list(map(len, values))]
     partitions = [record.get("partition", BY_KEY) for record in records]
-    return Packed(b"".join(parts), lengths, np.array(partitions, np.int32))
+    return Packed(
+        b"".join(keys),
+        b"".join(values),
+        np.array(lengths, np.uint32),
+        np.array(partitions, np.int32),
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,11 @@ class Transaction:
     @property
     def bytes_out(self) -> int:
         """Keys and values written, before compression."""
-        return sum(len(each.data) for several in self.outputs.values() for each in several)
+        return sum(
+            len(each.keys) + len(each.values)
+            for several in self.outputs.values()
+            for each in several
+        )
 
     def records(self, topic: str) -> list[Record]:
         """What it wrote to a topic."""

@@ -25,6 +25,9 @@ from streams.config import POLL_MILLISECONDS, KafkaConfig
 REACH_SECONDS = 10.0  # a wrong address, a firewall or a wrong security protocol would wait for ever
 REQUEST_SECONDS = 30.0  # a controller that is being elected would leave a request unanswered
 REPEAT_SECONDS = 30.0  # a broker that is down would fill the log, ten lines a second
+# A consumer that holds as much as it may looks again after this whether there is room: in the
+# second that librdkafka waits (its issue 2879) a quick reader behind a backlog runs dry.
+FETCH_AGAIN_MS = 20
 _NOT_MAPPED = (
     "log_level",
     "error_cb",
@@ -90,6 +93,7 @@ def reader_config(kafka: KafkaConfig, **options: Any) -> dict[str, Any]:
         "enable_auto_commit": False,
         "enable_partition_eof": True,
         "isolation_level": "read_committed",
+        "fetch_queue_backoff_ms": FETCH_AGAIN_MS,
     }
     return client_config(kafka, **reader | options)
 

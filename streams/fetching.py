@@ -1,11 +1,11 @@
 """How a worker's consumer fetches: how much at once, and how long brokers gather for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from confluent_kafka import KafkaError, TopicPartition
 
-from streams.clients import client_config, group_name
+from streams.clients import FETCH_AGAIN_MS, client_config, group_name
 from streams.config import KafkaConfig
 from streams.processor import Processor
 
@@ -17,6 +17,12 @@ FETCH_WAIT_SECONDS = 0.1  # a broker without news answers after this
 FETCH_PARTITION_SECONDS = 0.0001
 PROMPT_SECONDS = 0.01  # who lingers for less has brokers answer at once; others
 GATHER_BYTES = 256 * 1024  # let them gather up to this much: each fetch costs both sides
+
+HOLDING: Mapping[str, int] = {
+    "queued.max.messages.kbytes": FETCH_KILOBYTES,
+    "fetch.queue.backoff.ms": FETCH_AGAIN_MS,
+}
+"""A consumer's options by which it holds some input, and no more."""
 
 
 def consumer_config(
@@ -42,7 +48,7 @@ def consumer_config(
         "isolation.level": "read_committed",
         "enable.partition.eof": ends,
         "on_commit": on_commit,
-        "queued.max.messages.kbytes": FETCH_KILOBYTES,
+        **HOLDING,
         "fetch.max.bytes": FETCH_BYTES,
         **fetching(processor.linger_seconds, len(processor.topics) * config.partitions),
     }

@@ -8,7 +8,7 @@ import sys
 
 from confluent_kafka import Consumer, KafkaException, Message, Producer
 
-from bench.peers.work import FETCH_KILOBYTES, WAIT_SECONDS, Arrival, Settings, Work, serve
+from bench.peers.work import HOLDING, WAIT_SECONDS, Arrival, Settings, Work, serve
 from schemas.exceptions import StarcastError
 
 
@@ -22,7 +22,7 @@ def run(settings: Settings, work: Work) -> None:
             "auto.offset.reset": "earliest",
             "isolation.level": "read_committed",
             "partition.assignment.strategy": "range",
-            "queued.max.messages.kbytes": FETCH_KILOBYTES,
+            **HOLDING,
         }
     )
     producer = Producer(

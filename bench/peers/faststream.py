@@ -17,7 +17,7 @@ from faststream.confluent import (  # pyright: ignore[reportMissingImports]
 from faststream.middlewares import AckPolicy  # pyright: ignore[reportMissingImports]
 
 from bench.peers.confluent import arrival
-from bench.peers.work import FETCH_KILOBYTES, WAIT_SECONDS, Settings, Work, serve
+from bench.peers.work import HOLDING, WAIT_SECONDS, Settings, Work, serve
 
 GATHER_SECONDS = 1.0  # an event waits no longer than this for a fuller batch
 
@@ -38,7 +38,7 @@ async def _run(settings: Settings, work: Work) -> None:
         enable_idempotence=True,
         apply_types=False,
         logger=None,
-        config={"queued.max.messages.kbytes": FETCH_KILOBYTES},
+        config=HOLDING,
     )
 
     @broker.subscriber(  # pyright: ignore[reportUntypedFunctionDecorator]

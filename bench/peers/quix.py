@@ -9,7 +9,7 @@ from typing import Any
 
 from quixstreams import Application, message_context  # pyright: ignore[reportMissingImports]
 
-from bench.peers.work import FETCH_KILOBYTES, WAIT_SECONDS, Arrival, Settings, Work, serve
+from bench.peers.work import HOLDING, WAIT_SECONDS, Arrival, Settings, Work, serve
 
 CHECKPOINT_SECONDS = 60.0  # so that `commit_every` decides
 
@@ -27,7 +27,7 @@ def run(settings: Settings, work: Work) -> None:
             auto_create_topics=False,
             consumer_extra_config={
                 "isolation.level": "read_committed",
-                "queued.max.messages.kbytes": FETCH_KILOBYTES,
+                **HOLDING,
             },
             producer_extra_config={
                 "partitioner": "murmur2_random",

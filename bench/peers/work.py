@@ -49,7 +49,8 @@ INPUTS: dict[str, tuple[type[Record], Callable[[Columns], Rows]]] = {
 }
 OUTPUT = "predicted-ratings"
 WAIT_SECONDS = 60.0  # a broker that answers nothing any more ends the run
-FETCH_KILOBYTES = 8_192  # prefetched input: a peer that starts must not be measured while it fills
+# Prefetched input, as the scorer has it: a peer that starts must not be measured while it fills.
+HOLDING = {"queued.max.messages.kbytes": 8_192, "fetch.queue.backoff.ms": 20}
 
 Ids = dict[str, list[str]]
 """By field, of each event."""

@@ -28,6 +28,15 @@ def test_a_consumer_is_set_up_for_exactly_once(world: World) -> None:
     assert "session.timeout.ms" not in consumer
 
 
+def test_a_consumer_that_is_full_looks_soon_again_for_room(world: World) -> None:
+    world.loop(Counting())
+    config = world.consumer.config
+    held = config["queued.max.messages.kbytes"] * 1024
+    assert held >= 2 * LARGEST_MESSAGE
+    # At 60,000 events a second of 300 bytes each, what it holds lasts for longer than that.
+    assert config["fetch.queue.backoff.ms"] / 1_000 < held / (60_000 * 300) / 4
+
+
 def test_options_that_do_not_go_together_are_named() -> None:
     kafka = KafkaConfig(options={"max.poll.interval.ms": "5000"})
     with pytest.raises(KafkaOptionError, match=r"max\.poll\.interval\.ms"):
