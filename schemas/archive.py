@@ -26,6 +26,7 @@ from deltalake.exceptions import DeltaError
 from numpy.typing import NDArray
 
 from schemas.codec import decode
+from schemas.columns import Cells, decode_cells
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.journal import OnTorn, Transaction, decode_all
 from schemas.journal import decode as decode_journal
@@ -95,10 +96,7 @@ def table(topic: str, rows: Sequence[Row]) -> pa.Table:
         pa.array([_time(row.timestamp) for row in rows], pa.timestamp("ms", "UTC")).cast(_TIME),
         pa.array([row.key for row in rows], pa.binary()),
         pa.array([row.value for row in rows], pa.binary()),
-        pa.array(
-            [[{"key": key, "value": value} for key, value in row.headers] or None for row in rows],
-            schema(topic).field("kafka_headers").type,
-        ),
+        _headers(rows, schema(topic).field("kafka_headers").type),
     ]
     decoded = (
         _journal_columns(rows)
@@ -244,6 +242,13 @@ def reached(where: str) -> Generator[None]:
         ) from error
 
 
+def _headers(rows: Sequence[Row], kind: pa.DataType) -> pa.Array:
+    if not any(row.headers for row in rows):
+        return pa.nulls(len(rows), kind)
+    held = [[{"key": key, "value": value} for key, value in row.headers] or None for row in rows]
+    return pa.array(held, kind)
+
+
 def _time(timestamp: int | None) -> int | None:
     return timestamp if timestamp is not None and 0 <= timestamp <= _LAST_TIME else None
 
@@ -275,23 +280,36 @@ def _arrow_type(annotation: Any) -> pa.DataType:
 
 
 def _record_columns(topic: Topic, rows: Sequence[Row]) -> list[pa.Array]:
-    records = decode(
-        topic, [row.value for row in rows], [(row.partition, row.offset) for row in rows]
-    ).records
+    values = [row.value for row in rows]
     fields = [each for each in schema(topic.name) if not each.name.startswith("kafka_")]
-    return _columns(records, fields)
+    assert topic.record is not None  # the journal has columns of its own
+    cells = decode_cells(topic.record, values)
+    if cells is not None:
+        return _columns(cells, fields)
+    records = decode(topic, values, [(row.partition, row.offset) for row in rows]).records
+    return _columns(_held(records, fields), fields)
 
 
-def _columns(records: Sequence[Record | None], fields: Sequence[pa.Field]) -> list[pa.Array]:
-    """A column for each field of records; null where there is no record."""
+def _columns(cells: Cells, fields: Sequence[pa.Field]) -> list[pa.Array]:
+    """A column for each field."""
+    return [_column(cells[field.name], field.type) for field in fields]
+
+
+def _held(records: Sequence[Record | None], fields: Sequence[pa.Field]) -> Cells:
+    """The cells of records; None where there is no record."""
     nothing = {each.name: None for each in fields}
     held = [nothing if record is None else vars(record) for record in records]
-    return [_column([values[field.name] for values in held], field.type) for field in fields]
+    return {field.name: [values[field.name] for values in held] for field in fields}
 
 
-def _column(cells: list[Any], kind: pa.DataType) -> pa.Array:
+def _column(cells: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(cells, np.ndarray):  # times
+        return pa.array(cells, kind)
     if pa.types.is_struct(kind):  # by column: pyarrow takes a dictionary a cell, three times slower
-        fields, mask = list(kind), pa.array([cell is None for cell in cells], pa.bool_())
+        fields, mask = list(kind), None
+        if not isinstance(cells, dict):
+            mask = pa.array([cell is None for cell in cells], pa.bool_())
+            cells = _held(cells, fields)
         return pa.StructArray.from_arrays(_columns(cells, fields), fields=fields, mask=mask)
     # pyarrow takes scalars, and lists of them, as they are.
     simple = not pa.types.is_nested(kind) or (

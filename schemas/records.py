@@ -84,7 +84,7 @@ class _Rfc3339:
 
 
 @dataclass(frozen=True)
-class _Whole:
+class Whole:
     """A whole number between limits. `200.0` is one, as JSON Schema has it; `"200"` is none."""
 
     least: int
@@ -118,8 +118,8 @@ Identifier = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_
 Text = Annotated[str, Field(strict=True, max_length=LONGEST_TEXT)]  # "" is none
 Stars = Annotated[float, Field(strict=True, ge=1, le=5, allow_inf_nan=False)]
 Price = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
-Count = Annotated[int, _Whole(0, LARGEST)]
-Difference = Annotated[int, _Whole(-(2**31), 2**31 - 1)]  # `model` holds them in 32 bits
+Count = Annotated[int, Whole(0, LARGEST)]
+Difference = Annotated[int, Whole(-(2**31), 2**31 - 1)]  # `model` holds them in 32 bits
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Sum = Annotated[float, Field(strict=True, ge=0, le=1e21)]  # of up to LARGEST stars or errors
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
@@ -179,7 +179,7 @@ class ScoreRequest(Record):
     user_id: Identifier
     item_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MOST_ITEMS)]
     event_time: Time
-    deadline_ms: Annotated[int, _Whole(1, 3_600_000)] | None = None
+    deadline_ms: Annotated[int, Whole(1, 3_600_000)] | None = None
 
 
 class Item(Record):
@@ -342,4 +342,4 @@ class DeadLetter(Record):
     reason: str
     field: str | None = None
     first_failed_at: Time
-    attempts: Annotated[int, _Whole(1, LARGEST)] = 1
+    attempts: Annotated[int, Whole(1, LARGEST)] = 1

@@ -4,18 +4,25 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas import archive
 from schemas.archive import Row
 from schemas.codec import decode
+from schemas.columns import decode_cells
 from schemas.examples import EXAMPLES
 from schemas.exceptions import ContractError, UnreachableError
 from schemas.journal import encode
 from schemas.topics import BY_NAME, TOPICS, Topic
+from tests.faults.spoiling import WRONG
+from tests.unit.schemas.test_columns import ODD
 from tests.unit.schemas.test_journal import assert_same, make
 
 REVIEW: dict[str, Any] = dict(EXAMPLES["reviews"])
@@ -88,6 +95,84 @@ def test_nested_fields_are_structs_and_maps() -> None:
     digests = archive.table("score-digests", [row(0, EXAMPLES["score-digests"])])
     ((tier, errors),) = digests["errors_by_tier"].to_pylist()[0]
     assert (tier, errors["count"]) == ("full", 120)
+
+
+def by_pydantic(topic: str, rows: list[Row]) -> pa.Table:
+    with patch("schemas.archive.decode_cells", return_value=None):
+        return archive.table(topic, rows)
+
+
+def check(topic: str, values: list[bytes]) -> None:
+    """A table holds what pydantic takes, whoever decoded it."""
+    rows = [row(offset, value) for offset, value in enumerate(values)]
+    table = archive.table(topic, rows)
+    table.validate(full=True)
+    assert table.equals(by_pydantic(topic, rows))
+
+
+DECODED = [topic.name for topic in TOPICS if topic.record]
+
+
+@pytest.mark.parametrize("topic", DECODED)
+def test_what_is_decoded_in_bulk_is_what_pydantic_takes(topic: str) -> None:
+    record = BY_NAME[topic].record
+    assert record is not None
+    needed = {
+        name: EXAMPLES[topic][name]
+        for name, field in record.model_fields.items()
+        if field.is_required()
+    }
+    values = [json.dumps(each).encode() for each in (EXAMPLES[topic], needed)]
+    rare = topic in ("score-digests", "dead-letters")  # of which pydantic has all
+    assert (decode_cells(record, values) is None) == rare
+    check(topic, values)
+    check(topic, [*values, b"{"])
+    check(topic, [])
+
+
+@pytest.mark.parametrize(
+    ("topic", "changes", "bulk"),
+    [
+        ("reviews", {"event_time": "2026-11-24T10:15:00.1234567+01:00"}, True),
+        ("reviews", {"event_time": "2026-11-24T10:15:00.1234569Z"}, True),
+        ("items", {"category": []}, True),
+        ("items", {"category": ["a\0"]}, False),
+        ("items", {"category": ["a"] * 17}, False),
+        ("items", {"category": ["a", None]}, False),
+        ("score-requests", {"deadline_ms": 200.0}, False),  # whole, as JSON Schema has it
+        ("score-requests", {"deadline_ms": 0}, False),
+        ("predicted-ratings", {"distribution": None, "interval": None, "seq": None}, True),
+        ("predicted-ratings", {"seq": 2**63 - 1}, True),
+        ("predicted-ratings", {"seq": 2**63}, False),
+        ("predicted-ratings", {"seq": True}, False),
+        ("predicted-ratings", {"source": None}, False),
+        ("predicted-ratings", {"source": {"topic": "reviews", "partition": 0}}, False),
+        ("item-updates", {"counts": {}}, True),
+        ("item-updates", {"counts": {"view": -3, "": 1}}, True),
+        ("item-updates", {"counts": {"view": 2**31}}, False),
+        ("item-updates", {"counts": {"view": None}}, False),
+        ("item-updates", {"rating_histogram": [0, 0, 0, 0]}, False),
+        ("item-updates", {"rating_histogram": None}, False),
+    ],
+)
+def test_what_a_field_may_hold(topic: str, changes: dict[str, Any], bulk: bool) -> None:
+    record = BY_NAME[topic].record
+    assert record is not None
+    value = json.dumps({**EXAMPLES[topic], **changes}).encode()
+    assert (decode_cells(record, [value]) is not None) == bulk
+    check(topic, [json.dumps(EXAMPLES[topic]).encode(), value])
+
+
+@given(st.data(), st.sampled_from(DECODED))
+def test_values_that_were_spoiled(data: st.DataObject, topic: str) -> None:
+    fields = dict(EXAMPLES[topic])
+    for name in data.draw(st.lists(st.sampled_from([*fields, "unknown"]), max_size=2)):
+        fields[name] = data.draw(st.sampled_from(WRONG))
+    good = bytearray(json.dumps(fields, default=str).encode())
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(good)))
+        good[at : at + data.draw(st.integers(0, 2))] = data.draw(st.sampled_from(ODD))
+    check(topic, [json.dumps(EXAMPLES[topic]).encode(), bytes(good)])
 
 
 def test_reading_part_of_a_table(tmp_path: Path) -> None:
