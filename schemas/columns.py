@@ -153,12 +153,9 @@ def _field(hint: Any, optional: bool = False) -> _Field:
         (needed,) = (each for each in get_args(hint) if each is not NoneType)
         field = _field(needed, optional=True)
         return replace(field, type=field.type | None)
-    within = isclass(hint) and issubclass(hint, Record)
-    if optional and (within or hint == Time):
-        raise TypeError(f"no cells are made of {hint} where it may be absent")
-    if within:
+    if isclass(hint) and issubclass(hint, Record) and not optional:
         return _Field(_struct(hint), partial(_cells, hint))
-    if hint == Time:
+    if hint == Time and not optional:
         text = Annotated[str, Meta(max_length=_LONGEST_TIME)]
         return _Field(text, _times, lambda times: times // 1000, milliseconds)
     if get_origin(hint) is Literal:
@@ -167,9 +164,9 @@ def _field(hint: Any, optional: bool = False) -> _Field:
     if kind is int:
         (whole,) = about
         return _Field(Annotated[int, Meta(ge=whole.least, le=whole.most)], list)
-    limits: list[Any] = [limit for one in about for limit in one.metadata]
+    limits: list[Any] = [limit for one in about for limit in getattr(one, "metadata", [one])]
     if not all(any(hasattr(limit, name) for name in (*_CHECKED, *_KEPT)) for limit in limits):
-        raise TypeError(f"no column is made of {hint}: nobody would check all of its limits")
+        raise TypeError(f"no cells are made of {hint}: nobody would check all of its limits")
     checked = {
         name: getattr(limit, name) for limit in limits for name in _CHECKED if hasattr(limit, name)
     }
@@ -189,10 +186,10 @@ def _field(hint: Any, optional: bool = False) -> _Field:
         return _Field(listed, take, table, table)
     if get_origin(kind) is dict and [each.take for each in parts] == [list, list]:
         return _Field(dict[str, parts[1].type], list)
-    raise TypeError(f"no column is made of {hint}")
+    raise TypeError(f"no cells are made of {hint}")
 
 
-def _bare(values: list[str | None]) -> list[str | None] | None:
+def _bare(values: Sequence[str | None]) -> Sequence[str | None] | None:
     return None if "\0" in "".join(filter(None, values)) else values
 
 
