@@ -87,9 +87,13 @@ class Texts:
     def claim(self, committed: Offsets) -> Offsets:
         """Where to read on: `items` from where its vectors end, if that is before the commit.
 
-        Nothing is claimed in the store: a vector never changes under its key.
+        Nothing is claimed in the store: a vector never changes under its key. The encoder is loaded
+        here, or in `idle`: what a batch sends is in a transaction, and Kafka had ended that before
+        a busy machine had loaded it. Raises `StoreError` when it cannot be.
         """
-        used = self._models.reading.encoder_hash
+        serving = self._models.reading
+        self._encoder(serving)
+        used = serving.encoder_hash
         partitions = [partition for partition, topics in committed.items() if "items" in topics]
         starts = dict(committed)
         for partition, reached in zip(
@@ -107,7 +111,12 @@ class Texts:
             self._reached.pop(partition, None)
 
     def idle(self) -> Outcome | None:
-        """Digests that are due; now and then, a look at the vectors' headers."""
+        """Digests that are due; now and then, a look at the vectors' headers.
+
+        Raises `StoreError` as `process` does.
+        """
+        if self._reached:
+            self._encoder(self._models.reading)
         if time.monotonic() > self._check_at:
             self._check_at = time.monotonic() + CHECK_SECONDS
             self._check(self._models.reading, self._reached)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import orjson
@@ -313,6 +314,24 @@ def test_a_canary_changes_nothing_for_texts(store: str, bundles: Path, folder: P
     texts.close()
 
 
+def test_an_encoder_is_loaded_before_there_is_a_batch(
+    store: str, tmp_path: Path, folder: Path
+) -> None:
+    """What a batch sends is in a transaction, which Kafka ends after seconds."""
+    promote(tmp_path, folder)
+    texts = make(store, tmp_path)
+    texts.claim({2: {"items": 0, "reviews": 0}})
+    with patch.object(encoder, "load", side_effect=AssertionError("loaded within a batch")):
+        finish(texts.process(messages("items", [item("a")])))
+    written = write(str(tmp_path), seed=1, encoder=folder)
+    registry.promote(str(tmp_path), written.version, written.sha256, "a test", "")
+    texts._models.refresh()
+    texts.idle()
+    assert texts._loaded is not None
+    assert texts._loaded[0] is texts._models.reading.bundle
+    texts.close()
+
+
 def test_a_swap_takes_the_new_encoder(store: str, tmp_path: Path, folder: Path) -> None:
     other = tmp_path / "other"
     torch.manual_seed(1)  # other weights than `folder` has
@@ -364,11 +383,11 @@ def test_a_version_whose_encoder_cannot_be_loaded_is_refused_and_what_runs_reads
     loaded = texts._loaded
     promote(url, unheard_of)
     texts._models.refresh()
-    texts.claim(committed)
     with capture_logs() as logs:
-        for _ in range(2):
-            with pytest.raises(StoreError, match="cannot be loaded"):
-                texts.process(batch)
+        with pytest.raises(StoreError, match="cannot be loaded"):
+            texts.idle()
+        with pytest.raises(StoreError, match="cannot be loaded"):
+            texts.claim(committed)
     (refused,) = [line for line in logs if line["event"] == "bundle refused"]
     assert "unheard-of" in refused["reason"]
     texts._models.refresh()
@@ -386,16 +405,13 @@ def test_texts_wait_for_an_encoder_that_serves_and_cannot_be_loaded(
     bad = promote(url, unheard_of)
     texts = make(store, url)
     batch, committed = messages("items", [item("a")]), {2: {"items": 1}}
-    texts.claim(committed)
     with pytest.raises(StoreError, match=f"encoder of {bad} cannot be loaded"):
-        texts.process(batch)
+        texts.claim(committed)
     assert texts._models.serving.predictor.version == bad  # which scores on, without words
-    assert texts.claim(committed)[2] == {"items": 0}
+    assert texts.idle() is None  # of nothing claimed
     promote(url, folder)
     texts._models.refresh()
-    with pytest.raises(StoreError, match="Another encoder"):
-        texts.process(batch)
-    texts.claim(committed)
+    assert texts.claim(committed)[2] == {"items": 0}
     finish(texts.process(batch))
     assert None not in vectors(texts, "a good guitar")
     texts.close()
