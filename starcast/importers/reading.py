@@ -20,6 +20,9 @@ import orjson
 from schemas.exceptions import ContractError
 
 LONGEST_LINE = 1 << 24  # bytes of a first line that are looked at
+DEEPEST = (
+    250  # brackets that a row may open; where it has more, orjson is asked whether it writes it
+)
 _ENCODING = "utf-8-sig"
 _OR_LATIN = "starcast.latin-1"
 _DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
@@ -193,11 +196,13 @@ def json_rows(part: Part, skips: Skips) -> Rows:
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """The object that a line holds; none where it holds none."""
+    """The object that a line holds; none where it holds none, or one that is nested too deep."""
     try:
         # Amazon's items of 2014 are Python's dictionaries, which may hold what JSON cannot.
         written = orjson.dumps(ast.literal_eval(text)) if text.startswith("{'") else text
         found = orjson.loads(written)
+        if text.count("[") + text.count("{") > DEEPEST:
+            orjson.dumps([[found]])  # as it is written for its id
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return cast(dict[str, Any], found) if isinstance(found, dict) else None

@@ -5,6 +5,7 @@ import pytest
 
 from schemas.exceptions import ContractError
 from starcast.importers import import_amazon, import_movielens, import_rees46
+from starcast.importers.reading import json_object
 from tests.unit.starcast.importers.sets import (
     AMAZON_HEADER,
     AMAZON_ITEMS,
@@ -76,3 +77,12 @@ def test_a_zip_that_python_cannot_unpack_is_named(
     path.write_bytes(data)
     with pytest.raises(ContractError, match=rf"log\.csv cannot be read: .*{reason}"):
         import_rees46([path], tmp_path / "out.jsonl")
+
+
+def test_a_line_that_is_nested_too_deep_is_no_object() -> None:
+    """Its id could not be made, and nobody could write it again."""
+    assert json_object('{"a": %s}' % ("[" * 200 + "]" * 200)) is not None
+    for brackets in ("[]", "{}"):
+        inner = '{"a":' if brackets == "{}" else "["
+        assert json_object('{"a": %s1%s}' % (inner * 253, brackets[1] * 253)) is None
+    assert json_object('{"text": "%s"}' % ("[" * 300)) is not None
