@@ -81,8 +81,7 @@ def test_a_zip_that_python_cannot_unpack_is_named(
 
 def test_a_line_that_is_nested_too_deep_is_no_object() -> None:
     """Its id could not be made, and nobody could write it again."""
-    assert json_object('{"a": %s}' % ("[" * 200 + "]" * 200)) is not None
-    for brackets in ("[]", "{}"):
-        inner = '{"a":' if brackets == "{}" else "["
-        assert json_object('{"a": %s1%s}' % (inner * 253, brackets[1] * 253)) is None
-    assert json_object('{"text": "%s"}' % ("[" * 300)) is not None
+    assert json_object(f'{{"a": {"[" * 200}{"]" * 200}}}') is not None
+    for opens, closes in (("[", "]"), ('{"a":', "}")):
+        assert json_object(f'{{"a": {opens * 253}1{closes * 253}}}') is None
+    assert json_object(f'{{"text": "{"[" * 300}"}}') is not None
