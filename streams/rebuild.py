@@ -8,7 +8,7 @@ through.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,10 +49,10 @@ class Shop:
     archive: ArchiveConfig
     states: StatesConfig
 
-    def committed(self, processor: str, topic: str, partition: int) -> int:
-        """The next offset that a processor's group reads; 0 where it has read nothing."""
+    def committed(self, processor: str, topics: Iterable[str], partition: int) -> dict[str, int]:
+        """The next offset of topics that a processor's group reads; 0 where it has read nothing."""
         places = committed(self.kafka, group_name(self.kafka, processor))
-        return places.get(topic, {}).get(partition, 0)
+        return {topic: places.get(topic, {}).get(partition, 0) for topic in topics}
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def _archived_from_the_start(shop: Shop) -> bool:
 
 def _attributes(shop: Shop, partition: int) -> Rebuilt:
     """Item and user attributes and running prices, through the catalog's own code."""
+    committed = shop.committed("catalog", KINDS, partition)
     until = {
-        kind: max(_offset(shop, kind, partition), shop.committed("catalog", topic, partition))
-        for topic, kind in KINDS.items()
+        kind: max(_offset(shop, kind, partition), committed[topic]) for topic, kind in KINDS.items()
     }
 
     def clear() -> None:
@@ -154,7 +154,8 @@ def _attributes(shop: Shop, partition: int) -> Rebuilt:
 def _items(shop: Shop, partition: int) -> Rebuilt:
     """Item states, through the code of `items`."""
     topic = "item-updates"
-    until = max(_offset(shop, ITEM_STATE, partition), shop.committed("items", topic, partition))
+    committed = shop.committed("items", [topic], partition)[topic]
+    until = max(_offset(shop, ITEM_STATE, partition), committed)
 
     def compute() -> None:
         items = Items(shop.store, shop.kafka, shop.archive, make_metrics())
@@ -180,8 +181,8 @@ def _items(shop: Shop, partition: int) -> Rebuilt:
 def _users(shop: Shop, partition: int) -> Rebuilt:
     """User states, as a worker recovers them."""
     before = decode_header(shop.store.header(USER_STATE, partition))["ends"]
-    until = np.array([shop.committed("scorer", topic, partition) for topic in TOPICS])
-    until = np.maximum(until, before)
+    committed = shop.committed("scorer", TOPICS, partition)
+    until = np.maximum([committed[topic] for topic in TOPICS], before)
 
     def reached() -> bool:
         ends = decode_header(shop.store.header(USER_STATE, partition))["ends"]

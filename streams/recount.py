@@ -72,7 +72,7 @@ def check_states(
 def _check_users(report: Verification, shop: Shop, partition: int) -> None:
     data = shop.store.header(USER_STATE, partition)
     if data is None:
-        read = any(shop.committed("scorer", topic, partition) > 0 for topic in TOPICS)
+        read = any(shop.committed("scorer", TOPICS, partition).values())
         _check_header(report, "user", partition, not read)
         return
     header = decode_header(data)
@@ -139,7 +139,7 @@ def _recount_users(shop: Shop, partition: int, end: int) -> tuple[Rowstore, Rows
 def _check_items(report: Verification, shop: Shop, partition: int) -> None:
     end = header_offset(shop.store.header(ITEM_STATE, partition))
     if not end:
-        read = shop.committed("items", "item-updates", partition) > 0
+        read = any(shop.committed("items", ["item-updates"], partition).values())
         _check_header(report, "item", partition, not read)
         return
     require_updates(shop, partition, end)

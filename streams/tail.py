@@ -79,7 +79,12 @@ def read_topic(
         consumer.assign(_positions(consumer, name, sorted(left), start))
         while (left or follow) and not stop.is_set():
             batch: list[Message] = []
-            for message in consumer.consume(BATCH, WAIT_SECONDS):
+            messages = consumer.consume(1, WAIT_SECONDS)
+            if (
+                messages
+            ):  # a whole batch would be waited for, up to the timeout, behind the last one
+                messages += consumer.consume(BATCH - 1, 0)
+            for message in messages:
                 moved = time.monotonic()
                 error = message.error()
                 if error is None:

@@ -127,7 +127,7 @@ def test_user_states_that_take_long_are_applied_to_the_end(
     monkeypatch.setattr(user_states, "RECOVERY_ROWS", 1)
     monkeypatch.setattr(user_states, "CLAIM_SECONDS", 0.0)
     monkeypatch.setattr(rebuild, "MARKER_SECONDS", 0.1)
-    monkeypatch.setattr(Shop, "committed", lambda *where: journal.ends()[where[2]])
+    monkeypatch.setattr(Shop, "committed", lambda *_: journal.ends())
     rebuilt = rebuild._users(shop, 1)
     assert not rebuilt.taken_over
     header = decode_header(shop.store.header(USER_STATE, 1))
@@ -138,7 +138,7 @@ def test_item_states_lack_nothing_that_retention_takes_meanwhile(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("streams.items.bounds", lambda *_: {1: (0, 9)})
-    monkeypatch.setattr(Shop, "committed", lambda *_: 0)
+    monkeypatch.setattr(Shop, "committed", lambda *_: {"item-updates": 0})
 
     def read(*_: Any, start: dict[int, int], strict: bool = False, **__: Any) -> Iterator[Any]:
         assert start == {1: 0}

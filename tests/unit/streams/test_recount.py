@@ -124,9 +124,9 @@ def test_a_state_that_should_have_been_written_differs(shop: Shop, partition: Pa
 def test_a_header_that_was_never_written_is_told_where_events_were_read(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Shop, "committed", lambda *_: 0)
+    monkeypatch.setattr(Shop, "committed", lambda *_: {"reviews": 0})
     assert check(shop).differences == {}
-    monkeypatch.setattr(Shop, "committed", lambda *_: 7)
+    monkeypatch.setattr(Shop, "committed", lambda *_: {"reviews": 7})
     assert check(shop).differences == {"user header": 1}
 
 
