@@ -42,9 +42,10 @@ from model.trees import Trees
 
 Singles = NDArray[np.float32]
 
-# Outputs of one come in so many: of six, MKL's AVX2 code rounds every second row another way, as
-# its place in memory begins, and a row would not be the same alone and in any batch.
-_WIDTH = 8
+# Outputs of one come in so many, which an AVX-512 register holds, or a row would not be the same
+# alone and in any batch: of six, MKL's AVX2 code rounds every second row another way, as its place
+# in memory begins, and of 104 its AVX-512 code (on Zen 5) some columns, by how many threads share.
+_WIDTH = 16
 _CHUNK = 8 * BLOCK  # rows at a time, so that a long test fits in memory
 _NOTHING = np.empty((0, 0), np.float32)
 _TOGETHER = 4  # members side by side: among more, zeros would cost more than calls

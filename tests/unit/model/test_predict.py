@@ -90,7 +90,7 @@ def test_same_alone_and_in_any_batch(model: str, rows: list[int]) -> None:
         np.testing.assert_array_equal(getattr(alone, column), expected[:1])
 
 
-@pytest.mark.parametrize("threads", [2, 5, 7])
+@pytest.mark.parametrize("threads", [2, 4, 5, 7, 16])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_same_with_any_number_of_threads(model: Predictor, threads: int) -> None:
     """Also in a batch so large that threads share what each row passes."""
