@@ -1,4 +1,5 @@
 import resource
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ def test_a_set_of_more_runs_than_files_may_be_open_is_sorted(
     import_movielens([source], tmp_path / "whole.jsonl")
     monkeypatch.setattr(writing, "RUN", 1)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Far below the number of runs; the lowest free number tells how many are open by now.
-    with source.open() as file:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 200, limits[1]))
+    # Far below the number of runs: of the numbers below the limit so many are free by now.
+    taken = {int(each.name) for each in Path("/dev/fd").iterdir()}
+    free = (number for number in count() if number not in taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, 200, None)), limits[1]))
     try:
         import_movielens([source], tmp_path / "runs.jsonl")
     finally:
