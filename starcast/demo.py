@@ -35,7 +35,7 @@ from starcast.settings import Settings, variables
 from starcast.shop import shop
 from starcast.workers import STOP_SECONDS, read_metrics, start_worker
 from streams.admin import apply_topics
-from streams.embedded import Child, Endpoints, embedded, start_child
+from streams.embedded import Child, Endpoints, embedded, free_port, start_child
 from streams.producer import CountingProducer, Outgoing, outgoing
 from streams.tail import read_topic
 from trainer.baselines import running_baselines
@@ -117,6 +117,7 @@ def embedded_settings(settings: Settings, endpoints: Endpoints, folder: Path) ->
     # Item states are read once a batch, so small batches keep them fresh.
     own.scorer.batch_events, own.scorer.linger_ms = 64, 5
     own.models.url, own.models.threads = str(folder / "models"), 1
+    own.web.port = own.web.port or free_port()  # any, but one that can be told
     own.trainer.threads = 1  # the workers need the other cores
     tracking = own.trainer.tracking
     tracking.folder, tracking.wandb_project, tracking.mlflow_uri = str(folder / "runs"), "", ""
@@ -153,7 +154,8 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
 def run_demo(settings: Settings, console: Console, stop: threading.Event, seed: int) -> None:
     """Play the generated shop, train, retrain once, and serve the dashboard until `stop`."""
     with cluster(settings, console, dashboard=True) as running:
-        console.print(f"dashboard: http://{settings.web.host}:{settings.web.port}")
+        web = running.settings.web
+        console.print(f"dashboard: http://{web.host}:{web.port}")
         console.print(f"logs: {running.folder}")
         player = _ShopPlayer(running, seed, stop)
         player.start()

@@ -7,7 +7,7 @@ from pydantic import SecretStr
 
 from starcast.demo import _Answer, _summarise, embedded_settings
 from starcast.settings import Settings, variables
-from streams.config import KafkaConfig, RedisConfig
+from streams.config import KafkaConfig, RedisConfig, WebConfig
 from streams.embedded import Endpoints
 from streams.insights import broker_credentials
 from streams.producer import Outgoing
@@ -42,6 +42,12 @@ def test_the_demo_reaches_its_own_servers_whatever_a_shops_servers_are(tmp_path:
     assert said["STARCAST_TRAINER__TRACKING__FOLDER"] == str(tmp_path / "runs")
     assert (own.models.encoder, own.web.port) == ("none", 8081)
     assert shop.kafka.bootstrap_servers == "kafka:9093"
+
+
+def test_any_free_port_is_one_that_can_be_told(tmp_path: Path) -> None:
+    shop = Settings(web=WebConfig(port=0))
+    own = embedded_settings(shop, Endpoints("127.0.0.1:1", "redis://127.0.0.1:2/0"), tmp_path)
+    assert own.web.port > 0
 
 
 def review(number: int, stars: float) -> Outgoing:
