@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ from starcast.settings import Settings, variables
 from starcast.shop import shop
 from starcast.workers import STOP_SECONDS, read_metrics, start_worker
 from streams.admin import apply_topics
-from streams.embedded import Child, Endpoints, embedded, start_child
+from streams.embedded import Child, Endpoints, embedded, free_port, start_child
 from streams.producer import CountingProducer, Outgoing, outgoing
 from streams.tail import read_topic
 from trainer.baselines import running_baselines
@@ -117,6 +117,7 @@ def embedded_settings(settings: Settings, endpoints: Endpoints, folder: Path) ->
     # Item states are read once a batch, so small batches keep them fresh.
     own.scorer.batch_events, own.scorer.linger_ms = 64, 5
     own.models.url, own.models.threads = str(folder / "models"), 1
+    own.web.port = own.web.port or free_port()  # any, but one that can be told
     own.trainer.threads = 1  # the workers need the other cores
     tracking = own.trainer.tracking
     tracking.folder, tracking.wandb_project, tracking.mlflow_uri = str(folder / "runs"), "", ""
@@ -153,7 +154,8 @@ def cluster(settings: Settings, console: Console, dashboard: bool) -> Generator[
 def run_demo(settings: Settings, console: Console, stop: threading.Event, seed: int) -> None:
     """Play the generated shop, train, retrain once, and serve the dashboard until `stop`."""
     with cluster(settings, console, dashboard=True) as running:
-        console.print(f"dashboard: http://{settings.web.host}:{settings.web.port}")
+        web = running.settings.web
+        console.print(f"dashboard: http://{web.host}:{web.port}")
         console.print(f"logs: {running.folder}")
         player = _ShopPlayer(running, seed, stop)
         player.start()
@@ -199,8 +201,8 @@ def run_once(
             _play(records[cut:], sender, rate, stop)
             follower.wait_for(len(places), status.update)
         answers = list(_answers(read_topic(running.settings.kafka, "predicted-ratings")))
-        dead = list(_messages(read_topic(running.settings.kafka, "dead-letters")))
-        summary = _summarise(records, places, cut, answers, len(dead))
+        letters = list(_letters(read_topic(running.settings.kafka, "dead-letters")))
+        summary = _summarise(records, places, cut, answers, letters)
     summary.seconds = round(time.monotonic() - started, 1)
     return summary
 
@@ -321,11 +323,14 @@ def _wait_until(due: float, sender: CountingProducer, stop: threading.Event) -> 
 # -- reading back --------------------------------------------------------------------------------
 
 
+Place = tuple[str, int, int]  # topic, partition, offset
+
+
 @dataclass(frozen=True)
 class _Answer:
     """One `interaction` read back from predicted-ratings."""
 
-    place: tuple[str, int, int]
+    place: Place
     event_id: str
     rating: float
     version: str
@@ -348,6 +353,17 @@ def _answers(batches: Iterator[list[Message]]) -> Iterator[_Answer]:
             )
 
 
+def _letters(batches: Iterator[list[Message]]) -> Iterator[Place]:
+    """Where the record of each dead letter came from: of an event, or of an item or a user."""
+    for message in _messages(batches):
+        source = orjson.loads(message.value() or b"")["source"]
+        yield source["topic"], source["partition"], source["offset"]
+
+
+def _events_of(letters: Iterable[Place]) -> set[Place]:
+    return {place for place in letters if place[0] in EVENTS}
+
+
 class _Follower:
     """Follows answers and dead letters in threads, to know how far the scorer is."""
 
@@ -355,8 +371,7 @@ class _Follower:
         self._running = running
         self._stop = stop
         self._done = threading.Event()
-        self._answered: set[tuple[str, int, int]] = set()
-        self._dead = 0
+        self._done_with: set[Place] = set()
         self._threads = [
             threading.Thread(target=target, daemon=True)
             for target in (self._follow_answers, self._follow_letters)
@@ -375,7 +390,7 @@ class _Follower:
         best, deadline = -1, time.monotonic() + STALL_SECONDS
         while not self._stop.wait(POLL_SECONDS):
             self._running.check()
-            done = len(self._answered) + self._dead
+            done = len(self._done_with)
             tell(f"scored {done} of {events}")
             if done >= events:
                 return
@@ -389,11 +404,11 @@ class _Follower:
 
     def _follow_answers(self) -> None:
         for answer in _answers(self._read("predicted-ratings")):
-            self._answered.add(answer.place)
+            self._done_with.add(answer.place)
 
     def _follow_letters(self) -> None:
-        for batch in self._read("dead-letters"):
-            self._dead += len(batch)
+        for place in _letters(self._read("dead-letters")):
+            self._done_with.update(_events_of([place]))
 
 
 def _await_archived(running: Cluster, stop: threading.Event) -> None:
@@ -421,20 +436,22 @@ def _summarise(
     places: Sequence[int],
     cut: int,
     answers: Sequence[_Answer],
-    dead_letters: int,
+    letters: Sequence[Place],
 ) -> Summary:
     counts = Counter(answer.place for answer in answers)
     versions = list(dict.fromkeys(answer.version for answer in answers))
     summary = Summary(
         events=len(places),
         predictions=len(answers),
-        dead_letters=dead_letters,
-        lost=max(len(places) - len(counts) - dead_letters, 0),
+        dead_letters=len(letters),
+        lost=max(len(places) - len(counts.keys() | _events_of(letters)), 0),
         duplicated=sum(count - 1 for count in counts.values()),
         model_versions=versions,
     )
     rated, later = _rated(records, cut)
-    live = {answer.event_id: answer.rating for answer in answers}
+    live: dict[str, float] = {}
+    for answer in answers:  # the first counts: one that is sent again knows its own rating
+        live.setdefault(answer.event_id, answer.rating)
     known = np.array([event in live for event, _, _, _ in rated], bool)
     test = later & known
     if test.any():
@@ -453,9 +470,13 @@ def _summarise(
 def _rated(
     records: Sequence[Outgoing], cut: int
 ) -> tuple[list[tuple[str, str, str, float]], NDArray[np.bool_]]:
-    """Event id, user, item and stars of each rated review, and whether it came after the cut."""
+    """Event id, user, item and stars of each rated review, and whether it came after the cut.
+
+    A review that is there again is left out.
+    """
     rated: list[tuple[str, str, str, float]] = []
     later: list[bool] = []
+    seen: set[str] = set()
     for at, record in enumerate(records):
         if record.topic == "reviews" and record.value is not None:
             try:
@@ -463,7 +484,8 @@ def _rated(
                 row = (value["event_id"], value["user_id"], value["item_id"], value["rating"])
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 continue
-            if isinstance(row[3], int | float):
+            if isinstance(row[3], int | float) and row[0] not in seen:
+                seen.add(row[0])
                 rated.append(row)
                 later.append(at >= cut)
     return rated, np.array(later, bool)

@@ -7,6 +7,7 @@ from typing import Literal, TextIO
 import orjson
 import structlog
 from pydantic import BaseModel, Field
+from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
@@ -77,6 +78,17 @@ def configure(config: LogConfig, stream: TextIO | None = None) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
+    )
+    set_on_retry_hooks([_tell_retry])
+
+
+def _tell_retry(details: RetryDetails) -> None:
+    """What failed and is tried again, for people; one that goes on failing is raised in the end.
+
+    stamina's own line names a function of ours and its arguments, and nothing that anybody can do.
+    """
+    structlog.get_logger("stamina").info(
+        "tries again", reason=str(details.caused_by), seconds=round(details.wait_for, 2)
     )
 
 

@@ -2,7 +2,8 @@
 
 A value comes from the environment (`STARCAST_KAFKA__PARTITIONS`), else from `.env` in the working
 folder, else from a TOML file (`starcast.toml` there, or the file that STARCAST_CONFIG names), else
-it is the default. `load` knows of each value where it came from, so that a wrong one can be found.
+it is the default. An empty STARCAST_CONFIG names no file. `load` knows of each value where it came
+from, so that a wrong one can be found.
 """
 
 import difflib
@@ -131,8 +132,11 @@ def describe(settings: Settings, sources: Mapping[Path_, str] | None = None) -> 
 
 
 def variables(settings: Settings) -> dict[str, str]:
-    """The environment in which a process has these settings, whatever else is set around it."""
-    return {
+    """The environment in which a process has these settings, whatever else is set around it.
+
+    It reads no settings file: what is not set here would be taken from one.
+    """
+    return {CONFIG_VARIABLE: ""} | {
         _variable(path): _text(_plain(value))
         for path, value, _ in _leaves(settings)
         if value is not None and value != {}
@@ -249,7 +253,10 @@ def _is_json(text: str) -> bool:
 
 def file_in_force(config: Path | None = None, folder: Path | None = None) -> Path | None:
     """The TOML file that `load` reads; none where there is none. Raises SettingsError."""
-    named = config or (Path(os.environ[CONFIG_VARIABLE]) if CONFIG_VARIABLE in os.environ else None)
+    told = os.environ.get(CONFIG_VARIABLE)
+    if config is None and told == "":
+        return None
+    named = config or (Path(told) if told else None)
     file = named or (folder or Path()) / CONFIG_FILE
     if file.is_file():
         return file

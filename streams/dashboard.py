@@ -199,7 +199,7 @@ class _Page:
             self._build_top()
             self._wait = _text("section", "wait")
             self._notes = _text("section", "notes")
-            with _block("main") as self._main:
+            with _block("div") as self._main:  # NiceGUI's page is the landmark "main"
                 self._numbers = _text("section", "tiles")
                 self._build_flow()
                 self._build_quality()

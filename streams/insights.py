@@ -75,7 +75,11 @@ def run_insights(
         with tempfile.TemporaryDirectory(prefix="starcast-insights-") as folder, sparing_logs():
             key = f"{redis.key_prefix}:{WINDOWS_KEY}"
             run = _Run(insights, client, key, readiness)
-            asyncio.run(_supervise(kafka, run, stop, metrics, folder))
+            try:
+                asyncio.run(_supervise(kafka, run, stop, metrics, folder))
+            finally:
+                # Faust holds the app for good; sketches at Python's end are told as leaked.
+                run.reset(owned=False)
     finally:
         client.close()
 

@@ -82,7 +82,10 @@ def check(
 
 
 def verify_replay(context: typer.Context, as_json: AsJson = False) -> None:
-    """Compute again all that was archived and compare; ends with 1 when something differs."""
+    """Compute again all that was archived and compare; ends with 1 when something differs.
+
+    Stop the scorers before, and let the archiver come to its end.
+    """
     settings = settings_of(context)
     from streams.verify import verify_replay as verify
 
@@ -98,7 +101,10 @@ def verify_replay(context: typer.Context, as_json: AsJson = False) -> None:
     store.close()
     _print(report, as_json)
     if not report.clean:
-        raise fail("The replay differs from what was written.")
+        raise fail(
+            "The replay differs from what was written. It does where workers go on meanwhile: stop "
+            "the scorers, let the archiver come to its end, and run this again."
+        )
 
 
 def _print(report: "Verification", as_json: bool) -> None:

@@ -402,6 +402,7 @@ def test_a_page_finds_its_dashboard_again(page: Page, shop: Shop) -> None:
     first = shop.run("dashboard")
     open_page(page, shop)
     expect(page.locator(".wait")).to_contain_text("Waiting for Kafka")
+    assert page.locator("main").count() == 1  # a screen reader jumps to it
     shop.stop(first)
     shop.start_broker()
     shop.run("dashboard")

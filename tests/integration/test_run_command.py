@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,10 +17,15 @@ from urllib.request import urlopen
 
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
+from pydantic import SecretStr
 
+from schemas.codec import encode
 from streams.admin import apply_topics
-from streams.config import KafkaConfig
+from streams.config import KafkaConfig, RedisConfig
 from streams.embedded import HOST, free_port, start_broker
+from streams.store import connect
+from streams.windows import WINDOWS_KEY
+from tests.digests import digest
 from tests.shops import until
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +88,36 @@ def test_a_worker_gets_ready_and_ends_on_a_signal(
     _, log = worker.communicate(timeout=STOP_SECONDS)
     assert worker.returncode == 0
     assert "Traceback" not in log
+    assert all("event" in json.loads(line) for line in log.splitlines())
+
+
+def test_insights_ends_without_noise(
+    environment: dict[str, str], embedded_broker: str, store: str, tmp_path: Path
+) -> None:
+    """`datasketches` lists some 600 of its functions where a sketch outlives the interpreter."""
+    prefix = environment["STARCAST_KAFKA__TOPIC_PREFIX"]
+    steps = {"STARCAST_INSIGHTS__STEP_SECONDS": "1", "STARCAST_INSIGHTS__GRACE_SECONDS": "0"}
+    names = {"STARCAST_REDIS__KEY_PREFIX": prefix}
+    with subprocess.Popen(
+        [sys.executable, "-m", "starcast", "run", "insights"],
+        env=environment | steps | names,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            wait_ready(process, environment)
+            value = encode(digest(datetime.now(UTC), [(3.0, 4.0)], latencies_ms=[5.0]))
+            producer = Producer({"bootstrap.servers": embedded_broker})
+            producer.produce(f"{prefix}score-digests", value, "scorer-0")
+            assert not producer.flush(30)
+            with closing(connect(RedisConfig(url=SecretStr(store)))) as client:
+                until(lambda: client.exists(f"{prefix}:{WINDOWS_KEY}") == 1)
+            process.terminate()
+            _, log = process.communicate(timeout=STOP_SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 0
     assert all("event" in json.loads(line) for line in log.splitlines())
 
 

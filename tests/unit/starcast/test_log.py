@@ -6,7 +6,9 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 import pytest
+import stamina
 import structlog
+from stamina.instrumentation import set_on_retry_hooks
 
 from starcast.log import LogConfig, configure
 
@@ -18,6 +20,7 @@ def restored() -> Iterator[None]:
     yield
     root.handlers, root.level = handlers, level
     structlog.reset_defaults()
+    set_on_retry_hooks(None)
 
 
 def lines(stream: io.StringIO) -> list[dict[str, object]]:
@@ -44,6 +47,20 @@ def test_logs_of_libraries_have_the_same_form() -> None:
     (line,) = lines(stream)
     assert line["event"] == "count is 3"
     assert line["logger"] == "somelib"
+
+
+def test_what_is_tried_again_is_told_to_people() -> None:
+    stream = io.StringIO()
+    configure(LogConfig(), stream)
+    for attempt in stamina.retry_context(on=ValueError, wait_initial=0, wait_jitter=0):
+        with attempt:
+            if attempt.num < 2:
+                raise ValueError("Nobody answers at kafka:9092.")
+    (line,) = lines(stream)
+    assert line["event"] == "tries again"
+    assert line["reason"] == "Nobody answers at kafka:9092."
+    assert line["level"] == "info"
+    assert not {"callable", "args", "kwargs"} & line.keys()
 
 
 def test_levels() -> None:

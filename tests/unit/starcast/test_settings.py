@@ -69,6 +69,8 @@ def test_config_variable_names_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_text("[web]\nport = 1\n")
     monkeypatch.setenv("STARCAST_CONFIG", str(file))
     assert load(folder=tmp_path).web.port == 1
+    monkeypatch.setenv("STARCAST_CONFIG", "")
+    assert load(folder=tmp_path) == Settings()
     monkeypatch.setenv("STARCAST_CONFIG", str(tmp_path / "missing.toml"))
     with pytest.raises(SettingsError, match=r"no settings file .*missing\.toml"):
         load(folder=tmp_path)
@@ -216,7 +218,10 @@ def test_a_process_has_the_settings_that_its_variables_say(
     )
     settings.trainer.text.fine_tune.augment.ways = ("swap", "shift")
     monkeypatch.setenv("STARCAST_KAFKA__PARTITIONS", "77")
-    (tmp_path / "starcast.toml").write_text("[scorer]\nlinger_ms = 7\n")
+    (tmp_path / "starcast.toml").write_text(
+        "[scorer]\nlinger_ms = 7\n[kafka.options]\ndebug = 'all'\n[trainer.text.fine_tune]\n"
+        "dropout = 0.5\n"  # which is none in the settings, as options are not there
+    )
     assert load(folder=tmp_path) != settings
     for name, value in variables(settings).items():
         monkeypatch.setenv(name, value)
