@@ -231,7 +231,9 @@ def _follow_kafka(feed: Feed, kafka: KafkaConfig, store: Store, wait: Wait) -> N
             feed.link("broker", None)
         except (KafkaException, StarcastError) as error:
             told = error.args[0]
-            feed.link("broker", told.str() if isinstance(told, KafkaError) else str(told))
+            if isinstance(told, KafkaError):
+                told = f"Kafka at {kafka.bootstrap_servers}: {told.str()}."
+            feed.link("broker", str(told))
             if consumer is not None:
                 consumer.close()
             consumer = None

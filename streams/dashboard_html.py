@@ -124,8 +124,12 @@ def notes(snapshot: Snapshot, kafka: KafkaConfig, now_ms: int) -> str:
     for stage in stages(snapshot, kafka):
         if stage.done or stage.name in ("events", "predictions", "insights"):
             continue
+        if stage.name == "topics" and not snapshot.broker.up:
+            continue  # nobody knows which are missing
         server = stage.name in ("broker", "store", "topics")
-        gone = " What was seen last is shown." if stage.name in ("broker", "store") else ""
+        gone = ""
+        if stage.name in ("broker", "store"):
+            gone = f"{'' if stage.text.endswith('.') else '.'} What was seen last is shown."
         command = f" <code>{escape(stage.command)}</code>" if stage.command else ""
         lines.append(
             f'<div class="note{" bad" if server else ""}"><b>{_WAIT_TITLES[stage.name]}</b>'

@@ -225,10 +225,12 @@ def _insights_app(kafka: KafkaConfig, run: _Run, metrics: Metrics, folder: str) 
                 await send(letter)
             run.pending.append((place, event))
 
-    @app.timer(TICK_SECONDS)
-    async def tick() -> None:  # pyright: ignore[reportUnusedFunction]
-        if run.owned:
-            await _turn(run, metrics, send)
+    @app.task  # no timer: it warns of each turn that takes longer, as while the store is gone
+    async def turn() -> None:  # pyright: ignore[reportUnusedFunction]
+        while not app.should_stop:
+            await asyncio.sleep(TICK_SECONDS)
+            if run.owned:
+                await _turn(run, metrics, send)
 
     @app.on_partitions_assigned.connect
     async def assigned(sender: Any, partitions: Any, **_: Any) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -344,8 +346,10 @@ async def _begin_anew(run: _Run, steps: Steps) -> None:
 
 
 async def _wait_for_store(run: _Run, error: Exception) -> None:
+    before = run.readiness.reason
     run.readiness.reason = f"the store does not answer: {error}"
-    _LOG.warning("insights waits for the store", reason=str(error))
+    if run.readiness.reason != before:  # a long outage is told once
+        _LOG.warning("insights waits for the store", reason=str(error))
     await asyncio.sleep(FIRST_PAUSE_SECONDS)
 
 

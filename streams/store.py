@@ -425,18 +425,23 @@ def _refused(claim: Claim) -> FencedError:
     )
 
 
+def _said(error: Exception) -> str:
+    """As part of a sentence: some errors end with a full stop of their own."""
+    return str(error).rstrip(".")
+
+
 @contextmanager
 def _answering() -> Generator[None]:
     try:
         yield
     except redis.OutOfMemoryError as error:
         raise StoreError(
-            f"The store is full and, as it must, evicts nothing: {error}. Give it more memory "
-            "(maxmemory): until then it deletes nothing either. After that "
+            f"The store is full and, as it must, evicts nothing: {_said(error)}. Give it more "
+            "memory (maxmemory): until then it deletes nothing either. After that "
             "STARCAST_STATES__EXPIRE_AFTER_DAYS keeps it from growing."
         ) from error
     except STORE_ERRORS as error:
         raise StoreError(
-            f"The store does not answer: {error}. Check that Redis or Valkey runs where "
+            f"The store does not answer: {_said(error)}. Check that Redis or Valkey runs where "
             "STARCAST_REDIS__URL says; work goes on when it is back."
         ) from error

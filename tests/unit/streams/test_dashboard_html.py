@@ -140,7 +140,12 @@ def test_notes_say_what_is_still_missing_or_gone() -> None:
     assert html.notes(replace(LIVE, registry=REGISTRY), KAFKA, NOW) == ""
     assert "No ratings yet" in html.notes(replace(LIVE, windows=UNRATED), KAFKA, NOW)
     gone = html.notes(replace(LIVE, store=Link(False, "refused")), KAFKA, NOW)
-    assert "refused What was seen last is shown." in str(Words(gone))
+    assert "refused. What was seen last is shown." in str(Words(gone))
+    gone = html.notes(replace(LIVE, broker=Link(False, "No broker.")), KAFKA, NOW)
+    assert "Waiting for Kafka No broker. What was seen last is shown." in str(Words(gone))
+    assert "topics apply" not in gone  # which ones are missing is not known
+    missing = html.notes(replace(LIVE, topics=Topics(missing=("items",))), KAFKA, NOW)
+    assert "Missing: items." in missing
     assert "Nothing new" in html.notes(LIVE, KAFKA, NOW + 3_600_000)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from schemas.codec import encode
 from schemas.records import DeadLetter, ScoreDigest
@@ -83,8 +84,11 @@ def test_a_store_that_refuses_is_waited_for(store: str, monkeypatch: pytest.Monk
     run.unwritten.append(window)
     client.config_set("maxmemory", 1)
     try:
-        in_loop(_write(run, make_metrics()))
+        with capture_logs() as told:
+            in_loop(_write(run, make_metrics()))
+            in_loop(_write(run, make_metrics()))
         assert "the store" in (run.readiness.reason or "")
+        assert [line["event"] for line in told] == ["insights waits for the store"]
     finally:
         client.config_set("maxmemory", 0)
     assert list(run.unwritten) == [window]
