@@ -27,7 +27,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
-from model import adapters, heads, int8, packed, recorded
+from model import adapters, heads, int8, packed, products, recorded
 from model import device as devices
 from model.distribution import softmax
 from model.exceptions import EncoderError
@@ -298,6 +298,7 @@ def load(
     target = torch.device("cpu") if quantized else devices.find(device)
     low = precision == "bf16" and target.type == "cuda"
     model = model.to(target, torch.bfloat16 if low else torch.float32).eval()
+    products.take_over(model)
     longest = _longest(_said_longest(folder), tokenizer, model)
     pooling = _pooling(folder, config)
     encoder = TextEncoder(

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model import attention, between, int8
+from model import attention, between, int8, products
 
 _PLAIN = {nn.Embedding, nn.LayerNorm}  # all that holds weights in a plain BERT but for products
 
@@ -101,7 +101,7 @@ def fits(model: nn.Module) -> bool:
     if any(each._forward_hooks for each in modules):  # pyright: ignore[reportPrivateUsage]
         return False
     kinds = {type(each) for each in modules if hasattr(each, "weight")} - _PLAIN
-    if kinds not in ({nn.Linear}, {int8.Linear}):
+    if not kinds <= {nn.Linear, products.Linear} and kinds != {int8.Linear}:
         return False
     layers: list[Any] = list(cast(Any, model).encoder.layer)
     if any(type(each).__name__ != "BertLayer" for each in layers):
@@ -211,22 +211,27 @@ def _through_floats(bert: Bert, x: Tensor, attend: Attend, room: Room) -> None:
     layers: tuple[Layer[Weight], ...] = bert.layers
     for layer in layers:
         (query, query_offset), (key, _), (value, value_offset) = layer.attention
-        queries, keys, values = room.parts
-        torch.addmm(query_offset, x, query.t(), out=queries)
-        torch.mm(x, key.t(), out=keys)
-        torch.mm(x, value.t(), out=values)
-        split = (each.view(len(x), bert.heads, -1) for each in room.parts)
+        offsets = query_offset, None, None
+        parts = map(_multiplied, (x, x, x), (query, key, value), offsets, room.parts)
+        split = (each.view(len(x), bert.heads, -1) for each in parts)
         attended = attend(*split).view(x.shape)
         weight, offset = layer.mixed
-        torch.mm(attended, weight.t(), out=room.mixed)
+        made = _multiplied(attended, weight, None, room.mixed)
         offset = torch.addmv(offset, weight, value_offset)
-        _add_normed_on_cpu(x, room.mixed, offset, layer.mixed_norm, bert.epsilon)
-        weight, offset = layer.inner
-        torch.mm(x, weight.t(), out=room.inner)
-        _gelu_on_cpu(room.inner, offset)
+        _add_normed_on_cpu(x, made, offset, layer.mixed_norm, bert.epsilon)
+        inner = _gelu_on_cpu(x, *layer.inner, room.inner)
         weight, offset = layer.outer
-        torch.mm(room.inner, weight.t(), out=room.mixed)
-        _add_normed_on_cpu(x, room.mixed, offset, layer.outer_norm, bert.epsilon)
+        made = _multiplied(inner, weight, None, room.mixed)
+        _add_normed_on_cpu(x, made, offset, layer.outer_norm, bert.epsilon)
+
+
+def _multiplied(x: Tensor, weight: Tensor, offset: Tensor | None, room: Tensor) -> Tensor:
+    """x Wᵀ + offset, in memory of its own or in that which there is."""
+    if products.by_onednn():
+        return products.multiply(x, weight, offset)
+    if offset is None:
+        return torch.mm(x, weight.t(), out=room)
+    return torch.addmm(offset, x, weight.t(), out=room)
 
 
 def _add_normed_on_cpu(
@@ -241,11 +246,15 @@ def _add_normed_on_cpu(
         between.add_normed(*given, gain, shift, np.float32(epsilon))
 
 
-def _gelu_on_cpu(made: Tensor, offset: Tensor) -> None:
+def _gelu_on_cpu(x: Tensor, weight: Tensor, offset: Tensor, room: Tensor) -> Tensor:
+    """GELU of x Wᵀ + offset."""
+    if products.by_onednn():
+        return products.multiply(x, weight, offset, gelu=True)
+    made = torch.mm(x, weight.t(), out=room)
     if torch.get_num_threads() > 1:
-        torch.ops.aten.gelu_(made.add_(offset))
-    else:
-        between.gelu(made.numpy(), offset.numpy())
+        return torch.ops.aten.gelu_(made.add_(offset))
+    between.gelu(made.numpy(), offset.numpy())
+    return made
 
 
 def _through_int8(bert: Bert, x: Tensor, attend: Attend) -> None:

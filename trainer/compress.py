@@ -109,7 +109,7 @@ def ways(parent: TextEncoder, seed: int, on_progress: OnProgress) -> Mapping[str
         left = max(2 * count // 3, 1)
         fewer = {f"{left} heads": _heads(left)} if left < count else {}
     # GPT-2 multiplies by layers of another kind, which stay as they are.
-    linear = any(type(each) is nn.Linear for each in parent.model.modules())
+    linear = any(isinstance(each, nn.Linear) for each in parent.model.modules())
     return {
         **{f"{number} layers": _layers(number) for number in kept},
         **fewer,

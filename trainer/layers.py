@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from model import products
+
 LEVELS = 256  # a mask's share is a multiple of one by this
 _ATTENTION = "starcast_fit"  # how `transformers` knows our attention
 
@@ -40,6 +42,7 @@ def lighten(model: nn.Module, device: torch.device) -> None:
             for name, child in module.named_children():
                 if type(child) is nn.Dropout:
                     setattr(module, name, Dropout(child.p))
+        products.take_over(model)  # what was added to it, too
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
         _register()
         cast(Any, model).set_attn_implementation(_ATTENTION)

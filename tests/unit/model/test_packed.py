@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertModel
 
-from model import int8, packed
+from model import int8, packed, products
 from tests.unit.model.berts import (
     HIDDEN,
     LONGEST,
@@ -48,7 +48,23 @@ def test_packed_texts_are_as_alone(tokens: Tokens, pooling: str, budget: int) ->
     np.testing.assert_allclose(found, one_by_one(MODEL, tokens, pooling), atol=2e-5)
 
 
-def test_with_several_threads_they_are_the_same() -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+def test_whichever_library_multiplies_they_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, onednn: bool
+) -> None:
+    monkeypatch.setattr(products, "by_onednn", lambda: onednn)
+    random = np.random.default_rng(2)
+    tokens = [random.integers(1, WORDS, size).tolist() for size in (1, 3, 17, LONGEST)]
+    with torch.inference_mode():
+        ((_, found),) = packed.encode(MODEL, tokens, "mean", 256)
+    np.testing.assert_allclose(found, one_by_one(MODEL, tokens, "mean"), atol=2e-5)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_with_several_threads_they_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, onednn: bool
+) -> None:
+    monkeypatch.setattr(products, "by_onednn", lambda: onednn)
     tokens = [[1, 2, 3], [4, 5, 6, 7]]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -106,6 +122,13 @@ def test_new_weights_are_used() -> None:
         ((_, after),) = packed.encode(model, [[1, 2, 3]], "mean", 256)
     np.testing.assert_allclose(after, one_by_one(model, [[1, 2, 3]], "mean"), atol=2e-5)
     assert np.abs(after - before).max() > 1e-3
+
+
+def test_layers_that_were_taken_over_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "by_onednn", lambda: True)
+    model = small()
+    products.take_over(model)
+    assert packed.fits(model)
 
 
 def watched(model: BertModel) -> None:
