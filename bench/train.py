@@ -38,7 +38,7 @@ from bench.command import exit_code
 from bench.model import packaged_encoder
 from bench.rows import make_item_tables, make_rows
 from bench.text import make_reviews
-from bench.ways import copy
+from bench.ways import model_of_transformers
 from model import encoder as encoders
 from model.encoder import WIDTH, StarHead, TextEncoder
 from model.events import Rows, opaque
@@ -151,7 +151,7 @@ def by_trainer(
     """`transformers.Trainer` with batches of like length."""
     transformers: Any = importlib.import_module("transformers")
     tuning, steps = config.fine_tune, Steps(base.device)
-    reader = Reader(copy(base), tuning)
+    reader = Reader(replace(base, model=model_of_transformers(base)), tuning)
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
@@ -191,7 +191,8 @@ def by_plain_loop(
     """A loop as tutorials have it."""
     tuning, steps = config.fine_tune, Steps(base.device)
     torch.manual_seed(seed)
-    reader = Reader(copy(base), tuning).to(base.device)
+    own = replace(base, model=model_of_transformers(base))
+    reader = Reader(own, tuning).to(base.device)
     rows: Any = rows_of(train, base)
     batches = torch.utils.data.DataLoader(
         rows, tuning.batch_texts, shuffle=True, collate_fn=collator(base)

@@ -129,6 +129,15 @@ def copy(encoder: TextEncoder) -> TextEncoder:
     return encoders.load(encoder.folder, str(encoder.device))
 
 
+def model_of_transformers(encoder: TextEncoder, dtype: torch.dtype = torch.float32) -> Any:
+    """An encoder's model as transformers loads it: whose layers PyTorch multiplies as they come."""
+    package: Any = importlib.import_module("transformers")
+    model = package.AutoModel.from_pretrained(
+        encoder.folder, local_files_only=True, use_safetensors=True, dtype=dtype
+    )
+    return model.to(encoder.device)
+
+
 def compiled(encoder: TextEncoder) -> TextEncoder:
     """An encoder whose model goes through torch.compile, its weights as constants."""
     own = copy(encoder)
@@ -172,10 +181,7 @@ def plain(encoder: TextEncoder, dtype: torch.dtype) -> Way:
     """transformers as all-MiniLM-L6-v2's own page has it: padded batches in order of arrival."""
     package: Any = importlib.import_module("transformers")
     tokenizer = package.AutoTokenizer.from_pretrained(encoder.folder, local_files_only=True)
-    model = package.AutoModel.from_pretrained(
-        encoder.folder, local_files_only=True, use_safetensors=True, dtype=dtype
-    )
-    model = model.to(encoder.device).eval()
+    model = model_of_transformers(encoder, dtype).eval()
     size = PLAIN_BATCH
 
     def encode(texts: Sequence[str]) -> Vectors:
