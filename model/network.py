@@ -289,9 +289,11 @@ class Embedding(nn.Module):
 
     def __init__(self, buckets: int, width: int, unknown: float) -> None:
         super().__init__()
-        self.table = nn.Embedding(buckets, width, padding_idx=0)
+        weight = torch.empty(buckets, width)
+        if not weight.is_meta:  # there it takes PyTorch's compiler, and seconds
+            nn.init.normal_(weight)  # as nn.Embedding does, so that what is drawn next stays
+        self.table = nn.Embedding(buckets, width, padding_idx=0, _weight=nn.init.zeros_(weight))
         self.unknown = unknown
-        nn.init.zeros_(self.table.weight)
 
     def forward(self, buckets: Tensor) -> Tensor:
         """Embeddings (..., width) of buckets (...)."""

@@ -57,7 +57,7 @@ def history(
         described = topic in _DESCRIBED
         rows = frames[number].filter(good if described else taken)
         if len(ends := gone.get(topic, events)):
-            name = pl.col("item_id" if topic == "items" else "user_id")
+            name = pl.col("item_id" if topic == "items" else "user_id").cast(pl.Binary)
             stood = pl.col("kafka_offset" if described else "kafka_timestamp")
             end = name.replace_strict(ends["name"], ends["end"], default=None)
             rows = rows.filter(end.is_null() | (stood > end))
@@ -105,12 +105,12 @@ def _erased(
     column: Literal["kafka_offset", "kafka_timestamp"],
     options: Mapping[str, str] | None,
 ) -> pl.DataFrame:
-    """By name, where by this column the last null value of each key in these topics stands."""
+    """By key, where by this column its last null value in these topics stands."""
     nulls = [
         archive.collect(
             archive.read(url, topic, options)
             .filter(pl.col("kafka_value").is_null())
-            .select(pl.col("kafka_key").cast(pl.String, strict=False).alias("name"), end=column)
+            .select(pl.col("kafka_key").alias("name"), end=column)  # any bytes: a producer's
             .drop_nulls(),
             archive.table_url(url, topic),
         )

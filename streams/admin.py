@@ -1,7 +1,7 @@
 """Kafka's administration: our topics, and what a group has committed."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
@@ -28,6 +28,7 @@ from schemas.exceptions import ContractError
 from schemas.topics import BY_NAME, TOPICS, Topic
 from streams.clients import (
     REQUEST_SECONDS,
+    SHORT_POLL_MS,
     error_of,
     group_name,
     reach,
@@ -42,6 +43,7 @@ from streams.exceptions import BrokerError
 VISIBLE_SECONDS = 30.0  # a producer would meet a broker that has not heard of a new topic
 VISIBLE_PARTITION_SECONDS = 0.05  # and for each partition: a broker makes a folder and files of it
 VISIBLE_PAUSE_SECONDS = 0.1
+MOST_ENDS = 100  # so few offsets behind a group may all be ends of transactions: it is looked
 _NO_LEADER = (
     KafkaError.NOT_LEADER_FOR_PARTITION,
     KafkaError.LEADER_NOT_AVAILABLE,
@@ -260,16 +262,37 @@ def group_report(kafka: KafkaConfig, processor: str) -> GroupReport:
         for topic, offsets in places.items()
         for partition in offsets
     ]
-    with reader(kafka) as consumer:
+    with reader(kafka, fetch_wait_max_ms=SHORT_POLL_MS) as consumer:
         ends = _request(kafka, partial(watermarks, consumer, asked, REQUEST_SECONDS))
-    # Where our transactions write, the last offset is of the end of one, which nobody reads.
-    waiting = sum(
-        max(ends[topic_name(kafka, topic), partition][1] - ended - offset, 0)
-        for topic, offsets in places.items()
-        for ended in [kafka.exactly_once and BY_NAME[topic].transactional]
-        for partition, offset in offsets.items()
-    )
+        starts = {
+            (name, partition): max(offset, ends[name, partition][0])
+            for topic, offsets in places.items()
+            for name in [topic_name(kafka, topic)]
+            for partition, offset in offsets.items()
+        }
+        spans = {place: max(ends[place][1] - start, 0) for place, start in starts.items()}
+        few = [place for place, span in spans.items() if 0 < span <= MOST_ENDS]
+        behind = _behind(consumer, [TopicPartition(*place, starts[place]) for place in few])
+    waiting = sum(span for place, span in spans.items() if span > MOST_ENDS or place in behind)
     return GroupReport(members, waiting)
+
+
+def _behind(consumer: Consumer, starts: Sequence[TopicPartition]) -> set[tuple[str, int]]:
+    """Those partitions of which there is a record to read from a start on, or may be one.
+
+    The end of a transaction, ours or a producer's, and what was aborted, has offsets and no record.
+    """
+    behind = {(each.topic, each.partition) for each in starts}
+    left = set(behind)
+    consumer.assign(list(starts))
+    until = time.monotonic() + REQUEST_SECONDS
+    while left and time.monotonic() < until:
+        for message in consumer.consume(MOST_ENDS, VISIBLE_PAUSE_SECONDS):
+            place, error = (message.topic() or "", message.partition() or 0), message.error()
+            if place in left and error is not None and error.code() == KafkaError._PARTITION_EOF:
+                behind.discard(place)
+            left.discard(place)
+    return behind
 
 
 @stamina.retry(

@@ -28,6 +28,7 @@ REPEAT_SECONDS = 30.0  # a broker that is down would fill the log, ten lines a s
 # A consumer that holds as much as it may looks again after this whether there is room: in the
 # second that librdkafka waits (its issue 2879) a quick reader behind a backlog runs dry.
 FETCH_AGAIN_MS = 20
+SHORT_POLL_MS = 20  # the end of a partition is told only after one
 _NOT_MAPPED = (
     "log_level",
     "error_cb",

@@ -8,7 +8,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from schemas import archive
 from schemas.journal import Joiner, OnTorn, TornError, Transaction
-from streams.clients import reader, topic_name
+from streams.clients import SHORT_POLL_MS, reader, topic_name
 from streams.config import ArchiveConfig, KafkaConfig
 from streams.exceptions import JournalGapError, StoreAheadError
 from streams.tail import archived_end, bounds
@@ -16,7 +16,6 @@ from streams.tail import archived_end, bounds
 TOPIC = "journal"
 END_SECONDS = 20.0  # a partition leader that is being elected answers within this
 WAIT_SECONDS = 0.5
-SHORT_POLL_MS = 20  # the end of a partition is told only after one
 _LOG = structlog.get_logger(__name__)
 
 

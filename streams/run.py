@@ -5,6 +5,7 @@ seconds.
 """
 
 import fcntl
+import gc
 import os
 import sys
 import tempfile
@@ -147,6 +148,7 @@ def run_processors(names: Sequence[str], settings: Settings, stop: threading.Eve
             )
         settle()
         failures = _run_threads(tasks, stop)
+        gc.unfreeze()  # what Python's end does not collect, nanobind tells as leaked
     if failures:
         raise failures[0]
 

@@ -27,6 +27,7 @@ from schemas.topics import BY_NAME
 from streams.admin import TopicError, existing_topic
 from streams.clients import (
     REQUEST_SECONDS,
+    SHORT_POLL_MS,
     error_of,
     reach,
     reader,
@@ -39,7 +40,7 @@ from streams.exceptions import JournalGapError
 
 WAIT_SECONDS = 0.2  # a stop, or the end of a silent topic, is noticed this soon
 STALL_SECONDS = 60.0  # a broker that goes away meanwhile would leave a reader waiting for the end
-LONG_POLL_MS, SHORT_POLL_MS = 500, 20  # the end of a partition is told only after one
+LONG_POLL_MS = 500  # of who follows, for whom no end is told
 BATCH = 1_000
 ARCHIVED_ROWS = 20_000  # archived rows in memory at once
 

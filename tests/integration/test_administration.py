@@ -161,6 +161,32 @@ def test_how_far_a_group_is(real: KafkaConfig) -> None:
         group.close()
 
 
+def test_ends_of_transactions_are_no_records_that_wait(real: KafkaConfig) -> None:
+    """A producer may have transactions too, and so has `redrive`; one of these came to nothing."""
+    apply_topics(real)
+    config = real.model_copy(update={"group_id": uuid.uuid4().hex[:8]})
+    reviews, updates = topic_name(config, "reviews"), topic_name(config, "item-updates")
+    producer = Producer(client_config(config, transactional_id=config.group_id))
+    producer.init_transactions(10)
+    for end in (producer.abort_transaction, producer.commit_transaction):
+        producer.begin_transaction()
+        for name in (reviews, updates):
+            producer.produce(name, b"{}", partition=0)
+            producer.produce(name, b"{}", partition=1)
+        producer.flush(10)
+        end(10)
+    with reader(config, group_id=group_name(config, "archiver")) as group:
+        for read, waiting in (([3, 3, 3, 3], 0), ([3, 3, 3, 2], 2), ([0, 0, 3, 3], 8)):
+            places = [(reviews, 0), (reviews, 1), (updates, 0), (updates, 1)]
+            group.commit(
+                offsets=[
+                    TopicPartition(*place, at) for place, at in zip(places, read, strict=True)
+                ],
+                asynchronous=False,
+            )
+            assert group_report(config, "archiver") == GroupReport(0, waiting)
+
+
 def test_members_that_the_embedded_broker_does_not_name_are_not_counted_as_none(
     embedded_broker: str,
 ) -> None:

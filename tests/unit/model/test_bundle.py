@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -80,6 +82,16 @@ def test_what_is_written_is_loaded(kind: str, tmp_path: Path, observed: Observed
     for found in told:
         np.testing.assert_array_equal(found.distribution, direct.distribution)
         assert found.version == written.version
+
+
+def test_loading_needs_no_compiler(folder: Path) -> None:
+    """PyTorch's takes a second and 150 MB of each worker."""
+    code = (
+        "import sys; from pathlib import Path; from model import bundle;"
+        "bundle.open_folder(Path(sys.argv[1])); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parents[3])
+    assert done.returncode == 0
 
 
 def test_the_encoder_goes_along_unchanged(folder: Path, encoder: Path) -> None:

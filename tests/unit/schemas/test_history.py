@@ -122,6 +122,7 @@ def test_what_is_bad_or_erased_is_left_out(tmp_path: Path) -> None:
         "behavior",
         row("behavior", 0, 1, user_id="ann", event_id="viewed"),
         row("behavior", 1, 1, user_id="bob", event_id="other"),
+        Row(0, 2, at(2), b"\xff", None),  # whose key is nobody's id: a dead letter
     )
     write(
         tmp_path,

@@ -9,6 +9,7 @@ from confluent_kafka import (
     ConsumerGroupState,
     KafkaError,
     KafkaException,
+    Message,
     TopicPartition,
 )
 
@@ -63,18 +64,42 @@ def test_a_topic_is_not_counted_where_an_offset_is_not_told(
 
 
 def test_the_ends_of_transactions_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of item updates a group has read the last, of reviews all but one."""
+    """Of item updates a group has read the last, of reviews all but one, of behavior next to none.
+
+    Of users Kafka does not answer whether what is left is a record.
+    """
     described: Future[Any] = Future()
     described.set_result(SimpleNamespace(members=[], state=ConsumerGroupState.EMPTY))
     told = SimpleNamespace(describe_consumer_groups=lambda groups, **_: {groups[0]: described})
-    ends = {("item-updates", 0): (0, 6), ("item-updates", 1): (0, 4), ("reviews", 0): (0, 6)}
-    read = {"item-updates": {0: 5, 1: 4}, "reviews": {0: 5}}
+    ends = {
+        ("item-updates", 0): (0, 6),
+        ("item-updates", 1): (0, 4),
+        ("reviews", 0): (0, 6),
+        ("behavior", 0): (0, 1_005),
+        ("users", 0): (0, 8),
+    }
+    read = {"item-updates": {0: 5, 1: 4}, "reviews": {0: 5}, "behavior": {0: 5}, "users": {0: 6}}
+    assigned: list[tuple[str, int, int]] = []
+    ended = KafkaError(KafkaError._PARTITION_EOF)  # pyright: ignore[reportPrivateUsage]
+    polls = [
+        [
+            Message(topic="reviews", partition=0, offset=5),
+            Message(topic="reviews", partition=0, offset=6, error=ended),
+            Message(topic="item-updates", partition=0, offset=6, error=ended),
+        ]
+    ]
+    consumer = SimpleNamespace(
+        assign=lambda places: assigned.extend((at.topic, at.partition, at.offset) for at in places),
+        consume=lambda *_: polls.pop() if polls else [],
+    )
+    monkeypatch.setattr(admin, "REQUEST_SECONDS", 0.05)
     monkeypatch.setattr(admin, "committed", lambda *_: read)
     monkeypatch.setattr(admin, "reach", lambda _: told)
-    monkeypatch.setattr(admin, "reader", nullcontext)
+    monkeypatch.setattr(admin, "reader", lambda *_, **__: nullcontext(consumer))
     monkeypatch.setattr(admin, "watermarks", lambda *_: ends)
-    assert group_report(KafkaConfig(), "archiver") == GroupReport(members=0, waiting=1)
-    assert group_report(KafkaConfig(exactly_once=False), "archiver").waiting == 2
+    report = group_report(KafkaConfig(), "archiver")
+    assert report == GroupReport(members=0, waiting=1 + 1_000 + 2)
+    assert assigned == [("item-updates", 0, 5), ("reviews", 0, 5), ("users", 0, 6)]
 
 
 @dataclass

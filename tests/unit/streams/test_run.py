@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -193,6 +194,14 @@ def run_tasks(**tasks: Callable[[threading.Event], None]) -> tuple[list[BaseExce
     started = time.monotonic()
     failures = _run_threads(bound, stop)
     return failures, time.monotonic() - started
+
+
+def test_what_was_loaded_is_collected_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton and others list what is left of them then, on stderr."""
+    stop = threading.Event()
+    monkeypatch.setattr("streams.dashboard.run_dashboard", lambda *_: stop.set())
+    run_processors(["dashboard"], Settings(), stop)
+    assert gc.get_freeze_count() == 0
 
 
 def test_one_processor_that_fails_ends_the_others() -> None:
