@@ -16,6 +16,7 @@ from model.bundle import Bundle
 from model.exceptions import BundleError
 from model.registry import Entry, Registry
 from schemas.exceptions import StarcastError
+from schemas.spans import LONGEST_SECONDS
 from trainer import drift
 from trainer.archived import from_archive
 from trainer.config import TrainerConfig
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY = timedelta(minutes=1)  # of a new shop, whose archive is empty when the trainer starts
 
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}  # seconds
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ def retrain_every(
 
 
 def parse_every(text: str) -> timedelta:
-    """An interval such as 45s, 30m, 6h or 1d; raises TrainerError for another."""
+    """An interval such as 45s, 30m, 6h or 1d, of a century at most; TrainerError for another."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", text)
-    if found is None or float(found[1]) == 0:
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0 < seconds <= LONGEST_SECONDS:
         raise TrainerError(f"{text!r} is no interval; write 45s, 30m, 6h or 1d")
-    return timedelta(**{_UNITS[found[2]]: float(found[1])})
+    return timedelta(seconds=seconds)

@@ -57,6 +57,7 @@ _LIMITS = (
     "Learnt from those who chose to rate; it says nothing of those who did not.",
     "Not meant for decisions about people.",
 )
+_WANTED = "give what `starcast evaluate --json` writes without --model"
 
 
 @dataclass(frozen=True)
@@ -462,21 +463,21 @@ def _evaluated(document: Mapping[str, Any]) -> dict[str, Any]:
     rating = document.get("rating")
     prequential = cast(Any, rating).get("prequential") if isinstance(rating, dict) else None
     if prequential is None or "model" in document:
-        raise TrainerError(
-            "the evaluation is of a bundle, or of nothing: "
-            "give what `starcast evaluate --json` writes without --model"
-        )
-    return {
-        "peers": {
-            name: {measure.upper(): each[measure] for measure in ("rmse", "mse", "mae")}
-            for name, each in sorted(prequential.items(), key=lambda found: found[1]["rmse"])
-        },
-        "ablations": {
-            part: {"RMSE": each["rmse"]}
-            | ({"squared error more": each["cost"]["mean"]} if each["cost"] else {})
-            for part, each in document.get("ablations", {}).items()
-        },
-    }
+        raise TrainerError(f"the evaluation is of a bundle, or of nothing: {_WANTED}")
+    try:
+        return {
+            "peers": {
+                name: {measure.upper(): float(each[measure]) for measure in ("rmse", "mse", "mae")}
+                for name, each in sorted(prequential.items(), key=lambda found: found[1]["rmse"])
+            },
+            "ablations": {
+                part: {"RMSE": float(each["rmse"])}
+                | ({"squared error more": float(each["cost"]["mean"])} if each["cost"] else {})
+                for part, each in document.get("ablations", {}).items()
+            },
+        }
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TrainerError(f"the evaluation lacks figures of a model or part: {_WANTED}") from error
 
 
 def _kept_head(encoder: TextEncoder | None, stable: Bundle | None) -> StarHead | None:

@@ -27,7 +27,7 @@ def test_intervals(text: str, expected: timedelta) -> None:
     assert parse_every(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "6", "h", "0h", "-1h", "6 weeks"])
+@pytest.mark.parametrize("text", ["", "6", "h", "0h", "-1h", "6 weeks", "36526d", "9" * 400 + "s"])
 def test_what_is_no_interval_is_refused(text: str) -> None:
     with pytest.raises(TrainerError, match="no interval"):
         parse_every(text)

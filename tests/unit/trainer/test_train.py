@@ -298,6 +298,28 @@ def test_an_evaluation_of_one_model_alone_is_refused_before_anything_is_fitted(
         train(from_file(path), str(tmp_path), CONFIG, encoder="none", evaluated=alone)
 
 
+_ERRORS = {"rmse": 1.0, "mse": 1.0, "mae": 0.8}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"rating": {"prequential": ["bias"]}},
+        {"rating": {"prequential": {"bias": 1.0}}},
+        {"rating": {"prequential": {"bias": {"rmse": 1.0}}}},
+        {"rating": {"prequential": {"bias": {**_ERRORS, "mae": "low"}}}},
+        {"rating": {"prequential": {"bias": _ERRORS}}, "ablations": {"taste": {"rmse": 1.0}}},
+    ],
+)
+def test_an_evaluation_without_its_figures_is_refused_before_anything_is_fitted(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "few.jsonl"
+    write_records(path, shop()[:300])
+    with pytest.raises(TrainerError, match="lacks figures"):
+        train(from_file(path), str(tmp_path), CONFIG, encoder="none", evaluated=document)
+
+
 def test_retraining_promotes_what_passes_and_judges_it_against_stable(
     tmp_path: Path, encoder_folder: Path
 ) -> None:
