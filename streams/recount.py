@@ -41,7 +41,7 @@ from streams.rebuild import Shop, require_rows, require_updates
 from streams.store import Store
 from streams.tail import read_log
 from streams.user_states import decode_header
-from streams.verify import Verification
+from streams.verification import Verification
 
 TRANSACTIONS = 32  # of the journal, applied at once: bounds memory, not the result
 HISTORY = ("first_time", "price_rank")  # of attributes: they hang on records that came before

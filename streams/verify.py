@@ -10,18 +10,14 @@ the partition's sums as they are, and the item updates of their transactions are
 came of other users' rows beside them is.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model import bundle, encoder, ladder
-from model.catalog import describe_users, item_text
+from model import ladder
 from model.events import (
     EVENT,
     TEXT,
@@ -31,43 +27,23 @@ from model.events import (
     from_reviews,
     from_text_features,
 )
-from model.exceptions import BundleError
 from model.features import FEATURES
-from model.ids import NONE, Hashes, hash_ids, partitions_of
-from model.lookups import Lookups, Table, Vectors, empty, table, vectors_of
+from model.ids import NONE, partitions_of
+from model.lookups import Lookups, table
 from model.lookups import Store as Rowstore
-from model.predict import Predictor, predictor
 from model.replay import BatchResult, Share, recover, run_batch
-from model.state import (
-    CATEGORY,
-    ITEM,
-    ITEM_ATTRIBUTES,
-    PARTITION,
-    SOURCES,
-    USER,
-    USER_ATTRIBUTES,
-    apply_items,
-)
+from model.state import ITEM, ITEM_ATTRIBUTES, PARTITION, SOURCES, USER, USER_ATTRIBUTES
 from model.state_bytes import from_bytes
-from model.updates import from_updates
 from schemas import archive
-from schemas.codec import decode
 from schemas.exceptions import StarcastError
 from schemas.journal import TOPICS, Journal, part
-from schemas.topics import BY_NAME
-from streams.catalog import Entry, describe_log, id_of
+from streams.archived import Archived, versions_of
 from streams.config import ArchiveConfig, ModelsConfig
 from streams.inputs import user_of
-from streams.reader import (
-    ITEM_STATE,
-    USER_STATE,
-    VECTOR_DTYPE,
-    partition_keys,
-    store_keys,
-    vector_keys,
-)
+from streams.reader import ITEM_STATE, USER_STATE, partition_keys, store_keys
 from streams.store import Store
 from streams.user_states import decode_header
+from streams.verification import Verification
 
 FROM_RECORDS: tuple[Callable[[Sequence[Any]], Rows], ...] = (
     from_reviews,
@@ -76,49 +52,6 @@ FROM_RECORDS: tuple[Callable[[Sequence[Any]], Rows], ...] = (
 )
 ROUNDED = 1.5e-4  # predictions are written with four decimals
 COSINE = 1e-5  # a matrix product may add in another order
-EXAMPLES = 20  # differences that are told in full
-
-
-@dataclass
-class Verification:
-    """What was compared, and what did not agree."""
-
-    compared: Counter[str] = field(default_factory=Counter[str])
-    differences: Counter[str] = field(default_factory=Counter[str])
-    examples: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])
-    passed_over: int = 0  # journal rows of users who were erased
-
-    @property
-    def clean(self) -> bool:
-        """Whether everything agreed and there was something to compare."""
-        return not self.differences and bool(self.compared)
-
-    def figures(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "compared": dict(self.compared),
-            "differences": dict(self.differences),
-            "examples": self.examples,
-            "notes": self.notes,
-        }
-
-    def check(self, what: str, same: NDArray[np.bool_], name: Callable[[int], str]) -> None:
-        """Count n comparisons; `name` tells of the one at a position."""
-        self.compared[what] += len(same)
-        wrong = np.flatnonzero(~same)
-        if len(wrong):
-            self.differences[what] += len(wrong)
-            room = max(EXAMPLES - len(self.examples), 0)
-            self.examples += [f"{what}: {name(int(at))}" for at in wrong[:room]]
-
-    def check_states(self, whose: str, hashes: Hashes, stored: Rows, expected: Rows) -> None:
-        """Compare n stored states bit for bit; `whose` is user or item."""
-        self.check(
-            f"{whose} state",
-            _bits(stored) == _bits(expected),
-            lambda at: f"{whose} hash {int(hashes[at]):#x} in the store",
-        )
 
 
 def verify_replay(
@@ -133,22 +66,22 @@ def verify_replay(
     than the store.
     """
     report = Verification()
-    replay = _Replay(archived, models, store, report)
-    journalled = archive.positions(archived.url, "journal", replay.options)
+    shared = Archived(archived, models, store, report)
+    journalled = archive.positions(archived.url, "journal", shared.options)
     if not journalled:
         raise StarcastError(
             f"The archive at {archived.url} holds no journal. Run the archiver, or point "
             "STARCAST_ARCHIVE__URL at this shop's archive."
         )
     if (last := max(journalled)) >= store.partitions:
-        raise replay.other_count(f"it holds a journal of partition {last}")
+        raise shared.other_count(f"it holds a journal of partition {last}")
     for number in sorted(journalled):
-        partition = _Partition(number, replay)
-        for transaction in archive.journal(archived.url, number, replay.options):
+        partition = _Partition(number, shared)
+        for transaction in archive.journal(archived.url, number, shared.options):
             partition.replay(transaction.journal)
             progress(len(transaction.journal))
         partition.compare_states()
-    replay.compare_items()
+    _compare_items(shared)
     if report.passed_over:
         report.notes.append(
             f"{report.passed_over} rows of users who were erased were passed over, and so were the "
@@ -157,207 +90,10 @@ def verify_replay(
     return report
 
 
-class _Replay:
-    """What all partitions share: archived item updates, attributes, predictions, models."""
-
-    def __init__(
-        self, archived: ArchiveConfig, models: ModelsConfig, store: Store, report: Verification
-    ) -> None:
-        self.options = archived.storage_options
-        self.url = archived.url
-        self.models = models
-        self.store = store
-        self.report = report
-        self.item_attributes, self.texts = self._items()
-        self.user_attributes = self._users()
-        self._vectors: dict[str, dict[int, NDArray[np.float32] | None]] = {}
-        self._predictors: dict[str, Predictor | None] = {}
-        self.updates, self.update_offsets, self.update_spans = self._updates()
-        # A column of its own: `searchsorted` copies one that lies among others, at each call.
-        self.updated_items = self.updates["item"].copy()
-
-    def records(
-        self, topic: str, partition: int | None = None
-    ) -> Iterator[tuple[int, int, bytes | None, Any]]:
-        """Partition, offset, key and record (None for a tombstone) of all good archived rows."""
-        rows = archive.read(
-            self.url,
-            topic,
-            self.options,
-            columns=["kafka_partition", "kafka_offset", "kafka_key", "kafka_value"],
-            partitions=None if partition is None else [partition],
-        )
-        frame = archive.collect(rows, archive.table_url(self.url, topic))
-        places = list(zip(frame["kafka_partition"], frame["kafka_offset"], strict=True))
-        decoded = decode(BY_NAME[topic], frame["kafka_value"].to_list(), places)
-        bad = {rejection.index for rejection in decoded.rejections}
-        found = zip(places, frame["kafka_key"], decoded.records, strict=True)
-        for at, ((where, offset), key, record) in enumerate(found):
-            if at not in bad:
-                yield where, offset, key, record
-
-    def _items(self) -> tuple[dict[tuple[int, int], Rows], dict[int, str]]:
-        """Attribute rows by item hash and version, and texts by hash."""
-        logs: dict[int, list[Entry]] = {}
-        for partition, offset, key, record in self.records("items"):
-            logs.setdefault(partition, []).append((id_of(key, record), record, offset + 1))
-        rows: dict[tuple[int, int], Rows] = {}
-        for log in logs.values():
-            described, _ = describe_log(log, {}, empty(CATEGORY))
-            hashes = hash_ids([name for name, _, _ in log]).tolist()
-            rows |= {
-                (item, version): row.reshape(1)
-                for item, (_, _, version), row in zip(hashes, log, described, strict=True)
-            }
-        texts = sorted(
-            {item_text(record) for log in logs.values() for _, record, _ in log if record}
-        )
-        return rows, dict(zip(hash_ids(texts).tolist(), texts, strict=True))
-
-    def _users(self) -> dict[tuple[int, int], Rows]:
-        rows: dict[tuple[int, int], Rows] = {}
-        for _, offset, _, record in self.records("users"):
-            if record is not None:
-                user = int(hash_ids([record.user_id])[0])
-                rows[user, offset + 1] = describe_users([record], [offset + 1])
-        return rows
-
-    def predictions(self, partition: int) -> dict[tuple[str, int, int], Any]:
-        """Archived predictions of a user partition, by the position that each answers."""
-        found: dict[tuple[str, int, int], Any] = {}
-        for _, _, _, record in self.records("predicted-ratings", partition):
-            if record.kind == "interaction":
-                place = (record.source.topic, record.source.partition, record.source.offset)
-                self.report.check(
-                    "one prediction a position",
-                    np.array([place not in found and record.source.partition == partition]),
-                    lambda _: f"{place} is predicted twice, or elsewhere",  # noqa: B023 - at once
-                )
-                found[place] = record
-        return found
-
-    def _updates(self) -> tuple[Rows, NDArray[np.uint64], dict[tuple[int, str, int, int], Rows]]:
-        """Deltas sorted by item and offset, their offsets, and each by item and source span."""
-        owners, places, records = [], [], []
-        for partition, offset, _, record in self.records("item-updates"):
-            owners.append(partition)
-            places.append(offset)
-            records.append(record)
-        deltas = from_updates(records)
-        offsets = np.array(places, np.uint64)
-        theirs = partitions_of(deltas["item"], self.store.partitions)
-        wrong = np.flatnonzero(theirs != np.array(owners, np.int64))
-        if len(wrong):
-            at = wrong[0]
-            where = f"item-updates partition {owners[at]} offset {places[at]}"
-            raise self.other_count(f"{where} would be in partition {theirs[at]}")
-        spans = {
-            (
-                int(delta["item"]),
-                record.source.topic,
-                record.source.partition,
-                record.source.last_offset,
-            ): delta
-            for delta, record in zip(deltas, records, strict=True)
-        }
-        order = np.lexsort((offsets, deltas["item"]))
-        return deltas[order], offsets[order], spans
-
-    def item_states(
-        self, states: Rowstore, items: NDArray[np.uint64], versions: NDArray[np.uint64]
-    ) -> Rows:
-        """ITEM rows (m) of distinct items as of their versions; `states` is brought up to them."""
-        places = states.place(items)
-        known = states.rows[places]
-        # A version goes back where the store was lost and the item was read before its rebuild.
-        known[versions < known["offset"]] = from_bytes([None], ITEM)[0]
-        low = np.searchsorted(self.updated_items, items, "left")
-        high = np.searchsorted(self.updated_items, items, "right")
-        chosen: list[NDArray[np.intp]] = []
-        index: list[NDArray[np.intp]] = []
-        for at in np.flatnonzero(versions > known["offset"]):
-            span = np.arange(low[at], high[at])
-            offsets = self.update_offsets[span]
-            span = span[(offsets >= known["offset"][at]) & (offsets < versions[at])]
-            chosen.append(span)
-            index.append(np.full(len(span), at))
-        if chosen:
-            rows = np.concatenate(chosen)
-            known = apply_items(
-                known, np.concatenate(index), self.updates[rows], self.update_offsets[rows]
-            )
-        states.rows[places] = known
-        return known
-
-    def vectors(self, encoder_hash: str, texts: NDArray[np.uint64]) -> Vectors | None:
-        """Vectors of texts under an encoder: the store's, which never change, else encoded anew."""
-        if not encoder_hash:
-            return None
-        known = self._vectors.setdefault(encoder_hash, {})
-        wanted = np.unique(texts[texts != 0])
-        new = np.array([text for text in wanted.tolist() if text not in known], np.uint64)
-        values = self.store.read(vector_keys(self.store, encoder_hash, new))
-        for text, value in zip(new.tolist(), values, strict=True):
-            known[text] = (
-                self._encode(encoder_hash, text)
-                if value is None
-                else np.frombuffer(value, VECTOR_DTYPE).astype(np.float32)
-            )
-        rows = [known[text] for text in wanted.tolist()]
-        found = np.array([row is not None for row in rows], bool)
-        width = next((len(row) for row in rows if row is not None), encoder.WIDTH)
-        vectors = np.array([row for row in rows if row is not None], np.float32).reshape(-1, width)
-        return vectors_of(wanted[found], vectors)
-
-    def _encode(self, encoder_hash: str, text: int) -> NDArray[np.float32] | None:
-        loaded = self._encoder
-        if loaded is None or loaded.hash != encoder_hash or text not in self.texts:
-            return None
-        return loaded.project(loaded.encode([self.texts[text]]))[0]
-
-    @cached_property
-    def _encoder(self) -> encoder.TextEncoder | None:
-        """What encodes texts whose vectors the store has lost."""
-        folder = encoder.locate(self.models.encoder)
-        return None if folder is None else encoder.load(folder, self.models.device)
-
-    def other_count(self, found: str) -> StarcastError:
-        """The error of an archive whose partitions are not as many as settings say."""
-        return StarcastError(
-            f"The archive at {self.url} is not of {self.store.partitions} partitions, as settings "
-            f"say: {found}. Set STARCAST_KAFKA__PARTITIONS to what its topics have."
-        )
-
-    def predictor(self, version: str) -> Predictor | None:
-        """The predictor of a version; None when its bundle is gone."""
-        if version not in self._predictors:
-            try:
-                loaded = (
-                    None if version == ladder.VERSION else bundle.load(self.models.url, version)
-                )
-                self._predictors[version] = predictor(loaded, self.models.device)
-            except BundleError as error:
-                self._predictors[version] = None
-                self.report.notes.append(f"predictions of {version} were not compared: {error}")
-        return self._predictors[version]
-
-    def compare_items(self) -> None:
-        """Compare the stored item states with a recount of all archived updates."""
-        items = np.unique(self.updated_items)
-        stored = from_bytes(self.store.read(store_keys(self.store, ITEM_STATE, items)), ITEM)
-        states = self.item_states(Rowstore(ITEM), items, stored["offset"])
-        ends = archive.positions(self.url, "item-updates", self.options)
-        archived = [ends.get(each, 0) for each in partitions_of(items, self.store.partitions)]
-        ahead = stored["offset"] > np.array(archived, np.uint64)
-        if ahead.any():
-            self.report.notes.append(f"{ahead.sum()} items are ahead of the archive")
-        self.report.check_states("item", items[~ahead], stored[~ahead], states[~ahead])
-
-
 class _Partition:
     """The replay of one user partition."""
 
-    def __init__(self, partition: int, shared: _Replay) -> None:
+    def __init__(self, partition: int, shared: Archived) -> None:
         self._partition = partition
         self._shared = shared
         self._report = shared.report
@@ -442,10 +178,10 @@ class _Partition:
         recents = entry.recents
         return Lookups(
             items=table(items, shared.item_states(self._items, items, versions)),
-            item_attributes=_versions(
+            item_attributes=versions_of(
                 shared.item_attributes, recents[:, 0], recents[:, 2], ITEM_ATTRIBUTES
             ),
-            user_attributes=_versions(
+            user_attributes=versions_of(
                 shared.user_attributes,
                 users,
                 entry.user_attributes_versions[np.unique(events["user"], return_index=True)[1]],
@@ -562,28 +298,21 @@ class _Partition:
         return f"{topic} partition {self._partition} offset {entry.offsets[at]}"
 
 
+def _compare_items(shared: Archived) -> None:
+    """Compare the stored item states with a recount of all archived updates."""
+    items = np.unique(shared.updated_items)
+    stored = from_bytes(shared.store.read(store_keys(shared.store, ITEM_STATE, items)), ITEM)
+    states = shared.item_states(Rowstore(ITEM), items, stored["offset"])
+    ends = archive.positions(shared.url, "item-updates", shared.options)
+    archived = [ends.get(each, 0) for each in partitions_of(items, shared.store.partitions)]
+    ahead = stored["offset"] > np.array(archived, np.uint64)
+    if ahead.any():
+        shared.report.notes.append(f"{ahead.sum()} items are ahead of the archive")
+    shared.report.check_states("item", items[~ahead], stored[~ahead], states[~ahead])
+
+
 def _runs(flags: NDArray[np.bool_]) -> Iterator[slice]:
     """Spans of equal neighbours among flags (n)."""
     if len(flags):
         edges = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
         yield from (slice(begin, end) for begin, end in pairwise(edges))
-
-
-def _bits(rows: Rows) -> NDArray[np.void]:
-    """Rows (n) that are equal where all their bytes are."""
-    return np.ascontiguousarray(rows).view(f"V{rows.dtype.itemsize}")
-
-
-def _versions(
-    rows: Mapping[tuple[int, int], Rows],
-    hashes: NDArray[np.uint64],
-    versions: NDArray[np.uint64],
-    dtype: np.dtype[Any],
-) -> Table:
-    """Rows of distinct hashes as of the versions read; blank where nothing was read."""
-    # Row by row: to concatenate them asks numpy of each anew whether their fields are the same.
-    found = np.empty(len(hashes), dtype)
-    blank_row = from_bytes([None], dtype)
-    for at, place in enumerate(zip(hashes.tolist(), versions.tolist(), strict=True)):
-        found[at] = rows.get(place, blank_row)[0]
-    return table(hashes, found)

@@ -22,7 +22,7 @@ from streams.admin import check_topics
 if TYPE_CHECKING:
     from streams.rebuild import Shop
     from streams.store import Store
-    from streams.verify import Verification
+    from streams.verification import Verification
 
 app = typer.Typer(help="States in the store: rebuild them, check them. Workers may run meanwhile.")
 

@@ -30,7 +30,8 @@ from streams.config import InsightsConfig
 from streams.insights import Readiness, run_insights
 from streams.metrics import make_metrics
 from streams.store import connect
-from streams.verify import Verification, verify_replay
+from streams.verification import Verification
+from streams.verify import verify_replay
 from streams.windows import WINDOWS_KEY, Trial, last_window
 from tests.shops import Shop, Workers, check_each_once, check_states, make_shop, until
 from tests.unit.model.bundles import write

@@ -39,7 +39,8 @@ from streams.embedded import HOST, Child, free_port, start_child
 from streams.exceptions import StoreAheadError
 from streams.producer import Outgoing
 from streams.reader import ITEM_STATE, USER_STATE, store_keys
-from streams.verify import Verification, verify_replay
+from streams.verification import Verification
+from streams.verify import verify_replay
 from tests.shops import (
     PARTITIONS,
     PIPELINE,

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from starcast.main import app
-from streams.verify import Verification
+from streams.verification import Verification
 
 
 def test_a_replay_that_differs_says_what_to_do_where_workers_run(

@@ -15,7 +15,7 @@ from streams.config import ArchiveConfig, KafkaConfig, RedisConfig, StatesConfig
 from streams.reader import USER_STATE, partition_keys
 from streams.rebuild import Shop
 from streams.store import Store
-from streams.verify import Verification
+from streams.verification import Verification
 from tests.unit.streams.journals import USERS, Partition, Step, events
 
 PARTITION = 2
