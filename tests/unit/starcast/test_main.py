@@ -326,6 +326,7 @@ def test_a_plot_does_not_take_the_place_of_its_figures(
     events.touch()
     out = str(tmp_path / "figures.svg")
     assert run_main(monkeypatch, "evaluate", "--events", str(events), "--json", out) == 2
+    assert run_main(monkeypatch, "search", "rating", str(events), "--out", out) == 2
     assert not Path(out).exists()
 
 
