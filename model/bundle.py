@@ -114,9 +114,7 @@ def write(
     """
     target = storage.locate(models_url)
     now = datetime.now(UTC)
-    if target.local:
-        target.local.mkdir(parents=True, exist_ok=True)
-    with storage.beside(target.local) as temporary:
+    with target.making() as temporary:
         folder = temporary / "bundle"
         folder.mkdir()
         encoder_hash = _copy_encoder(encoder, folder / ENCODER) if encoder else None

@@ -109,6 +109,21 @@ class Storage:
                 self.filesystem.get_file(path, str(folder / inside))
 
     @contextlib.contextmanager
+    def making(self) -> Generator[Path]:
+        """A folder on this machine for what is then moved or copied into this one; gone in the end.
+
+        Raises UnreachableError where it cannot be written.
+        """
+        try:
+            if self.local is not None:
+                self.local.mkdir(parents=True, exist_ok=True)
+            with beside(self.local) as temporary:
+                yield temporary
+        except OSError:
+            with self._reaching(""):  # an error of a write alone does not say where
+                raise
+
+    @contextlib.contextmanager
     def lock(self, name: str) -> Generator[None]:
         """Hold a lock among processes of this machine; object stores have none."""
         if self.local is None:

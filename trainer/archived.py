@@ -51,8 +51,8 @@ def from_archive(
     Partitions are merged by event time (a late event as of its arrival), each in its journal's
     order. Items and users count as known from the start, as they are known now. What a user did
     before they were erased is left out. So is, with a warning, what was journalled under another
-    layout of states, and a transaction of which the archive lacks a part: an archiver was down for
-    longer than Kafka kept it.
+    layout of states, and a transaction of which the archive lacks a part, or a review that it
+    lacks: an archiver was down for longer than Kafka kept it.
 
     `on_progress` is called with partitions of the journal read and partitions in all.
 
@@ -75,6 +75,7 @@ def from_archive(
             "topic": np.concatenate([part.topics for part in parts]),
             "kafka_partition": partition.astype(np.int32),
             "kafka_offset": np.concatenate([part.offsets for part in parts]),
+            "rated": labelled(events),
         }
     ).filter((pl.col("topic") == TOPICS.index("reviews")) & (pl.col("row") >= 0))
     return Log(
@@ -128,8 +129,12 @@ def _read_journal(
 
 
 def _reviews(url: str, options: Mapping[str, str] | None, applied: pl.DataFrame) -> pl.DataFrame:
-    """The archived reviews among what was `applied` (row, kafka_partition, kafka_offset)."""
-    return archive.collect(
+    """The archived reviews among what was `applied` (row, kafka_partition, kafka_offset, rated).
+
+    How many of the rated ones are missing is logged, but for those that are yet to be archived.
+    """
+    reached = archive.positions(url, "reviews", options)
+    reviews = archive.collect(
         archive.read(url, "reviews", options)
         .with_columns(pl.col("event_time").alias("time"))
         .join(applied.lazy(), on=["kafka_partition", "kafka_offset"])
@@ -137,6 +142,21 @@ def _reviews(url: str, options: Mapping[str, str] | None, applied: pl.DataFrame)
         .select(pl.col(name).cast(kind) for name, kind in REVIEW_COLUMNS.items()),
         archive.table_url(url, "reviews"),
     )
+    ends = pl.DataFrame(
+        {"kafka_partition": [*reached], "end": [*reached.values()]},
+        {"kafka_partition": pl.Int32, "end": pl.Int64},
+    )
+    due = applied.join(ends, on="kafka_partition").filter(
+        "rated", pl.col("kafka_offset") < pl.col("end")
+    )
+    if lost := due.join(reviews, on="row", how="anti").height:
+        logger.warning(
+            "%s of %s reviews with stars are missing in the archive and are not learnt from (its "
+            "archiver was down for longer than Kafka's retention)",
+            f"{lost:,}",
+            f"{due.height:,}",
+        )
+    return reviews
 
 
 def _applied(partition: int, journal: Journal) -> _Applied:

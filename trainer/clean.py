@@ -68,7 +68,7 @@ def clean(reviews: pl.DataFrame, config: CleanConfig, now: datetime | None = Non
         _step(
             f"{name}: HTML, control characters or space taken out",
             False,
-            reviews.filter(reviews[name].ne_missing(mended[name])),
+            reviews.filter((pl.col(name) != "") & pl.col(name).ne_missing(mended[name])),
         )
         for name in ("title", "text")
     ]

@@ -348,7 +348,9 @@ class TrackingConfig(BaseModel):
 class TrainerConfig(BaseModel):
     """How a model is fitted, evaluated and admitted."""
 
-    seed: int = Field(default=7, ge=0, description="of everything drawn at random")
+    seed: int = Field(  # of which some libraries take 32 bits, and trials add to it
+        default=7, ge=0, lt=2**31, description="of everything drawn at random"
+    )
     threads: int = Field(
         default=0, ge=0, le=1_024, description="torch threads; 0: as torch decides"
     )

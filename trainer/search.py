@@ -10,13 +10,19 @@ The newest rows, which judge a model, are not looked at.
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import signal
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any, Literal
 
 import altair
@@ -43,6 +49,8 @@ from trainer.prepare import Prepared, cleaned, item_vectors, prepared, review_te
 from trainer.progress import tracker
 from trainer.text import ReviewTexts
 from trainer.train import base_encoder, fit_network
+
+logger = logging.getLogger(__name__)
 
 What = Literal["rating", "text"]
 """Which model settings are searched for."""
@@ -203,11 +211,12 @@ def search(
     seed = config.seed + len(opened.trials)  # the same one would draw the same trials again
     if workers > 1 and left > 1:
         shares = [left // workers + (number < left % workers) for number in range(workers)]
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            jobs = [
-                pool.submit(_work, judge, what, config, place, share, seed + number)
-                for number, share in enumerate(shares)
-            ]
+        with _processes(workers) as pool:
+            with _deaf():
+                jobs = [
+                    pool.submit(_work, judge, what, config, place, share, seed + number)
+                    for number, share in enumerate(shares)
+                ]
             while wait(jobs, _LOOK_SECONDS).not_done:
                 bar(_finished(_open(place, seed)), trials)
             for job in jobs:
@@ -254,6 +263,46 @@ def plot_importance(found: Searched, path: Path) -> None:
         .properties(width=480)
     )
     path.write_text(vl_convert.vegalite_to_svg(chart.to_json(), allowed_base_urls=[]))
+
+
+@contextmanager
+def _processes(count: int) -> Generator[ProcessPoolExecutor]:
+    """Processes that end with this one, whatever ends it."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise TrainerError(
+                "a process of the search was killed, as for want of memory: with fewer --workers "
+                "it goes on where it was"
+            ) from error
+        except BaseException:  # as of Ctrl-C: their trials may take hours
+            for each in context.active_children():
+                each.terminate()
+            raise
+
+
+def _end_with_parent() -> None:
+    """End this process where its parent ends by a signal, which leaves it no time to tell."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _deaf() -> Generator[None]:
+    """Processes that are begun meanwhile leave Ctrl-C, which a terminal sends to all, to us."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _judge(
@@ -308,7 +357,7 @@ def _cut(journal: Path) -> None:
 
 
 def _open(place: _Place, seed: int) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # else a trace of what is raised in a trial
     place.journal.parent.mkdir(parents=True, exist_ok=True)
     return optuna.create_study(
         study_name=place.name,
@@ -334,7 +383,10 @@ def _work(
 
     def objective(trial: Trial) -> float:
         values = {each.name: each.suggest(trial) for each in space(what, config)}
-        return judge(with_settings(config, values), trial)
+        error = judge(with_settings(config, values), trial)
+        if math.isnan(error):
+            logger.warning("trial %d comes to no number: %s", trial.number, values)
+        return error
 
     opened.optimize(objective, trials, callbacks=[lambda study, trial: on_trial(study)])
 
@@ -380,7 +432,7 @@ def _found(study: optuna.Study) -> Searched:
         {} if _IN_FORCE in best.user_attrs else best.params,
         _error(best),
         min(map(_error, _in_force(study)), default=math.inf),  # they may have come to no number
-        len(study.trials),
+        _finished(study),
         importance,
     )
 

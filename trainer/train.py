@@ -104,6 +104,7 @@ def train(
     Raises:
         TrainerError: too few rated rows; `evaluated` is of one model alone.
         EncoderError: the encoder cannot be loaded.
+        UnreachableError: the models folder cannot be written.
     """
     begun = time.monotonic()
     config = config or TrainerConfig()
@@ -111,6 +112,8 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     found = cleaned(log, config)
+    with storage.locate(models_url).making():
+        pass  # where nothing can be written, no hours of work are lost
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
     with (
         tempfile.TemporaryDirectory(prefix="starcast-encoder-") as folder,

@@ -39,14 +39,23 @@ def list_(context: typer.Context, as_json: AsJson = False) -> None:
         document = {"versions": versions, "registry": now.model_dump(mode="json")}
         print_json(document)
         return
-    if not versions:
+    named = {entry.version for entry in (now.stable, now.canary) if entry is not None}
+    if not versions and not named:
         place = hide_password(url)
         notes.print(f"There is no bundle in {place} yet; `starcast train FILE` makes one.")
         return
     table = Table("version", "stage", "since", "by", "reason", box=None)
-    for version in reversed(versions):
-        table.add_row(version, *map(plain, _place(now, version)))
+    for version in sorted({*versions, *named}, reverse=True):
+        table.add_row(*map(plain, (version, *_place(now, version))))
     output.print(table, markup=False)
+    for version in sorted(named.difference(versions)):
+        notes.print(
+            plain(f"{version} is not there any more, though the registry names it: ")
+            + "no worker can load it. Copy it back, or promote another, or end its trial.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _place(now: "Registry", version: str) -> tuple[str, ...]:

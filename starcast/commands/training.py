@@ -249,8 +249,7 @@ def evaluate(
 ) -> None:
     """Measure a model beside its peers on the newest rows of a record file."""
     check_output(json_out, events)
-    if json_out is not None and json_out.suffix == _PLOT:
-        raise typer.BadParameter(f"{json_out} is where the plot goes; give the figures another end")
+    _leave_plot(json_out)
     if model is not None and (ablations or (peers and peers != [_NO_PEERS])):
         raise typer.BadParameter("--peers and --ablations fit models; with --model nothing is")
     _alone(context)
@@ -290,6 +289,12 @@ def evaluate(
         json_out.with_suffix(_PLOT).write_text(found.plot, encoding="utf-8")
 
 
+def _leave_plot(out: Path | None) -> None:
+    """Refuse a file whose place the plot beside it would take."""
+    if out is not None and out.suffix == _PLOT:
+        raise typer.BadParameter(f"{out} is where the plot goes; give the file another end")
+
+
 def search(
     context: typer.Context,
     what: Annotated[What, typer.Argument(help="The rating network, or the text model.")],
@@ -305,6 +310,7 @@ def search(
 ) -> None:
     """Look for better settings of a model, on validation rows."""
     check_output(out, events)
+    _leave_plot(out)
     _alone(context)
     from trainer import search as searching
 

@@ -125,12 +125,17 @@ def _reviews(
         if when is None:
             skips.add(f"no time ({name})", place)
             continue
+        stars = row.get("overall")
+        rating = number(stars)
+        if rating is None and stars not in (None, ""):
+            skips.add("stars that are no number, such as 4.5", place)
+            continue
         value = present(
             event_id=event_id(row, line),
             user_id=str(row.get("reviewerID") or ""),
             item_id=str(row.get("asin") or ""),
             event_time=when,
-            rating=number(row.get("overall")),
+            rating=rating,
             title=stripped(row.get("summary")),
             text=stripped(row.get("reviewText")),
         )

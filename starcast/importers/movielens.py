@@ -131,6 +131,9 @@ def _ratings(part: Part, reader: Reader, skips: Skips, changes: Skips) -> Iterat
             skips.add("no time", place)
             continue
         rating = number(row["rating"])
+        if rating is None:
+            skips.add("stars that are no number, such as 4.5", place)
+            continue
         if rating == _HALF:
             rating = 1.0
             changes.add("1, which were half a star", place)

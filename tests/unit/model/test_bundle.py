@@ -390,6 +390,19 @@ def test_a_full_disk_is_told_as_one_and_leaves_no_half(
     bundles.load(url, written.version, cache=tmp_path)
 
 
+def test_a_disk_that_is_full_when_a_version_is_written_is_told_by_its_place(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    models = tmp_path / "models"
+    with pytest.raises(UnreachableError, match=f"{models}.* make room on this machine"):
+        write(str(models), encoder=encoder)
+    assert not [*models.iterdir()]
+
+
 def test_what_is_wrong_in_an_object_store_is_told_where_it_lies(tmp_path: Path) -> None:
     # Not of the copy, in a folder that is gone by then.
     url = f"memory://{uuid4()}"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -324,6 +326,7 @@ def test_a_plot_does_not_take_the_place_of_its_figures(
     events.touch()
     out = str(tmp_path / "figures.svg")
     assert run_main(monkeypatch, "evaluate", "--events", str(events), "--json", out) == 2
+    assert run_main(monkeypatch, "search", "rating", str(events), "--out", out) == 2
     assert not Path(out).exists()
 
 
@@ -437,6 +440,22 @@ def test_models_of_an_empty_folder(
     assert run_main(monkeypatch, "models", "rollback") == 1
     assert "nothing to roll back to" in capsys.readouterr().err
     assert run_main(monkeypatch, "models", "promote", "20260101T000000-00000000") == 1
+
+
+def test_a_version_that_serves_and_is_gone_is_listed_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(tmp_path / "models")
+    monkeypatch.setenv("STARCAST_MODELS__URL", url)
+    written = bundles.write(url)
+    registry.promote(url, written.version, written.sha256, "a test", "good")
+    assert run_main(monkeypatch, "models", "list") == 0
+    assert not capsys.readouterr().err
+    shutil.rmtree(tmp_path / "models" / written.version)
+    assert run_main(monkeypatch, "models", "list") == 0
+    told = capsys.readouterr()
+    assert re.search(rf"{written.version} +stable", told.out)
+    assert f"{written.version} is not there any more" in told.err
 
 
 def test_nothing_is_rolled_back_to_what_cannot_be_served(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from deltalake import DeltaTable
 
 from model import features
 from model.events import EVENT, FORGET, blank
@@ -133,6 +134,20 @@ def test_a_transaction_that_has_lost_a_part_is_left_out_and_told(
     assert len(from_archive(str(tmp_path))) == whole + len(last)
     assert "are left out" in caplog.text
     assert "part of a transaction is missing" in caplog.text
+
+
+def test_reviews_that_the_archive_lacks_are_told_but_for_those_to_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_archive(str(tmp_path), shop())
+    table = DeltaTable(tmp_path / "reviews")
+    table.delete("kafka_partition = 0 and kafka_offset > 50")  # not there yet
+    assert from_archive(str(tmp_path)).rated < REVIEWS
+    assert not caplog.text
+    table.delete("kafka_partition = 1 and kafka_offset between 10 and 29")
+    from_archive(str(tmp_path))
+    assert "20 of " in caplog.text
+    assert "reviews with stars are missing in the archive" in caplog.text
 
 
 def test_what_another_layout_journalled_is_left_out_and_told(

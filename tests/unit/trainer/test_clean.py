@@ -127,7 +127,8 @@ def test_texts_lose_markup_control_characters_and_runs_of_space() -> None:
 
 
 def test_mended_rows_are_kept_and_counted_with_examples() -> None:
-    cleaned = clean(frame([{"text": "<i>fine</i>"}, {}]), CleanConfig(), NOW)
-    assert cleaned.reviews["text"].to_list() == ["fine", "text 1"]
+    rows = [{"text": "<i>fine</i>"}, {}, {"title": "", "text": ""}]  # nothing to take out of none
+    cleaned = clean(frame(rows), CleanConfig(), NOW)
+    assert cleaned.reviews["text"].to_list() == ["fine", "text 1", None]
     mended = [step for step in cleaned.steps if step.rows]
     assert [(step.dropped, step.rows, step.examples) for step in mended] == [(False, 1, ("e0",))]

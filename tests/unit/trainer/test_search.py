@@ -1,7 +1,13 @@
 """The search for settings, on a shop and an encoder that are tiny."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
 import tomllib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +156,78 @@ def test_processes_share_a_study(shop_file: Path, tmp_path: Path) -> None:
     assert found.trials == 3
 
 
+_SLOW = """
+import os, sys, time
+from pathlib import Path
+from trainer import search as module
+from trainer.config import TrainerConfig
+from trainer.data import from_file
+
+def slow(config, trial):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    module._judge = lambda *_: slow
+    shop, study = map(Path, sys.argv[1:])
+    module.search(from_file(shop), "rating", TrainerConfig(), study, 4, encoder="none", workers=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (lambda search, worker: os.killpg(search, signal.SIGINT), "KeyboardInterrupt"),
+        (lambda search, worker: os.kill(search, signal.SIGTERM), ""),
+        (lambda search, worker: os.kill(worker, signal.SIGKILL), "fewer --workers"),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "killed worker"],
+)
+def test_processes_end_with_their_search_and_without_traces_of_their_own(
+    shop_file: Path, tmp_path: Path, how: Callable[[int, int], None], told: str
+) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(_SLOW)
+    with (
+        (tmp_path / "errors").open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, script, shop_file, tmp_path / "study"],
+            env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        ) as search,
+    ):
+        try:
+            assert search.stdout is not None
+            workers = [int(search.stdout.readline()) for _ in range(2)]
+            how(search.pid, workers[0])
+            search.communicate(timeout=60)  # which comes when all have ended
+            assert search.returncode
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(search.pid, signal.SIGKILL)
+    said = (tmp_path / "errors").read_text()
+    assert told in said
+    assert said.count("KeyboardInterrupt\n") == (told == "KeyboardInterrupt")
+
+
+def test_an_error_in_a_trial_is_told_once_and_without_a_trace(
+    shop_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refused(*_: Any) -> float:
+        raise TrainerError("the encoder does not take it")
+
+    monkeypatch.setattr(module, "_judge", lambda *_: refused)
+    with pytest.raises(TrainerError, match="does not take it"):
+        search(from_file(shop_file), "rating", SMALL, tmp_path / "study", 2, encoder="none")
+    assert capfd.readouterr().err == ""
+
+
 def test_the_text_model_is_searched_for(
     shop_file: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
@@ -182,7 +260,11 @@ def test_what_is_found_is_a_settings_file_that_train_takes(tmp_path: Path) -> No
 
 
 def test_a_fit_that_diverges_does_not_end_the_search(
-    shop_file: Path, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop_file: Path,
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     validate, tried = module.text.validate, list[float]()
 
@@ -200,6 +282,7 @@ def test_a_fit_that_diverges_does_not_end_the_search(
         assert [(task.completed, task.total) for task in progress.tasks] == [(3, 3)]
     assert (len(tried), found.trials) == (3, 3)
     assert found.rmse < 5
+    assert "trial 1 comes to no number" in caplog.text
 
 
 def test_a_search_goes_on_after_a_full_disk_cut_its_last_line(

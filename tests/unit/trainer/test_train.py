@@ -16,6 +16,7 @@ from rich.console import Console
 from model import bundle as bundles
 from model import registry
 from model.predict import predictor
+from schemas.exceptions import UnreachableError
 from schemas.files import write_records
 from schemas.records import Review
 from tests.unit.trainer.shop import shop
@@ -296,6 +297,16 @@ def test_an_evaluation_of_one_model_alone_is_refused_before_anything_is_fitted(
     alone = {"model": "v1", "rating": rating}
     with pytest.raises(TrainerError, match="without --model"):
         train(from_file(path), str(tmp_path), CONFIG, encoder="none", evaluated=alone)
+
+
+def test_a_models_folder_that_cannot_be_written_is_told_before_anything_is_fitted(
+    tmp_path: Path, shop_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.train.fit_network", pytest.fail)
+    models = tmp_path / "models"
+    models.touch()
+    with pytest.raises(UnreachableError, match=r"models.*check models\.url"):
+        train(from_file(shop_file), str(models), CONFIG, encoder="none")
 
 
 _ERRORS = {"rmse": 1.0, "mse": 1.0, "mae": 0.8}

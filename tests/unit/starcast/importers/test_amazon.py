@@ -181,6 +181,15 @@ def test_an_event_of_a_time_that_cannot_be_takes_no_item_with_it(tmp_path: Path)
     assert report.skipped["no time (unixReviewTime)"] == (1, f"{files[1]} line 1")
 
 
+def test_stars_that_are_no_number_are_told(tmp_path: Path) -> None:
+    rows = [{**AMAZON_2018[0], "overall": stars} for stars in ("4,5", "4.5", None, "")]
+    source = packed(tmp_path / "reviews.json", json_lines(rows))
+    report = import_amazon([source], tmp_path / "out.jsonl")
+    assert report.skipped == {"stars that are no number, such as 4.5": (1, f"{source} line 1")}
+    told = [each.get("rating") for each in values(read(tmp_path / "out.jsonl"), "reviews")]
+    assert told == [4.5, None, None]
+
+
 def test_a_half_of_a_character_is_a_line_that_is_left_out(tmp_path: Path) -> None:
     items = "{'asin': 'A2', 'title': 'Pepper'}\n{'asin': 'A1', 'title': 'Sal\\ud83dt'}\n"
     files = [

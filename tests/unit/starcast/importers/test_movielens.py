@@ -82,6 +82,15 @@ def test_titles_of_10m_are_utf8(tmp_path: Path) -> None:
     assert "Caf\u00e9 (1995)" in [value["title"] for value in values(read(out), "items")]
 
 
+def test_stars_that_are_no_number_are_told(tmp_path: Path) -> None:
+    source = packed(
+        tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\n1,2,3.5,9e8\n1,3,x,9e8\n"
+    )
+    report = import_movielens([source], tmp_path / "out.jsonl")
+    assert report.counts["reviews"] == 1
+    assert report.skipped == {"stars that are no number, such as 4.5": (1, f"{source} line 3")}
+
+
 def test_lines_of_a_wrong_width_and_without_time_are_counted(tmp_path: Path) -> None:
     source = packed(tmp_path / "u.data", U_DATA + "1\t2\n1\t10\t3\tnever\n")
     report = import_movielens([source], tmp_path / "out.jsonl")
