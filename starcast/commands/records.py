@@ -113,6 +113,8 @@ def export(
     `backfill` brings it into topics of other names or partition counts, or under another release.
     """
     check_output(out)
+    if since and before and since >= before:
+        raise typer.BadParameter("nothing is between them: --since has to be earlier than --before")
     settings = settings_of(context)
     archive = settings.archive
     if not tables(archive.url, archive.storage_options):

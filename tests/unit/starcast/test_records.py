@@ -63,3 +63,13 @@ def test_an_export_of_an_archive_that_is_not_there_writes_nothing(tmp_path: Path
     assert isinstance(done.exception, UnreachableError)
     assert "nowhere has no table yet" in str(done.exception)
     assert not out.exists()
+
+
+def test_an_export_between_bounds_that_are_swapped_writes_nothing(tmp_path: Path) -> None:
+    """A file of items and users alone would be brought in as what came meanwhile."""
+    out = tmp_path / "out.jsonl"
+    bounds = ["--since", "2026-12-05", "--before", "2026-12-01"]
+    done = CliRunner().invoke(app, ["export", "--out", str(out), *bounds])
+    assert done.exit_code == 2
+    assert "nothing is between them" in done.stderr
+    assert not out.exists()
