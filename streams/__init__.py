@@ -15,7 +15,8 @@ Read `processor` and `loop` first: what a processor is, and the one loop that dr
   it has been read), `starts`, `claims`, `journal`; of items' vectors, `coverage`; a worker that
   gets none any more: `membership`.
 - Work of commands: `admin`, `producer`, `tail`, `redrive`, `forget` and `erasure`, `recount` and
-  `rebuild`, `verify`; `embedded` and `launch` start servers of our own.
+  `rebuild`, `verify` (of what is `archived`; `verification` tells); `embedded` and `launch` start
+  servers of our own.
 - Around all: `config`, `clients`, `dead_letters`, `metrics`, `health`, `memory`, `deadline`,
   `exceptions`.
 """
