@@ -99,8 +99,7 @@ def _product(
         int8.take(torch.randn(tokens, given), layer, rows)
         return partial(layer.multiplied, rows.codes)
     if device.type == "cpu" and dtype == torch.float32 and products.by_onednn():
-        layer = torch.nn.Linear(given, gives).requires_grad_(False)
-        return partial(products.multiply, torch.randn(tokens, given), layer.weight)
+        return partial(products.multiply, torch.randn(tokens, given), torch.randn(gives, given))
     left = torch.randn(tokens, given, dtype=dtype, device=device)
     return partial(torch.mm, left, torch.randn(given, gives, dtype=dtype, device=device))
 

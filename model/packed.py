@@ -7,8 +7,9 @@ a layer is that of Devlin et al. 2019 ("BERT", section 3):
     a = norm(x + W_o · attention(W_q x, W_k x, W_v x)),    x' = norm(a + W_2 · gelu(W_1 a))
 
 On a CPU the model's own weights are used as they lie, in float32 or in eight bits (`int8`), and
-what a layer makes goes into memory that is taken once for all layers. In float32 whoever reads a
-product next adds its offset, but for those of attention: a query's is part of the product, a key's
+what a layer makes goes into memory that is taken once for all layers, but where oneDNN multiplies
+(`products`), which takes its own. In float32 whoever reads a product next adds its offset, but for
+those of attention: a query's is part of the product, a key's
 adds the same to all scores of a query, which softmax does not see, and a value's comes through as
 it is, since weights add up to one, so it is added with the next. `recorded` is the same on a GPU.
 """

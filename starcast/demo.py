@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -360,10 +360,6 @@ def _letters(batches: Iterator[list[Message]]) -> Iterator[Place]:
         yield source["topic"], source["partition"], source["offset"]
 
 
-def _events_of(letters: Iterable[Place]) -> set[Place]:
-    return {place for place in letters if place[0] in EVENTS}
-
-
 class _Follower:
     """Follows answers and dead letters in threads, to know how far the scorer is."""
 
@@ -408,7 +404,8 @@ class _Follower:
 
     def _follow_letters(self) -> None:
         for place in _letters(self._read("dead-letters")):
-            self._done_with.update(_events_of([place]))
+            if place[0] in EVENTS:
+                self._done_with.add(place)
 
 
 def _await_archived(running: Cluster, stop: threading.Event) -> None:
@@ -439,19 +436,19 @@ def _summarise(
     letters: Sequence[Place],
 ) -> Summary:
     counts = Counter(answer.place for answer in answers)
+    dead = {place for place in letters if place[0] in EVENTS}
     versions = list(dict.fromkeys(answer.version for answer in answers))
     summary = Summary(
         events=len(places),
         predictions=len(answers),
         dead_letters=len(letters),
-        lost=max(len(places) - len(counts.keys() | _events_of(letters)), 0),
+        lost=max(len(places) - len(counts.keys() | dead), 0),
         duplicated=sum(count - 1 for count in counts.values()),
         model_versions=versions,
     )
     rated, later = _rated(records, cut)
-    live: dict[str, float] = {}
-    for answer in answers:  # the first counts: one that is sent again knows its own rating
-        live.setdefault(answer.event_id, answer.rating)
+    # The first counts: one that is sent again knows its own rating.
+    live = {answer.event_id: answer.rating for answer in reversed(answers)}
     known = np.array([event in live for event, _, _, _ in rated], bool)
     test = later & known
     if test.any():
